@@ -1,0 +1,240 @@
+use std::{
+    collections::VecDeque,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use http::{Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use super::collect::{Bounds, Collect, End, is_auth_error};
+
+/// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
+/// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
+#[derive(Clone, Copy, Debug)]
+pub struct AnnotateAuthError<S> {
+    inner: S,
+    bounds: Bounds,
+}
+
+impl<S> AnnotateAuthError<S> {
+    pub(super) fn new(inner: S, bounds: Bounds) -> Self {
+        Self { inner, bounds }
+    }
+
+    /// The service within.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// The service within.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// The service within.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for AnnotateAuthError<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    ResBody: Body,
+{
+    type Response = Response<AnnotatedBody<ResBody>>;
+    type Error = S::Error;
+    type Future = AnnotateFuture<S::Future, ResBody>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        AnnotateFuture { state: State::Response { response: self.inner.call(request), bounds: self.bounds } }
+    }
+}
+
+pin_project! {
+    /// Response future of [`AnnotateAuthError`]. Dropping it drops the request, or the response whose body
+    /// it reads.
+    pub struct AnnotateFuture<F, B> {
+        #[pin]
+        state: State<F, B>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<F, B> {
+        Response { #[pin] response: F, bounds: Bounds },
+        Body { collect: Option<Box<Collect<B>>> },
+    }
+}
+
+impl<F, B, E> Future for AnnotateFuture<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body,
+{
+    type Output = Result<Response<AnnotatedBody<B>>, E>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                StateProj::Response { response, bounds } => {
+                    let response = ready!(response.poll(cx))?;
+                    if !is_auth_error(response.status()) {
+                        return Poll::Ready(Ok(response.map(AnnotatedBody::unread)));
+                    }
+                    let collect = Some(Collect::new(response, *bounds));
+                    state.set(State::Body { collect });
+                }
+                StateProj::Body { collect } => {
+                    let Some(mut read) = collect.take() else { return Poll::Pending };
+                    let Poll::Ready(end) = read.poll(cx) else {
+                        *collect = Some(read);
+                        return Poll::Pending;
+                    };
+                    let error = read.error(None);
+                    let Collect { mut parts, chunks, body, .. } = *read;
+                    parts.extensions.insert(error);
+                    let body = AnnotatedBody::read(chunks, end, body);
+                    return Poll::Ready(Ok(Response::from_parts(parts, body)));
+                }
+            }
+        }
+    }
+}
+
+pin_project! {
+    /// The body of a response that passed [`AnnotateAuthError`]: the same frames, whether they were read
+    /// before or not.
+    pub struct AnnotatedBody<B>
+    where
+        B: Body,
+    {
+        #[pin]
+        content: Content<B>,
+    }
+}
+
+pin_project! {
+    #[project = ContentProj]
+    enum Content<B>
+    where
+        B: Body,
+    {
+        Unread { #[pin] body: B },
+        Read { chunks: VecDeque<Bytes>, rest: Rest<B> },
+    }
+}
+
+/// What follows the chunks that were read.
+enum Rest<B: Body> {
+    Trailers(http::HeaderMap),
+    Error(B::Error),
+    Body(Pin<Box<B>>),
+    Nothing,
+}
+
+impl<B: Body> AnnotatedBody<B> {
+    #[inline]
+    fn unread(body: B) -> Self {
+        Self { content: Content::Unread { body } }
+    }
+
+    fn read(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<B>>) -> Self {
+        let rest = match end {
+            End::Complete { trailers } => trailers.map_or(Rest::Nothing, Rest::Trailers),
+            End::Failed(error) => Rest::Error(error),
+            End::OutOfBounds => Rest::Body(body),
+        };
+        Self { content: Content::Read { chunks: chunks.into(), rest } }
+    }
+}
+
+impl<B: Body> Body for AnnotatedBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        let (chunks, rest) = match self.project().content.project() {
+            ContentProj::Unread { body } => return body.poll_frame(cx).map_ok(to_bytes),
+            ContentProj::Read { chunks, rest } => (chunks, rest),
+        };
+        if let Some(chunk) = chunks.pop_front() {
+            return Poll::Ready(Some(Ok(Frame::data(chunk))));
+        }
+        if let Rest::Body(body) = rest {
+            return body.as_mut().poll_frame(cx).map_ok(to_bytes);
+        }
+        Poll::Ready(match std::mem::replace(rest, Rest::Nothing) {
+            Rest::Trailers(trailers) => Some(Ok(Frame::trailers(trailers))),
+            Rest::Error(error) => Some(Err(error)),
+            Rest::Body(_) | Rest::Nothing => None,
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Unread { body } => body.is_end_stream(),
+            Content::Read { chunks, rest } => {
+                chunks.is_empty()
+                    && match rest {
+                        Rest::Nothing => true,
+                        Rest::Body(body) => body.is_end_stream(),
+                        Rest::Trailers(_) | Rest::Error(_) => false,
+                    }
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let (chunks, rest) = match &self.content {
+            Content::Unread { body } => return body.size_hint(),
+            Content::Read { chunks, rest } => (chunks, rest),
+        };
+        let read: u64 = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let rest = match rest {
+            Rest::Nothing | Rest::Trailers(_) => SizeHint::with_exact(0),
+            Rest::Body(body) => body.size_hint(),
+            // More was announced, or nobody knows: the body broke off.
+            Rest::Error(_) => SizeHint::new(),
+        };
+        let mut hint = SizeHint::new();
+        hint.set_lower(read.saturating_add(rest.lower()));
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(read.saturating_add(upper));
+        }
+        hint
+    }
+}
+
+fn to_bytes<D: Buf>(frame: Frame<D>) -> Frame<Bytes> {
+    frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+}
+
+impl<F, B> fmt::Debug for AnnotateFuture<F, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnnotateFuture").finish_non_exhaustive()
+    }
+}
+
+impl<B: Body> fmt::Debug for AnnotatedBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AnnotatedBody").finish_non_exhaustive()
+    }
+}

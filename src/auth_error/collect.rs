@@ -1,0 +1,125 @@
+//! Reads an error body within bounds.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use http::{HeaderMap, Response, StatusCode, response::Parts};
+use http_body::Body;
+use tokio::{
+    runtime::Handle,
+    time::{Sleep, sleep},
+};
+
+use crate::{AuthError, BoxError, authorize::Sent};
+
+/// How much of an error body is read, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bounds {
+    pub(super) size: usize,
+    pub(super) time: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { size: 64 * 1024, time: Duration::from_secs(5) }
+    }
+}
+
+/// So many frames are taken before others get a turn: a body can be ready without end and without bytes.
+const FRAMES_A_TURN: usize = 128;
+
+pub(super) fn is_auth_error(status: StatusCode) -> bool {
+    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+}
+
+/// A 401 or 403 whose body is being read.
+pub(super) struct Collect<B> {
+    pub(super) parts: Parts,
+    pub(super) chunks: Vec<Bytes>,
+    pub(super) body: Pin<Box<B>>,
+    bounds: Bounds,
+    read: usize,
+    timer: Timer,
+}
+
+enum Timer {
+    Running(Pin<Box<Sleep>>),
+    /// No runtime has the time: what is not there at once is not waited for.
+    Missing,
+}
+
+/// Why reading ended.
+pub(super) enum End<E> {
+    Complete {
+        trailers: Option<HeaderMap>,
+    },
+    /// The body broke off.
+    Failed(E),
+    /// More would be too much or too late.
+    OutOfBounds,
+}
+
+impl<B: Body> Collect<B> {
+    #[cold]
+    pub(super) fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
+        let (parts, body) = response.into_parts();
+        let timer = match Handle::try_current() {
+            Ok(_) => Timer::Running(Box::pin(sleep(bounds.time))),
+            Err(_) => Timer::Missing,
+        };
+        Box::new(Self { parts, chunks: Vec::new(), body: Box::pin(body), bounds, read: 0, timer })
+    }
+
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+        if let Timer::Running(sleep) = &mut self.timer
+            && sleep.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(End::OutOfBounds);
+        }
+        for _ in 0..FRAMES_A_TURN {
+            if self.read > self.bounds.size {
+                return Poll::Ready(End::OutOfBounds);
+            }
+            let frame = match self.body.as_mut().poll_frame(cx) {
+                Poll::Ready(frame) => frame,
+                Poll::Pending => match self.timer {
+                    Timer::Running(_) => return Poll::Pending,
+                    Timer::Missing => return Poll::Ready(End::OutOfBounds),
+                },
+            };
+            match frame {
+                None => return Poll::Ready(End::Complete { trailers: None }),
+                Some(Err(error)) => return Poll::Ready(End::Failed(error)),
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(mut data) => {
+                        let chunk = data.copy_to_bytes(data.remaining());
+                        self.read = self.read.saturating_add(chunk.len());
+                        self.chunks.extend(Some(chunk).filter(|chunk| !chunk.is_empty()));
+                    }
+                    Err(frame) => {
+                        let trailers = frame.into_trailers().ok();
+                        return Poll::Ready(End::Complete { trailers });
+                    }
+                },
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// The error that the response makes; `source` is what broke its body off.
+    pub(super) fn error(&mut self, source: Option<BoxError>) -> AuthError {
+        let mut body = Vec::with_capacity(self.read.min(self.bounds.size));
+        for chunk in &self.chunks {
+            let room = self.bounds.size - body.len();
+            body.extend_from_slice(&chunk[..room.min(chunk.len())]);
+        }
+        let Parts { status, headers, extensions, .. } = &mut self.parts;
+        let sent = extensions.remove::<Sent>().map(|Sent(credentials)| credentials);
+        AuthError::read(*status, headers, &body, sent.as_ref(), source)
+    }
+}

@@ -1,0 +1,105 @@
+use std::sync::Arc;
+
+use tower_layer::Layer;
+
+use super::{Authorize, service::Policy};
+use crate::{ApiKey, Credentials, Origins, Token};
+
+/// Sends an [`ApiKey`] with every request. See the [module docs](super).
+#[derive(Clone, Debug)]
+pub struct ApiKeyLayer(Arc<Policy>);
+
+/// Sends a JWT, and the [`ApiKey`] beside it, with every request. See the [module docs](super).
+#[derive(Clone, Debug)]
+pub struct JwtLayer(Arc<Policy>);
+
+impl ApiKeyLayer {
+    /// The key as `Authorization: Bearer <key>`, and no `X-API-Key`.
+    #[must_use]
+    pub fn bearer(key: ApiKey) -> Self {
+        Self::of(Some(Credentials::bearer(key)))
+    }
+
+    /// The key as `X-API-Key`, and no `Authorization`.
+    #[must_use]
+    pub fn header(key: ApiKey) -> Self {
+        Self::of(Some(Credentials::header(key)))
+    }
+
+    /// The key as `X-API-Key` beside a [`JwtLayer::beside_api_key`], inside or outside of this one, which
+    /// minds `Authorization`.
+    #[must_use]
+    pub fn beside_jwt(key: ApiKey) -> Self {
+        Self::of(Some(Credentials::key_beside_jwt(key)))
+    }
+
+    /// No credentials of its own: every request brings [`RequestAuth::Own`](crate::RequestAuth::Own), and
+    /// one without is refused.
+    #[must_use]
+    pub fn per_request() -> Self {
+        Self::of(None)
+    }
+
+    fn of(credentials: Option<Credentials>) -> Self {
+        Self(Arc::new(Policy::new(credentials)))
+    }
+}
+
+impl JwtLayer {
+    /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
+    #[must_use]
+    pub fn new(jwt: Token, key: ApiKey) -> Self {
+        Self::of(Credentials::key_and_jwt(key, jwt))
+    }
+
+    /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
+    /// this one, which minds `X-API-Key`.
+    #[must_use]
+    pub fn beside_api_key(jwt: Token) -> Self {
+        Self::of(Credentials::jwt_beside_key(jwt))
+    }
+
+    fn of(credentials: Credentials) -> Self {
+        Self(Arc::new(Policy::new(Some(credentials))))
+    }
+}
+
+macro_rules! settings {
+    ($layer:ident) => {
+        impl $layer {
+            /// Sends the credentials to these origins, instead of `https://api.selamgpt.com` alone.
+            #[must_use]
+            pub fn with_origins(mut self, origins: Origins) -> Self {
+                Arc::make_mut(&mut self.0).origins = origins;
+                self
+            }
+
+            /// Leaves a request alone that came with credentials in a header this layer minds (`IfAbsent`);
+            /// the default is to replace them. The origin is checked all the same.
+            #[must_use]
+            pub fn if_absent(mut self) -> Self {
+                Arc::make_mut(&mut self.0).if_absent = true;
+                self
+            }
+
+            /// Refuses a request without a [`RequestAuth`](crate::RequestAuth) extension; the default is to
+            /// send this layer's credentials with it.
+            #[must_use]
+            pub fn require_choice(mut self) -> Self {
+                Arc::make_mut(&mut self.0).require_choice = true;
+                self
+            }
+        }
+
+        impl<S> Layer<S> for $layer {
+            type Service = Authorize<S>;
+
+            fn layer(&self, inner: S) -> Self::Service {
+                Authorize::new(inner, Arc::clone(&self.0))
+            }
+        }
+    };
+}
+
+settings!(ApiKeyLayer);
+settings!(JwtLayer);

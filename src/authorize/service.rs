@@ -1,0 +1,99 @@
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use http::{Extensions, HeaderMap, Request, Response, Uri};
+use tower_service::Service;
+
+use super::ResponseFuture;
+use crate::{AuthError, Credentials, Origins, RequestAuth, plan::Plan};
+
+/// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
+/// [`JwtLayer`](super::JwtLayer); see the [module docs](super).
+#[derive(Clone, Debug)]
+pub struct Authorize<S> {
+    inner: S,
+    policy: Arc<Policy>,
+}
+
+/// What is written, and when.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    /// `None` when every request brings its own.
+    pub(crate) credentials: Option<Credentials>,
+    pub(crate) origins: Origins,
+    pub(crate) if_absent: bool,
+    pub(crate) require_choice: bool,
+}
+
+impl Policy {
+    pub(super) fn new(credentials: Option<Credentials>) -> Self {
+        Self { credentials, origins: Origins::selam(), if_absent: false, require_choice: false }
+    }
+
+    #[inline]
+    fn plan(&self, uri: &Uri, headers: &HeaderMap, extensions: &Extensions) -> Result<Plan, AuthError> {
+        let own = match self.require_choice && extensions.get::<RequestAuth>().is_none() {
+            true => None,
+            false => self.credentials.as_ref(),
+        };
+        let plan = Plan::new(own, &self.origins, uri, headers, extensions)?;
+        Ok(if self.if_absent { plan.unless_present(headers) } else { plan })
+    }
+
+    #[inline]
+    fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, AuthError> {
+        let plan = self.plan(request.uri(), request.headers(), request.extensions())?;
+        plan.apply(request.headers_mut())?;
+        let (uri, credentials) = plan.into_parts();
+        if let Some(uri) = uri {
+            *request.uri_mut() = *uri;
+        }
+        Ok(credentials)
+    }
+}
+
+impl<S> Authorize<S> {
+    pub(crate) fn new(inner: S, policy: Arc<Policy>) -> Self {
+        Self { inner, policy }
+    }
+
+    /// The service within.
+    pub fn get_ref(&self) -> &S {
+        &self.inner
+    }
+
+    /// The service within.
+    pub fn get_mut(&mut self) -> &mut S {
+        &mut self.inner
+    }
+
+    /// The service within.
+    pub fn into_inner(self) -> S {
+        self.inner
+    }
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Authorize<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Error: From<AuthError>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    #[inline]
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        match self.policy.authorize(&mut request) {
+            Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
+            Err(error) => ResponseFuture::refused(error),
+        }
+    }
+}

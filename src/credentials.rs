@@ -1,0 +1,236 @@
+//! What is written into a request, and how a request may choose it.
+
+use std::{fmt, sync::Arc};
+
+use http::{Extensions, HeaderMap, HeaderValue, Uri, request::Parts};
+
+use crate::{ApiKey, Origins, Token, error::AuthError, plan::Plan, secret::Secret};
+
+/// One consistent set of credentials and the headers it goes into. Cheap to clone; `Debug` shows ids alone.
+///
+/// The layers write it by themselves; [`apply`](Self::apply) does the same by hand, where there is no Tower
+/// stack: in a proxy's request filter, or for a WebSocket handshake.
+///
+/// ```
+/// use http::Request;
+/// use tower_selam::{ApiKey, Credentials, Origins, Token};
+///
+/// let credentials = Credentials::key_and_jwt(ApiKey::new("sk-selam-example")?, Token::new("a.b.c")?);
+/// let (mut parts, body) =
+///     Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap().into_parts();
+/// credentials.apply(&Origins::selam(), &mut parts).unwrap();
+///
+/// assert_eq!(parts.headers["authorization"], "Bearer a.b.c");
+/// assert_eq!(parts.headers["x-api-key"], "sk-selam-example");
+/// # Ok::<(), tower_selam::ConfigError>(())
+/// ```
+#[derive(Clone)]
+pub struct Credentials(Arc<Set>);
+
+struct Set {
+    form: Form,
+    authorization: Slot,
+    x_api_key: Slot,
+    api_key: Option<ApiKey>,
+    jwt: Option<Token>,
+    /// For requests that want the key without the JWT.
+    key_alone: Option<Credentials>,
+}
+
+/// Which set it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// The key alone, in either header.
+    Key,
+    /// JWT and key.
+    Pair,
+    /// The key, beside a layer that has the JWT.
+    KeyHalf,
+    /// The JWT, beside a layer that has the key.
+    JwtHalf,
+}
+
+/// What becomes of a header.
+pub(crate) enum Slot {
+    Write(HeaderValue),
+    Remove,
+    /// The other layer of the pair writes it.
+    Leave,
+}
+
+impl Credentials {
+    /// The key as `Authorization: Bearer <key>`, without `X-API-Key`: what most operations need.
+    #[must_use]
+    pub fn bearer(key: ApiKey) -> Self {
+        let authorization = Slot::Write(key.0.bearer().clone());
+        Self::new(Form::Key, authorization, Slot::Remove, Some(key), None)
+    }
+
+    /// The key as `X-API-Key`, without `Authorization`.
+    #[must_use]
+    pub fn header(key: ApiKey) -> Self {
+        let x_api_key = Slot::Write(key.0.bare().clone());
+        Self::new(Form::Key, Slot::Remove, x_api_key, Some(key), None)
+    }
+
+    /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
+    #[must_use]
+    pub fn key_and_jwt(key: ApiKey, jwt: Token) -> Self {
+        let authorization = Slot::Write(jwt.secret.bearer().clone());
+        let x_api_key = Slot::Write(key.0.bare().clone());
+        Self::new(Form::Pair, authorization, x_api_key, Some(key), Some(jwt))
+    }
+
+    pub(crate) fn key_beside_jwt(key: ApiKey) -> Self {
+        let x_api_key = Slot::Write(key.0.bare().clone());
+        Self::new(Form::KeyHalf, Slot::Leave, x_api_key, Some(key), None)
+    }
+
+    pub(crate) fn jwt_beside_key(jwt: Token) -> Self {
+        let authorization = Slot::Write(jwt.secret.bearer().clone());
+        Self::new(Form::JwtHalf, authorization, Slot::Leave, None, Some(jwt))
+    }
+
+    fn new(
+        form: Form,
+        authorization: Slot,
+        x_api_key: Slot,
+        api_key: Option<ApiKey>,
+        jwt: Option<Token>,
+    ) -> Self {
+        let key_alone = match form {
+            Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
+            Form::Key | Form::JwtHalf => None,
+        };
+        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone }))
+    }
+
+    /// The key, where there is one.
+    #[must_use]
+    pub fn api_key(&self) -> Option<&ApiKey> {
+        self.0.api_key.as_ref()
+    }
+
+    /// The JWT, where there is one.
+    #[must_use]
+    pub fn jwt(&self) -> Option<&Token> {
+        self.0.jwt.as_ref()
+    }
+
+    /// Writes the credentials into `parts`, if they may go to its URI; its [`RequestAuth`] is obeyed.
+    ///
+    /// Headers that the request came with are replaced. With [`Origins::pass_others`], a request to another
+    /// origin is stripped instead.
+    ///
+    /// # Errors
+    ///
+    /// When the origin is not allowed, or the request asks for a credential that is not in this set. Then
+    /// nothing was written, and the request must not be sent.
+    pub fn apply(&self, origins: &Origins, parts: &mut Parts) -> Result<(), AuthError> {
+        let plan = Plan::new(Some(self), origins, &parts.uri, &parts.headers, &parts.extensions)?;
+        plan.apply(&mut parts.headers)?;
+        if let (Some(uri), _) = plan.into_parts() {
+            parts.uri = *uri;
+        }
+        Ok(())
+    }
+
+    /// Writes the credentials into `headers` of a request to `uri`, for clients with request types of their
+    /// own.
+    ///
+    /// # Errors
+    ///
+    /// As [`apply`](Self::apply). With [`Origins::pass_others`], credentials of ours in `uri` itself are
+    /// not taken off.
+    pub fn apply_to_headers(
+        &self,
+        origins: &Origins,
+        uri: &Uri,
+        headers: &mut HeaderMap,
+    ) -> Result<(), AuthError> {
+        Plan::new(Some(self), origins, uri, headers, &Extensions::new())?.apply(headers)
+    }
+
+    #[inline]
+    pub(crate) fn form(&self) -> Form {
+        self.0.form
+    }
+
+    #[inline]
+    pub(crate) fn authorization(&self) -> &Slot {
+        &self.0.authorization
+    }
+
+    #[inline]
+    pub(crate) fn x_api_key(&self) -> &Slot {
+        &self.0.x_api_key
+    }
+
+    /// The set without its JWT; `None` when there is no key in it.
+    pub(crate) fn key_alone(&self) -> Option<&Self> {
+        match self.form() {
+            Form::Key => Some(self),
+            _ => self.0.key_alone.as_ref(),
+        }
+    }
+
+    /// What two layers beside each other sent together.
+    pub(crate) fn joined(self, other: &Self) -> Self {
+        match (self.api_key().or(other.api_key()), self.jwt().or(other.jwt())) {
+            (Some(key), Some(jwt)) => Self::key_and_jwt(key.clone(), jwt.clone()),
+            _ => self,
+        }
+    }
+
+    /// Every secret in the set.
+    pub(crate) fn secrets(&self) -> impl Iterator<Item = &Secret> {
+        let key = self.api_key().map(|key| &key.0);
+        key.into_iter().chain(self.jwt().map(|jwt| &jwt.secret))
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_tuple("Credentials");
+        if let Some(key) = self.api_key() {
+            debug.field(key);
+        }
+        if let Some(jwt) = self.jwt() {
+            debug.field(jwt);
+        }
+        debug.finish()
+    }
+}
+
+/// A request's own choice of credentials, put into its extensions.
+///
+/// It holds for that request alone. Layers that follow redirects may lose it: where the choice matters,
+/// build the layers with `require_choice`, so that a request without one is refused.
+///
+/// ```
+/// use http::Request;
+/// use tower_selam::RequestAuth;
+///
+/// let request = Request::get("https://api.selamgpt.com/v1/models")
+///     .extension(RequestAuth::ApiKey)
+///     .body(())
+///     .unwrap();
+/// # assert!(matches!(request.extensions().get(), Some(RequestAuth::ApiKey)));
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum RequestAuth {
+    /// The key alone.
+    ApiKey,
+    /// JWT and key; refused by a layer that has no JWT.
+    ApiKeyAndJwt,
+    /// No credentials: those that the request came with are taken off.
+    Anonymous,
+    /// Credentials of its own: another tenant's, say.
+    Own(Credentials),
+    /// JWT and key as query parameters, for the WebSocket handshake of the voice agent; refused on any
+    /// request that is no such handshake.
+    ///
+    /// The request's URI then holds secrets: do not log it further in.
+    VoiceAgent,
+}

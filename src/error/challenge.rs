@@ -1,0 +1,63 @@
+use http::{HeaderMap, header::WWW_AUTHENTICATE};
+use http_auth::ChallengeParser;
+
+/// What a `Bearer` challenge says of the error
+/// ([RFC 6750 section 3](https://www.rfc-editor.org/rfc/rfc6750#section-3)).
+#[derive(Debug, Default)]
+pub(super) struct BearerChallenge {
+    pub(super) error: Option<String>,
+    pub(super) description: Option<String>,
+}
+
+impl BearerChallenge {
+    /// The first `Bearer` challenge of the first readable `WWW-Authenticate` that has one.
+    pub(super) fn from_headers(headers: &HeaderMap) -> Self {
+        let values = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+        let challenge = values
+            .flat_map(|value| ChallengeParser::new(value).map_while(Result::ok))
+            .find(|challenge| challenge.scheme.eq_ignore_ascii_case("bearer"));
+        let param = |name: &str| {
+            let (_, value) =
+                challenge.as_ref()?.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
+            Some(value.to_unescaped()).filter(|value| !value.is_empty())
+        };
+        Self { error: param("error"), description: param("error_description") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(values: &[&str]) -> (Option<String>, Option<String>) {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            if let Ok(value) = value.parse() {
+                headers.append(WWW_AUTHENTICATE, value);
+            }
+        }
+        let challenge = BearerChallenge::from_headers(&headers);
+        (challenge.error, challenge.description)
+    }
+
+    #[test]
+    fn the_bearer_challenge_is_found_among_others() {
+        let expected = (Some("invalid_token".to_owned()), Some("it \"expired\"".to_owned()));
+        let challenge = r#"bearer realm="x", error="invalid_token", error_description="it \"expired\"""#;
+        assert_eq!(read(&[challenge]), expected);
+        assert_eq!(read(&["Basic realm=\"x\"", challenge]), expected);
+        assert_eq!(read(&[&format!("Digest nonce=\"n\", {challenge}")]), expected);
+        assert_eq!(read(&["Bearer error=invalid_token"]).0.as_deref(), Some("invalid_token"));
+        assert_eq!(read(&["Bearer"]), (None, None));
+        assert_eq!(read(&[]), (None, None));
+    }
+
+    proptest! {
+        #[test]
+        fn e2_no_challenge_makes_it_panic(value in "(Bearer )?[a-z=\", \\\\]{0,40}") {
+            let _ = read(&[&value]);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+use std::{error::Error, fmt};
+
+/// Why a key, token, URL or origin was refused when it was given.
+///
+/// Says what was refused, where it came from and why; never the value.
+///
+/// ```
+/// let error = tower_selam::ApiKey::new("sk-selam\u{200b}-pasted").unwrap_err();
+/// assert_eq!(error.to_string(), "API key has a character that is not ASCII at byte 8");
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    subject: Subject,
+    place: Place,
+    kind: ConfigErrorKind,
+}
+
+impl ConfigError {
+    #[cold]
+    pub(crate) fn new(subject: Subject, place: Place, kind: ConfigErrorKind) -> Self {
+        Self { subject, place, kind }
+    }
+
+    /// What is wrong.
+    #[must_use]
+    pub fn kind(&self) -> ConfigErrorKind {
+        self.kind
+    }
+
+    /// The environment variable the value came from; `None` when the program gave it.
+    #[must_use]
+    pub fn env_var(&self) -> Option<&str> {
+        match &self.place {
+            Place::Argument => None,
+            Place::EnvVar(name) => Some(name),
+        }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{} {}", self.subject, self.place, self.kind)
+    }
+}
+
+impl Error for ConfigError {}
+
+/// What is wrong with a key, token, URL or origin.
+///
+/// Positions count bytes from the start of the value, surrounding blanks left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ConfigErrorKind {
+    /// Not given, or the environment variable is not set.
+    Missing,
+    /// Nothing in it but white space.
+    Empty,
+    /// The environment variable is not valid Unicode.
+    NotUnicode,
+    /// A space or a tab inside.
+    WhiteSpace {
+        /// Where it stands.
+        at: usize,
+    },
+    /// A line break or another control character inside.
+    ControlCharacter {
+        /// Where it stands.
+        at: usize,
+    },
+    /// A character that is not ASCII: a byte order mark, a zero-width space, a curly quote, …
+    NonAscii {
+        /// Where it stands.
+        at: usize,
+    },
+    /// Quotation marks around it, as some tools leave them from an `.env` file.
+    Quoted,
+    /// Starts with `Bearer `, which the layers add themselves.
+    BearerPrefix,
+    /// No absolute URL with a host.
+    InvalidUrl,
+    /// The host is no name, and no address written in full.
+    InvalidHost,
+    /// The port is no number from 0 to 65535.
+    InvalidPort,
+    /// A user name or password in the URL.
+    UserInfo,
+    /// A path, query or fragment where none belongs.
+    Excess,
+    /// A scheme other than `https`.
+    NotHttps,
+    /// Plain `http` was allowed to loopback, but this is neither a loopback address nor `localhost`.
+    NotLoopback,
+    /// The origin is not among the allowed ones.
+    NotAllowed,
+}
+
+impl fmt::Display for ConfigErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("is not set"),
+            Self::Empty => f.write_str("is empty"),
+            Self::NotUnicode => f.write_str("is not valid Unicode"),
+            Self::WhiteSpace { at } => write!(f, "has white space at byte {at}"),
+            Self::ControlCharacter { at } => write!(f, "has a control character at byte {at}"),
+            Self::NonAscii { at } => write!(f, "has a character that is not ASCII at byte {at}"),
+            Self::Quoted => f.write_str("is in quotes: give it without them"),
+            Self::BearerPrefix => f.write_str("starts with `Bearer `: give the value alone"),
+            Self::InvalidUrl => f.write_str("is not an absolute URL such as https://api.selamgpt.com"),
+            Self::InvalidHost => f.write_str("has an invalid host: give a name or an address in full"),
+            Self::InvalidPort => f.write_str("has an invalid port"),
+            Self::UserInfo => f.write_str("has a user name or password in it"),
+            Self::Excess => f.write_str("has a part that does not belong: path, query or fragment"),
+            Self::NotHttps => f.write_str("is not https"),
+            Self::NotLoopback => f.write_str("is neither https nor on a loopback address"),
+            Self::NotAllowed => f.write_str("is not among the allowed origins"),
+        }
+    }
+}
+
+/// What was being made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    ApiKey,
+    Token,
+    BaseUrl,
+    Origin,
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ApiKey => "API key",
+            Self::Token => "JWT",
+            Self::BaseUrl => "base URL",
+            Self::Origin => "origin",
+        })
+    }
+}
+
+/// Where the value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Argument,
+    EnvVar(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Argument => Ok(()),
+            Self::EnvVar(name) => write!(f, " from the environment variable {name}"),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+use std::fmt;
+
+use http::StatusCode;
+
+/// What kind of [`AuthError`](crate::AuthError) it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AuthErrorKind {
+    /// The API does not accept the key: `invalid_api_key`.
+    InvalidApiKey,
+    /// The API saw no key: `missing_api_key`.
+    MissingApiKey,
+    /// The account may not use this feature: `insufficient_permissions`, or `insufficient_scope` of RFC 6750.
+    InsufficientPermissions,
+    /// The API does not accept the token: `invalid_token` of RFC 6750, or a code of the same meaning.
+    TokenRejected,
+    /// Any other 401.
+    Unauthorized,
+    /// Any other 403.
+    Forbidden,
+    /// Nothing was sent: the request's URI is not one that credentials may go to.
+    OriginNotAllowed,
+    /// Nothing was sent: there is no credential of the sort that the request needs.
+    CredentialUnavailable,
+    /// Nothing was sent: the request cannot carry credentials.
+    InvalidRequest,
+}
+
+impl AuthErrorKind {
+    /// What a 401 or 403 is: by code first, then type, then status, as the API's own pages show
+    /// `invalid_api_key` under two types.
+    pub(super) fn classify(status: StatusCode, code: Option<&str>, error_type: Option<&str>) -> Self {
+        let by_status = match status {
+            StatusCode::UNAUTHORIZED => Self::Unauthorized,
+            _ => Self::Forbidden,
+        };
+        let by_code = code.and_then(|code| {
+            Some(match code {
+                "invalid_api_key" => Self::InvalidApiKey,
+                "missing_api_key" => Self::MissingApiKey,
+                "insufficient_permissions" | "insufficient_scope" => Self::InsufficientPermissions,
+                "invalid_token" | "invalid_jwt" | "token_expired" | "expired_token" | "jwt_expired" => {
+                    Self::TokenRejected
+                }
+                _ => return None,
+            })
+        });
+        let by_type = || match error_type? {
+            "authentication_error" => Some(Self::Unauthorized),
+            "authorization_error" | "permission_error" => Some(Self::Forbidden),
+            _ => None,
+        };
+        by_code.or_else(by_type).unwrap_or(by_status)
+    }
+
+    pub(super) fn is_auth(self) -> bool {
+        !matches!(self, Self::OriginNotAllowed | Self::CredentialUnavailable | Self::InvalidRequest)
+    }
+
+    pub(super) fn is_permanent(self) -> bool {
+        // A token may be renewed, and a bare 401 may be about one.
+        !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::CredentialUnavailable)
+    }
+
+    pub(super) fn remedy(self) -> Option<&'static str> {
+        Some(match self {
+            Self::InvalidApiKey => "verify the API key and check that it was not revoked",
+            Self::MissingApiKey => "send the API key in a header on all requests",
+            Self::InsufficientPermissions => "a higher account level has this feature",
+            Self::TokenRejected => "obtain a new JWT",
+            Self::OriginNotAllowed => {
+                "send the request to an allowed https origin, or allow this one in `Origins`"
+            }
+            Self::CredentialUnavailable => "give the layer the credential that the request asks for",
+            Self::Unauthorized | Self::Forbidden | Self::InvalidRequest => return None,
+        })
+    }
+}
+
+impl fmt::Display for AuthErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InvalidApiKey => "invalid API key",
+            Self::MissingApiKey => "missing API key",
+            Self::InsufficientPermissions => "insufficient permissions",
+            Self::TokenRejected => "token rejected",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::OriginNotAllowed => "origin not allowed",
+            Self::CredentialUnavailable => "no credential available",
+            Self::InvalidRequest => "invalid request",
+        })
+    }
+}

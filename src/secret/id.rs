@@ -1,0 +1,42 @@
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+/// A short name for a credential, to tell one from another in logs and metrics without showing it.
+///
+/// The first 24 bits of the secret's SHA-256 in hex: the same on every machine and in every version, and
+/// too little to learn the secret from. To find the id of a key at hand:
+///
+/// ```console
+/// $ printf %s "$SELAM_API_KEY" | sha256sum | cut -c1-6
+/// ```
+///
+/// ```
+/// use tower_selam::ApiKey;
+///
+/// let key = ApiKey::new("sk-selam-example")?;
+/// assert_eq!(key.id().to_string(), "9da0f3");
+/// # Ok::<(), tower_selam::ConfigError>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyId([u8; 3]);
+
+impl KeyId {
+    pub(super) fn of(secret: &[u8]) -> Self {
+        let digest = Sha256::digest(secret);
+        Self([digest[0], digest[1], digest[2]])
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c] = self.0;
+        write!(f, "{a:02x}{b:02x}{c:02x}")
+    }
+}
+
+impl fmt::Debug for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KeyId({self})")
+    }
+}

@@ -1,0 +1,183 @@
+//! Credentials as values: validated when made, wiped when dropped, never printed.
+//!
+//! An [`ApiKey`] or a [`Token`] owns one buffer, `Bearer <secret>`, from which both header values are cut
+//! without a copy. Cloning a header value counts a reference; when the last one drops, the buffer is wiped.
+
+mod api_key;
+mod id;
+mod token;
+
+use std::fmt;
+
+use bytes::Bytes;
+use http::HeaderValue;
+use zeroize::Zeroizing;
+
+pub use self::{api_key::ApiKey, id::KeyId, token::Token};
+use crate::error::{ConfigError, ConfigErrorKind, Place, Subject};
+
+const SCHEME: &str = "Bearer ";
+
+/// What [`ApiKey`] and [`Token`] are made of.
+#[derive(Clone)]
+pub(crate) struct Secret {
+    bearer: HeaderValue,
+    bare: HeaderValue,
+    id: KeyId,
+}
+
+impl Secret {
+    pub(crate) fn new(value: String, subject: Subject, place: Place) -> Result<Self, ConfigError> {
+        let value = Zeroizing::new(value);
+        Self::parse(&value).map_err(|kind| ConfigError::new(subject, place, kind))
+    }
+
+    pub(crate) fn from_env_var(name: &str, subject: Subject) -> Result<Self, ConfigError> {
+        let place = Place::EnvVar(name.to_owned());
+        match crate::env::var(name) {
+            Ok(value) => Self::new(value, subject, place),
+            Err(kind) => Err(ConfigError::new(subject, place, kind)),
+        }
+    }
+
+    fn parse(value: &str) -> Result<Self, ConfigErrorKind> {
+        let secret = trim(value);
+        check(secret)?;
+
+        // Of the right size from the start: a buffer that grows leaves unwiped copies behind.
+        let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
+        buffer.extend_from_slice(SCHEME.as_bytes());
+        buffer.extend_from_slice(secret.as_bytes());
+        let buffer = Bytes::from_owner(buffer);
+
+        Ok(Self {
+            bare: sensitive(buffer.slice(SCHEME.len()..))?,
+            bearer: sensitive(buffer)?,
+            id: KeyId::of(secret.as_bytes()),
+        })
+    }
+
+    /// `Bearer <secret>`, sensitive.
+    #[inline]
+    pub(crate) fn bearer(&self) -> &HeaderValue {
+        &self.bearer
+    }
+
+    /// The secret alone, sensitive.
+    #[inline]
+    pub(crate) fn bare(&self) -> &HeaderValue {
+        &self.bare
+    }
+
+    /// The secret alone; ASCII, because `parse` checked it.
+    pub(crate) fn expose(&self) -> &str {
+        std::str::from_utf8(self.bare.as_bytes()).unwrap_or_default()
+    }
+
+    pub(crate) fn id(&self) -> KeyId {
+        self.id
+    }
+
+    fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{name}([redacted] id={})", self.id)
+    }
+}
+
+/// Without surrounding blanks and one line end, as an editor or `echo` leaves them.
+fn trim(value: &str) -> &str {
+    let blank = [' ', '\t'];
+    let value = value.trim_matches(blank);
+    let value = value.strip_suffix("\r\n").or_else(|| value.strip_suffix(['\n', '\r'])).unwrap_or(value);
+    value.trim_end_matches(blank)
+}
+
+fn check(secret: &str) -> Result<(), ConfigErrorKind> {
+    let scheme = SCHEME.trim_end();
+    let rest = secret.get(..scheme.len()).filter(|head| head.eq_ignore_ascii_case(scheme));
+    if rest.is_some() && secret[scheme.len()..].bytes().next().is_none_or(|byte| byte.is_ascii_whitespace()) {
+        return Err(ConfigErrorKind::BearerPrefix);
+    }
+    if secret.is_empty() {
+        return Err(ConfigErrorKind::Empty);
+    }
+    for (at, byte) in secret.bytes().enumerate() {
+        match byte {
+            b' ' | b'\t' => return Err(ConfigErrorKind::WhiteSpace { at }),
+            0..0x20 | 0x7f => return Err(ConfigErrorKind::ControlCharacter { at }),
+            0x80.. => return Err(ConfigErrorKind::NonAscii { at }),
+            _ => {}
+        }
+    }
+    if secret.starts_with(['"', '\'']) || secret.ends_with(['"', '\'']) {
+        return Err(ConfigErrorKind::Quoted);
+    }
+    Ok(())
+}
+
+fn sensitive(bytes: Bytes) -> Result<HeaderValue, ConfigErrorKind> {
+    // `check` let only visible ASCII pass, so this does not fail.
+    let mut value =
+        HeaderValue::from_maybe_shared(bytes).map_err(|_| ConfigErrorKind::ControlCharacter { at: 0 })?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(value: &str) -> Result<Secret, ConfigErrorKind> {
+        Secret::parse(value)
+    }
+
+    #[test]
+    fn s1_surrounding_blanks_and_one_line_end_are_trimmed() {
+        for value in ["sk-selam-a", " sk-selam-a\t", "sk-selam-a\n", "sk-selam-a\r\n", "\t sk-selam-a \n "] {
+            assert_eq!(parse(value).unwrap().expose(), "sk-selam-a", "{value:?}");
+        }
+    }
+
+    #[test]
+    fn s1_everything_else_is_refused_by_kind() {
+        use ConfigErrorKind as Kind;
+        for (value, kind) in [
+            ("", Kind::Empty),
+            (" \t\n", Kind::Empty),
+            ("sk-selam-a\n\n", Kind::ControlCharacter { at: 10 }),
+            ("\nsk-selam-a", Kind::ControlCharacter { at: 0 }),
+            ("sk-\u{0}selam", Kind::ControlCharacter { at: 3 }),
+            ("sk-\u{7f}selam", Kind::ControlCharacter { at: 3 }),
+            ("sk-selam-a\r\nHost: evil.com", Kind::ControlCharacter { at: 10 }),
+            ("\u{feff}sk-selam-a", Kind::NonAscii { at: 0 }),
+            ("sk-selam\u{200b}-a", Kind::NonAscii { at: 8 }),
+            ("\u{201c}sk-selam-a\u{201d}", Kind::NonAscii { at: 0 }),
+            ("\u{a0}sk-selam-a", Kind::NonAscii { at: 0 }),
+            ("sk selam", Kind::WhiteSpace { at: 2 }),
+            ("sk\tselam", Kind::WhiteSpace { at: 2 }),
+            ("Bearer sk-selam-a", Kind::BearerPrefix),
+            ("bearer\tsk-selam-a", Kind::BearerPrefix),
+            ("BEARER ", Kind::BearerPrefix),
+            ("\"sk-selam-a\"", Kind::Quoted),
+            ("'sk-selam-a'", Kind::Quoted),
+        ] {
+            assert_eq!(parse(value).map(|_| ()), Err(kind), "{value:?}");
+        }
+        assert!(parse("bearers-of-news").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn s1_what_is_accepted_is_visible_ascii_and_sent_byte_for_byte(value in "\\PC*|[ -~\\r\\n\\t]{0,40}") {
+            if let Ok(secret) = parse(&value) {
+                let exposed = secret.expose();
+                prop_assert!(!exposed.is_empty() && exposed.bytes().all(|byte| byte.is_ascii_graphic()));
+                prop_assert_eq!(exposed, value.trim());
+                prop_assert_eq!(secret.bare().as_bytes(), exposed.as_bytes());
+                prop_assert_eq!(secret.bearer().as_bytes().strip_prefix(b"Bearer "), Some(exposed.as_bytes()));
+                prop_assert!(secret.bare().is_sensitive() && secret.bearer().is_sensitive());
+            }
+        }
+    }
+}

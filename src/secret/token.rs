@@ -1,0 +1,150 @@
+use std::{
+    fmt,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use jsonwebtoken::dangerous::insecure_decode_claims;
+use serde::Deserialize;
+
+use super::{KeyId, Secret};
+use crate::{
+    env,
+    error::{ConfigError, Place, Subject},
+};
+
+/// A bearer token: the JWT that some features of SelamAPI need beside the key.
+///
+/// Validated, cheap to clone, redacted and wiped like [`ApiKey`](crate::ApiKey). It need not be a JWT: an
+/// opaque token works and has no [`expires_at`](Self::expires_at).
+///
+/// ```
+/// use std::time::{Duration, UNIX_EPOCH};
+/// use tower_selam::Token;
+///
+/// // {"alg":"HS256","typ":"JWT"} . {"sub":"selam","exp":1900000000} . (signature)
+/// let token = Token::new("eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiJzZWxhbSIsImV4cCI6MTkwMDAwMDAwMH0.c2ln")?;
+/// assert_eq!(token.expires_at(), Some(UNIX_EPOCH + Duration::from_secs(1_900_000_000)));
+/// # Ok::<(), tower_selam::ConfigError>(())
+/// ```
+#[derive(Clone)]
+pub struct Token {
+    pub(crate) secret: Secret,
+    expires_at: Option<SystemTime>,
+}
+
+impl Token {
+    /// A token given by the program.
+    ///
+    /// # Errors
+    ///
+    /// As [`ApiKey::new`](crate::ApiKey::new).
+    pub fn new(value: impl Into<String>) -> Result<Self, ConfigError> {
+        Secret::new(value.into(), Subject::Token, Place::Argument).map(Self::from_secret)
+    }
+
+    /// The token in the environment variable [`SELAM_JWT`](env::SELAM_JWT).
+    ///
+    /// # Errors
+    ///
+    /// When it is not set, or as for [`new`](Self::new); the error names the variable.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        Self::from_env_var(env::SELAM_JWT)
+    }
+
+    /// The token in the environment variable `name`.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_env`](Self::from_env).
+    pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
+        Secret::from_env_var(name, Subject::Token).map(Self::from_secret)
+    }
+
+    fn from_secret(secret: Secret) -> Self {
+        let expires_at = expiry(secret.expose());
+        Self { secret, expires_at }
+    }
+
+    /// When the token expires by its own `exp` claim
+    /// ([RFC 7519 section 4.1.4](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.4)).
+    ///
+    /// `None` when it is no JWT, has no `exp`, or one that is no time: negative, not a number, or beyond
+    /// what [`SystemTime`] holds. The signature is not checked: that is the API's to do.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<SystemTime> {
+        self.expires_at
+    }
+
+    /// A short, non-reversible name for logs and metrics.
+    #[must_use]
+    pub fn id(&self) -> KeyId {
+        self.secret.id()
+    }
+
+    /// The token itself, for an API that takes nothing else. Do not print it.
+    #[must_use]
+    pub fn expose_secret(&self) -> &str {
+        self.secret.expose()
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.secret.debug("Token", f)
+    }
+}
+
+fn expiry(token: &str) -> Option<SystemTime> {
+    #[derive(Deserialize)]
+    struct Claims {
+        // A NumericDate may have a fraction (RFC 7519 section 2).
+        exp: f64,
+    }
+
+    let Claims { exp } = insecure_decode_claims(token).ok()?;
+    UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(exp).ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn jwt(claims: &str) -> String {
+        let part = |text| BASE64_URL_SAFE_NO_PAD.encode(text);
+        format!("{}.{}.c2ln", part(r#"{"alg":"HS256"}"#), part(claims))
+    }
+
+    #[test]
+    fn an_expiry_is_read_from_exp_and_from_nothing_else() {
+        let at = |seconds| Some(UNIX_EPOCH + Duration::from_millis(seconds));
+        for (claims, expected) in [
+            (r#"{"exp":1900000000}"#, at(1_900_000_000_000)),
+            (r#"{"exp":1900000000.5}"#, at(1_900_000_000_500)),
+            (r#"{"exp":0}"#, at(0)),
+            (r"{}", None),
+            (r#"{"exp":null}"#, None),
+            (r#"{"exp":"1900000000"}"#, None),
+            (r#"{"exp":-1}"#, None),
+            (r#"{"exp":9223372036854775808}"#, None),
+            (r#"{"exp":1e400}"#, None),
+            (r#"{"exp":[1900000000]}"#, None),
+            ("not json", None),
+        ] {
+            assert_eq!(Token::new(jwt(claims)).unwrap().expires_at(), expected, "{claims}");
+        }
+        assert_eq!(Token::new("opaque").unwrap().expires_at(), None);
+        assert_eq!(Token::new("a.b.c").unwrap().expires_at(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_claims_make_it_panic(claims in "\\PC*", exp in any::<f64>(), raw in "[!-~]{1,60}") {
+            let _ = Token::new(jwt(&claims));
+            let _ = Token::new(jwt(&format!(r#"{{"exp":{exp}}}"#)));
+            let _ = Token::new(raw);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+use std::time::Duration;
+
+use super::SelamLayer;
+use crate::{
+    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, Credentials, Origins, Token,
+    authorize::Policy,
+    env,
+    error::{Place, Subject},
+};
+
+/// Builds a [`SelamLayer`].
+#[derive(Clone, Debug, Default)]
+#[must_use]
+pub struct SelamLayerBuilder {
+    api_key: Option<ApiKey>,
+    jwt: Option<Token>,
+    base_url: Option<BaseUrl>,
+    origins: Option<Origins>,
+    errors: AuthErrorLayer,
+    if_absent: bool,
+    require_choice: bool,
+    allow_insecure_loopback: bool,
+}
+
+impl SelamLayerBuilder {
+    /// The key. Required.
+    pub fn with_api_key(mut self, key: ApiKey) -> Self {
+        self.api_key = Some(key);
+        self
+    }
+
+    /// A JWT to send with the key on every request; by default the key goes alone.
+    pub fn with_jwt(mut self, jwt: Token) -> Self {
+        self.jwt = Some(jwt);
+        self
+    }
+
+    /// Where the API lives; by default [`BaseUrl::DEFAULT`].
+    pub fn with_base_url(mut self, base_url: BaseUrl) -> Self {
+        self.base_url = Some(base_url);
+        self
+    }
+
+    /// Where credentials may go; by default to the base URL's origin alone.
+    pub fn with_origins(mut self, origins: Origins) -> Self {
+        self.origins = Some(origins);
+        self
+    }
+
+    /// See [`ApiKeyLayer::if_absent`](crate::ApiKeyLayer::if_absent).
+    pub fn if_absent(mut self) -> Self {
+        self.if_absent = true;
+        self
+    }
+
+    /// See [`ApiKeyLayer::require_choice`](crate::ApiKeyLayer::require_choice).
+    pub fn require_choice(mut self) -> Self {
+        self.require_choice = true;
+        self
+    }
+
+    /// See [`AuthErrorLayer::with_body_limit`].
+    pub fn with_error_body_limit(mut self, bytes: usize) -> Self {
+        self.errors = self.errors.with_body_limit(bytes);
+        self
+    }
+
+    /// See [`AuthErrorLayer::with_body_timeout`].
+    pub fn with_error_body_timeout(mut self, time: Duration) -> Self {
+        self.errors = self.errors.with_body_timeout(time);
+        self
+    }
+
+    /// Lets `SELAM_BASE_URL` be plain `http` to a loopback address or `localhost`, for tests.
+    pub fn allow_insecure_loopback(mut self) -> Self {
+        self.allow_insecure_loopback = true;
+        self
+    }
+
+    /// The layer, of what was given.
+    ///
+    /// # Errors
+    ///
+    /// When no key was given.
+    pub fn build(self) -> Result<SelamLayer, ConfigError> {
+        let Some(key) = self.api_key else {
+            return Err(ConfigError::new(Subject::ApiKey, Place::Argument, ConfigErrorKind::Missing));
+        };
+        let base_url = self.base_url.unwrap_or_default();
+        let policy = Policy {
+            credentials: Some(match self.jwt {
+                Some(jwt) => Credentials::key_and_jwt(key, jwt),
+                None => Credentials::bearer(key),
+            }),
+            origins: self.origins.unwrap_or_else(|| base_url.origins()),
+            if_absent: self.if_absent,
+            require_choice: self.require_choice,
+        };
+        Ok(SelamLayer::new(policy, self.errors, base_url))
+    }
+
+    /// The layer, of what was given and, for what was not, the environment: [`SELAM_API_KEY`],
+    /// [`SELAM_JWT`] (may be missing) and [`SELAM_BASE_URL`] (may be missing).
+    ///
+    /// # Errors
+    ///
+    /// When there is no key, or a variable that is read holds something invalid; the error names it.
+    ///
+    /// [`SELAM_API_KEY`]: env::SELAM_API_KEY
+    /// [`SELAM_JWT`]: env::SELAM_JWT
+    /// [`SELAM_BASE_URL`]: env::SELAM_BASE_URL
+    pub fn build_with_env(mut self) -> Result<SelamLayer, ConfigError> {
+        if self.api_key.is_none() {
+            self.api_key = Some(ApiKey::from_env()?);
+        }
+        if self.jwt.is_none() && std::env::var_os(env::SELAM_JWT).is_some() {
+            self.jwt = Some(Token::from_env()?);
+        }
+        if self.base_url.is_none() {
+            self.base_url = Some(BaseUrl::read_env(self.allow_insecure_loopback)?);
+        }
+        self.build()
+    }
+}
