@@ -1,0 +1,175 @@
+//! What the API answers to what.
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::{
+    HeaderMap, HeaderName, Method, Request, Response,
+    header::{AUTHORIZATION, SEC_WEBSOCKET_KEY},
+};
+use http_body::Body;
+use http_body_util::BodyExt;
+use percent_encoding::percent_decode_str;
+use serde_json::Value;
+
+use super::{
+    Access, Fault, Received, Simulator, SimulatorBody, State,
+    quota::Quota,
+    refusal::{self, Refusal},
+    replies,
+};
+use crate::BoxError;
+
+/// So much of a request body is kept.
+const KEPT: usize = 64 * 1024;
+
+pub(super) type Answer = Response<SimulatorBody>;
+
+pub(super) async fn answer<B>(simulator: Simulator, request: Request<B>) -> Answer
+where
+    B: Body,
+    B::Error: Into<BoxError>,
+{
+    let (parts, body) = request.into_parts();
+    let (body, body_length) = read(body).await;
+    let received = Received {
+        method: parts.method,
+        uri: parts.uri,
+        version: parts.version,
+        headers: parts.headers,
+        body,
+        body_length,
+    };
+
+    let (fault, answer, quota) = {
+        let mut state = simulator.state();
+        state.remember(received.clone());
+        let fault = state.faults.pop_front();
+        let quota = state.window.count();
+        let answer = match (&fault, &quota) {
+            (Some(Fault::Html(status)), _) => replies::html(*status),
+            (Some(Fault::RateLimited { retry_after }), _) => refusal::rate_limited(*retry_after),
+            (Some(Fault::Unavailable), _) => refusal::UNAVAILABLE.answer(),
+            (Some(Fault::Answer(answer)), _) => answer.clone().map(SimulatorBody::whole),
+            (_, Quota { allowed: false, reset_after, .. }) => refusal::rate_limited(*reset_after),
+            _ => route(&state, &received),
+        };
+        (fault, answer, quota)
+    };
+    if let Some(Fault::Stall) = fault {
+        std::future::pending::<()>().await;
+    }
+    let mut answer = match &fault {
+        Some(fault) => answer.map(|body| body.with_fault(fault)),
+        None => answer,
+    };
+    quota.write(answer.headers_mut());
+    answer
+}
+
+/// The beginning of the body and the length of all of it; what breaks off counts as far as it came.
+async fn read<B: Body>(body: B) -> (Bytes, u64) {
+    let mut body = Box::pin(body);
+    let (mut kept, mut length) = (BytesMut::new(), 0);
+    while let Some(Ok(frame)) = body.frame().await {
+        if let Ok(mut data) = frame.into_data() {
+            let data = data.copy_to_bytes(data.remaining());
+            length += data.len() as u64;
+            kept.extend_from_slice(&data[..data.len().min(KEPT - kept.len())]);
+        }
+    }
+    (kept.freeze(), length)
+}
+
+fn route(state: &State, request: &Received) -> Answer {
+    let path = request.uri.path();
+    let answer = match path {
+        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => handshake(state, request),
+        "/v1/chat/completions"
+        | "/v1/chat/completions/batch"
+        | "/v1/images/generations"
+        | "/v1/audio/speech"
+        | "/v1/audio/agent/sessions" => call(state, request, path),
+        _ => Err(refusal::NOT_FOUND),
+    };
+    answer.unwrap_or_else(Refusal::answer)
+}
+
+fn call(state: &State, request: &Received, path: &str) -> Result<Answer, Refusal> {
+    if request.method != Method::POST {
+        return Err(refusal::METHOD_NOT_ALLOWED);
+    }
+    let caller = authenticate(state, &request.headers)?;
+    if caller.access == Access::Limited && !path.starts_with("/v1/chat/") {
+        return Err(refusal::INSUFFICIENT_PERMISSIONS);
+    }
+    if path == "/v1/audio/agent/sessions" && !caller.has_jwt {
+        return Err(refusal::MISSING_JWT);
+    }
+    let body: Value = serde_json::from_slice(&request.body).map_err(|_| refusal::BAD_JSON)?;
+    Ok(match path {
+        "/v1/chat/completions" => replies::chat(&body),
+        "/v1/chat/completions/batch" => replies::batch(&body),
+        "/v1/images/generations" => replies::image(),
+        "/v1/audio/speech" => replies::speech(),
+        _ => replies::session(&body),
+    })
+}
+
+struct Caller {
+    access: Access,
+    has_jwt: bool,
+}
+
+/// By the contract: the key as bearer, or a JWT as bearer and the key as `X-API-Key`, or the key there alone.
+fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
+    let authorization = only(headers, &AUTHORIZATION)?;
+    let x_api_key = only(headers, &HeaderName::from_static("x-api-key"))?;
+    let bearer = match authorization {
+        Some(value) => Some(value.strip_prefix("Bearer ").ok_or(refusal::MISSING_API_KEY)?),
+        None => None,
+    };
+    match (bearer, x_api_key) {
+        (Some(key), None) if key.starts_with("sk-") => check(state, None, key),
+        (_, None) => Err(refusal::MISSING_API_KEY),
+        (jwt, Some(key)) => check(state, jwt, key),
+    }
+}
+
+fn check(state: &State, jwt: Option<&str>, key: &str) -> Result<Caller, Refusal> {
+    let access = *state.keys.get(key).ok_or(refusal::INVALID_API_KEY)?;
+    match jwt {
+        Some(jwt) if !state.issuer.accepts(jwt) => Err(refusal::INVALID_JWT),
+        jwt => Ok(Caller { access, has_jwt: jwt.is_some() }),
+    }
+}
+
+/// Two of a header that may come once are refused, so that a duplicate does not go unnoticed.
+fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Refusal> {
+    let mut values = headers.get_all(name).iter();
+    let value = values.next().map(|value| value.to_str().unwrap_or_default());
+    match values.next() {
+        Some(_) => Err(refusal::DUPLICATE_HEADER),
+        None => Ok(value),
+    }
+}
+
+fn handshake(state: &State, request: &Received) -> Result<Answer, Refusal> {
+    if request.method != Method::GET {
+        return Err(refusal::METHOD_NOT_ALLOWED);
+    }
+    let (Some(jwt), Some(key)) = (param(request, "token"), param(request, "api_key")) else {
+        return Err(refusal::MISSING_API_KEY);
+    };
+    if check(state, Some(&jwt), &key)?.access == Access::Limited {
+        return Err(refusal::INSUFFICIENT_PERMISSIONS);
+    }
+    let nonce = request.headers.get(SEC_WEBSOCKET_KEY).ok_or(refusal::NO_WEBSOCKET)?;
+    Ok(replies::switch_to_websocket(nonce))
+}
+
+/// A query parameter that stands there once.
+fn param(request: &Received, name: &str) -> Option<String> {
+    let params = request.uri.query()?.split('&').filter_map(|param| param.split_once('='));
+    let mut values = params.filter(|(found, _)| *found == name).map(|(_, value)| value);
+    let value = percent_decode_str(values.next()?).decode_utf8().ok()?.into_owned();
+    values.next().is_none().then_some(value)
+}

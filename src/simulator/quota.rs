@@ -1,0 +1,68 @@
+//! The account's rate limit, and the headers that tell it.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName};
+use tokio::time::Instant;
+
+use super::{jwt::epoch_seconds, replies::set};
+use crate::clock;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// So many requests a minute.
+pub(super) struct Window {
+    limit: u64,
+    used: u64,
+    number: u64,
+    ends: Instant,
+}
+
+/// What the limit means for one request.
+pub(super) struct Quota {
+    pub(super) allowed: bool,
+    limit: u64,
+    remaining: u64,
+    pub(super) reset_after: Duration,
+    /// Numbers the requests.
+    number: u64,
+}
+
+impl Window {
+    pub(super) fn new(limit: u64) -> Self {
+        Self { limit, used: 0, number: 0, ends: Instant::now() + MINUTE }
+    }
+
+    pub(super) fn count(&mut self) -> Quota {
+        let now = Instant::now();
+        if now >= self.ends {
+            self.used = 0;
+            self.ends = now + MINUTE;
+        }
+        self.number += 1;
+        self.used += 1;
+        Quota {
+            allowed: self.used <= self.limit,
+            limit: self.limit,
+            remaining: self.limit.saturating_sub(self.used),
+            reset_after: self.ends - now,
+            number: self.number,
+        }
+    }
+}
+
+impl Quota {
+    pub(super) fn write(&self, headers: &mut HeaderMap) {
+        // Whole seconds, rounded up: after that long there is room.
+        let after = self.reset_after.as_millis().div_ceil(1000) as u64;
+        for (name, value) in [
+            ("x-ratelimit-limit", self.limit),
+            ("x-ratelimit-remaining", self.remaining),
+            ("x-ratelimit-reset", epoch_seconds(clock::now()) + after),
+            ("x-ratelimit-reset-after", after),
+        ] {
+            headers.insert(HeaderName::from_static(name), value.into());
+        }
+        set(headers, &HeaderName::from_static("x-request-id"), &format!("req_{}", self.number));
+    }
+}

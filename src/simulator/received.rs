@@ -1,0 +1,34 @@
+use std::fmt;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Uri, Version};
+
+/// A request as it arrived, credentials and all. `Debug` shows no more than method, path and header names.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Received {
+    /// The method.
+    pub method: Method,
+    /// The URI: whole in process and on HTTP/2, path and query on HTTP/1.1.
+    pub uri: Uri,
+    /// The version.
+    pub version: Version,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The first 64 KiB of the body.
+    pub body: Bytes,
+    /// The length of the whole body, in bytes.
+    pub body_length: u64,
+}
+
+impl fmt::Debug for Received {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Received")
+            .field("method", &self.method)
+            .field("path", &self.uri.path())
+            .field("version", &self.version)
+            .field("headers", &self.headers.keys())
+            .field("body_length", &self.body_length)
+            .finish()
+    }
+}
