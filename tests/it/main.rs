@@ -1,1 +1,22 @@
+//! What must hold, seen from outside. Tests are named for the behaviour they prove; `tests/README.md` maps
+//! the ids.
 
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "helpers of tests fail loudly too"
+)]
+
+mod annotate;
+mod environment;
+mod errors;
+mod handshake;
+mod headers;
+mod origins;
+mod secrets;
+mod simulator;
+mod support;
+mod tower_contract;
+mod wire;

@@ -1,0 +1,163 @@
+//! What is read from the environment. Each case runs in a process of its own, as variables are the process's.
+
+use std::{env, process::Command};
+
+use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token};
+
+use crate::support::{MODELS, get, send, values};
+
+const CASE: &str = "TOWER_SELAM_TEST_CASE";
+
+/// Runs the test `name` again in a process with these variables; what it prints after `=> `.
+#[track_caller]
+fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String {
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", &format!("environment::{name}"), "--nocapture"])
+        .env_remove("SELAM_API_KEY")
+        .env_remove("SELAM_JWT")
+        .env_remove("SELAM_BASE_URL")
+        .envs(variables.iter().copied())
+        .env(CASE, case)
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+    printed.lines().find_map(|line| line.split_once("=> ")).expect("a result").1.to_owned()
+}
+
+#[allow(clippy::print_stdout, reason = "this is how the other process answers")]
+fn tell(said: &str) {
+    println!("\n=> {said}");
+}
+
+fn told<T>(result: Result<T, ConfigError>) -> String {
+    match result {
+        Ok(_) => "ok".to_owned(),
+        Err(error) => format!("{error} ({:?})", error.env_var()),
+    }
+}
+
+#[test]
+fn s1_a_bad_variable_is_named_and_its_value_is_not() {
+    if let Ok(case) = env::var(CASE) {
+        return tell(&match &*case {
+            "key" => told(ApiKey::from_env()),
+            "jwt" => told(Token::from_env()),
+            "url" => told(BaseUrl::from_env()),
+            "other" => told(ApiKey::from_env_var("OTHER_KEY")),
+            _ => told(SelamLayer::from_env()),
+        });
+    }
+    let run = |case, variables: &[(&str, &str)]| {
+        run("s1_a_bad_variable_is_named_and_its_value_is_not", case, variables)
+    };
+    let key = r#"(Some("SELAM_API_KEY"))"#;
+    for (case, variables, said) in [
+        ("key", &[][..], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
+        ("key", &[("SELAM_API_KEY", " ")], format!("API key from the environment variable SELAM_API_KEY is empty {key}")),
+        (
+            "key",
+            &[("SELAM_API_KEY", "secret secret")],
+            format!("API key from the environment variable SELAM_API_KEY has white space at byte 6 {key}"),
+        ),
+        ("key", &[("SELAM_API_KEY", "sk-selam-a\n")], "ok".to_owned()),
+        (
+            "jwt",
+            &[("SELAM_JWT", "Bearer secret")],
+            r#"JWT from the environment variable SELAM_JWT starts with `Bearer `: give the value alone (Some("SELAM_JWT"))"#
+                .to_owned(),
+        ),
+        (
+            "url",
+            &[("SELAM_BASE_URL", "http://secret.example/v1")],
+            r#"base URL from the environment variable SELAM_BASE_URL is not https (Some("SELAM_BASE_URL"))"#.to_owned(),
+        ),
+        ("url", &[], "ok".to_owned()),
+        (
+            "other",
+            &[("OTHER_KEY", "\"secret\"")],
+            r#"API key from the environment variable OTHER_KEY is in quotes: give it without them (Some("OTHER_KEY"))"#
+                .to_owned(),
+        ),
+        ("selam", &[], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
+        ("selam", &[("SELAM_API_KEY", "sk-selam-a")], "ok".to_owned()),
+        (
+            "selam",
+            &[("SELAM_API_KEY", "sk-selam-a"), ("SELAM_JWT", "")],
+            r#"JWT from the environment variable SELAM_JWT is empty (Some("SELAM_JWT"))"#.to_owned(),
+        ),
+        (
+            "selam",
+            &[("SELAM_API_KEY", "sk-selam-a"), ("SELAM_BASE_URL", "https://secret@h")],
+            r#"base URL from the environment variable SELAM_BASE_URL has a user name or password in it (Some("SELAM_BASE_URL"))"#
+                .to_owned(),
+        ),
+    ] {
+        let found = run(case, variables);
+        assert_eq!(found, said, "{case} {variables:?}");
+        assert!(!found.contains("secret"));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn s1_a_variable_that_is_not_unicode_is_named_and_not_shown() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
+    if env::var(CASE).is_ok() {
+        let error = ApiKey::from_env().unwrap_err();
+        return tell(&format!("{error} {error:?}"));
+    }
+    let output = Command::new(env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "environment::s1_a_variable_that_is_not_unicode_is_named_and_not_shown",
+            "--nocapture",
+        ])
+        .env("SELAM_API_KEY", OsStr::from_bytes(b"secret\xff"))
+        .env(CASE, "key")
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains("SELAM_API_KEY is not valid Unicode"), "{printed}");
+    assert!(!printed.contains("secret"), "{printed}");
+}
+
+#[test]
+fn an_explicit_argument_beats_the_environment() {
+    const NAME: &str = "an_explicit_argument_beats_the_environment";
+    if let Ok(case) = env::var(CASE) {
+        let mut builder = SelamLayer::builder();
+        if case == "explicit" {
+            builder = builder
+                .with_api_key(ApiKey::new("sk-selam-explicit").unwrap())
+                .with_jwt(Token::new("explicit.j.wt").unwrap())
+                .with_base_url(BaseUrl::default());
+        }
+        let layer = builder.build_with_env().unwrap();
+        let uri = layer.base_url().endpoint("models").unwrap().to_string();
+        let sent = tokio_test::block_on(send(&layer, get(&uri))).unwrap();
+        let headers = (values(&sent, "authorization"), values(&sent, "x-api-key"));
+        return tell(&format!("{uri} {headers:?}"));
+    }
+    let environment = [
+        ("SELAM_API_KEY", "sk-selam-environment"),
+        ("SELAM_JWT", "environment.j.wt"),
+        ("SELAM_BASE_URL", "https://gateway.example/v1"),
+    ];
+    assert_eq!(
+        run(NAME, "environment", &environment),
+        r#"https://gateway.example/v1/models (["Bearer environment.j.wt"], ["sk-selam-environment"])"#
+    );
+    assert_eq!(
+        run(NAME, "environment", &environment[..1]),
+        format!(r#"{MODELS} (["Bearer sk-selam-environment"], [])"#)
+    );
+    // Not even a broken variable matters when it is not needed.
+    for environment in [&environment[..], &[("SELAM_API_KEY", ""), ("SELAM_BASE_URL", "nowhere")]] {
+        assert_eq!(
+            run(NAME, "explicit", environment),
+            format!(r#"{MODELS} (["Bearer explicit.j.wt"], ["sk-selam-explicit"])"#)
+        );
+    }
+}

@@ -1,0 +1,102 @@
+//! O1 to O3 through the layers; the comparison itself is tested beside `Origins`.
+
+use http::Request;
+use tower_selam::{ApiKeyLayer, AuthErrorKind, BaseUrl, JwtLayer, Origins, RequestAuth, SelamLayer};
+
+use crate::support::{JWT, KEY, get, jwt, key, send, values};
+
+fn with_referer(uri: &str, referer: &str) -> Request<()> {
+    let mut request = get(uri);
+    request.headers_mut().insert("referer", referer.parse().unwrap());
+    request.headers_mut().insert("x-api-key", "theirs".parse().unwrap());
+    request.headers_mut().insert("authorization", "theirs".parse().unwrap());
+    request
+}
+
+#[tokio::test]
+async fn o1_plain_http_and_tricks_are_refused_before_anything_is_sent() {
+    for (uri, said) in [
+        (
+            "http://api.selamgpt.com/v1",
+            "credentials are not sent over plain http, as to http://api.selamgpt.com",
+        ),
+        (
+            "ws://api.selamgpt.com/v1",
+            "credentials are not sent over plain http, as to http://api.selamgpt.com",
+        ),
+        ("http://127.0.0.1:8080/", "credentials are not sent over plain http, as to http://127.0.0.1:8080"),
+        ("https://evil.com/", "credentials are not sent to https://evil.com"),
+        ("https://api.selamgpt.com@evil.com/", "the URI's scheme, host or port is not one"),
+        ("ftp://api.selamgpt.com/", "the URI's scheme, host or port is not one"),
+    ] {
+        let refused = send(&JwtLayer::new(jwt(), key()), get(uri)).await.unwrap_err();
+        assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed, "{uri}");
+        assert!(refused.is_permanent() && !refused.is_auth() && refused.remedy().is_some());
+        assert!(refused.to_string().contains(said), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn o1_loopback_is_for_those_who_ask() {
+    let base = BaseUrl::allow_insecure_loopback("http://127.0.0.1:8080/v1").unwrap();
+    let selam = SelamLayer::builder().with_api_key(key()).with_base_url(base).build().unwrap();
+    assert!(send(&selam, get("http://127.0.0.1:8080/v1/models")).await.is_ok());
+    for other in ["http://127.0.0.1.evil.com:8080/", "http://localhost:8080/", "http://127.0.0.1:8081/"] {
+        assert!(send(&selam, get(other)).await.is_err(), "{other}");
+    }
+}
+
+#[tokio::test]
+async fn o2_in_pass_mode_other_origins_get_the_request_without_credentials() {
+    let origins = Origins::selam().pass_others();
+    let layer = JwtLayer::new(jwt(), key()).with_origins(origins.clone());
+    for uri in [
+        "https://evil.com/a?b=c",
+        "http://api.selamgpt.com/",
+        "https://api.selamgpt.com:8443/",
+        "https://api.selamgpt.com@evil.com/",
+    ] {
+        for request in [get(uri), with_referer(uri, "https://api.selamgpt.com/page?x=1")] {
+            let had_referer = request.headers().contains_key("referer");
+            let sent = send(&layer, request).await.unwrap();
+            assert_eq!(sent.uri(), uri);
+            assert!(
+                !sent.headers().contains_key("authorization") && !sent.headers().contains_key("x-api-key")
+            );
+            assert_eq!(sent.headers().contains_key("referer"), had_referer);
+        }
+    }
+    assert_eq!(values(&send(&layer, get("https://api.selamgpt.com/")).await.unwrap(), "x-api-key"), [KEY]);
+
+    // Query credentials of ours do not go on either, in the URI or as `Referer`.
+    let leaking = format!("https://api.selamgpt.com/socket.io/?token={JWT}&api_key={KEY}&voice=a");
+    let request = with_referer(&leaking.replace("api.selamgpt", "evil"), &leaking);
+    let sent = send(&layer, request).await.unwrap();
+    assert_eq!(sent.uri(), "https://evil.com/socket.io/?voice=a");
+    assert!(sent.headers().is_empty());
+
+    // Requests with a choice of their own are no exception.
+    for choice in [RequestAuth::ApiKey, RequestAuth::VoiceAgent, RequestAuth::ApiKeyAndJwt] {
+        let mut request = get("https://evil.com/");
+        request.extensions_mut().insert(choice);
+        assert!(send(&layer, request).await.unwrap().headers().is_empty());
+    }
+    let key_alone = ApiKeyLayer::bearer(key()).with_origins(origins);
+    assert!(send(&key_alone, with_referer("https://evil.com/", "https://a.example/")).await.is_ok());
+}
+
+#[tokio::test]
+async fn o3_a_path_alone_is_refused_unless_the_origin_was_stated() {
+    let refused = send(&ApiKeyLayer::bearer(key()), get("/v1/models")).await.unwrap_err();
+    assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
+    assert!(refused.to_string().contains("with_stated_origin"), "{refused}");
+
+    // A `Host` header says nothing of where the request goes.
+    let mut request = get("/v1/models");
+    request.headers_mut().insert("host", "api.selamgpt.com".parse().unwrap());
+    assert!(send(&ApiKeyLayer::bearer(key()), request).await.is_err());
+
+    let stated = Origins::selam().with_stated_origin("https://api.selamgpt.com").unwrap();
+    let sent = send(&ApiKeyLayer::bearer(key()).with_origins(stated), get("/v1/models")).await.unwrap();
+    assert_eq!(values(&sent, "authorization"), [format!("Bearer {KEY}")]);
+}

@@ -1,0 +1,227 @@
+//! S2 to S4: nothing secret is printed, and nothing is left behind.
+
+use std::{
+    fmt::{self, Write as _},
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use http::Response;
+use tower::{Layer, ServiceExt};
+use tower_selam::{
+    ApiKey, ApiKeyLayer, AuthError, BaseUrl, Credentials, JwtLayer, Origins, RequestAuth, SelamLayer, Token,
+    simulator::{Fault, Server, Simulator},
+};
+
+use crate::support::{BOTH, CHAT, HANG, JWT, KEY, MODELS, builder, get, https, jwt, key, post, send};
+
+fn assert_clean(shown: &str) {
+    for secret in [KEY, JWT, "canary"] {
+        assert!(!shown.contains(secret), "{shown}");
+    }
+}
+
+#[test]
+fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
+    let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt());
+    let layer = selam.clone().build().unwrap();
+    let service = layer.layer(());
+    let own = RequestAuth::Own(Credentials::key_and_jwt(key(), jwt()));
+    let (layers, halves) = (
+        (ApiKeyLayer::bearer(key()), JwtLayer::new(jwt(), key())),
+        (ApiKeyLayer::beside_jwt(key()), JwtLayer::beside_api_key(jwt())),
+    );
+    let all = format!(
+        "{:#?} {:?} {:#?} {:?} {own:#?} {selam:?} {layer:#?} {service:#?} {layers:#?} {halves:#?}",
+        key(),
+        key(),
+        jwt(),
+        Credentials::header(key()),
+    );
+    assert_clean(&all);
+    assert!(all.contains(&format!("ApiKey([redacted] id={})", key().id())), "{all}");
+    assert!(all.contains(&format!("Token([redacted] id={})", jwt().id())), "{all}");
+}
+
+#[tokio::test]
+async fn s2_errors_of_construction_and_refusal_are_clean() {
+    for bad in [format!("Bearer {KEY}"), format!("{KEY} {KEY}"), format!("{KEY}\u{e9}"), format!("\"{KEY}\"")]
+    {
+        for error in [ApiKey::new(&*bad).unwrap_err(), Token::new(&*bad).unwrap_err()] {
+            assert_clean(&format!("{error} {error:?} {error:#?}"));
+        }
+    }
+    for bad in [format!("https://{KEY}@h"), format!("https://h/?{KEY}"), format!("http://{KEY}")] {
+        let errors = [Origins::new(&bad).unwrap_err(), BaseUrl::new(&bad).unwrap_err()];
+        assert_clean(&format!("{errors:?} {} {}", errors[0], errors[1]));
+    }
+    for uri in [format!("https://{KEY}@api.selamgpt.com/"), format!("http://h/?token={JWT}")] {
+        let refused = send(&JwtLayer::new(jwt(), key()), get(&uri)).await.unwrap_err();
+        assert_clean(&format!("{refused} {refused:?} {refused:#?}"));
+    }
+}
+
+/// Writes down every event and span of this thread, at every level.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<String>>);
+
+struct Fields<'a>(&'a mut String);
+
+impl tracing::field::Visit for Fields<'_> {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn fmt::Debug) {
+        write!(self.0, " {field}={value:?} {value:#?}").unwrap();
+    }
+}
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        span.record(&mut Fields(&mut self.0.lock().unwrap()));
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, values: &tracing::span::Record<'_>) {
+        values.record(&mut Fields(&mut self.0.lock().unwrap()));
+    }
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        event.record(&mut Fields(&mut self.0.lock().unwrap()));
+    }
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// One thread runs client and server, so that the log has both.
+#[tokio::test]
+async fn s2_no_log_of_any_level_has_a_secret_nor_an_echo_of_one() {
+    let log = Log::default();
+    let guard = tracing::subscriber::set_default(log.clone());
+    let simulator = Simulator::new();
+    simulator.add_key(KEY);
+    let server = Server::tls(&simulator).await.unwrap();
+    let layer = builder(&server).with_api_key(key()).with_jwt(jwt()).build().unwrap();
+    for http in BOTH {
+        let client = layer.layer(https(&server, http));
+        let echo = format!(r#"{{"error":{{"message":"bad key {KEY}","code":"invalid_api_key"}}}}"#);
+        simulator.inject(Fault::Answer(Response::builder().status(401).body(Bytes::from(echo)).unwrap()));
+        for _ in 0..2 {
+            let call = client.clone().oneshot(post(&layer, "chat/completions", CHAT));
+            let error = tokio::time::timeout(HANG, call).await.unwrap().unwrap_err();
+            assert_clean(&format!("{error} {error:?} {error:#?}"));
+            assert_clean(&format!("{}", AuthError::find(&error).unwrap()));
+        }
+    }
+    drop(guard);
+    let log = log.0.lock().unwrap();
+    assert!(log.len() > 1_000, "h2 logs what it does: {log}");
+    assert_clean(&log);
+}
+
+#[test]
+fn s2_what_the_simulator_received_is_not_shown() {
+    let simulator = Simulator::new();
+    simulator.add_key(KEY);
+    let request = http::Request::post("/v1/chat/completions?api_key=canary")
+        .header("authorization", format!("Bearer {KEY}"))
+        .body(CHAT.to_owned())
+        .unwrap();
+    tokio_test::block_on(simulator.clone().oneshot(request)).unwrap();
+    assert_clean(&format!("{simulator:?} {:#?}", simulator.received()));
+}
+
+/// How often `masked` (every bit of the text flipped) stands in this process's writable memory, unmasked.
+///
+/// The bytes that are read are masked at once, so that this finds no copy of its own making.
+#[cfg(target_os = "linux")]
+fn resident(masked: &[u8]) -> usize {
+    use std::{
+        fs::{File, read_to_string},
+        os::unix::fs::FileExt,
+    };
+
+    let memory = File::open("/proc/self/mem").unwrap();
+    let mut buffer = vec![0; 1 << 20];
+    let mut found = 0;
+    for line in read_to_string("/proc/self/maps").unwrap().lines() {
+        let mut columns = line.split_whitespace();
+        let (range, mode) = (columns.next().unwrap(), columns.next().unwrap());
+        if !mode.starts_with("rw") {
+            continue;
+        }
+        let (start, end) = range.split_once('-').unwrap();
+        let mut at = u64::from_str_radix(start, 16).unwrap();
+        let end = u64::from_str_radix(end, 16).unwrap();
+        while at < end {
+            let length = buffer.len().min((end - at) as usize);
+            let Ok(read) = memory.read_at(&mut buffer[..length], at) else { break };
+            buffer[..read].iter_mut().for_each(|byte| *byte = !*byte);
+            let mut rest = &buffer[..read];
+            while let Some(next) = rest.iter().position(|byte| *byte == masked[0]) {
+                rest = &rest[next..];
+                found += usize::from(rest.starts_with(masked));
+                rest = &rest[1..];
+            }
+            if read < masked.len() {
+                break;
+            }
+            // So that one on the border is seen, and none twice.
+            at += (read - if at + (read as u64) < end { masked.len() - 1 } else { 0 }) as u64;
+        }
+    }
+    found
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
+    /// A secret of 120 bytes, made where it is needed, so that no other copy of it is anywhere.
+    fn unmasked(masked: &[u8]) -> String {
+        let mut text = String::with_capacity(masked.len());
+        text.extend(masked.iter().map(|byte| char::from(!byte)));
+        text
+    }
+    let masked_key: Vec<u8> = (0..120).map(|at| !(b'a' + at % 23)).collect();
+    let masked_jwt: Vec<u8> = (0..120).map(|at| !(b'A' + at % 19)).collect();
+
+    let key = ApiKey::new(unmasked(&masked_key)).unwrap();
+    let jwt = Token::new(unmasked(&masked_jwt)).unwrap();
+    assert_eq!(resident(&masked_key), 1, "one buffer, and what it was made from is wiped");
+    assert_eq!(resident(&masked_jwt), 1);
+
+    let layer = JwtLayer::new(jwt, key);
+    let sent = send(&layer, get(MODELS)).await.unwrap();
+    let replaced = send(&layer, sent).await.unwrap();
+    drop(layer);
+    assert_eq!(resident(&masked_key), 1, "the request holds a reference, not a copy");
+
+    let mut voice = get("wss://api.selamgpt.com/v1/audio/agent");
+    voice.headers_mut().insert("connection", "upgrade".parse().unwrap());
+    voice.headers_mut().insert("upgrade", "websocket".parse().unwrap());
+    voice.extensions_mut().insert(RequestAuth::VoiceAgent);
+    let credentials = Credentials::key_and_jwt(
+        ApiKey::new(unmasked(&masked_key)).unwrap(),
+        Token::new(unmasked(&masked_jwt)).unwrap(),
+    );
+    let (mut parts, ()) = voice.into_parts();
+    credentials.apply(&Origins::selam(), &mut parts).unwrap();
+    assert!(resident(&masked_jwt) >= 3, "the request before, these credentials, and the handshake's query");
+
+    drop((replaced, parts, credentials));
+    assert_eq!((resident(&masked_key), resident(&masked_jwt)), (0, 0));
+}
+
+#[test]
+fn s4_the_id_is_stable_short_and_shared_by_nothing_else() {
+    assert_eq!(ApiKey::new("sk-selam-example").unwrap().id().to_string(), "9da0f3");
+    assert_eq!(
+        ApiKey::new(" sk-selam-example\n").unwrap().id(),
+        Token::new("sk-selam-example").unwrap().id()
+    );
+    assert_ne!(key().id(), ApiKey::new(format!("{KEY}x")).unwrap().id());
+    assert!(!KEY.contains(&key().id().to_string()));
+}

@@ -1,0 +1,379 @@
+//! The same behaviours over real connections: hyper-util's client, TLS, HTTP/1.1 and HTTP/2.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::AsyncReadExt;
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_selam::{
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BaseUrl, Credentials, Error,
+    JwtLayer, RequestAuth, SelamLayer, Token,
+    simulator::{Fault, JwtAlgorithm, Received, Server, Simulator},
+};
+
+use crate::support::{BOTH, Body, CHAT, CHAT_STREAM, HANG, Http, JWT, KEY, builder, https, post};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+struct World {
+    simulator: Simulator,
+    server: Server,
+    key: String,
+    jwt: String,
+}
+
+async fn world() -> World {
+    let simulator = Simulator::new();
+    let server = Server::tls(&simulator).await.unwrap();
+    let key = simulator.issue_key();
+    let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE);
+    World { simulator, server, key, jwt }
+}
+
+impl World {
+    fn key_alone(&self) -> SelamLayer {
+        builder(&self.server).with_api_key(ApiKey::new(&*self.key).unwrap()).build().unwrap()
+    }
+
+    fn key_and_jwt(&self) -> SelamLayer {
+        let builder = builder(&self.server).with_api_key(ApiKey::new(&*self.key).unwrap());
+        builder.with_jwt(Token::new(&*self.jwt).unwrap()).build().unwrap()
+    }
+
+    fn last(&self) -> Received {
+        self.simulator.received().pop().unwrap()
+    }
+
+    /// Sends a request through `layer` and a new client.
+    async fn send(
+        &self,
+        layer: &SelamLayer,
+        http: Http,
+        request: Request<Body>,
+    ) -> Result<Response<hyper::body::Incoming>, Error<hyper_util::client::legacy::Error>> {
+        let client = layer.layer(https(&self.server, http));
+        tokio::time::timeout(HANG, client.oneshot(request)).await.expect("no answer in time")
+    }
+
+    async fn refused(&self, layer: &SelamLayer, http: Http, request: Request<Body>) -> AuthError {
+        match self.send(layer, http, request).await {
+            Err(Error::Auth(error)) => error,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn header(received: &Received, name: &str) -> Vec<String> {
+    received.headers.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect()
+}
+
+async fn text(response: Response<hyper::body::Incoming>) -> String {
+    let body = tokio::time::timeout(HANG, response.into_body().collect()).await.unwrap().unwrap();
+    String::from_utf8(body.to_bytes().to_vec()).unwrap()
+}
+
+#[tokio::test]
+async fn h1_a_completion_with_the_key_alone() {
+    let world = world().await;
+    let layer = world.key_alone();
+    for (http, version) in [(Http::One, Version::HTTP_11), (Http::Two, Version::HTTP_2)] {
+        let response = world.send(&layer, http, post(&layer, "chat/completions", CHAT)).await.unwrap();
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, version));
+        assert_eq!(response.headers()["x-ratelimit-limit"], "600");
+        assert!(text(response).await.contains("Selam! You said: Selam!"));
+
+        let received = world.last();
+        assert_eq!(header(&received, "authorization"), [format!("Bearer {}", world.key)]);
+        assert!(header(&received, "x-api-key").is_empty());
+        assert_eq!(received.version, version);
+    }
+}
+
+#[tokio::test]
+async fn h1_h3_key_and_jwt_replace_what_the_request_came_with() {
+    let world = world().await;
+    let layer = world.key_and_jwt();
+    for http in BOTH {
+        let mut request = post(&layer, "audio/agent/sessions", r#"{"voice":"hana"}"#);
+        for (name, value) in [
+            ("authorization", "Bearer theirs"),
+            ("authorization", "Bearer theirs too"),
+            ("x-api-key", "theirs"),
+            ("x-api-key", "theirs too"),
+        ] {
+            request.headers_mut().append(name, value.parse().unwrap());
+        }
+        let response = world.send(&layer, http, request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert!(text(response).await.contains("hana"));
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.jwt)]);
+        assert_eq!(header(&world.last(), "x-api-key"), [&*world.key]);
+    }
+}
+
+#[tokio::test]
+async fn h1_both_orders_of_the_two_layers_reach_the_api_alike() {
+    let world = world().await;
+    let base = BaseUrl::new(world.server.base_url()).unwrap();
+    let jwt = JwtLayer::beside_api_key(Token::new(&*world.jwt).unwrap()).with_origins(base.origins());
+    let key = ApiKeyLayer::beside_jwt(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
+    let uri = base.endpoint("audio/agent/sessions").unwrap();
+    for http in BOTH {
+        let request = || Request::post(&uri).body(Full::from("{}")).unwrap();
+        let client = https(&world.server, http).map_err(Error::Inner);
+        let responses = [
+            key.layer(jwt.layer(client.clone())).oneshot(request()).await,
+            jwt.layer(key.layer(client)).oneshot(request()).await,
+        ];
+        for response in responses {
+            assert_eq!(response.unwrap().status(), StatusCode::OK);
+        }
+    }
+}
+
+#[tokio::test]
+async fn h3_a_connection_header_that_names_ours_takes_nothing_away() {
+    let world = world().await;
+    let layer = world.key_and_jwt();
+    for http in BOTH {
+        let mut request = post(&layer, "audio/agent/sessions", "{}");
+        request.headers_mut().insert("connection", "authorization, x-api-key".parse().unwrap());
+        assert_eq!(world.send(&layer, http, request).await.unwrap().status(), StatusCode::OK);
+    }
+
+    // Without the layers, hyper's HTTP/2 client drops what `Connection` names.
+    let mut request = post(&layer, "chat/completions", CHAT);
+    request.headers_mut().insert("authorization", format!("Bearer {}", world.key).parse().unwrap());
+    request.headers_mut().insert("connection", "authorization".parse().unwrap());
+    let response = https(&world.server, Http::Two).request(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn h4_a_requests_own_choice_holds_for_it_alone() {
+    let world = world().await;
+    let layer = world.key_and_jwt();
+    let tenant = world.simulator.issue_key();
+    for http in BOTH {
+        let mut client = layer.layer(https(&world.server, http));
+        for (choice, bearer) in [
+            (RequestAuth::Own(Credentials::bearer(ApiKey::new(&*tenant).unwrap())), &tenant),
+            (RequestAuth::ApiKey, &world.key),
+        ] {
+            let mut request = post(&layer, "chat/completions", CHAT);
+            request.extensions_mut().insert(choice);
+            client.ready().await.unwrap().call(request).await.unwrap();
+            assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {bearer}")]);
+            assert!(header(&world.last(), "x-api-key").is_empty());
+
+            client.ready().await.unwrap().call(post(&layer, "chat/completions", CHAT)).await.unwrap();
+            assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.jwt)]);
+        }
+        let mut request = post(&layer, "chat/completions", CHAT);
+        request.extensions_mut().insert(RequestAuth::Anonymous);
+        let error = client.ready().await.unwrap().call(request).await.unwrap_err();
+        assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::MissingApiKey);
+    }
+}
+
+#[tokio::test]
+async fn o1_o2_nothing_reaches_a_server_that_may_not_have_the_credentials() {
+    let world = world().await;
+    let plain = Server::http(&world.simulator).await.unwrap();
+    let layer = world.key_alone();
+    let port = world.server.local_addr().port();
+    for http in BOTH {
+        for uri in [
+            format!("{}/chat/completions", plain.base_url()),
+            format!("http://localhost:{port}/v1/chat/completions"),
+            format!("https://127.0.0.1:{port}/v1/chat/completions"),
+            format!("https://localhost.evil.com:{port}/v1/chat/completions"),
+            format!("https://localhost:{port}@127.0.0.1:{port}/v1/chat/completions"),
+        ] {
+            let request = Request::post(&uri).body(Full::from(CHAT)).unwrap();
+            let error = world.refused(&layer, http, request).await;
+            assert_eq!(error.kind(), AuthErrorKind::OriginNotAllowed, "{uri}");
+        }
+    }
+    assert_eq!(world.simulator.requests(), 0);
+}
+
+#[tokio::test]
+async fn e1_the_three_documented_errors() {
+    let world = world().await;
+    let revoked = world.simulator.issue_key();
+    let limited = ApiKey::new(world.simulator.issue_limited_key()).unwrap();
+    world.simulator.revoke_key(&revoked);
+    let with = |key| builder(&world.server).with_api_key(key).build().unwrap();
+    for http in BOTH {
+        let layer = with(ApiKey::new(&*revoked).unwrap());
+        let error = world.refused(&layer, http, post(&layer, "chat/completions", CHAT)).await;
+        assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey);
+        assert_eq!(error.message(), Some("Invalid API key provided."));
+        assert!(error.request_id().unwrap().starts_with("req_"));
+        assert_eq!(error.rate_limit().unwrap().limit, Some(600));
+
+        let mut request = post(&layer, "chat/completions", CHAT);
+        request.extensions_mut().insert(RequestAuth::Anonymous);
+        let error = world.refused(&layer, http, request).await;
+        assert_eq!(error.kind(), AuthErrorKind::MissingApiKey);
+
+        let layer = with(limited.clone());
+        let error = world.refused(&layer, http, post(&layer, "audio/speech", "{}")).await;
+        assert_eq!(error.kind(), AuthErrorKind::InsufficientPermissions);
+        assert_eq!(error.status(), Some(StatusCode::FORBIDDEN));
+    }
+}
+
+#[tokio::test]
+async fn e2_an_expired_jwt_is_a_rejected_token() {
+    let world = world().await;
+    let layer = world.key_and_jwt();
+    world.simulator.expire_jwts();
+    for http in BOTH {
+        let error = world.refused(&layer, http, post(&layer, "audio/agent/sessions", "{}")).await;
+        assert_eq!((error.kind(), error.code()), (AuthErrorKind::TokenRejected, Some("invalid_token")));
+    }
+}
+
+#[tokio::test]
+async fn e4_whatever_happens_to_the_body_the_status_is_told() {
+    let world = world().await;
+    world.simulator.revoke_key(&world.key);
+    let layer = builder(&world.server)
+        .with_api_key(ApiKey::new(&*world.key).unwrap())
+        .with_error_body_timeout(Duration::from_millis(50))
+        .build()
+        .unwrap();
+    let big = Response::builder().status(401).body(Bytes::from(vec![b'x'; 1 << 20])).unwrap();
+    let gzip = Response::builder().status(403).header("content-encoding", "gzip");
+    let gzip = gzip.body(Bytes::from_static(b"\x1f\x8b\x08\x00")).unwrap();
+    for http in BOTH {
+        for (fault, status, length) in [
+            (Fault::CutOff { after: 20 }, 401, 0..21),
+            (Fault::CutOff { after: 0 }, 401, 0..1),
+            (Fault::StallBody { after: 20 }, 401, 20..21),
+            (Fault::StallBody { after: 0 }, 401, 0..1),
+            (Fault::Html(StatusCode::FORBIDDEN), 403, 20..200),
+            (Fault::Answer(big.clone()), 401, 65_536..65_537),
+            (Fault::Answer(gzip.clone()), 403, 4..5),
+        ] {
+            world.simulator.inject(fault.clone());
+            let error = world.refused(&layer, http, post(&layer, "chat/completions", CHAT)).await;
+            assert_eq!(error.status().unwrap(), status, "{fault:?}");
+            assert!(length.contains(&error.body().len()), "{fault:?}: {}", error.body().len());
+        }
+        let mut head = post(&layer, "chat/completions", "");
+        *head.method_mut() = Method::HEAD;
+        world.simulator.inject(Fault::Html(StatusCode::UNAUTHORIZED));
+        let error = world.refused(&layer, http, head).await;
+        assert_eq!((error.kind(), error.body()), (AuthErrorKind::Unauthorized, &b""[..]));
+    }
+}
+
+#[tokio::test]
+async fn e5_streams_audio_and_other_errors_pass() {
+    let world = world().await;
+    let layer = world.key_alone();
+    for http in BOTH {
+        let response = world.send(&layer, http, post(&layer, "chat/completions", CHAT_STREAM)).await.unwrap();
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let events = text(response).await;
+        assert!(events.starts_with("data: {") && events.ends_with("data: [DONE]\n\n"), "{events}");
+
+        let response = world.send(&layer, http, post(&layer, "audio/speech", "{}")).await.unwrap();
+        assert_eq!(response.headers()["content-type"], "audio/wav");
+        assert!(response.into_body().collect().await.unwrap().to_bytes().starts_with(b"RIFF"));
+
+        for (fault, status) in [
+            (Fault::RateLimited { retry_after: Duration::from_secs(7) }, 429),
+            (Fault::Unavailable, 503),
+            (Fault::Html(StatusCode::BAD_GATEWAY), 502),
+        ] {
+            world.simulator.inject(fault);
+            let response = world.send(&layer, http, post(&layer, "chat/completions", CHAT)).await.unwrap();
+            assert_eq!(response.status().as_u16(), status);
+            assert_eq!(response.headers().get("retry-after").is_some(), status == 429);
+        }
+    }
+}
+
+#[tokio::test]
+async fn e5_the_first_event_comes_before_the_second_is_there() {
+    let world = world().await;
+    let layer = world.key_alone();
+    for http in BOTH {
+        // The stream stops after its first bytes, and for ever.
+        world.simulator.inject(Fault::StallBody { after: 40 });
+        let response = world.send(&layer, http, post(&layer, "chat/completions", CHAT_STREAM)).await.unwrap();
+        let mut body = response.into_body();
+        let first = tokio::time::timeout(HANG, body.frame()).await.unwrap().unwrap().unwrap();
+        assert!(first.into_data().unwrap().starts_with(b"data: {"));
+    }
+}
+
+#[tokio::test]
+async fn e6_an_annotated_response_is_the_one_the_api_sent() {
+    let world = world().await;
+    world.simulator.revoke_key(&world.key);
+    let base = BaseUrl::new(world.server.base_url()).unwrap();
+    let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
+    for http in BOTH {
+        let client = https(&world.server, http).map_err(Error::Inner);
+        let client = AnnotateAuthErrorLayer::new().layer(layer.layer(client));
+        let request =
+            Request::post(base.endpoint("chat/completions").unwrap()).body(Full::from(CHAT)).unwrap();
+        let response = client.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        let error = response.extensions().get::<AuthError>().unwrap().clone();
+        assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(body, error.body());
+        assert!(body.starts_with(b"{\n  \"error\": {\n    \"message\": \"Invalid API key provided.\""));
+    }
+}
+
+/// The bytes that hyper's HTTP/2 client writes for one request through `JwtLayer`, as far as its headers go.
+async fn header_block(request: Request<Body>) -> Vec<u8> {
+    let (client, mut server) = tokio::io::duplex(64 * 1024);
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(client)).await.unwrap();
+    tokio::spawn(connection);
+    let send = service_fn(move |request| {
+        let mut sender = sender.clone();
+        async move { sender.send_request(request).await.map_err(Error::Inner) }
+    });
+    let layer = JwtLayer::new(Token::new(JWT).unwrap(), ApiKey::new(KEY).unwrap());
+    tokio::spawn(layer.layer(send).oneshot(request));
+
+    // The preface, then frames: length, type, flags, stream (RFC 9113 section 4.1).
+    server.read_exact(&mut [0; 24]).await.unwrap();
+    loop {
+        let mut head = [0; 9];
+        server.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        server.read_exact(&mut payload).await.unwrap();
+        if head[3] == 1 {
+            return payload;
+        }
+    }
+}
+
+#[tokio::test]
+async fn h2_on_the_wire_they_are_never_indexed() {
+    let request = Request::post("https://api.selamgpt.com/v1/chat/completions")
+        .header("x-indexed", "1")
+        .body(Full::from(CHAT))
+        .unwrap();
+    let block = tokio::time::timeout(HANG, header_block(request)).await.unwrap();
+    let has = |bytes: &[u8]| block.windows(bytes.len()).any(|window| window == bytes);
+    // RFC 7541 section 6.2.3: 0001, then the name: entry 23 of the static table, or a literal. Section 6.2.1
+    // is what goes into the table: 01. `x-api-key` is 7 bytes in Huffman code, as is `x-indexed`.
+    assert!(has(&[0x1f, 0x08]), "authorization never indexed: {block:x?}");
+    assert!(!has(&[0x57]) || !has(&[0x40 | 23]), "authorization not into the table");
+    assert!(has(&[0x10, 0x87]), "x-api-key never indexed: {block:x?}");
+    assert!(has(&[0x40, 0x87]), "another header goes into the table: {block:x?}");
+}
