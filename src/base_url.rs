@@ -88,6 +88,10 @@ impl BaseUrl {
         format!("{self}/{}", path.trim_start_matches('/')).parse()
     }
 
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
     /// Only this URL's origin, for the layers.
     #[must_use]
     pub fn origins(&self) -> Origins {

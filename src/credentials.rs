@@ -4,7 +4,12 @@ use std::{fmt, sync::Arc};
 
 use http::{Extensions, HeaderMap, HeaderValue, Uri, request::Parts};
 
-use crate::{ApiKey, Origins, Token, error::AuthError, plan::Plan, secret::Secret};
+use crate::{
+    ApiKey, Origins, Token,
+    error::AuthError,
+    plan::{Head, Plan, Rules},
+    secret::Secret,
+};
 
 /// One consistent set of credentials and the headers it goes into. Cheap to clone; `Debug` shows ids alone.
 ///
@@ -124,10 +129,11 @@ impl Credentials {
     ///
     /// # Errors
     ///
-    /// When the origin is not allowed, or the request asks for a credential that is not in this set. Then
-    /// nothing was written, and the request must not be sent.
+    /// When the origin is not allowed, or the request asks for a credential that is not in this set. Then the
+    /// request must not be sent.
     pub fn apply(&self, origins: &Origins, parts: &mut Parts) -> Result<(), AuthError> {
-        let plan = Plan::new(Some(self), origins, &parts.uri, &parts.headers, &parts.extensions)?;
+        let Parts { method, uri, headers, extensions, .. } = &*parts;
+        let plan = Plan::new(self.rules(origins), Head { method: Some(method), uri, headers, extensions })?;
         plan.apply(&mut parts.headers)?;
         if let (Some(uri), _) = plan.into_parts() {
             parts.uri = *uri;
@@ -148,7 +154,12 @@ impl Credentials {
         uri: &Uri,
         headers: &mut HeaderMap,
     ) -> Result<(), AuthError> {
-        Plan::new(Some(self), origins, uri, headers, &Extensions::new())?.apply(headers)
+        let head = Head { method: None, uri, headers, extensions: &Extensions::new() };
+        Plan::new(self.rules(origins), head)?.apply(headers)
+    }
+
+    fn rules<'a>(&'a self, origins: &'a Origins) -> Rules<'a> {
+        Rules { credentials: Some(self), origins, if_absent: false, require_choice: false }
     }
 
     #[inline]
@@ -204,8 +215,10 @@ impl fmt::Debug for Credentials {
 
 /// A request's own choice of credentials, put into its extensions.
 ///
-/// It holds for that request alone. Layers that follow redirects may lose it: where the choice matters,
-/// build the layers with `require_choice`, so that a request without one is refused.
+/// It holds for that request alone. A layer outside that follows redirects may lose it, and the request
+/// that follows would get the layer's own credentials: where the choice matters, build the layers with
+/// [`require_choice`](crate::ApiKeyLayer::require_choice), so that a request without one is refused.
+/// (tower-http's `FollowRedirect` keeps it within an origin, and drops it between origins for good.)
 ///
 /// ```
 /// use http::Request;

@@ -11,6 +11,8 @@ mod error;
 mod handshake;
 mod origin;
 mod plan;
+mod query;
+mod scrub;
 mod secret;
 pub mod selam;
 #[cfg(feature = "test-util")]

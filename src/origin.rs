@@ -6,7 +6,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
-use http::Uri;
+use http::{HeaderMap, HeaderValue, Uri, header::HOST};
 
 use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind, Place, Subject};
 
@@ -15,7 +15,8 @@ const SELAM: &str = "https://api.selamgpt.com";
 /// The origins that credentials may go to: exact scheme, host and port.
 ///
 /// Every layer has one, `https://api.selamgpt.com` by default. A request to any other origin is refused
-/// before anything is sent, or, with [`pass_others`](Self::pass_others), goes on without credentials.
+/// before anything is sent, or, with [`pass_others`](Self::pass_others), goes on without credentials. So is one
+/// whose `Host` header names another origin.
 ///
 /// Hosts are compared as RFC 3986 has it: in any case, with or without the default port or a trailing dot,
 /// addresses by value. `wss` counts as `https` and `ws` as `http`. Names in other scripts are given in
@@ -24,13 +25,14 @@ const SELAM: &str = "https://api.selamgpt.com";
 /// ```
 /// use tower_selam::Origins;
 ///
-/// let origins = Origins::new("https://gateway.example:8443")?.and("https://api.selamgpt.com")?;
+/// let origins = Origins::selam().with_origin("https://gateway.example:8443")?;
 /// assert!(origins.allows(&"https://API.selamgpt.com.:443/v1/models".parse().unwrap()));
 /// assert!(!origins.allows(&"http://api.selamgpt.com/v1/models".parse().unwrap()));
 /// assert!(!origins.allows(&"https://api.selamgpt.com@evil.com/".parse().unwrap()));
 ///
 /// assert!(Origins::new("http://api.selamgpt.com").is_err());
-/// assert!(Origins::insecure_loopback("http://127.0.0.1:8080").is_ok());
+/// assert!(origins.clone().allow_insecure_loopback("http://127.0.0.1:8080").is_ok());
+/// assert!(origins.allow_insecure_loopback("http://localhost.evil.com:8080").is_err());
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,31 +67,22 @@ impl Origins {
         Origin::secure(origin).map(Self::of)
     }
 
-    /// Only this plain `http` origin on the loopback interface, for tests and local gateways.
-    ///
-    /// # Errors
-    ///
-    /// When the host is neither a literal loopback address (`127.0.0.0/8`, `[::1]`) nor exactly `localhost`.
-    pub fn insecure_loopback(origin: &str) -> Result<Self, ConfigError> {
-        Origin::loopback(origin).map(Self::of)
-    }
-
     /// Also this `https` origin.
     ///
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn and(mut self, origin: &str) -> Result<Self, ConfigError> {
+    pub fn with_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
         self.allowed.push(Origin::secure(origin)?);
         Ok(self)
     }
 
-    /// Also this plain `http` origin on the loopback interface.
+    /// Also this plain `http` origin on the loopback interface, for tests and local gateways.
     ///
     /// # Errors
     ///
-    /// As [`insecure_loopback`](Self::insecure_loopback).
-    pub fn and_insecure_loopback(mut self, origin: &str) -> Result<Self, ConfigError> {
+    /// When the host is neither a literal loopback address (`127.0.0.0/8`, `[::1]`) nor exactly `localhost`.
+    pub fn allow_insecure_loopback(mut self, origin: &str) -> Result<Self, ConfigError> {
         self.allowed.push(Origin::loopback(origin)?);
         Ok(self)
     }
@@ -124,15 +117,45 @@ impl Origins {
     /// Whether credentials may go to `uri`.
     #[must_use]
     pub fn allows(&self, uri: &Uri) -> bool {
-        matches!(self.admit(uri), Ok(Admission::Write))
+        matches!(self.admit(uri, &HeaderMap::new()), Ok(Admission::Write))
+    }
+
+    pub(crate) fn contains(&self, origin: &Origin) -> bool {
+        self.allowed.contains(origin)
     }
 
     pub(crate) fn of(origin: Origin) -> Self {
         Self { allowed: vec![origin], pass_others: false, relative: false }
     }
 
+    /// What a request to `uri` with these headers may have.
     #[inline]
-    pub(crate) fn admit(&self, uri: &Uri) -> Result<Admission, AuthError> {
+    pub(crate) fn admit(&self, uri: &Uri, headers: &HeaderMap) -> Result<Admission, AuthError> {
+        let admission = self.admit_uri(uri)?;
+        if headers.contains_key(HOST) && admission == Admission::Write {
+            return self.admit_host(headers);
+        }
+        Ok(admission)
+    }
+
+    /// A shared front end sends the request where `Host` says, so it has to name an allowed origin too.
+    fn admit_host(&self, headers: &HeaderMap) -> Result<Admission, AuthError> {
+        let named = |host: &HeaderValue| {
+            let host = host.to_str().unwrap_or_default();
+            self.allowed.iter().any(|origin| {
+                origin.authority == host
+                    || Origin::from_parts(origin.scheme, host).is_ok_and(|named| named == *origin)
+            })
+        };
+        match headers.get_all(HOST).iter().all(named) {
+            true => Ok(Admission::Write),
+            false if self.pass_others => Ok(Admission::Scrub),
+            false => Err(refused("the `Host` header does not name an allowed origin")),
+        }
+    }
+
+    #[inline]
+    fn admit_uri(&self, uri: &Uri) -> Result<Admission, AuthError> {
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
             return self.admit_relative(uri);
         };
@@ -379,9 +402,9 @@ mod tests {
     #[test]
     fn o2_equal_origins_are_allowed_in_every_spelling() {
         let origins = Origins::selam()
-            .and("https://[::1]:8443")
-            .and_then(|origins| origins.and("https://10.0.0.1"))
-            .and_then(|origins| origins.and("https://XN--bcher-KVA.example"))
+            .with_origin("https://[::1]:8443")
+            .and_then(|origins| origins.with_origin("https://10.0.0.1"))
+            .and_then(|origins| origins.with_origin("https://XN--bcher-KVA.example"))
             .unwrap();
         for same in [
             "https://api.selamgpt.com",
@@ -445,10 +468,11 @@ mod tests {
     fn o1_plain_http_is_for_loopback_and_only_where_asked_for() {
         assert_eq!(kind("http://127.0.0.1:8080"), ConfigErrorKind::NotHttps);
         for loopback in ["http://127.0.0.1:1", "http://127.8.9.1", "http://[::1]:1", "http://LOCALHOST:1"] {
-            let origins = Origins::insecure_loopback(loopback).unwrap();
+            let origins = Origins::selam().allow_insecure_loopback(loopback).unwrap();
             assert!(origins.allows(&uri(loopback)), "{loopback}");
             assert!(!origins.allows(&uri("http://127.0.0.1:2")), "another port");
             assert!(!origins.allows(&uri("http://api.selamgpt.com")));
+            assert!(Origins::new(loopback).is_err(), "not by itself");
         }
         for not_loopback in [
             "http://localhost.evil.com",
@@ -460,12 +484,12 @@ mod tests {
             "http://10.0.0.1",
             "http://api.selamgpt.com",
         ] {
-            let error = Origins::insecure_loopback(not_loopback).unwrap_err();
+            let error = Origins::selam().allow_insecure_loopback(not_loopback).unwrap_err();
             assert_eq!(error.kind(), ConfigErrorKind::NotLoopback, "{not_loopback}");
         }
         for odd in ["http://127.1", "http://0x7f.0.0.1", "http://2130706433", "http://127.0.0.0x1"] {
             assert_eq!(
-                Origins::insecure_loopback(odd).unwrap_err().kind(),
+                Origins::selam().allow_insecure_loopback(odd).unwrap_err().kind(),
                 ConfigErrorKind::InvalidHost,
                 "{odd}"
             );
@@ -477,7 +501,7 @@ mod tests {
         let origins = Origins::selam();
         assert!(!origins.allows(&uri("/v1/models")));
         assert!(!origins.clone().pass_others().allows(&uri("/v1/models")));
-        assert!(origins.clone().pass_others().admit(&uri("/v1/models")).is_err());
+        assert!(origins.clone().pass_others().admit_uri(&uri("/v1/models")).is_err());
 
         let stated = origins.clone().with_stated_origin("https://api.selamgpt.com:443/").unwrap();
         assert!(stated.allows(&uri("/v1/models")));

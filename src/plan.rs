@@ -3,7 +3,7 @@
 //! Every way of sending credentials comes through here, the layers as well as [`Credentials::apply`].
 
 use http::{
-    Extensions, HeaderMap, HeaderName, HeaderValue, Uri,
+    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Uri,
     header::{AUTHORIZATION, CONNECTION, REFERER},
 };
 
@@ -12,6 +12,7 @@ use crate::{
     error::{AuthError, AuthErrorKind},
     handshake,
     origin::{Admission, Origins},
+    scrub::Secrets,
 };
 
 pub(crate) static X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -20,114 +21,149 @@ const NO_CHOICE: &str = "the request has no `RequestAuth` extension, and this la
 const NO_OWN: &str = "the request asks for the layer's own credentials, and it has none";
 const NO_JWT: &str = "the request asks for a JWT beside the key, and there is none";
 
-#[derive(Debug)]
-pub(crate) struct Plan {
-    action: Action,
-    credentials: Option<Credentials>,
-    /// Instead of the request's own, where credentials go into it or come out of it.
-    uri: Option<Box<Uri>>,
+/// The head of a request.
+#[derive(Clone, Copy)]
+pub(crate) struct Head<'a> {
+    /// `None` where it is not known.
+    pub(crate) method: Option<&'a Method>,
+    pub(crate) uri: &'a Uri,
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) extensions: &'a Extensions,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a layer, or a caller by hand, wants done.
+#[derive(Clone, Copy)]
+pub(crate) struct Rules<'a> {
+    /// `None` when every request brings its own.
+    pub(crate) credentials: Option<&'a Credentials>,
+    pub(crate) origins: &'a Origins,
+    pub(crate) if_absent: bool,
+    pub(crate) require_choice: bool,
+}
+
+pub(crate) struct Plan {
+    action: Action,
+    /// Instead of the request's own, where credentials go into it or come out of it.
+    uri: Option<Box<Uri>>,
+    /// `Referer` has a secret in it.
+    drop_referer: bool,
+}
+
 enum Action {
-    /// Write the credentials into the headers.
-    Write,
-    /// They went into the query; take both headers off.
-    Query,
+    /// Write these into the headers.
+    Write(Credentials),
+    /// These went into the query; take both headers off.
+    Query(Credentials),
     /// Nothing of ours may go along; take both headers off.
     Scrub,
-    /// The request stays as it is.
+    /// The headers stay as they are.
     Leave,
 }
 
 impl Plan {
-    /// `own` are the layer's credentials; `None` when each request has to choose.
     #[inline]
-    pub(crate) fn new(
-        own: Option<&Credentials>,
-        origins: &Origins,
-        uri: &Uri,
-        headers: &HeaderMap,
-        extensions: &Extensions,
-    ) -> Result<Self, AuthError> {
-        match extensions.get::<RequestAuth>() {
-            None => Self::of(own.ok_or_else(|| unavailable(NO_CHOICE))?, origins, uri),
-            Some(choice) => Self::chosen(choice, own, origins, uri, headers),
+    pub(crate) fn new(rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
+        if let Some(choice) = head.extensions.get::<RequestAuth>() {
+            return Self::chosen(choice, rules, head);
         }
+        let own = rules.credentials.filter(|_| !rules.require_choice);
+        let plan = Self::send(own, rules, head)?;
+        Ok(if rules.if_absent { plan.if_absent(head.headers) } else { plan })
     }
 
-    #[inline]
-    fn of(credentials: &Credentials, origins: &Origins, uri: &Uri) -> Result<Self, AuthError> {
-        let credentials = credentials.clone();
-        match origins.admit(uri)? {
-            Admission::Write => Ok(Self { action: Action::Write, credentials: Some(credentials), uri: None }),
-            Admission::Scrub => {
-                let uri = handshake::without_secrets(uri, &credentials).map(Box::new);
-                Ok(Self { action: Action::Scrub, credentials: Some(credentials), uri })
-            }
-        }
-    }
-
-    fn chosen(
-        choice: &RequestAuth,
-        own: Option<&Credentials>,
-        origins: &Origins,
-        uri: &Uri,
-        headers: &HeaderMap,
-    ) -> Result<Self, AuthError> {
-        let own = own.ok_or_else(|| unavailable(NO_OWN));
+    fn chosen(choice: &RequestAuth, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
+        let own = || rules.credentials.ok_or_else(|| unavailable(NO_OWN));
         match choice {
-            RequestAuth::Anonymous => Ok(Self { action: Action::Scrub, credentials: None, uri: None }),
-            RequestAuth::Own(credentials) => Self::of(credentials, origins, uri),
-            RequestAuth::ApiKey => match own?.key_alone() {
-                Some(key) => Self::of(key, origins, uri),
+            RequestAuth::Anonymous => Ok(Self::of(Action::Scrub)),
+            RequestAuth::Own(credentials) => Self::send(Some(credentials), rules, head),
+            RequestAuth::ApiKey => match own()?.key_alone() {
+                Some(key) => Self::send(Some(key), rules, head),
                 // The layer beside this one has the key.
-                None => Ok(Self { action: Action::Leave, credentials: None, uri: None }),
+                None => Self::send(Some(own()?), rules, head).map(Self::leave),
             },
-            RequestAuth::ApiKeyAndJwt => Self::of(with_jwt(own?)?, origins, uri),
+            RequestAuth::ApiKeyAndJwt => Self::send(Some(with_jwt(own()?)?), rules, head),
             RequestAuth::VoiceAgent => {
-                let credentials = with_jwt(own?)?;
-                let plan = Self::of(credentials, origins, uri)?;
-                if plan.action != Action::Write {
-                    return Ok(plan);
+                let credentials = with_jwt(own()?)?;
+                match Self::send(Some(credentials), rules, head)?.action {
+                    Action::Write(credentials) => Ok(Self {
+                        uri: Some(Box::new(handshake::with_query(head, &credentials)?)),
+                        drop_referer: Secrets([Some(&credentials), None]).are_in_referer(head.headers),
+                        action: Action::Query(credentials),
+                    }),
+                    _ => Self::scrub(Some(credentials), rules, head),
                 }
-                let uri = handshake::with_query(uri, headers, credentials)?;
-                Ok(Self { action: Action::Query, uri: Some(Box::new(uri)), ..plan })
             }
         }
     }
 
-    /// Leaves a request as it is that came with credentials in a header that would be written.
-    pub(crate) fn unless_present(self, headers: &HeaderMap) -> Self {
-        let present = match self.credentials.as_ref().map(Credentials::form) {
-            Some(Form::JwtHalf) => headers.contains_key(AUTHORIZATION),
-            Some(Form::KeyHalf) => headers.contains_key(&X_API_KEY),
-            _ => headers.contains_key(AUTHORIZATION) || headers.contains_key(&X_API_KEY),
-        };
+    /// Writes `credentials` if they may go there.
+    #[inline]
+    fn send(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
+        match (rules.origins.admit(head.uri, head.headers)?, credentials) {
+            (Admission::Write, Some(credentials)) => Ok(Self::of(Action::Write(credentials.clone()))),
+            (Admission::Write, None) => Err(unavailable(NO_CHOICE)),
+            (Admission::Scrub, credentials) => Self::scrub(credentials, rules, head),
+        }
+    }
+
+    /// Sends nothing of ours, neither the layer's own nor what the request chose.
+    #[cold]
+    fn scrub(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
+        let secrets = Secrets([rules.credentials, credentials]);
+        Ok(Self {
+            action: Action::Scrub,
+            uri: secrets.uri_without(head.uri)?.map(Box::new),
+            drop_referer: secrets.are_in_referer(head.headers),
+        })
+    }
+
+    #[inline]
+    fn of(action: Action) -> Self {
+        Self { action, uri: None, drop_referer: false }
+    }
+
+    /// Leaves to another what would be written.
+    fn leave(self) -> Self {
         match self.action {
-            Action::Write if present => Self { action: Action::Leave, credentials: None, uri: None },
+            Action::Write(_) => Self::of(Action::Leave),
             _ => self,
         }
     }
 
+    /// Leaves a request alone that came with credentials in a header that would be written.
+    fn if_absent(self, headers: &HeaderMap) -> Self {
+        let Action::Write(credentials) = &self.action else { return self };
+        let present =
+            |name: &HeaderName, slot: &Slot| !matches!(slot, Slot::Leave) && headers.contains_key(name);
+        let brought = present(&AUTHORIZATION, credentials.authorization())
+            || present(&X_API_KEY, credentials.x_api_key());
+        if brought { self.leave() } else { self }
+    }
+
     #[inline]
     pub(crate) fn apply(&self, headers: &mut HeaderMap) -> Result<(), AuthError> {
-        match (self.action, &self.credentials) {
-            (Action::Write, Some(credentials)) => write(headers, credentials),
-            (Action::Leave, _) => Ok(()),
-            (_, credentials) => {
-                scrub(headers, credentials.as_ref());
-                Ok(())
+        match &self.action {
+            Action::Write(credentials) => return write(headers, credentials),
+            Action::Leave => {}
+            Action::Query(_) | Action::Scrub => {
+                headers.remove(AUTHORIZATION);
+                headers.remove(&X_API_KEY);
+                if self.drop_referer {
+                    headers.remove(REFERER);
+                }
             }
         }
+        Ok(())
     }
 
     /// The URI to send the request to, where it is another than the request came with, and the credentials
     /// that go along.
     #[inline]
     pub(crate) fn into_parts(self) -> (Option<Box<Uri>>, Option<Credentials>) {
-        let sent = matches!(self.action, Action::Write | Action::Query);
-        (self.uri, self.credentials.filter(|_| sent))
+        match self.action {
+            Action::Write(credentials) | Action::Query(credentials) => (self.uri, Some(credentials)),
+            Action::Scrub | Action::Leave => (self.uri, None),
+        }
     }
 }
 
@@ -169,18 +205,6 @@ fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot) -> Result<(), Au
         Slot::Leave => {}
     }
     Ok(())
-}
-
-fn scrub(headers: &mut HeaderMap, credentials: Option<&Credentials>) {
-    headers.remove(AUTHORIZATION);
-    headers.remove(&X_API_KEY);
-    let leaks = |referer: &HeaderValue| {
-        let referer = Uri::try_from(referer.as_bytes()).ok();
-        referer.zip(credentials).is_some_and(|(uri, set)| handshake::without_secrets(&uri, set).is_some())
-    };
-    if headers.get(REFERER).is_some_and(leaks) {
-        headers.remove(REFERER);
-    }
 }
 
 /// Takes our headers out of `Connection`: whoever forwards the request would drop what it names

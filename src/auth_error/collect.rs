@@ -52,6 +52,15 @@ enum Timer {
     Missing,
 }
 
+impl Timer {
+    fn poll<E>(&mut self, cx: &mut Context<'_>) -> Poll<End<E>> {
+        match self {
+            Self::Running(sleep) => sleep.as_mut().poll(cx).map(|()| End::OutOfBounds),
+            Self::Missing => Poll::Ready(End::OutOfBounds),
+        }
+    }
+}
+
 /// Why reading ended.
 pub(super) enum End<E> {
     Complete {
@@ -75,21 +84,13 @@ impl<B: Body> Collect<B> {
     }
 
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
-        if let Timer::Running(sleep) = &mut self.timer
-            && sleep.as_mut().poll(cx).is_ready()
-        {
-            return Poll::Ready(End::OutOfBounds);
-        }
+        // What is there counts, even when the time is up.
         for _ in 0..FRAMES_A_TURN {
             if self.read > self.bounds.size {
                 return Poll::Ready(End::OutOfBounds);
             }
-            let frame = match self.body.as_mut().poll_frame(cx) {
-                Poll::Ready(frame) => frame,
-                Poll::Pending => match self.timer {
-                    Timer::Running(_) => return Poll::Pending,
-                    Timer::Missing => return Poll::Ready(End::OutOfBounds),
-                },
+            let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
+                return self.timer.poll(cx);
             };
             match frame {
                 None => return Poll::Ready(End::Complete { trailers: None }),
@@ -108,7 +109,7 @@ impl<B: Body> Collect<B> {
             }
         }
         cx.waker().wake_by_ref();
-        Poll::Pending
+        self.timer.poll(cx)
     }
 
     /// The error that the response makes; `source` is what broke its body off.

@@ -3,11 +3,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{Extensions, HeaderMap, Request, Response, Uri};
+use http::{Request, Response};
 use tower_service::Service;
 
 use super::ResponseFuture;
-use crate::{AuthError, Credentials, Origins, RequestAuth, plan::Plan};
+use crate::{
+    AuthError, Credentials, Origins,
+    plan::{Head, Plan, Rules},
+};
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
 /// [`JwtLayer`](super::JwtLayer); see the [module docs](super).
@@ -33,18 +36,21 @@ impl Policy {
     }
 
     #[inline]
-    fn plan(&self, uri: &Uri, headers: &HeaderMap, extensions: &Extensions) -> Result<Plan, AuthError> {
-        let own = match self.require_choice && extensions.get::<RequestAuth>().is_none() {
-            true => None,
-            false => self.credentials.as_ref(),
-        };
-        let plan = Plan::new(own, &self.origins, uri, headers, extensions)?;
-        Ok(if self.if_absent { plan.unless_present(headers) } else { plan })
-    }
-
-    #[inline]
     fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, AuthError> {
-        let plan = self.plan(request.uri(), request.headers(), request.extensions())?;
+        let Self { if_absent, require_choice, .. } = *self;
+        let rules = Rules {
+            credentials: self.credentials.as_ref(),
+            origins: &self.origins,
+            if_absent,
+            require_choice,
+        };
+        let head = Head {
+            method: Some(request.method()),
+            uri: request.uri(),
+            headers: request.headers(),
+            extensions: request.extensions(),
+        };
+        let plan = Plan::new(rules, head)?;
         plan.apply(request.headers_mut())?;
         let (uri, credentials) = plan.into_parts();
         if let Some(uri) = uri {

@@ -12,7 +12,8 @@ use http::{HeaderMap, HeaderName, Response, StatusCode};
 use serde_json::Value;
 
 use super::{
-    AuthErrorKind, BoxError, ErrorBody, RateLimit, challenge::BearerChallenge, rate_limit, redact::Redactor,
+    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge, rate_limit,
+    redact::Redactor,
 };
 use crate::credentials::Credentials;
 
@@ -86,7 +87,7 @@ impl AuthError {
         source: Option<BoxError>,
     ) -> Self {
         let redactor = Redactor::new(sent);
-        let mut json = serde_json::from_slice::<Value>(body).ok();
+        let mut json = parse_json(body);
         let mut fields = json.as_ref().map(ErrorBody::from_json).unwrap_or_default();
 
         let challenge = BearerChallenge::from_headers(headers);
@@ -105,18 +106,12 @@ impl AuthError {
             kind => kind,
         };
 
-        let redacted = |field: &mut Option<String>| *field = field.take().map(|text| redactor.text(text));
-        redacted(&mut fields.code);
-        redacted(&mut fields.error_type);
-        redacted(&mut fields.message);
-        redacted(&mut fields.request_id);
-
         Self(Arc::new(Inner {
             kind,
             detail: Cow::Borrowed(""),
             answer: Some(Answer {
                 status,
-                fields,
+                fields: fields.redacted(&redactor),
                 retry_after: rate_limit::retry_after(headers),
                 rate_limit: RateLimit::from_headers(headers),
                 body: redact_body(&redactor, body, json.as_mut()),
@@ -242,7 +237,7 @@ fn redact_body(redactor: &Redactor, body: &[u8], json: Option<&mut Value>) -> By
     let redacted = redactor.bytes(body).into_owned();
     if let Some(json) = json
         && redact_strings(redactor, json)
-        && serde_json::from_slice::<Value>(&redacted).ok().as_ref() != Some(json)
+        && parse_json(&redacted).as_ref() != Some(json)
     {
         return Bytes::from(json.to_string());
     }

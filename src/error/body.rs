@@ -1,5 +1,7 @@
 use serde_json::{Map, Value};
 
+use super::redact::Redactor;
+
 /// What an error body says, read from whatever shape it has.
 ///
 /// SelamAPI documents `{"error":{"message":…,"type":…,"code":…}}`. Gateways, proxies and token endpoints
@@ -25,10 +27,11 @@ pub struct ErrorBody {
 }
 
 impl ErrorBody {
-    /// Reads `body`, of any content type and any length.
+    /// Reads `body`, of any content type and any length. Whatever has the shape of a key or a JWT is masked.
     #[must_use]
     pub fn parse(body: &[u8]) -> Self {
-        serde_json::from_slice(body).map(|value| Self::from_json(&value)).unwrap_or_default()
+        let fields = parse_json(body).map(|value| Self::from_json(&value)).unwrap_or_default();
+        fields.redacted(&Redactor::new(None))
     }
 
     /// The error code; a number as its digits.
@@ -53,6 +56,16 @@ impl ErrorBody {
     #[must_use]
     pub fn request_id(&self) -> Option<&str> {
         self.request_id.as_deref()
+    }
+
+    pub(super) fn redacted(self, redactor: &Redactor) -> Self {
+        let redacted = |text: Option<String>| text.map(|text| redactor.text(text));
+        Self {
+            code: redacted(self.code),
+            error_type: redacted(self.error_type),
+            message: redacted(self.message),
+            request_id: redacted(self.request_id),
+        }
     }
 
     pub(super) fn from_json(value: &Value) -> Self {
@@ -101,6 +114,12 @@ impl ErrorBody {
             request_id: text(fields, "request_id"),
         }
     }
+}
+
+/// JSON as it is found: with a byte order mark before it, or bytes in it that are no UTF-8.
+pub(super) fn parse_json(body: &[u8]) -> Option<Value> {
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    serde_json::from_str(&String::from_utf8_lossy(body)).ok()
 }
 
 fn nested<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Map<String, Value>> {

@@ -1,5 +1,7 @@
-use http::{HeaderMap, header::WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, header::WWW_AUTHENTICATE};
 use http_auth::ChallengeParser;
+
+const SCHEME: &str = "bearer";
 
 /// What a `Bearer` challenge says of the error
 /// ([RFC 6750 section 3](https://www.rfc-editor.org/rfc/rfc6750#section-3)).
@@ -10,18 +12,25 @@ pub(super) struct BearerChallenge {
 }
 
 impl BearerChallenge {
-    /// The first `Bearer` challenge of the first readable `WWW-Authenticate` that has one.
+    /// The first `Bearer` challenge that can be read, whatever stands around it.
     pub(super) fn from_headers(headers: &HeaderMap) -> Self {
-        let values = headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
-        let challenge = values
-            .flat_map(|value| ChallengeParser::new(value).map_while(Result::ok))
-            .find(|challenge| challenge.scheme.eq_ignore_ascii_case("bearer"));
+        headers.get_all(WWW_AUTHENTICATE).iter().find_map(Self::from_value).unwrap_or_default()
+    }
+
+    fn from_value(value: &HeaderValue) -> Option<Self> {
+        let ascii = |byte: &u8| if byte.is_ascii() { char::from(*byte) } else { '?' };
+        let value: String = value.as_bytes().trim_ascii().iter().map(ascii).collect();
+        let starts = value.char_indices().filter_map(|(at, _)| {
+            let scheme = value.get(at..at + SCHEME.len())?;
+            let first = value[..at].chars().next_back().is_none_or(|before| matches!(before, ' ' | ','));
+            (first && scheme.eq_ignore_ascii_case(SCHEME)).then_some(at)
+        });
+        let challenge = starts.filter_map(|at| ChallengeParser::new(&value[at..]).next()?.ok()).next()?;
         let param = |name: &str| {
-            let (_, value) =
-                challenge.as_ref()?.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
+            let (_, value) = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name))?;
             Some(value.to_unescaped()).filter(|value| !value.is_empty())
         };
-        Self { error: param("error"), description: param("error_description") }
+        Some(Self { error: param("error"), description: param("error_description") })
     }
 }
 
@@ -50,6 +59,9 @@ mod tests {
         assert_eq!(read(&["Basic realm=\"x\"", challenge]), expected);
         assert_eq!(read(&[&format!("Digest nonce=\"n\", {challenge}")]), expected);
         assert_eq!(read(&["Bearer error=invalid_token"]).0.as_deref(), Some("invalid_token"));
+        assert_eq!(read(&[&format!("Negotiate YII=, {challenge} ")]), expected);
+        assert_eq!(read(&["Bearer error=\"invalid_token\", error_description=\"\u{e9}\""]).0, expected.0);
+        assert_eq!(read(&["Basic realm=\"notbearer error=x\""]), (None, None));
         assert_eq!(read(&["Bearer"]), (None, None));
         assert_eq!(read(&[]), (None, None));
     }

@@ -59,7 +59,7 @@ impl AuthErrorKind {
 
     pub(super) fn is_permanent(self) -> bool {
         // A token may be renewed, and a bare 401 may be about one.
-        !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::CredentialUnavailable)
+        !matches!(self, Self::TokenRejected | Self::Unauthorized)
     }
 
     pub(super) fn remedy(self) -> Option<&'static str> {

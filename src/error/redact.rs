@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use percent_encoding::utf8_percent_encode;
 use zeroize::Zeroizing;
 
-use crate::{credentials::Credentials, handshake::QUERY_VALUE};
+use crate::{credentials::Credentials, query::QUERY_VALUE};
 
 const MASK: &[u8] = b"[redacted]";
 

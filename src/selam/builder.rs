@@ -81,18 +81,22 @@ impl SelamLayerBuilder {
     ///
     /// # Errors
     ///
-    /// When no key was given.
+    /// When no key was given, or the base URL's origin is not among the allowed ones.
     pub fn build(self) -> Result<SelamLayer, ConfigError> {
         let Some(key) = self.api_key else {
             return Err(ConfigError::new(Subject::ApiKey, Place::Argument, ConfigErrorKind::Missing));
         };
         let base_url = self.base_url.unwrap_or_default();
+        let origins = self.origins.unwrap_or_else(|| base_url.origins());
+        if !origins.contains(base_url.origin()) {
+            return Err(ConfigError::new(Subject::BaseUrl, Place::Argument, ConfigErrorKind::NotAllowed));
+        }
         let policy = Policy {
             credentials: Some(match self.jwt {
                 Some(jwt) => Credentials::key_and_jwt(key, jwt),
                 None => Credentials::bearer(key),
             }),
-            origins: self.origins.unwrap_or_else(|| base_url.origins()),
+            origins,
             if_absent: self.if_absent,
             require_choice: self.require_choice,
         };

@@ -18,8 +18,11 @@ use super::{
 };
 use crate::BoxError;
 
-/// So much of a request body is kept.
-const KEPT: usize = 64 * 1024;
+/// So much of a request body is read as JSON; 413 beyond.
+const READ: usize = 8 * 1024 * 1024;
+
+/// So much of it is remembered.
+const REMEMBERED: usize = 64 * 1024;
 
 pub(super) type Answer = Response<SimulatorBody>;
 
@@ -35,7 +38,7 @@ where
         uri: parts.uri,
         version: parts.version,
         headers: parts.headers,
-        body,
+        body: body.slice(..body.len().min(REMEMBERED)),
         body_length,
     };
 
@@ -50,7 +53,7 @@ where
             (Some(Fault::Unavailable), _) => refusal::UNAVAILABLE.answer(),
             (Some(Fault::Answer(answer)), _) => answer.clone().map(SimulatorBody::whole),
             (_, Quota { allowed: false, reset_after, .. }) => refusal::rate_limited(*reset_after),
-            _ => route(&state, &received),
+            _ => route(&state, &received, &body),
         };
         (fault, answer, quota)
     };
@@ -73,13 +76,13 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
         if let Ok(mut data) = frame.into_data() {
             let data = data.copy_to_bytes(data.remaining());
             length += data.len() as u64;
-            kept.extend_from_slice(&data[..data.len().min(KEPT - kept.len())]);
+            kept.extend_from_slice(&data[..data.len().min(READ - kept.len())]);
         }
     }
     (kept.freeze(), length)
 }
 
-fn route(state: &State, request: &Received) -> Answer {
+fn route(state: &State, request: &Received, body: &[u8]) -> Answer {
     let path = request.uri.path();
     let answer = match path {
         "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => handshake(state, request),
@@ -87,13 +90,14 @@ fn route(state: &State, request: &Received) -> Answer {
         | "/v1/chat/completions/batch"
         | "/v1/images/generations"
         | "/v1/audio/speech"
-        | "/v1/audio/agent/sessions" => call(state, request, path),
+        | "/v1/audio/agent/sessions" => call(state, request, body),
         _ => Err(refusal::NOT_FOUND),
     };
     answer.unwrap_or_else(Refusal::answer)
 }
 
-fn call(state: &State, request: &Received, path: &str) -> Result<Answer, Refusal> {
+fn call(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
+    let path = request.uri.path();
     if request.method != Method::POST {
         return Err(refusal::METHOD_NOT_ALLOWED);
     }
@@ -104,7 +108,10 @@ fn call(state: &State, request: &Received, path: &str) -> Result<Answer, Refusal
     if path == "/v1/audio/agent/sessions" && !caller.has_jwt {
         return Err(refusal::MISSING_JWT);
     }
-    let body: Value = serde_json::from_slice(&request.body).map_err(|_| refusal::BAD_JSON)?;
+    if request.body_length > body.len() as u64 {
+        return Err(refusal::TOO_LARGE);
+    }
+    let body: Value = serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)?;
     Ok(match path {
         "/v1/chat/completions" => replies::chat(&body),
         "/v1/chat/completions/batch" => replies::batch(&body),
@@ -128,8 +135,10 @@ fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
         None => None,
     };
     match (bearer, x_api_key) {
-        (Some(key), None) if key.starts_with("sk-") => check(state, None, key),
-        (_, None) => Err(refusal::MISSING_API_KEY),
+        // A JWT alone has no key beside it; anything else in its place is meant as the key.
+        (Some(jwt), None) if jwt.matches('.').count() == 2 => Err(refusal::MISSING_API_KEY),
+        (Some(key), None) => check(state, None, key),
+        (None, None) => Err(refusal::MISSING_API_KEY),
         (jwt, Some(key)) => check(state, jwt, key),
     }
 }

@@ -22,6 +22,8 @@ pub struct SimulatorBody {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Complete,
+    /// First a pause, in which a server sends what it has, then the error.
+    Flush,
     CutOff,
     Stall,
 }
@@ -41,7 +43,7 @@ impl SimulatorBody {
     pub(super) fn with_fault(mut self, fault: &Fault) -> Self {
         let (mut left, end) = match *fault {
             Fault::StallBody { after } => (after, End::Stall),
-            Fault::CutOff { after } => (after, End::CutOff),
+            Fault::CutOff { after } => (after, End::Flush),
             _ => return self,
         };
         for chunk in &mut self.chunks {
@@ -60,7 +62,7 @@ impl Body for SimulatorBody {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         if let Some(chunk) = self.chunks.pop_front() {
             self.length = self.length.map(|length| length - chunk.len() as u64);
@@ -70,6 +72,11 @@ impl Body for SimulatorBody {
             End::Complete => Poll::Ready(None),
             // Nobody is to be woken: this body never goes on.
             End::Stall => Poll::Pending,
+            End::Flush => {
+                self.end = End::CutOff;
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
             End::CutOff => {
                 self.end = End::Complete;
                 Poll::Ready(Some(Err("the body was cut off".into())))

@@ -16,6 +16,9 @@
 //!
 //! Every response has a request id and the `X-RateLimit-*` headers.
 //!
+//! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. A program that turns on
+//! another backend of it as well has to choose one, as `jsonwebtoken` asks: `CryptoProvider::install_default`.
+//!
 //! ```
 //! use http::{Request, StatusCode};
 //! use tower::{Service, ServiceBuilder, ServiceExt};

@@ -52,6 +52,7 @@ impl Window {
 }
 
 impl Quota {
+    /// Leaves alone what an injected answer has.
     pub(super) fn write(&self, headers: &mut HeaderMap) {
         // Whole seconds, rounded up: after that long there is room.
         let after = self.reset_after.as_millis().div_ceil(1000) as u64;
@@ -61,8 +62,15 @@ impl Quota {
             ("x-ratelimit-reset", epoch_seconds(clock::now()) + after),
             ("x-ratelimit-reset-after", after),
         ] {
-            headers.insert(HeaderName::from_static(name), value.into());
+            set_if_absent(headers, name, &value.to_string());
         }
-        set(headers, &HeaderName::from_static("x-request-id"), &format!("req_{}", self.number));
+        set_if_absent(headers, "x-request-id", &format!("req_{}", self.number));
+    }
+}
+
+fn set_if_absent(headers: &mut HeaderMap, name: &'static str, value: &str) {
+    let name = HeaderName::from_static(name);
+    if !headers.contains_key(&name) {
+        set(headers, &name, value);
     }
 }

@@ -1,7 +1,7 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Uri, Version};
+use http::{HeaderMap, HeaderName, Method, Uri, Version};
 
 /// A request as it arrived, credentials and all. `Debug` shows no more than method, path and header names.
 #[derive(Clone)]
@@ -27,7 +27,7 @@ impl fmt::Debug for Received {
             .field("method", &self.method)
             .field("path", &self.uri.path())
             .field("version", &self.version)
-            .field("headers", &self.headers.keys())
+            .field("headers", &self.headers.keys().map(HeaderName::as_str).collect::<Vec<_>>())
             .field("body_length", &self.body_length)
             .finish()
     }

@@ -64,6 +64,8 @@ pub(super) const DUPLICATE_HEADER: Refusal =
     Refusal::bad_request(StatusCode::BAD_REQUEST, "duplicate_header", "A header came more than once.");
 pub(super) const BAD_JSON: Refusal =
     Refusal::bad_request(StatusCode::BAD_REQUEST, "invalid_json", "The body is not valid JSON.");
+pub(super) const TOO_LARGE: Refusal =
+    Refusal::bad_request(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", "The body is too large.");
 pub(super) const NOT_FOUND: Refusal =
     Refusal::bad_request(StatusCode::NOT_FOUND, "not_found", "There is nothing at this path.");
 pub(super) const METHOD_NOT_ALLOWED: Refusal = Refusal::bad_request(

@@ -16,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::watch,
     task::{JoinHandle, JoinSet},
 };
 use tokio_rustls::{
@@ -53,6 +54,8 @@ pub struct Server {
     ca_pem: Option<String>,
     ca_der: Option<Vec<u8>>,
     accepting: JoinHandle<()>,
+    /// Ends the WebSockets, which are no longer the connections' own.
+    hang_up: watch::Sender<()>,
 }
 
 impl Server {
@@ -64,13 +67,15 @@ impl Server {
     pub async fn http(simulator: &Simulator) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let simulator = simulator.clone();
+        let (hang_up, hung_up) = watch::channel(());
+        let host = Host { simulator: simulator.clone(), tls: None, hung_up };
         Ok(Self {
             address,
             base_url: format!("http://{address}/v1"),
             ca_pem: None,
             ca_der: None,
-            accepting: tokio::spawn(accept(listener, simulator, None)),
+            accepting: tokio::spawn(host.accept(listener)),
+            hang_up,
         })
     }
 
@@ -83,13 +88,16 @@ impl Server {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let identity = Identity::new()?;
-        let acceptor = TlsAcceptor::from(Arc::new(identity.config));
+        let tls = Some(TlsAcceptor::from(Arc::new(identity.config)));
+        let (hang_up, hung_up) = watch::channel(());
+        let host = Host { simulator: simulator.clone(), tls, hung_up };
         Ok(Self {
             address,
             base_url: format!("https://localhost:{}/v1", address.port()),
             ca_pem: Some(identity.ca_pem),
             ca_der: Some(identity.ca_der),
-            accepting: tokio::spawn(accept(listener, simulator.clone(), Some(acceptor))),
+            accepting: tokio::spawn(host.accept(listener)),
+            hang_up,
         })
     }
 
@@ -121,6 +129,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.accepting.abort();
+        self.hang_up.send_replace(());
     }
 }
 
@@ -153,61 +162,83 @@ impl Identity {
     }
 }
 
-async fn accept(listener: TcpListener, simulator: Simulator, tls: Option<TlsAcceptor>) {
-    // Aborts them all when this task is.
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                if let Ok((stream, _)) = accepted {
-                    connections.spawn(connection(stream, simulator.clone(), tls.clone()));
+/// What a connection is served with.
+#[derive(Clone)]
+struct Host {
+    simulator: Simulator,
+    tls: Option<TlsAcceptor>,
+    hung_up: watch::Receiver<()>,
+}
+
+impl Host {
+    async fn accept(self, listener: TcpListener) {
+        // Aborts them all when this task is.
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    if let Ok((stream, _)) = accepted {
+                        connections.spawn(self.clone().connection(stream));
+                    }
+                }
+                Some(_) = connections.join_next() => {}
+            }
+        }
+    }
+
+    async fn connection(self, stream: TcpStream) {
+        // Without it, small frames wait for acknowledgements.
+        let _ = stream.set_nodelay(true);
+        match self.tls.clone() {
+            None => self.serve(stream).await,
+            Some(tls) => {
+                if let Ok(stream) = tls.accept(stream).await {
+                    self.serve(stream).await;
                 }
             }
-            Some(_) = connections.join_next() => {}
         }
     }
-}
 
-async fn connection(stream: TcpStream, simulator: Simulator, tls: Option<TlsAcceptor>) {
-    // Without it, small frames wait for acknowledgements.
-    let _ = stream.set_nodelay(true);
-    match tls {
-        None => serve(stream, simulator).await,
-        Some(tls) => {
-            if let Ok(stream) = tls.accept(stream).await {
-                serve(stream, simulator).await;
-            }
+    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let service = service_fn(move |request| self.clone().exchange(request));
+        let server = auto::Builder::new(TokioExecutor::new());
+        // A client that goes away is no concern of the simulator's.
+        let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
+    }
+
+    async fn exchange(mut self, mut request: Request<Incoming>) -> Result<Response<SimulatorBody>, BoxError> {
+        let upgrade = hyper::upgrade::on(&mut request);
+        let response = self.simulator.call(request).await?;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = self.hung_up.changed() => {}
+                    _ = speak_websocket(upgrade) => {}
+                }
+            });
         }
+        Ok(response)
     }
 }
 
-async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, simulator: Simulator) {
-    let service = service_fn(move |request| exchange(simulator.clone(), request));
-    let server = auto::Builder::new(TokioExecutor::new());
-    // A client that goes away is no concern of the simulator's.
-    let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
-}
-
-async fn exchange(
-    mut simulator: Simulator,
-    mut request: Request<Incoming>,
-) -> Result<Response<SimulatorBody>, BoxError> {
-    let upgrade = hyper::upgrade::on(&mut request);
-    let response = simulator.call(request).await?;
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        tokio::spawn(speak_websocket(upgrade));
-    }
-    Ok(response)
-}
-
-/// Says hello as Socket.IO does, then listens until the caller hangs up.
+/// Says hello as Socket.IO does, then listens until the caller hangs up or says that it will.
 async fn speak_websocket(upgrade: OnUpgrade) -> Result<(), BoxError> {
+    // RFC 6455 section 5.2: the last frame of a message, with the opcode of text or close.
+    const TEXT: u8 = 0x81;
+    const CLOSE: u8 = 0x88;
+
     let mut stream = TokioIo::new(upgrade.await?);
-    // One final text frame, unmasked and below 126 bytes (RFC 6455 section 5.2).
-    stream.write_all(&[0x81, OPEN_PACKET.len() as u8]).await?;
+    // Unmasked, and below 126 bytes.
+    stream.write_all(&[TEXT, OPEN_PACKET.len() as u8]).await?;
     stream.write_all(OPEN_PACKET.as_bytes()).await?;
     stream.flush().await?;
     let mut heard = [0; 1024];
-    while stream.read(&mut heard).await? > 0 {}
+    while stream.read(&mut heard).await? > 0 {
+        if heard[0] == CLOSE {
+            stream.write_all(&[CLOSE, 0]).await?;
+            break;
+        }
+    }
+    stream.shutdown().await?;
     Ok(())
 }

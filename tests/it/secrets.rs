@@ -136,7 +136,7 @@ fn s2_what_the_simulator_received_is_not_shown() {
 
 /// How often `masked` (every bit of the text flipped) stands in this process's writable memory, unmasked.
 ///
-/// The bytes that are read are masked at once, so that this finds no copy of its own making.
+/// What is read is masked at once, and the buffer for it is passed over: it finds no copy of its own making.
 #[cfg(target_os = "linux")]
 fn resident(masked: &[u8]) -> usize {
     use std::{
@@ -146,34 +146,34 @@ fn resident(masked: &[u8]) -> usize {
 
     let memory = File::open("/proc/self/mem").unwrap();
     let mut buffer = vec![0; 1 << 20];
-    let mut found = 0;
-    for line in read_to_string("/proc/self/maps").unwrap().lines() {
-        let mut columns = line.split_whitespace();
-        let (range, mode) = (columns.next().unwrap(), columns.next().unwrap());
-        if !mode.starts_with("rw") {
-            continue;
-        }
-        let (start, end) = range.split_once('-').unwrap();
-        let mut at = u64::from_str_radix(start, 16).unwrap();
-        let end = u64::from_str_radix(end, 16).unwrap();
-        while at < end {
-            let length = buffer.len().min((end - at) as usize);
+    let own = buffer.as_ptr() as u64..buffer.as_ptr() as u64 + buffer.len() as u64;
+    let mut count = |from: u64, to: u64| {
+        let (mut at, mut found) = (from, 0);
+        while at < to {
+            let length = buffer.len().min((to - at) as usize);
             let Ok(read) = memory.read_at(&mut buffer[..length], at) else { break };
             buffer[..read].iter_mut().for_each(|byte| *byte = !*byte);
-            let mut rest = &buffer[..read];
-            while let Some(next) = rest.iter().position(|byte| *byte == masked[0]) {
-                rest = &rest[next..];
-                found += usize::from(rest.starts_with(masked));
-                rest = &rest[1..];
+            found += buffer[..read].windows(masked.len()).filter(|window| *window == masked).count();
+            // One on the border is seen next time, and none twice.
+            at += read as u64;
+            if at < to {
+                at -= masked.len() as u64 - 1;
             }
-            if read < masked.len() {
-                break;
-            }
-            // So that one on the border is seen, and none twice.
-            at += (read - if at + (read as u64) < end { masked.len() - 1 } else { 0 }) as u64;
         }
-    }
-    found
+        found
+    };
+    let maps = read_to_string("/proc/self/maps").unwrap();
+    let writable = maps.lines().filter_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-').filter(|_| rest.starts_with("rw"))?;
+        Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+    });
+    writable
+        .map(|(start, end)| match start <= own.start && own.end <= end {
+            true => count(start, own.start) + count(own.end, end),
+            false => count(start, end),
+        })
+        .sum()
 }
 
 #[cfg(target_os = "linux")]

@@ -95,6 +95,7 @@ fn t1_a_refused_request_gives_its_permit_to_the_next() {
     let (_, send) = assert_ready!(handle.poll_request()).unwrap();
     send.send_response(response(200, ""));
     assert_ready_ok!(call.poll());
+    drop(call);
     assert_ready_ok!(service.poll_ready::<Request<()>>());
 }
 
