@@ -13,7 +13,7 @@ use super::{SimulatorBody, api::Answer, jwt::epoch_seconds};
 use crate::clock;
 
 pub(super) fn chat(body: &Value) -> Answer {
-    let model = body["model"].as_str().unwrap_or("selam-plus");
+    let model = model(body);
     let reply = reply(body);
     if body["stream"] != true {
         return json(&completion(model, &reply));
@@ -35,8 +35,9 @@ pub(super) fn chat(body: &Value) -> Answer {
 
 pub(super) fn batch(body: &Value) -> Answer {
     let requests = body["requests"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let data: Vec<_> = requests.iter().map(|request| completion("selam-plus", &reply(request))).collect();
-    json(&json!({ "object": "list", "data": data }))
+    let responses: Vec<_> =
+        requests.iter().map(|request| completion(model(request), &reply(request))).collect();
+    json(&json!({ "responses": responses }))
 }
 
 fn completion(model: &str, reply: &str) -> Value {
@@ -53,6 +54,10 @@ fn completion(model: &str, reply: &str) -> Value {
         }],
         "usage": { "prompt_tokens": tokens, "completion_tokens": tokens, "total_tokens": 2 * tokens },
     })
+}
+
+fn model(body: &Value) -> &str {
+    body["model"].as_str().unwrap_or("selam-plus")
 }
 
 fn reply(body: &Value) -> String {

@@ -13,7 +13,7 @@ use tower_selam::{
 
 use crate::support::{Body, HANG, Http, JWT, KEY, builder, get, https, jwt, key, send};
 
-const AGENT: &str = "wss://api.selamgpt.com/v1/audio/agent?voice=hana";
+const AGENT: &str = "wss://api.selamgpt.com/v1/audio/agent?voice=mekdes";
 
 fn handshake(uri: &str) -> Request<()> {
     let mut request = get(uri);
@@ -61,7 +61,7 @@ async fn the_credentials_go_into_the_query_and_nowhere_else() {
     ];
     for sent in sent {
         let uri = sent.uri().to_string();
-        for part in [&format!("token={JWT}"), &format!("api_key={KEY}"), "voice=hana"] {
+        for part in [&format!("token={JWT}"), &format!("api_key={KEY}"), "voice=mekdes"] {
             assert_eq!(uri.matches(part).count(), 1, "{part} in {uri}");
         }
         assert_eq!(uri.len(), expected().len());
@@ -126,7 +126,7 @@ async fn over_tls_the_connection_switches_protocols() {
         .build()
         .unwrap();
     let request = || {
-        let uri = BaseUrl::new(server.base_url()).unwrap().endpoint("audio/agent?voice=hana").unwrap();
+        let uri = BaseUrl::new(server.base_url()).unwrap().endpoint("audio/agent?voice=mekdes").unwrap();
         handshake(&uri.to_string()).map(|()| Body::default())
     };
     let call = |request| layer.layer(https(&server, Http::One)).oneshot(request);

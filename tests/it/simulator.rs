@@ -114,7 +114,7 @@ async fn its_endpoints_answer_in_kind() {
 
     let batch = json!({ "requests": [said("one"), said("two")] });
     let batch = json(call(&simulator, "/v1/chat/completions/batch", &auth, batch).await).await;
-    assert_eq!(batch["data"][1]["choices"][0]["message"]["content"], "Selam! You said: two");
+    assert_eq!(batch["responses"][1]["choices"][0]["message"]["content"], "Selam! You said: two");
 
     let audio = call(&simulator, "/v1/audio/speech", &auth, json!({})).await;
     let audio = audio.into_body().collect().await.unwrap().to_bytes();
