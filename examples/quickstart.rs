@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http::{Request, Response, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, builderstates::WantsSchemes};
 use hyper_util::{
     client::legacy::{self, Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -64,12 +64,7 @@ async fn with_the_simulator() -> Result<(), BoxError> {
     let server = Server::tls(&simulator).await?;
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(server.ca_der().unwrap_or_default().to_vec()))?;
-    let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http().enable_all_versions();
-    let client = Client::builder(TokioExecutor::new()).build(connector.build());
+    let client = client(HttpsConnectorBuilder::new().with_tls_config(trusting(roots)?));
 
     let key = ApiKey::new(simulator.issue_key())?;
     let jwt = Token::new(simulator.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(60)))?;
@@ -117,11 +112,10 @@ async fn with_the_simulator() -> Result<(), BoxError> {
 
 async fn with_the_api() -> Result<(), BoxError> {
     let layer = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
-    let connector = HttpsConnectorBuilder::new()
-        .with_provider_and_native_roots(ring::default_provider())?
-        .https_or_http()
-        .enable_all_versions();
-    let client = Client::builder(TokioExecutor::new()).build(connector.build());
+    let client = client(match layer.base_url().to_string().starts_with("https:") {
+        true => HttpsConnectorBuilder::new().with_provider_and_native_roots(ring::default_provider())?,
+        false => HttpsConnectorBuilder::new().with_tls_config(trusting(RootCertStore::empty())?),
+    });
     println!("tower-selam quickstart");
     println!("  API   {}", layer.base_url());
     println!("  key   {:?}", ApiKey::from_env()?);
@@ -149,6 +143,17 @@ async fn with_the_api() -> Result<(), BoxError> {
     plain_http(&mut selam, &chat).await?;
     println!("\nAll of it as it should be.");
     Ok(())
+}
+
+fn trusting(roots: RootCertStore) -> Result<ClientConfig, BoxError> {
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+fn client(connector: HttpsConnectorBuilder<WantsSchemes>) -> Https {
+    let connector = connector.https_or_http().enable_all_versions().build();
+    Client::builder(TokioExecutor::new()).build(connector)
 }
 
 async fn chat_completion(selam: &mut Selam, chat: &Uri) -> Result<(), BoxError> {

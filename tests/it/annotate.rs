@@ -1,37 +1,20 @@
 //! E6: the response goes on as it was, with the error in its extensions.
 
-use std::{
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body::Body;
 use http_body_util::{BodyExt, Empty, Full};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
     AnnotateAuthErrorLayer, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, auth_error::AnnotatedBody,
 };
 
-use crate::support::{KEY, MODELS, get, key};
+use crate::support::{Fed, KEY, MODELS, get, key};
 
 type Frame = io::Result<http_body::Frame<Bytes>>;
-
-/// A body fed by hand.
-struct Fed(UnboundedReceiver<Frame>);
-
-impl Body for Fed {
-    type Data = Bytes;
-    type Error = io::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Frame>> {
-        self.0.poll_recv(cx)
-    }
-}
 
 fn fed() -> (UnboundedSender<Frame>, Response<Fed>) {
     let (send, receive) = unbounded_channel();

@@ -19,7 +19,7 @@ use tower_selam::{
     ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BoxError, Error, ErrorBody, JwtLayer,
 };
 
-use crate::support::{Body, JWT, KEY, MODELS, get, jwt, key, response};
+use crate::support::{Body, Fed, JWT, KEY, MODELS, get, jwt, key, response};
 
 /// One of the bodies seen in the wild.
 #[derive(serde::Deserialize)]
@@ -322,6 +322,27 @@ fn e4_outside_a_runtime_only_what_is_there_is_read() {
     let mut service = AuthErrorLayer::new().layer(api);
     let error = assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+
+    let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::Nothings])) });
+    let mut service = AuthErrorLayer::new().layer(api);
+    assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
+}
+
+#[tokio::test(start_paused = true)]
+async fn e4_a_body_that_came_while_nobody_looked_still_counts() {
+    let (send, receive) = tokio::sync::mpsc::unbounded_channel();
+    let mut response = Some(Response::builder().status(401).body(Fed(receive)).unwrap());
+    let api = service_fn(move |_: Request<()>| {
+        std::future::ready(Ok::<_, BoxError>(response.take().expect("one request")))
+    });
+    let mut service = AuthErrorLayer::new().layer(api);
+    let mut call = task::spawn(service.call(get(MODELS)));
+    assert_pending!(call.poll());
+    send.send(Ok(Frame::data(INVALID.into()))).unwrap();
+    drop(send);
+    tokio::time::advance(Duration::from_secs(60)).await;
+    let error = assert_ready_err!(call.poll());
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
 }
 
 #[tokio::test]
@@ -331,6 +352,26 @@ async fn e4_a_body_that_breaks_off_keeps_its_cause() {
     assert_eq!(found.body(), b"{\"error\":{");
     assert_eq!(found.source().unwrap().to_string(), "connection reset");
     assert!(!found.to_string().contains("connection reset"), "a cause is told once");
+}
+
+#[tokio::test]
+async fn e4_one_bad_byte_does_not_hide_what_a_body_says() {
+    for body in [
+        &b"\xef\xbb\xbf{\"error\":{\"code\":\"invalid_api_key\"}}"[..],
+        b"{\"error\":{\"message\":\"caf\xe9\",\"code\":\"invalid_api_key\"}}",
+    ] {
+        assert_eq!(error(response(401, body)).await.kind(), AuthErrorKind::InvalidApiKey);
+    }
+}
+
+#[tokio::test]
+async fn e2_headers_made_to_overflow_are_no_panic() {
+    let mut hostile = response(401, INVALID);
+    for name in ["x-ratelimit-reset", "x-ratelimit-reset-after", "retry-after", "x-ratelimit-limit"] {
+        hostile.headers_mut().insert(name, "18446744073709551615s1000ms".parse().unwrap());
+    }
+    let found = error(hostile).await;
+    assert_eq!((found.kind(), found.rate_limit()), (AuthErrorKind::InvalidApiKey, None));
 }
 
 #[tokio::test]

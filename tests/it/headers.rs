@@ -252,6 +252,45 @@ async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
 }
 
 #[tokio::test]
+async fn h4_a_redirect_away_and_back_does_not_turn_the_choice_into_another() {
+    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
+    let layer = ApiKeyLayer::bearer(key()).require_choice().with_origins(Origins::selam().pass_others());
+    let (mock, mut handle) = mock::pair::<Request<Body>, Response<Body>>();
+    let client = FollowRedirectLayer::new().layer(layer.layer(mock));
+    let api = async {
+        let mut sent = Vec::new();
+        let mut locations = ["https://evil.com/", MODELS].into_iter();
+        while let Some((request, send)) = handle.next_request().await {
+            sent.push((request.uri().host().unwrap().to_owned(), request.headers().len()));
+            let mut redirect = response(307, "");
+            redirect.headers_mut().insert("location", locations.next().unwrap().parse().unwrap());
+            send.send_response(redirect);
+        }
+        sent
+    };
+    let (result, sent) = tokio::join!(client.oneshot(with(own).map(|()| Body::default())), api);
+    assert_eq!(sent, [("api.selamgpt.com".to_owned(), 1), ("evil.com".to_owned(), 0)]);
+    let error = AuthError::find(&*result.unwrap_err()).unwrap().kind();
+    assert_eq!(error, AuthErrorKind::CredentialUnavailable);
+}
+
+#[tokio::test]
+async fn h4_an_explicit_choice_counts_more_than_what_the_request_came_with() {
+    let mut request = with_theirs();
+    request.extensions_mut().insert(RequestAuth::ApiKey);
+    let sent = send(&ApiKeyLayer::bearer(key()).if_absent(), request).await.unwrap();
+    assert_sent(&sent, &bearer(KEY), &NONE);
+}
+
+#[tokio::test]
+async fn o1_a_half_that_leaves_the_headers_to_the_other_checks_the_origin_too() {
+    let mut request = with(RequestAuth::ApiKey);
+    *request.uri_mut() = "http://api.selamgpt.com/".parse().unwrap();
+    let refused = send(&JwtLayer::beside_api_key(jwt()), request).await.unwrap_err();
+    assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
+}
+
+#[tokio::test]
 async fn the_imperative_form_writes_the_same() {
     let other = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-other").unwrap()));
     for (credentials, layered) in [

@@ -86,6 +86,46 @@ async fn o2_in_pass_mode_other_origins_get_the_request_without_credentials() {
 }
 
 #[tokio::test]
+async fn o2_a_host_header_has_to_name_an_allowed_origin() {
+    let with_host = |uri: &str, hosts: &[&str]| {
+        let mut request = get(uri);
+        for host in hosts {
+            request.headers_mut().append("host", host.parse().unwrap());
+        }
+        request
+    };
+    let layer = ApiKeyLayer::bearer(key());
+    for host in ["api.selamgpt.com", "API.selamgpt.com.", "api.selamgpt.com:443"] {
+        assert!(send(&layer, with_host("https://api.selamgpt.com/", &[host])).await.is_ok(), "{host}");
+    }
+    for hosts in [&["evil.com"][..], &["api.selamgpt.com:8443"], &["api.selamgpt.com", "evil.com"], &[""]] {
+        let request = with_host("https://api.selamgpt.com/", hosts);
+        let refused = send(&layer, request.clone()).await.unwrap_err();
+        assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed, "{hosts:?}");
+        let pass = layer.clone().with_origins(Origins::selam().pass_others());
+        assert!(!send(&pass, request).await.unwrap().headers().contains_key("authorization"), "{hosts:?}");
+    }
+    // A gateway that is reached by address and told apart by name has both.
+    let gateway = Origins::new("https://10.0.0.1").unwrap().with_origin("https://gateway.example").unwrap();
+    let layer = layer.with_origins(gateway);
+    assert!(send(&layer, with_host("https://10.0.0.1/", &["gateway.example"])).await.is_ok());
+}
+
+#[tokio::test]
+async fn o4_a_secret_does_not_leave_inside_another_url() {
+    let layer = JwtLayer::new(jwt(), key()).with_origins(Origins::selam().pass_others());
+    let inner = format!("https%3A%2F%2Fapi.selamgpt.com%2F%3Ftoken%3D{JWT}%26api_key%3D{KEY}");
+    let sent = send(&layer, get(&format!("https://evil.com/login?next={inner}&lang=am"))).await.unwrap();
+    assert_eq!(sent.uri(), "https://evil.com/login?lang=am");
+    let refused = send(&layer, get(&format!("https://evil.com/{KEY}/"))).await.unwrap_err();
+    assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
+    // Also with credentials of another sort chosen, or none to be had.
+    let mut request = get(&format!("https://evil.com/?a={JWT}"));
+    request.extensions_mut().insert(RequestAuth::ApiKey);
+    assert_eq!(send(&layer, request).await.unwrap().uri(), "https://evil.com/");
+}
+
+#[tokio::test]
 async fn o3_a_path_alone_is_refused_unless_the_origin_was_stated() {
     let refused = send(&ApiKeyLayer::bearer(key()), get("/v1/models")).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);

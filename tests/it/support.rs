@@ -1,15 +1,23 @@
 //! What the tests share: keys, a client that shows what it was sent, real clients over TLS.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, Response};
+use http_body::Frame;
 use http_body_util::Full;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, pki_types::CertificateDer};
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
@@ -38,6 +46,19 @@ pub(crate) fn get(uri: &str) -> Request<()> {
 
 pub(crate) fn response(status: u16, body: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(status).body(Full::new(body.into())).unwrap()
+}
+
+/// A body fed by hand.
+#[derive(Debug)]
+pub(crate) struct Fed(pub(crate) UnboundedReceiver<io::Result<Frame<Bytes>>>);
+
+impl http_body::Body for Fed {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        self.0.poll_recv(cx)
+    }
 }
 
 /// Sends `request` through `layer` to a client that answers 200: what the client was sent, or why not.

@@ -140,27 +140,18 @@ trait HasNot {
 /// Which of the four a type is: the inherent constant, where its bound holds, hides the trait's.
 macro_rules! has {
     ($type:ty) => {{
-        struct Send_<T>(PhantomData<T>);
-        impl<T> HasNot for Send_<T> {}
-        impl<T: Send> Send_<T> {
-            const SEND: bool = true;
+        macro_rules! is {
+            ($bound:ident, $constant:ident) => {{
+                struct Is<T>(PhantomData<T>);
+                impl<T> HasNot for Is<T> {}
+                #[allow(dead_code, reason = "only where the bound holds")]
+                impl<T: $bound> Is<T> {
+                    const $constant: bool = true;
+                }
+                <Is<$type>>::$constant
+            }};
         }
-        struct Sync_<T>(PhantomData<T>);
-        impl<T> HasNot for Sync_<T> {}
-        impl<T: Sync> Sync_<T> {
-            const SYNC: bool = true;
-        }
-        struct Unpin_<T>(PhantomData<T>);
-        impl<T> HasNot for Unpin_<T> {}
-        impl<T: Unpin> Unpin_<T> {
-            const UNPIN: bool = true;
-        }
-        struct Clone_<T>(PhantomData<T>);
-        impl<T> HasNot for Clone_<T> {}
-        impl<T: Clone> Clone_<T> {
-            const CLONE: bool = true;
-        }
-        [<Send_<$type>>::SEND, <Sync_<$type>>::SYNC, <Unpin_<$type>>::UNPIN, <Clone_<$type>>::CLONE]
+        [is!(Send, SEND), is!(Sync, SYNC), is!(Unpin, UNPIN), is!(Clone, CLONE)]
     }};
 }
 
