@@ -1,4 +1,61 @@
-#![doc = include_str!("../README.md")]
+//! Tower layers that authenticate an HTTP client to SelamAPI: API keys, JWTs, an origin check, typed errors.
+//!
+//! # A request's way
+//!
+//! ```text
+//!            AuthErrorLayer              ApiKeyLayer, JwtLayer
+//! request ─▶ 401 and 403 become a    ─▶  write Authorization and     ─▶ your client
+//!            typed error                 X-API-Key, for allowed
+//!                                        https origins only
+//! ```
+//!
+//! [`SelamLayer`] is that stack, ready-made, from the environment or a builder, over any client:
+//!
+//! ```
+//! use http::{Request, StatusCode};
+//! use tower::{Layer, ServiceExt};
+//! use tower_selam::{ApiKey, AuthErrorKind, SelamLayer, simulator::Simulator};
+//!
+//! # tokio_test::block_on(async {
+//! let client = Simulator::new(); // or hyper-util, or anything that is a Tower service
+//! let layer = SelamLayer::builder().with_api_key(ApiKey::new(client.issue_key())?).build()?;
+//! let selam = layer.layer(client);
+//!
+//! let chat = layer.base_url().endpoint("chat/completions")?;
+//! let question = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#.to_owned();
+//! let response = selam.clone().oneshot(Request::post(chat).body(question.clone())?).await?;
+//! assert_eq!(response.status(), StatusCode::OK);
+//!
+//! let plain = Request::post("http://api.selamgpt.com/v1/chat/completions").body(question)?;
+//! let error = selam.oneshot(plain).await.unwrap_err();
+//! assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::OriginNotAllowed);
+//! # Ok::<(), tower_selam::BoxError>(())
+//! # }).unwrap();
+//! ```
+//!
+//! # What is here
+//!
+//! | | |
+//! |---|---|
+//! | [`SelamLayer`], [`Selam`] | the stack; see [`selam`] |
+//! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
+//! | [`AuthErrorLayer`], [`AnnotateAuthErrorLayer`] | read 401 and 403; see [`auth_error`] |
+//! | [`ApiKey`], [`Token`], [`KeyId`] | secrets, and the name of one in logs |
+//! | [`Credentials`], [`RequestAuth`] | what is written, and a request's own choice of it |
+//! | [`Origins`], [`BaseUrl`] | where credentials may go, and where the API is |
+//! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
+//! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
+//! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | [`env`] | the names of the environment variables |
+//! | `simulator` | SelamAPI for tests |
+//!
+//! # Features
+//!
+//! None is on by default, and each only adds.
+//!
+//! - `test-util`: `simulator::Simulator`, SelamAPI in process.
+//! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
+
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod auth_error;
@@ -28,3 +85,8 @@ pub use self::{
     secret::{ApiKey, KeyId, Token},
     selam::{Selam, SelamLayer, SelamLayerBuilder},
 };
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
