@@ -46,7 +46,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
-//! | [`env`] | the names of the environment variables |
+//! | [`mod@env`] | the names of the environment variables |
 //! | `simulator` | SelamAPI for tests |
 //!
 //! # Features

@@ -20,7 +20,7 @@ pub struct AuthErrorLayer(Bounds);
 /// # tokio_test::block_on(async {
 /// let body = r#"{"error":{"message":"No API key provided.","code":"missing_api_key"}}"#;
 /// let api = service_fn(|_: Request<()>| async move {
-///     Ok::<_, BoxError>(Response::builder().status(401).body(Full::from(body))?)
+///     Ok::<_, BoxError>(Response::builder().status(401).body(Full::<bytes::Bytes>::from(body))?)
 /// });
 /// let service = ServiceBuilder::new().layer(AnnotateAuthErrorLayer::new()).service(api);
 ///

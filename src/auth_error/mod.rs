@@ -1,4 +1,4 @@
-//! Turns the API's 401 and 403 into [`AuthError`]: [`AuthErrorLayer`] and [`AnnotateAuthErrorLayer`].
+//! Turns the API's 401 and 403 into [`AuthError`](crate::AuthError): [`AuthErrorLayer`] and [`AnnotateAuthErrorLayer`].
 //!
 //! [`AuthErrorLayer`] makes the error out of the response: the caller gets `Err`. Anything but a 401 or 403
 //! passes as it came, its body of the same type and unread.
@@ -12,7 +12,7 @@
 //! # tokio_test::block_on(async {
 //! let api = service_fn(|_: Request<()>| async {
 //!     let body = r#"{"error":{"message":"No API key provided.","code":"missing_api_key"}}"#;
-//!     Ok::<_, BoxError>(Response::builder().status(401).body(Full::from(body))?)
+//!     Ok::<_, BoxError>(Response::builder().status(401).body(Full::<bytes::Bytes>::from(body))?)
 //! });
 //! let service = ServiceBuilder::new().layer(AuthErrorLayer::new()).service(api);
 //!
