@@ -166,6 +166,9 @@ fn main() -> ExitCode {
         let floors = ["bare service", "by hand, 1 header", "by hand, 2 headers"];
         contenders.iter().position(|contender| contender.name == floors[headers]).map(|at| medians[at])
     };
+    if cfg!(debug_assertions) {
+        println!("Not optimized: only the allocations say something.");
+    }
     println!("Per request, median of {rounds} interleaved rounds of {REQUESTS} requests\n");
     println!(
         "{:<33}{:>9}{:>9}{:>10}{:>13}{:>13}",
