@@ -58,6 +58,9 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[macro_use]
+mod macros;
+
 pub mod auth_error;
 pub mod authorize;
 mod base_url;

@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::collect::{Bounds, Collect, End, is_auth_error};
+use super::collect::{Bounds, Collect, End, Inspect, Inspected};
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -26,20 +26,7 @@ impl<S> AnnotateAuthError<S> {
         Self { inner, bounds }
     }
 
-    /// The service within.
-    pub fn get_ref(&self) -> &S {
-        &self.inner
-    }
-
-    /// The service within.
-    pub fn get_mut(&mut self) -> &mut S {
-        &mut self.inner
-    }
-
-    /// The service within.
-    pub fn into_inner(self) -> S {
-        self.inner
-    }
+    inner_accessors!();
 }
 
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for AnnotateAuthError<S>
@@ -58,7 +45,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        AnnotateFuture { state: State::Response { response: self.inner.call(request), bounds: self.bounds } }
+        AnnotateFuture { inspect: Inspect::new(self.inner.call(request), self.bounds) }
     }
 }
 
@@ -67,15 +54,7 @@ pin_project! {
     /// it reads.
     pub struct AnnotateFuture<F, B> {
         #[pin]
-        state: State<F, B>,
-    }
-}
-
-pin_project! {
-    #[project = StateProj]
-    enum State<F, B> {
-        Response { #[pin] response: F, bounds: Bounds },
-        Body { collect: Option<Box<Collect<B>>> },
+        inspect: Inspect<F, B>,
     }
 }
 
@@ -88,31 +67,14 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        loop {
-            match state.as_mut().project() {
-                StateProj::Response { response, bounds } => {
-                    let response = ready!(response.poll(cx))?;
-                    if !is_auth_error(response.status()) {
-                        return Poll::Ready(Ok(response.map(AnnotatedBody::unread)));
-                    }
-                    let collect = Some(Collect::new(response, *bounds));
-                    state.set(State::Body { collect });
-                }
-                StateProj::Body { collect } => {
-                    let Some(mut read) = collect.take() else { return Poll::Pending };
-                    let Poll::Ready(end) = read.poll(cx) else {
-                        *collect = Some(read);
-                        return Poll::Pending;
-                    };
-                    let error = read.error(None);
-                    let Collect { mut parts, chunks, body, .. } = *read;
-                    parts.extensions.insert(error);
-                    let body = AnnotatedBody::read(chunks, end, body);
-                    return Poll::Ready(Ok(Response::from_parts(parts, body)));
-                }
-            }
-        }
+        let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
+            Inspected::Passed(response) => return Poll::Ready(Ok(response.map(AnnotatedBody::unread))),
+            Inspected::Refused(read, end) => (read, end),
+        };
+        let error = read.error(None);
+        let Collect { mut parts, chunks, body, .. } = *read;
+        parts.extensions.insert(error);
+        Poll::Ready(Ok(Response::from_parts(parts, AnnotatedBody::read(chunks, end, body))))
     }
 }
 

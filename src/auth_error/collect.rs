@@ -2,13 +2,14 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, Response, StatusCode, response::Parts};
 use http_body::Body;
+use pin_project_lite::pin_project;
 use tokio::{
     runtime::Handle,
     time::{Sleep, sleep},
@@ -32,8 +33,65 @@ impl Default for Bounds {
 /// So many frames are taken before others get a turn: a body can be ready without end and without bytes.
 const FRAMES_A_TURN: usize = 128;
 
-pub(super) fn is_auth_error(status: StatusCode) -> bool {
-    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+pin_project! {
+    /// Future of a response that is read if it is a 401 or 403, and only then.
+    pub(super) struct Inspect<F, B> {
+        #[pin]
+        state: State<F, B>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<F, B> {
+        Response { #[pin] response: F, bounds: Bounds },
+        Body { collect: Option<Box<Collect<B>>> },
+    }
+}
+
+/// What a response was.
+pub(super) enum Inspected<B: Body> {
+    Passed(Response<B>),
+    Refused(Box<Collect<B>>, End<B::Error>),
+}
+
+impl<F, B> Inspect<F, B> {
+    #[inline]
+    pub(super) fn new(response: F, bounds: Bounds) -> Self {
+        Self { state: State::Response { response, bounds } }
+    }
+}
+
+impl<F, B, E> Future for Inspect<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body,
+{
+    type Output = Result<Inspected<B>, E>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                StateProj::Response { response, bounds } => {
+                    let response = ready!(response.poll(cx))?;
+                    if !matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+                        return Poll::Ready(Ok(Inspected::Passed(response)));
+                    }
+                    let collect = Some(Collect::new(response, *bounds));
+                    state.set(State::Body { collect });
+                }
+                StateProj::Body { collect } => {
+                    let Some(reading) = collect else { return Poll::Pending };
+                    let end = ready!(reading.poll(cx));
+                    if let Some(read) = collect.take() {
+                        return Poll::Ready(Ok(Inspected::Refused(read, end)));
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// A 401 or 403 whose body is being read.
@@ -74,7 +132,7 @@ pub(super) enum End<E> {
 
 impl<B: Body> Collect<B> {
     #[cold]
-    pub(super) fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
+    fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
         let (parts, body) = response.into_parts();
         let timer = match Handle::try_current() {
             Ok(_) => Timer::Running(Box::pin(sleep(bounds.time))),
@@ -83,7 +141,7 @@ impl<B: Body> Collect<B> {
         Box::new(Self { parts, chunks: Vec::new(), body: Box::pin(body), bounds, read: 0, timer })
     }
 
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
         // What is there counts, even when the time is up.
         for _ in 0..FRAMES_A_TURN {
             if self.read > self.bounds.size {

@@ -8,7 +8,7 @@ use http::Response;
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::collect::{Bounds, Collect, End, is_auth_error};
+use super::collect::{Bounds, End, Inspect, Inspected};
 use crate::{AuthError, BoxError};
 
 pin_project! {
@@ -16,22 +16,14 @@ pin_project! {
     /// response whose body it reads.
     pub struct ResponseFuture<F, B> {
         #[pin]
-        state: State<F, B>,
-    }
-}
-
-pin_project! {
-    #[project = StateProj]
-    enum State<F, B> {
-        Response { #[pin] response: F, bounds: Bounds },
-        Body { collect: Box<Collect<B>> },
+        inspect: Inspect<F, B>,
     }
 }
 
 impl<F, B> ResponseFuture<F, B> {
     #[inline]
     pub(super) fn new(response: F, bounds: Bounds) -> Self {
-        Self { state: State::Response { response, bounds } }
+        Self { inspect: Inspect::new(response, bounds) }
     }
 }
 
@@ -46,26 +38,15 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        loop {
-            match state.as_mut().project() {
-                StateProj::Response { response, bounds } => {
-                    let response = ready!(response.poll(cx))?;
-                    if !is_auth_error(response.status()) {
-                        return Poll::Ready(Ok(response));
-                    }
-                    let collect = Collect::new(response, *bounds);
-                    state.set(State::Body { collect });
-                }
-                StateProj::Body { collect } => {
-                    let source = match ready!(collect.poll(cx)) {
-                        End::Failed(error) => Some(error.into()),
-                        End::Complete { .. } | End::OutOfBounds => None,
-                    };
-                    return Poll::Ready(Err(collect.error(source).into()));
-                }
-            }
-        }
+        let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
+            Inspected::Passed(response) => return Poll::Ready(Ok(response)),
+            Inspected::Refused(read, end) => (read, end),
+        };
+        let source = match end {
+            End::Failed(error) => Some(error.into()),
+            End::Complete { .. } | End::OutOfBounds => None,
+        };
+        Poll::Ready(Err(read.error(source).into()))
     }
 }
 
