@@ -230,6 +230,25 @@ impl fmt::Debug for Credentials {
 ///     .unwrap();
 /// # assert!(matches!(request.extensions().get(), Some(RequestAuth::ApiKey)));
 /// ```
+///
+/// The voice agent's handshake, by hand, for a WebSocket client that takes a request:
+///
+/// ```
+/// use http::Request;
+/// use tower_selam::{ApiKey, Credentials, Origins, RequestAuth, Token};
+///
+/// let credentials = Credentials::key_and_jwt(ApiKey::new("sk-selam-example")?, Token::new("a.b.c")?);
+/// let (mut parts, ()) = Request::get("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes")
+///     .header("connection", "Upgrade")
+///     .header("upgrade", "websocket")
+///     .extension(RequestAuth::VoiceAgent)
+///     .body(())
+///     .unwrap()
+///     .into_parts();
+/// credentials.apply(&Origins::selam(), &mut parts).unwrap();
+/// assert_eq!(parts.uri.query(), Some("voice=mekdes&token=a.b.c&api_key=sk-selam-example"));
+/// # Ok::<(), tower_selam::ConfigError>(())
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum RequestAuth {

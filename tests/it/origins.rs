@@ -1,7 +1,9 @@
 //! O1 to O3 through the layers; the comparison itself is tested beside `Origins`.
 
 use http::Request;
-use tower_selam::{ApiKeyLayer, AuthErrorKind, BaseUrl, JwtLayer, Origins, RequestAuth, SelamLayer};
+use tower_selam::{
+    ApiKeyLayer, AuthErrorKind, BaseUrl, ConfigErrorKind, JwtLayer, Origins, RequestAuth, SelamLayer,
+};
 
 use crate::support::{JWT, KEY, get, jwt, key, send, values};
 
@@ -44,6 +46,16 @@ async fn o1_loopback_is_for_those_who_ask() {
     for other in ["http://127.0.0.1.evil.com:8080/", "http://localhost:8080/", "http://127.0.0.1:8081/"] {
         assert!(send(&selam, get(other)).await.is_err(), "{other}");
     }
+}
+
+#[test]
+fn o1_a_stack_whose_base_url_may_not_have_the_credentials_is_not_built() {
+    let builder = SelamLayer::builder().with_api_key(key());
+    let gateway = || BaseUrl::new("https://gateway.example/v1").unwrap();
+    let error = builder.clone().with_base_url(gateway()).with_origins(Origins::selam()).build().unwrap_err();
+    assert_eq!(error.kind(), ConfigErrorKind::NotAllowed);
+    let both = Origins::selam().with_origin("https://gateway.example").unwrap();
+    assert!(builder.with_base_url(gateway()).with_origins(both).build().is_ok());
 }
 
 #[tokio::test]
@@ -105,6 +117,12 @@ async fn o2_a_host_header_has_to_name_an_allowed_origin() {
         let pass = layer.clone().with_origins(Origins::selam().pass_others());
         assert!(!send(&pass, request).await.unwrap().headers().contains_key("authorization"), "{hosts:?}");
     }
+    // A `Host` that is allowed does not make up for a URI that is not.
+    let elsewhere = with_host("https://evil.com/", &["api.selamgpt.com"]);
+    assert!(send(&layer, elsewhere.clone()).await.is_err());
+    let pass = layer.clone().with_origins(Origins::selam().pass_others());
+    assert!(!send(&pass, elsewhere).await.unwrap().headers().contains_key("authorization"));
+
     // A gateway that is reached by address and told apart by name has both.
     let gateway = Origins::new("https://10.0.0.1").unwrap().with_origin("https://gateway.example").unwrap();
     let layer = layer.with_origins(gateway);

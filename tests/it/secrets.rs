@@ -41,6 +41,9 @@ fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
     assert_clean(&all);
     assert!(all.contains(&format!("ApiKey([redacted] id={})", key().id())), "{all}");
     assert!(all.contains(&format!("Token([redacted] id={})", jwt().id())), "{all}");
+    let credentials = format!("{:?}", Credentials::key_and_jwt(key(), jwt()));
+    let (key, jwt) = (key().id(), jwt().id());
+    assert_eq!(credentials, format!("Credentials(ApiKey([redacted] id={key}), Token([redacted] id={jwt}))"));
 }
 
 #[tokio::test]

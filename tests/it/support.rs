@@ -114,21 +114,25 @@ pub(crate) const BOTH: [Http; 2] = [Http::One, Http::Two];
 
 pub(crate) type Https = Client<HttpsConnector<HttpConnector>, Body>;
 
-/// hyper-util's client, speaking one version of HTTP over TLS with the simulator's own authority trusted.
+/// hyper-util's client, speaking one version of HTTP over TLS.
 pub(crate) fn https(server: &Server, http: Http) -> Https {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(server.ca_der().unwrap().to_vec())).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let connector = HttpsConnectorBuilder::new().with_tls_config(config).https_only();
+    let connector = HttpsConnectorBuilder::new().with_tls_config(trusting(server)).https_only();
     let connector = match http {
         Http::One => connector.enable_http1().build(),
         Http::Two => connector.enable_http2().build(),
     };
     Client::builder(TokioExecutor::new()).http2_only(http == Http::Two).build(connector)
+}
+
+/// TLS that trusts the simulator's own authority and no other.
+pub(crate) fn trusting(server: &Server) -> ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(server.ca_der().unwrap().to_vec())).unwrap();
+    ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth()
 }
 
 pub(crate) fn builder(server: &Server) -> SelamLayerBuilder {

@@ -1,20 +1,24 @@
 //! The same behaviours over real connections: hyper-util's client, TLS, HTTP/1.1 and HTTP/2.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::AsyncReadExt;
-use tower::{Layer, Service, ServiceExt, service_fn};
+use tokio_rustls::TlsConnector;
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
     AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BaseUrl, Credentials, Error,
-    JwtLayer, RequestAuth, SelamLayer, Token,
+    JwtLayer, Origins, RequestAuth, SelamLayer, Token,
     simulator::{Fault, JwtAlgorithm, Received, Server, Simulator},
 };
 
-use crate::support::{BOTH, Body, CHAT, CHAT_STREAM, HANG, Http, JWT, KEY, builder, https, post};
+use crate::{
+    errors::seen,
+    support::{BOTH, Body, CHAT, CHAT_STREAM, HANG, Http, JWT, KEY, builder, https, post, trusting},
+};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -226,6 +230,71 @@ async fn e1_the_three_documented_errors() {
         assert_eq!(error.kind(), AuthErrorKind::InsufficientPermissions);
         assert_eq!(error.status(), Some(StatusCode::FORBIDDEN));
     }
+}
+
+#[tokio::test]
+async fn e2_e3_every_body_seen_comes_through() {
+    let world = world().await;
+    let layer = world.key_alone();
+    for http in BOTH {
+        for seen in seen() {
+            world.simulator.inject(Fault::Answer(seen.response()));
+            let expected = seen.expect["kind"].as_str();
+            match world.send(&layer, http, post(&layer, "chat/completions", CHAT)).await {
+                Err(Error::Auth(error)) => {
+                    assert_eq!(Some(&*format!("{:?}", error.kind())), expected, "{}", seen.id);
+                    assert_eq!(error.body(), seen.body.as_bytes(), "{}", seen.id);
+                }
+                Ok(response) => {
+                    assert_eq!((response.status().as_u16(), expected), (seen.status, None), "{}", seen.id);
+                    assert_eq!(text(response).await, seen.body, "{}", seen.id);
+                }
+                Err(Error::Inner(error)) => panic!("{}: {error}", seen.id),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn e7_the_error_is_found_through_timeout_and_buffer() {
+    let world = world().await;
+    world.simulator.revoke_key(&world.key);
+    let layer = world.key_alone();
+    for http in BOTH {
+        let stack = ServiceBuilder::new()
+            .timeout(HANG)
+            .buffer(4)
+            .map_err(Error::into_boxed)
+            .layer(layer.clone())
+            .service(https(&world.server, http));
+        let error = stack.oneshot(post(&layer, "chat/completions", CHAT)).await.unwrap_err();
+        assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+    }
+}
+
+#[tokio::test]
+async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
+    let world = world().await;
+    let authority = format!("localhost:{}", world.server.local_addr().port());
+    let origin = format!("https://{authority}");
+    let tls = TlsConnector::from(Arc::new(trusting(&world.server)));
+    let tcp = tokio::net::TcpStream::connect(world.server.local_addr()).await.unwrap();
+    let stream = tls.connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+    let (sender, connection) =
+        hyper::client::conn::http1::handshake::<_, Body>(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut sender = Some(sender);
+    let connection = service_fn(move |request| {
+        let mut sender = sender.take().expect("one request");
+        async move { sender.send_request(request).await.map_err(Error::Inner) }
+    });
+    let origins = Origins::new(&origin).unwrap().with_stated_origin(&origin).unwrap();
+    let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
+    let request =
+        Request::post("/v1/chat/completions").header("host", authority).body(Full::from(CHAT)).unwrap();
+    let response = layer.layer(connection).oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
 }
 
 #[tokio::test]
