@@ -60,7 +60,7 @@ pub(crate) enum Slot {
     Write(HeaderValue),
     Remove,
     /// The other layer of the pair writes it.
-    Leave,
+    Yield,
 }
 
 impl Credentials {
@@ -88,12 +88,12 @@ impl Credentials {
 
     pub(crate) fn key_beside_jwt(key: ApiKey) -> Self {
         let x_api_key = Slot::Write(key.0.bare().clone());
-        Self::new(Form::KeyHalf, Slot::Leave, x_api_key, Some(key), None)
+        Self::new(Form::KeyHalf, Slot::Yield, x_api_key, Some(key), None)
     }
 
     pub(crate) fn jwt_beside_key(jwt: Token) -> Self {
         let authorization = Slot::Write(jwt.secret.bearer().clone());
-        Self::new(Form::JwtHalf, authorization, Slot::Leave, None, Some(jwt))
+        Self::new(Form::JwtHalf, authorization, Slot::Yield, None, Some(jwt))
     }
 
     fn new(
@@ -254,11 +254,12 @@ impl fmt::Debug for Credentials {
 pub enum RequestAuth {
     /// The key alone.
     ApiKey,
-    /// JWT and key; refused by a layer that has no JWT.
+    /// JWT and key; refused by a layer that has no JWT, nor stands beside one that has.
     ApiKeyAndJwt,
-    /// No credentials: those that the request came with are taken off.
+    /// No credentials: those that the request came with are taken off. It may go anywhere.
     Anonymous,
-    /// Credentials of its own: another tenant's, say.
+    /// Credentials of its own: another tenant's, say. (Its own handshake with the voice agent is made by
+    /// [`Credentials::apply`].)
     Own(Credentials),
     /// JWT and key as query parameters, for the WebSocket handshake of the voice agent; refused on any
     /// request that is no such handshake.

@@ -47,6 +47,8 @@ pub(crate) struct Plan {
     uri: Option<Box<Uri>>,
     /// `Referer` has a secret in it.
     drop_referer: bool,
+    /// What the request came with stays in a header that the layer beside this one writes.
+    keep_theirs: bool,
 }
 
 enum Action {
@@ -56,6 +58,8 @@ enum Action {
     Query(Credentials),
     /// Nothing of ours may go along; take both headers off.
     Scrub,
+    /// The layer beside this one writes both headers.
+    Yield,
     /// The headers stay as they are.
     Leave,
 }
@@ -74,12 +78,12 @@ impl Plan {
     fn chosen(choice: &RequestAuth, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
         let own = || rules.credentials.ok_or_else(|| unavailable(NO_OWN));
         match choice {
-            RequestAuth::Anonymous => Ok(Self::of(Action::Scrub)),
+            RequestAuth::Anonymous => Self::scrub(None, rules, head),
             RequestAuth::Own(credentials) => Self::send(Some(credentials), rules, head),
             RequestAuth::ApiKey => match own()?.key_alone() {
                 Some(key) => Self::send(Some(key), rules, head),
-                // The layer beside this one has the key.
-                None => Self::send(Some(own()?), rules, head).map(Self::leave),
+                // The layer beside this one has the key, and writes both headers.
+                None => Self::send(Some(own()?), rules, head).map(|plan| plan.instead(Action::Yield)),
             },
             RequestAuth::ApiKeyAndJwt => Self::send(Some(with_jwt(own()?)?), rules, head),
             RequestAuth::VoiceAgent => {
@@ -89,6 +93,7 @@ impl Plan {
                         uri: Some(Box::new(handshake::with_query(head, &credentials)?)),
                         drop_referer: Secrets([Some(&credentials), None]).are_in_referer(head.headers),
                         action: Action::Query(credentials),
+                        keep_theirs: false,
                     }),
                     _ => Self::scrub(Some(credentials), rules, head),
                 }
@@ -114,18 +119,19 @@ impl Plan {
             action: Action::Scrub,
             uri: secrets.uri_without(head.uri)?.map(Box::new),
             drop_referer: secrets.are_in_referer(head.headers),
+            keep_theirs: false,
         })
     }
 
     #[inline]
     fn of(action: Action) -> Self {
-        Self { action, uri: None, drop_referer: false }
+        Self { action, uri: None, drop_referer: false, keep_theirs: false }
     }
 
-    /// Leaves to another what would be written.
-    fn leave(self) -> Self {
+    /// Does something else where credentials would be written.
+    fn instead(self, action: Action) -> Self {
         match self.action {
-            Action::Write(_) => Self::of(Action::Leave),
+            Action::Write(_) => Self::of(action),
             _ => self,
         }
     }
@@ -134,16 +140,20 @@ impl Plan {
     fn if_absent(self, headers: &HeaderMap) -> Self {
         let Action::Write(credentials) = &self.action else { return self };
         let present =
-            |name: &HeaderName, slot: &Slot| !matches!(slot, Slot::Leave) && headers.contains_key(name);
+            |name: &HeaderName, slot: &Slot| !matches!(slot, Slot::Yield) && headers.contains_key(name);
         let brought = present(&AUTHORIZATION, credentials.authorization())
             || present(&X_API_KEY, credentials.x_api_key());
-        if brought { self.leave() } else { self }
+        if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
     }
 
     #[inline]
     pub(crate) fn apply(&self, headers: &mut HeaderMap) -> Result<(), AuthError> {
         match &self.action {
-            Action::Write(credentials) => return write(headers, credentials),
+            Action::Write(credentials) => return write(headers, credentials, self.keep_theirs),
+            Action::Yield => {
+                yield_to_other(headers, &AUTHORIZATION);
+                yield_to_other(headers, &X_API_KEY);
+            }
             Action::Leave => {}
             Action::Query(_) | Action::Scrub => {
                 headers.remove(AUTHORIZATION);
@@ -162,7 +172,7 @@ impl Plan {
     pub(crate) fn into_parts(self) -> (Option<Box<Uri>>, Option<Credentials>) {
         match self.action {
             Action::Write(credentials) | Action::Query(credentials) => (self.uri, Some(credentials)),
-            Action::Scrub | Action::Leave => (self.uri, None),
+            Action::Scrub | Action::Yield | Action::Leave => (self.uri, None),
         }
     }
 }
@@ -180,9 +190,9 @@ fn unavailable(detail: &'static str) -> AuthError {
 }
 
 #[inline]
-fn write(headers: &mut HeaderMap, credentials: &Credentials) -> Result<(), AuthError> {
-    put(headers, &AUTHORIZATION, credentials.authorization())?;
-    put(headers, &X_API_KEY, credentials.x_api_key())?;
+fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) -> Result<(), AuthError> {
+    put(headers, &AUTHORIZATION, credentials.authorization(), keep_theirs)?;
+    put(headers, &X_API_KEY, credentials.x_api_key(), keep_theirs)?;
     if headers.contains_key(CONNECTION) {
         keep_from_connection(headers);
     }
@@ -190,7 +200,7 @@ fn write(headers: &mut HeaderMap, credentials: &Credentials) -> Result<(), AuthE
 }
 
 #[inline]
-fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot) -> Result<(), AuthError> {
+fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot, keep_theirs: bool) -> Result<(), AuthError> {
     match slot {
         Slot::Write(value) => {
             // `insert` would panic on a full map.
@@ -202,9 +212,20 @@ fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot) -> Result<(), Au
         Slot::Remove => {
             headers.remove(name);
         }
-        Slot::Leave => {}
+        Slot::Yield if keep_theirs => {}
+        Slot::Yield => yield_to_other(headers, name),
     }
     Ok(())
+}
+
+/// Takes off what the request came with, and leaves what the layer beside this one wrote, if it is outside.
+///
+/// They are told apart by the sensitive mark: all that we write has it, and nothing that is parsed from a
+/// connection does.
+fn yield_to_other(headers: &mut HeaderMap, name: &HeaderName) {
+    if headers.get_all(name).iter().any(|value| !value.is_sensitive()) {
+        headers.remove(name);
+    }
 }
 
 /// Takes our headers out of `Connection`: whoever forwards the request would drop what it names

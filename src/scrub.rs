@@ -1,18 +1,15 @@
 //! Takes our credentials out of a request to somewhere that may not have them.
 
-use std::borrow::Cow;
-
 use http::{HeaderMap, Uri, header::REFERER};
 use percent_encoding::percent_decode;
+use zeroize::Zeroizing;
 
 use crate::{
     credentials::Credentials,
     error::{AuthError, AuthErrorKind},
     query::{Query, params},
+    secret::MIN_SECRET,
 };
-
-/// Below this length a secret is a word, and it says nothing to find it somewhere.
-const MIN_SECRET: usize = 4;
 
 /// So many times a secret may have been percent-encoded: in a query, in a URL in a query, and once more.
 const ENCODED: usize = 3;
@@ -46,16 +43,18 @@ impl Secrets<'_> {
     }
 
     fn are_in(self, text: &[u8]) -> bool {
-        let mut text = Cow::Borrowed(text);
+        // What comes of decoding is never longer, so this does not grow and leave copies behind.
+        let mut text = Zeroizing::new(text.to_vec());
         for _ in 0..=ENCODED {
             if self.are_in_plain(&text) {
                 return true;
             }
-            let decoded = percent_decode(&text).collect::<Vec<u8>>();
+            let mut decoded = Zeroizing::new(Vec::with_capacity(text.len()));
+            decoded.extend(percent_decode(&text));
             if *decoded == *text {
                 return false;
             }
-            text = Cow::Owned(decoded);
+            text = decoded;
         }
         false
     }

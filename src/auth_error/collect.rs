@@ -1,6 +1,7 @@
 //! Reads an error body within bounds.
 
 use std::{
+    panic::catch_unwind,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -111,6 +112,17 @@ enum Timer {
 }
 
 impl Timer {
+    fn new(time: Duration) -> Self {
+        if Handle::try_current().is_err() {
+            return Self::Missing;
+        }
+        // There is no asking a runtime whether it has timers: `sleep` panics where it does not.
+        match catch_unwind(|| sleep(time)) {
+            Ok(sleep) => Self::Running(Box::pin(sleep)),
+            Err(_) => Self::Missing,
+        }
+    }
+
     fn poll<E>(&mut self, cx: &mut Context<'_>) -> Poll<End<E>> {
         match self {
             Self::Running(sleep) => sleep.as_mut().poll(cx).map(|()| End::OutOfBounds),
@@ -134,10 +146,7 @@ impl<B: Body> Collect<B> {
     #[cold]
     fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
         let (parts, body) = response.into_parts();
-        let timer = match Handle::try_current() {
-            Ok(_) => Timer::Running(Box::pin(sleep(bounds.time))),
-            Err(_) => Timer::Missing,
-        };
+        let timer = Timer::new(bounds.time);
         Box::new(Self { parts, chunks: Vec::new(), body: Box::pin(body), bounds, read: 0, timer })
     }
 

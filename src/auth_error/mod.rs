@@ -1,4 +1,5 @@
-//! Turns the API's 401 and 403 into [`AuthError`](crate::AuthError): [`AuthErrorLayer`] and [`AnnotateAuthErrorLayer`].
+//! Turns the API's 401 and 403 into [`AuthError`](crate::AuthError): [`AuthErrorLayer`] and
+//! [`AnnotateAuthErrorLayer`].
 //!
 //! [`AuthErrorLayer`] makes the error out of the response: the caller gets `Err`. Anything but a 401 or 403
 //! passes as it came, its body of the same type and unread.
@@ -30,7 +31,7 @@
 //!
 //! An error body is read up to 64 KiB and for 5 seconds at most; both can be set. Whatever stops it, too
 //! much, too slow or broken off, the error has the status and what was read. The time is tokio's: outside a
-//! tokio runtime only what is there at once is read, and a runtime without timers makes it panic.
+//! tokio runtime, or in one without timers, only what is there at once is read.
 //!
 //! # Order
 //!

@@ -27,7 +27,7 @@ impl ApiKeyLayer {
     }
 
     /// The key as `X-API-Key` beside a [`JwtLayer::beside_api_key`], inside or outside of this one, which
-    /// minds `Authorization`.
+    /// writes `Authorization`. Without one, the API gets the key alone.
     #[must_use]
     pub fn beside_jwt(key: ApiKey) -> Self {
         Self::of(Some(Credentials::key_beside_jwt(key)))
@@ -53,7 +53,7 @@ impl JwtLayer {
     }
 
     /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
-    /// this one, which minds `X-API-Key`.
+    /// this one, which writes `X-API-Key`. Without one, the API gets the JWT alone and refuses it.
     #[must_use]
     pub fn beside_api_key(jwt: Token) -> Self {
         Self::of(Credentials::jwt_beside_key(jwt))

@@ -11,9 +11,13 @@
 //! | what each request brings along | [`ApiKeyLayer::per_request`] |
 //!
 //! Whatever `Authorization` and `X-API-Key` the request came with are replaced, so that a proxy never
-//! forwards its caller's. Each of the two that stand beside each other minds its own header; the pair minds
-//! both. A request that may not have the credentials fails before anything is sent, and so does one for
-//! which there are none.
+//! forwards its caller's. A request that may not have the credentials fails before anything is sent, and so
+//! does one for which there are none.
+//!
+//! A layer that is not made to stand beside another minds both headers, and takes off what an outer one wrote:
+//! `ApiKeyLayer::bearer` inside a `JwtLayer` sends the key alone. The two that are made for it each write
+//! their own header and leave the other's, which they know by its sensitive mark; nothing that came over a
+//! connection has that. Neither is of use without the other.
 //!
 //! ```
 //! use http::{Request, Response};

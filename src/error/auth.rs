@@ -142,7 +142,9 @@ impl AuthError {
     pub fn find<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
         while let Some(error) = next {
-            if let Some(found) = error.downcast_ref::<Self>() {
+            let boxed = || error.downcast_ref::<Box<Self>>().map(|found| &**found);
+            let shared = || error.downcast_ref::<Arc<Self>>().map(|found| &**found);
+            if let Some(found) = error.downcast_ref::<Self>().or_else(boxed).or_else(shared) {
                 return Some(found);
             }
             // `source` of an `io::Error` skips the error that it holds.
@@ -204,6 +206,8 @@ impl AuthError {
     }
 
     /// The response's body as far as it was read, credentials in it masked; empty when nothing was sent.
+    ///
+    /// One that is spelled with JSON escapes is found where the body is whole JSON.
     #[must_use]
     pub fn body(&self) -> &[u8] {
         self.answer().map(|answer| &*answer.body).unwrap_or_default()

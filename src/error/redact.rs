@@ -5,12 +5,9 @@ use std::borrow::Cow;
 use percent_encoding::utf8_percent_encode;
 use zeroize::Zeroizing;
 
-use crate::{credentials::Credentials, query::QUERY_VALUE};
+use crate::{credentials::Credentials, query::QUERY_VALUE, secret::MIN_SECRET};
 
 const MASK: &[u8] = b"[redacted]";
-
-/// Below this length a secret is a word, and replacing it would garble the text.
-const MIN_SECRET: usize = 4;
 
 /// Below this length what follows `sk-` is a word.
 const MIN_KEY: usize = 8;
@@ -26,8 +23,11 @@ impl Redactor {
         let mut secrets = Vec::new();
         for secret in sent.into_iter().flat_map(Credentials::secrets).map(|secret| secret.expose()) {
             if secret.len() >= MIN_SECRET {
-                let encoded = utf8_percent_encode(secret, QUERY_VALUE).to_string();
-                secrets.extend([secret.as_bytes().to_vec(), encoded.into_bytes()].map(Zeroizing::new));
+                // All it can grow to: growing leaves unwiped copies behind.
+                let mut encoded = Zeroizing::new(Vec::with_capacity(3 * secret.len()));
+                let parts = utf8_percent_encode(secret, QUERY_VALUE);
+                parts.for_each(|part| encoded.extend_from_slice(part.as_bytes()));
+                secrets.extend([Zeroizing::new(secret.as_bytes().to_vec()), encoded]);
             }
         }
         Self { secrets }

@@ -28,6 +28,8 @@ use super::{AuthError, BoxError};
 /// ```
 ///
 /// [`SelamLayer`](crate::SelamLayer) does that by itself.
+///
+/// There will be no third variant: match on both.
 #[derive(Clone, Debug)]
 pub enum Error<E> {
     /// The request was refused by the API or not sent at all.

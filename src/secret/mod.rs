@@ -18,6 +18,9 @@ use crate::error::{ConfigError, ConfigErrorKind, Place, Subject};
 
 const SCHEME: &str = "Bearer ";
 
+/// Below this length a secret is a word, and it says nothing to find it in a text.
+pub(crate) const MIN_SECRET: usize = 4;
+
 /// What [`ApiKey`] and [`Token`] are made of.
 #[derive(Clone)]
 pub(crate) struct Secret {

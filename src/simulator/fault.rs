@@ -1,10 +1,10 @@
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
 
-/// What goes wrong with one request.
-#[derive(Clone, Debug)]
+/// What goes wrong with one request. `Debug` shows no body.
+#[derive(Clone)]
 #[non_exhaustive]
 pub enum Fault {
     /// No answer ever comes.
@@ -30,4 +30,18 @@ pub enum Fault {
     Unavailable,
     /// Any other answer.
     Answer(Response<Bytes>),
+}
+
+impl fmt::Debug for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stall => f.write_str("Stall"),
+            Self::StallBody { after } => write!(f, "StallBody {{ after: {after} }}"),
+            Self::CutOff { after } => write!(f, "CutOff {{ after: {after} }}"),
+            Self::Html(status) => write!(f, "Html({status})"),
+            Self::RateLimited { retry_after } => write!(f, "RateLimited {{ retry_after: {retry_after:?} }}"),
+            Self::Unavailable => f.write_str("Unavailable"),
+            Self::Answer(answer) => write!(f, "Answer({})", answer.status()),
+        }
+    }
 }

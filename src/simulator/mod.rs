@@ -198,7 +198,7 @@ impl fmt::Debug for Simulator {
         let state = self.state();
         f.debug_struct("Simulator")
             .field("keys", &state.keys.len())
-            .field("faults", &state.faults)
+            .field("faults", &state.faults.len())
             .field("requests", &state.requests)
             .finish_non_exhaustive()
     }

@@ -54,8 +54,7 @@ impl Window {
 impl Quota {
     /// Leaves alone what an injected answer has.
     pub(super) fn write(&self, headers: &mut HeaderMap) {
-        // Whole seconds, rounded up: after that long there is room.
-        let after = self.reset_after.as_millis().div_ceil(1000) as u64;
+        let after = whole_seconds(self.reset_after);
         for (name, value) in [
             ("x-ratelimit-limit", self.limit),
             ("x-ratelimit-remaining", self.remaining),
@@ -66,6 +65,11 @@ impl Quota {
         }
         set_if_absent(headers, "x-request-id", &format!("req_{}", self.number));
     }
+}
+
+/// Rounded up: after that long the wait is over.
+pub(super) fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
 fn set_if_absent(headers: &mut HeaderMap, name: &'static str, value: &str) {

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::{
     SimulatorBody,
     api::Answer,
+    quota::whole_seconds,
     replies::{answered, set},
 };
 
@@ -90,7 +91,7 @@ const RATE_LIMITED: Refusal = Refusal::new(
 
 pub(super) fn rate_limited(retry_after: Duration) -> Answer {
     let mut answer = RATE_LIMITED.answer();
-    set(answer.headers_mut(), &RETRY_AFTER, &retry_after.as_secs().to_string());
+    set(answer.headers_mut(), &RETRY_AFTER, &whole_seconds(retry_after).to_string());
     answer
 }
 
