@@ -164,6 +164,8 @@ mod tests {
             ("BEARER ", Kind::BearerPrefix),
             ("\"sk-selam-a\"", Kind::Quoted),
             ("'sk-selam-a'", Kind::Quoted),
+            ("\"sk-selam-a", Kind::Quoted),
+            ("sk-selam-a'", Kind::Quoted),
         ] {
             assert_eq!(parse(value).map(|_| ()), Err(kind), "{value:?}");
         }

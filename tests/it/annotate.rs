@@ -56,6 +56,7 @@ async fn e6_status_headers_body_and_trailers_go_on_as_they_were() {
     assert_eq!(kind(&response), Some(AuthErrorKind::InvalidApiKey));
     assert_eq!((response.status().as_u16(), &response.headers()["x-mark"]), (401, &"1".parse().unwrap()));
     assert_eq!(response.body().size_hint().exact(), Some(INVALID.len() as u64));
+    assert!(!response.body().is_end_stream());
     let body = response.into_body().collect().await.unwrap();
     assert_eq!(body.trailers(), Some(&trailers));
     assert_eq!(body.to_bytes(), INVALID);
@@ -100,6 +101,16 @@ async fn e6_a_body_that_breaks_off_breaks_off_in_the_same_place() {
     assert!(!body.is_end_stream());
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), "{\"error\"");
     assert_eq!(body.frame().await.unwrap().unwrap_err().to_string(), "connection reset");
+    assert!(body.frame().await.is_none());
+}
+
+#[tokio::test]
+async fn e6_the_end_is_where_the_last_frame_was() {
+    let mut response = annotated(refusal(Full::<Bytes>::from(INVALID))).await;
+    let body = response.body_mut();
+    assert!(!body.is_end_stream());
+    assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), INVALID);
+    assert!(body.is_end_stream());
     assert!(body.frame().await.is_none());
 }
 

@@ -5,6 +5,10 @@ use std::{
     error::Error as StdError,
     io,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -14,7 +18,7 @@ use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
 use http_body_util::BodyExt;
 use serde_json::Value;
-use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
+use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, retry::Policy, service_fn};
 use tower_selam::{
     ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BoxError, Error, ErrorBody, JwtLayer, Token,
@@ -52,15 +56,20 @@ impl Seen {
 
 async fn answered<B>(response: Response<B>) -> Result<Response<B>, BoxError>
 where
-    B: http_body::Body<Error: Into<BoxError>> + Clone,
+    B: http_body::Body<Error: Into<BoxError>>,
 {
-    let api = service_fn(move |_: Request<()>| std::future::ready(Ok::<_, BoxError>(response.clone())));
-    AuthErrorLayer::new().layer(api).oneshot(get(MODELS)).await
+    let (mock, mut handle) = tower_test::mock::pair();
+    let api = async {
+        let (_, send) = handle.next_request().await.expect("a request");
+        send.send_response(response);
+    };
+    let call = AuthErrorLayer::new().layer(mock).oneshot(get(MODELS));
+    tokio::join!(call, api).0
 }
 
 async fn error<B>(response: Response<B>) -> AuthError
 where
-    B: http_body::Body<Error: Into<BoxError>> + Clone,
+    B: http_body::Body<Error: Into<BoxError>>,
 {
     let error = answered(response).await.map(|_| ()).unwrap_err();
     AuthError::find(&*error).unwrap().clone()
@@ -448,8 +457,10 @@ async fn e7_it_is_small_and_found_through_boxes() {
     let twice: BoxError = io::Error::other(boxed).into();
     let thrice: BoxError = Error::<io::Error>::Inner(io::Error::other(twice)).into();
     let wrapped: BoxError = Error::<io::Error>::Auth(error.clone()).into();
+    let in_a_box: BoxError = Box::<Box<AuthError>>::new(Box::new(error.clone()));
+    let shared: BoxError = io::Error::other(Arc::new(error.clone())).into();
     let unboxed = Error::<BoxError>::Auth(error).into_boxed();
-    for boxed in [&thrice, &wrapped, &unboxed] {
+    for boxed in [&thrice, &wrapped, &unboxed, &in_a_box, &shared] {
         assert_eq!(AuthError::find(&**boxed).unwrap().kind(), AuthErrorKind::InvalidApiKey);
     }
     assert!(AuthError::find(&io::Error::other("no")).is_none());
@@ -551,16 +562,50 @@ async fn a_long_or_many_lined_message_is_shown_on_one_line_and_shortened() {
 }
 
 #[test]
-fn a_future_dropped_before_its_first_poll_sends_nothing() {
-    let (mock, handle) = tower_test::mock::pair::<Request<()>, Response<Body>>();
-    let mut handle = task::spawn(handle);
-    let mut service = task::spawn(
-        ServiceBuilder::new().layer(AuthErrorLayer::new()).layer(ApiKeyLayer::bearer(key())).service(mock),
-    );
-    assert_ready_ok!(service.enter(|cx, mut service| service.poll_ready(cx)));
-    let refused = service.call(get("http://api.selamgpt.com/"));
-    drop(refused);
-    assert_pending!(handle.enter(|_, mut handle| handle.as_mut().get_mut().poll_request()));
-    drop(service);
-    assert!(assert_ready!(handle.enter(|_, mut handle| handle.as_mut().get_mut().poll_request())).is_none());
+fn e4_a_runtime_without_timers_reads_what_is_there() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let _guard = runtime.enter();
+    let api = service_fn(|_: Request<()>| async {
+        Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
+    });
+    let mut service = AuthErrorLayer::new().layer(api);
+    let error = assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+}
+
+#[tokio::test]
+async fn t2_a_future_dropped_before_its_first_poll_does_nothing() {
+    let polled = Arc::new(AtomicBool::new(false));
+    let api = {
+        let polled = Arc::clone(&polled);
+        service_fn(move |_: Request<()>| {
+            let polled = Arc::clone(&polled);
+            async move {
+                polled.store(true, Ordering::Relaxed);
+                Ok::<_, BoxError>(response(200, ""))
+            }
+        })
+    };
+    let mut stack =
+        ServiceBuilder::new().layer(AuthErrorLayer::new()).layer(ApiKeyLayer::bearer(key())).service(api);
+    drop(stack.call(get(MODELS)));
+    assert!(!polled.load(Ordering::Relaxed));
+    stack.call(get(MODELS)).await.unwrap();
+    assert!(polled.load(Ordering::Relaxed), "the test can tell");
+}
+
+#[tokio::test]
+async fn t3_a_call_dropped_while_an_error_body_is_read_lets_go_of_it() {
+    let (feed, receive) = tokio::sync::mpsc::unbounded_channel();
+    let mut response = Some(Response::builder().status(401).body(Fed(receive)).unwrap());
+    let api = service_fn(move |_: Request<()>| {
+        std::future::ready(Ok::<_, BoxError>(response.take().expect("one request")))
+    });
+    let mut service = AuthErrorLayer::new().layer(api);
+    let mut call = task::spawn(service.call(get(MODELS)));
+    feed.send(Ok(Frame::data(INVALID.into()))).unwrap();
+    assert_pending!(call.poll());
+    assert!(!feed.is_closed());
+    drop(call);
+    assert!(feed.is_closed(), "the response is gone, and its connection with it");
 }

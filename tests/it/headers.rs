@@ -1,6 +1,6 @@
 //! H1 to H4: which headers go out.
 
-use http::{HeaderName, Request, Response, header::AUTHORIZATION};
+use http::{HeaderName, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tower::{Layer, ServiceBuilder, ServiceExt};
 use tower_http::follow_redirect::FollowRedirectLayer;
 use tower_selam::{
@@ -92,6 +92,30 @@ async fn h1_the_two_layers_compose_in_either_order() {
 }
 
 #[tokio::test]
+async fn h3_a_half_without_the_other_forwards_nothing_of_its_callers() {
+    let sent = send(&ApiKeyLayer::beside_jwt(key()), with_theirs()).await.unwrap();
+    assert_sent(&sent, &[], &[KEY]);
+    let sent = send(&JwtLayer::beside_api_key(jwt()), with_theirs()).await.unwrap();
+    assert_sent(&sent, &bearer(JWT), &NONE);
+    let mut request = with_theirs();
+    request.extensions_mut().insert(RequestAuth::ApiKey);
+    let sent = send(&JwtLayer::beside_api_key(jwt()), request).await.unwrap();
+    assert_sent(&sent, &[], &NONE);
+}
+
+#[tokio::test]
+async fn h1_a_layer_not_made_to_stand_beside_another_takes_all_or_nothing() {
+    let jwt = JwtLayer::beside_api_key(jwt());
+    let inside = ServiceBuilder::new().layer(jwt.clone()).layer(ApiKeyLayer::bearer(key())).into_inner();
+    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &bearer(KEY), &NONE);
+    let inside = ServiceBuilder::new().layer(jwt).layer(ApiKeyLayer::header(key())).into_inner();
+    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &[], &[KEY]);
+    let pair = JwtLayer::new(crate::support::jwt(), key());
+    let inside = ServiceBuilder::new().layer(ApiKeyLayer::bearer(key())).layer(pair).into_inner();
+    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &bearer(JWT), &[KEY]);
+}
+
+#[tokio::test]
 async fn h2_every_value_is_marked_sensitive() {
     let layers = (
         ApiKeyLayer::bearer(key()),
@@ -143,10 +167,11 @@ async fn h3_if_absent_keeps_what_the_request_came_with() {
     request.headers_mut().insert("x-api-key", "theirs".parse().unwrap());
     let sent = send(&JwtLayer::new(jwt(), key()).if_absent(), request.clone()).await.unwrap();
     assert_sent(&sent, &[], &["theirs"]);
-    let pair = ServiceBuilder::new()
-        .layer(JwtLayer::beside_api_key(jwt()).if_absent())
-        .layer(ApiKeyLayer::beside_jwt(key()).if_absent())
-        .into_inner();
+    let (of_jwt, of_key) =
+        (JwtLayer::beside_api_key(jwt()).if_absent(), ApiKeyLayer::beside_jwt(key()).if_absent());
+    let pair = ServiceBuilder::new().layer(of_jwt.clone()).layer(of_key.clone()).into_inner();
+    assert_sent(&send(&pair, request.clone()).await.unwrap(), &bearer(JWT), &["theirs"]);
+    let pair = ServiceBuilder::new().layer(of_key).layer(of_jwt).into_inner();
     assert_sent(&send(&pair, request).await.unwrap(), &bearer(JWT), &["theirs"]);
 
     // It loosens nothing else.
@@ -305,6 +330,8 @@ async fn the_imperative_form_writes_the_same() {
         let mut headers = with_theirs().headers().clone();
         credentials.apply_to_headers(&Origins::selam(), &MODELS.parse().unwrap(), &mut headers).unwrap();
         assert_eq!(headers, parts.headers);
+        // Equality of header values does not count the mark.
+        assert!(headers.values().chain(parts.headers.values()).all(HeaderValue::is_sensitive));
 
         parts.extensions.insert(other.clone());
         credentials.apply(&Origins::selam(), &mut parts).unwrap();

@@ -87,6 +87,15 @@ async fn o2_in_pass_mode_other_origins_get_the_request_without_credentials() {
     assert_eq!(sent.uri(), "https://evil.com/socket.io/?voice=a");
     assert!(sent.headers().is_empty());
 
+    // Nor does a request that wants none of ours take them along, wherever it goes.
+    for layer in [layer.clone(), JwtLayer::new(jwt(), key())] {
+        let mut request = with_referer(&leaking.replace("api.selamgpt", "evil"), &leaking);
+        request.extensions_mut().insert(RequestAuth::Anonymous);
+        let sent = send(&layer, request).await.unwrap();
+        assert_eq!(sent.uri(), "https://evil.com/socket.io/?voice=a");
+        assert!(sent.headers().is_empty());
+    }
+
     // Requests with a choice of their own are no exception.
     for choice in [RequestAuth::ApiKey, RequestAuth::VoiceAgent, RequestAuth::ApiKeyAndJwt] {
         let mut request = get("https://evil.com/");
@@ -110,7 +119,13 @@ async fn o2_a_host_header_has_to_name_an_allowed_origin() {
     for host in ["api.selamgpt.com", "API.selamgpt.com.", "api.selamgpt.com:443"] {
         assert!(send(&layer, with_host("https://api.selamgpt.com/", &[host])).await.is_ok(), "{host}");
     }
-    for hosts in [&["evil.com"][..], &["api.selamgpt.com:8443"], &["api.selamgpt.com", "evil.com"], &[""]] {
+    for hosts in [
+        &["evil.com"][..],
+        &["api.selamgpt.com:8443"],
+        &["api.selamgpt.com", "evil.com"],
+        &[""],
+        &["api.selamgpt.com:+443"],
+    ] {
         let request = with_host("https://api.selamgpt.com/", hosts);
         let refused = send(&layer, request.clone()).await.unwrap_err();
         assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed, "{hosts:?}");

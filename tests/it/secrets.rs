@@ -13,7 +13,9 @@ use tower_selam::{
     simulator::{Fault, Server, Simulator},
 };
 
-use crate::support::{BOTH, CHAT, HANG, JWT, KEY, MODELS, builder, get, https, jwt, key, post, send};
+use crate::support::{
+    BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, https, jwt, key, post, send,
+};
 
 fn assert_clean(shown: &str) {
     for secret in [KEY, JWT, "canary"] {
@@ -44,6 +46,26 @@ fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
     let credentials = format!("{:?}", Credentials::key_and_jwt(key(), jwt()));
     let (key, jwt) = (key().id(), jwt().id());
     assert_eq!(credentials, format!("Credentials(ApiKey([redacted] id={key}), Token([redacted] id={jwt}))"));
+}
+
+#[test]
+fn s2_panic_messages_are_clean() {
+    fn message<T>(panics: impl FnOnce() -> T + std::panic::UnwindSafe) -> String {
+        let payload = std::panic::catch_unwind(panics).map(|_| ()).unwrap_err();
+        payload.downcast::<String>().map(|message| *message).unwrap_or_default()
+    }
+    let messages = [
+        message(|| ApiKey::new(format!("Bearer {KEY}")).unwrap()),
+        message(|| ApiKey::new(KEY).unwrap_err()),
+        message(|| Token::new(format!("{JWT} ")).unwrap_err()),
+        message(|| BaseUrl::new(&format!("http://{KEY}")).unwrap()),
+        message(|| SelamLayer::builder().with_api_key(key()).build().map(Err::<(), _>).unwrap().unwrap()),
+        message(|| Option::<()>::None.ok_or_else(|| Credentials::key_and_jwt(key(), jwt())).unwrap()),
+    ];
+    for message in messages {
+        assert!(message.len() > 20, "{message}");
+        assert_clean(&message);
+    }
 }
 
 #[tokio::test]
@@ -115,10 +137,28 @@ async fn s2_no_log_of_any_level_has_a_secret_nor_an_echo_of_one() {
         for _ in 0..2 {
             let call = client.clone().oneshot(post(&layer, "chat/completions", CHAT));
             let error = tokio::time::timeout(HANG, call).await.unwrap().unwrap_err();
-            assert_clean(&format!("{error} {error:?} {error:#?}"));
-            assert_clean(&format!("{}", AuthError::find(&error).unwrap()));
+            assert!(AuthError::find(&error).is_some());
+            let mut level: Option<&dyn std::error::Error> = Some(&error);
+            while let Some(error) = level {
+                assert_clean(&format!("{error} {error:?} {error:#?}"));
+                level = error.source();
+            }
         }
     }
+    // The handshake, whose URI holds them.
+    let uri = layer.base_url().endpoint("audio/agent?voice=mekdes").unwrap();
+    let request = http::Request::get(uri)
+        .header("connection", "upgrade")
+        .header("upgrade", "websocket")
+        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .extension(RequestAuth::VoiceAgent)
+        .body(Body::default())
+        .unwrap();
+    let refused = layer.layer(https(&server, Http::One)).oneshot(request);
+    let refused = tokio::time::timeout(HANG, refused).await.unwrap().unwrap_err();
+    assert_clean(&format!("{refused} {refused:?} {refused:#?}"));
+    assert!(simulator.received().pop().unwrap().uri.query().unwrap().contains(JWT));
+
     drop(guard);
     let log = log.0.lock().unwrap();
     assert!(log.len() > 1_000, "h2 logs what it does: {log}");

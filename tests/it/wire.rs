@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::{BodyExt, Full};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo},
+};
 use tokio::io::AsyncReadExt;
 use tokio_rustls::TlsConnector;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
@@ -135,6 +138,54 @@ async fn h1_both_orders_of_the_two_layers_reach_the_api_alike() {
         for response in responses {
             assert_eq!(response.unwrap().status(), StatusCode::OK);
         }
+    }
+}
+
+#[tokio::test]
+async fn h1_the_key_in_its_own_header() {
+    let world = world().await;
+    let base = BaseUrl::new(world.server.base_url()).unwrap();
+    let layer = ApiKeyLayer::header(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
+    for http in BOTH {
+        let request =
+            Request::post(base.endpoint("audio/speech").unwrap()).header("authorization", "Bearer theirs");
+        let client = layer.layer(https(&world.server, http).map_err(Error::Inner));
+        let response = client.oneshot(request.body(Full::from("{}")).unwrap()).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert!(header(&world.last(), "authorization").is_empty());
+        assert_eq!(header(&world.last(), "x-api-key"), [&*world.key]);
+    }
+}
+
+#[tokio::test]
+async fn o2_in_pass_mode_another_origin_gets_the_request_and_no_credentials() {
+    let (api, elsewhere) = (world().await, world().await);
+    let base = BaseUrl::new(api.server.base_url()).unwrap();
+    let credentials = (Token::new(&*api.jwt).unwrap(), ApiKey::new(&*api.key).unwrap());
+    let layer = JwtLayer::new(credentials.0, credentials.1).with_origins(base.origins().pass_others());
+    let uri = BaseUrl::new(elsewhere.server.base_url()).unwrap().endpoint("chat/completions").unwrap();
+    for http in BOTH {
+        let request = Request::post(&uri).header("x-api-key", "theirs").body(Full::from(CHAT)).unwrap();
+        let client = layer.layer(https(&elsewhere.server, http).map_err(Error::Inner));
+        let response = client.oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        assert!(header(&elsewhere.last(), "authorization").is_empty());
+        assert!(header(&elsewhere.last(), "x-api-key").is_empty());
+    }
+    assert_eq!(api.simulator.requests(), 0);
+}
+
+#[tokio::test]
+async fn the_simulator_speaks_plain_http_of_both_versions() {
+    let simulator = Simulator::new();
+    let server = Server::http(&simulator).await.unwrap();
+    let base = BaseUrl::allow_insecure_loopback(server.base_url()).unwrap();
+    let key = ApiKey::new(simulator.issue_key()).unwrap();
+    let layer = SelamLayer::builder().with_api_key(key).with_base_url(base).build().unwrap();
+    for (http, version) in [(Http::One, Version::HTTP_11), (Http::Two, Version::HTTP_2)] {
+        let client = Client::builder(TokioExecutor::new()).http2_only(http == Http::Two).build_http();
+        let response = layer.layer(client).oneshot(post(&layer, "chat/completions", CHAT)).await.unwrap();
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, version));
     }
 }
 
@@ -295,6 +346,20 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     let response = layer.layer(connection).oneshot(request).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
+
+    // As tonic does it, over HTTP/2: the origin is added further in.
+    let origins = Origins::new(&origin).unwrap().with_stated_origin(&origin).unwrap();
+    let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
+    let client = ServiceBuilder::new()
+        .map_err(Error::Inner)
+        .map_request(move |mut request: Request<Body>| {
+            *request.uri_mut() = format!("{origin}{}", request.uri()).parse().unwrap();
+            request
+        })
+        .service(https(&world.server, Http::Two));
+    let request = Request::post("/v1/chat/completions").body(Full::from(CHAT)).unwrap();
+    let response = layer.layer(client).oneshot(request).await.unwrap();
+    assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
 }
 
 #[tokio::test]
@@ -312,11 +377,13 @@ async fn e2_an_expired_jwt_is_a_rejected_token() {
 async fn e4_whatever_happens_to_the_body_the_status_is_told() {
     let world = world().await;
     world.simulator.revoke_key(&world.key);
-    let layer = builder(&world.server)
-        .with_api_key(ApiKey::new(&*world.key).unwrap())
-        .with_error_body_timeout(Duration::from_millis(50))
-        .build()
-        .unwrap();
+    let within = |time| {
+        let builder = builder(&world.server).with_api_key(ApiKey::new(&*world.key).unwrap());
+        builder.with_error_body_timeout(time).build().unwrap()
+    };
+    let layer = within(HANG);
+    // A socket has no paused time; what comes before the stall comes at once.
+    let impatient = within(Duration::from_millis(400));
     let big = Response::builder().status(401).body(Bytes::from(vec![b'x'; 1 << 20])).unwrap();
     let gzip = Response::builder().status(403).header("content-encoding", "gzip");
     let gzip = gzip.body(Bytes::from_static(b"\x1f\x8b\x08\x00")).unwrap();
@@ -331,7 +398,8 @@ async fn e4_whatever_happens_to_the_body_the_status_is_told() {
             (Fault::Answer(gzip.clone()), 403, 4..5),
         ] {
             world.simulator.inject(fault.clone());
-            let error = world.refused(&layer, http, post(&layer, "chat/completions", CHAT)).await;
+            let layer = if matches!(fault, Fault::StallBody { .. }) { &impatient } else { &layer };
+            let error = world.refused(layer, http, post(layer, "chat/completions", CHAT)).await;
             assert_eq!(error.status().unwrap(), status, "{fault:?}");
             assert!(length.contains(&error.body().len()), "{fault:?}: {}", error.body().len());
         }
