@@ -6,13 +6,13 @@ use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token};
 
 use crate::support::{MODELS, get, send, values};
 
-const CASE: &str = "TOWER_SELAM_TEST_CASE";
+pub(crate) const CASE: &str = "TOWER_SELAM_TEST_CASE";
 
 /// Runs the test `name` again in a process with these variables; what it prints after `=> `.
 #[track_caller]
-fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String {
+pub(crate) fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String {
     let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", &format!("environment::{name}"), "--nocapture"])
+        .args(["--exact", name, "--nocapture"])
         .env_remove("SELAM_API_KEY")
         .env_remove("SELAM_JWT")
         .env_remove("SELAM_BASE_URL")
@@ -26,7 +26,7 @@ fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String {
 }
 
 #[allow(clippy::print_stdout, reason = "this is how the other process answers")]
-fn tell(said: &str) {
+pub(crate) fn tell(said: &str) {
     println!("\n=> {said}");
 }
 
@@ -49,7 +49,7 @@ fn s1_a_bad_variable_is_named_and_its_value_is_not() {
         });
     }
     let run = |case, variables: &[(&str, &str)]| {
-        run("s1_a_bad_variable_is_named_and_its_value_is_not", case, variables)
+        run("environment::s1_a_bad_variable_is_named_and_its_value_is_not", case, variables)
     };
     let key = r#"(Some("SELAM_API_KEY"))"#;
     for (case, variables, said) in [
@@ -125,7 +125,7 @@ fn s1_a_variable_that_is_not_unicode_is_named_and_not_shown() {
 
 #[test]
 fn an_explicit_argument_beats_the_environment() {
-    const NAME: &str = "an_explicit_argument_beats_the_environment";
+    const NAME: &str = "environment::an_explicit_argument_beats_the_environment";
     if let Ok(case) = env::var(CASE) {
         let mut builder = SelamLayer::builder();
         if case == "explicit" {

@@ -13,6 +13,8 @@ use tower_selam::{
     simulator::{Fault, Server, Simulator},
 };
 
+#[cfg(target_os = "linux")]
+use crate::environment::{CASE, run, tell};
 use crate::support::{
     BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, https, jwt, key, post, send,
 };
@@ -222,6 +224,11 @@ fn resident(masked: &[u8]) -> usize {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
+    // In a process of its own there is less memory to look through, and nobody else's.
+    if std::env::var_os(CASE).is_none() {
+        run("secrets::s3_our_bytes_are_wiped_when_the_last_reference_drops", "own process", &[]);
+        return;
+    }
     /// A secret of 120 bytes, made where it is needed, so that no other copy of it is anywhere.
     fn unmasked(masked: &[u8]) -> String {
         let mut text = String::with_capacity(masked.len());
@@ -256,6 +263,7 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
 
     drop((replaced, parts, credentials));
     assert_eq!((resident(&masked_key), resident(&masked_jwt)), (0, 0));
+    tell("wiped");
 }
 
 #[test]
