@@ -237,8 +237,13 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
         text.extend(masked.iter().map(|byte| char::from(!byte)));
         text
     }
-    let masked_key: Vec<u8> = (0..120).map(|at| !(b'a' + at % 23)).collect();
-    let masked_jwt: Vec<u8> = (0..120).map(|at| !(b'A' + at % 19)).collect();
+    /// Letters that do not repeat, so that a text is found once where it stands once.
+    fn masked(seed: u32) -> Vec<u8> {
+        let next = |state: &u32| Some(state.wrapping_mul(1_103_515_245).wrapping_add(12_345));
+        let states = std::iter::successors(Some(seed), next);
+        states.map(|state| !(b'a' + (state >> 16) as u8 % 26)).take(120).collect()
+    }
+    let (masked_key, masked_jwt) = (masked(1), masked(2));
 
     let key = ApiKey::new(unmasked(&masked_key)).unwrap();
     let jwt = Token::new(unmasked(&masked_jwt)).unwrap();
