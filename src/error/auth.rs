@@ -15,7 +15,7 @@ use super::{
     AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge, rate_limit,
     redact::Redactor,
 };
-use crate::credentials::Credentials;
+use crate::{clock, credentials::Credentials};
 
 const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];
@@ -86,6 +86,7 @@ impl AuthError {
         sent: Option<&Credentials>,
         source: Option<BoxError>,
     ) -> Self {
+        let now = clock::now();
         let redactor = Redactor::new(sent);
         let mut json = parse_json(body);
         let mut fields = json.as_ref().map(ErrorBody::from_json).unwrap_or_default();
@@ -112,8 +113,8 @@ impl AuthError {
             answer: Some(Answer {
                 status,
                 fields: fields.redacted(&redactor),
-                retry_after: rate_limit::retry_after(headers),
-                rate_limit: RateLimit::from_headers(headers),
+                retry_after: rate_limit::retry_after(headers, now),
+                rate_limit: RateLimit::read(headers, now),
                 body: redact_body(&redactor, body, json.as_mut()),
             }),
             source,
