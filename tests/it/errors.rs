@@ -295,6 +295,14 @@ async fn e4_an_oversize_body_is_read_up_to_its_bound() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn e4_beyond_its_bound_a_body_is_not_waited_for() {
+    let started = tokio::time::Instant::now();
+    let kilobytes = std::iter::repeat_n(Step::Data(Bytes::from_static(&[b'x'; 1024])), 65);
+    let found = error(script(kilobytes.chain([Step::Hang]))).await;
+    assert_eq!((found.body().len(), started.elapsed()), (64 * 1024, Duration::ZERO));
+}
+
+#[tokio::test(start_paused = true)]
 async fn e4_a_stalled_body_is_waited_for_five_seconds_and_no_longer() {
     let api = service_fn(|_: Request<()>| async {
         Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
