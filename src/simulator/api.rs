@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{
     Access, Fault, Received, Simulator, SimulatorBody, State,
-    quota::Quota,
+    quota::{Quota, set_if_absent},
     refusal::{self, Refusal},
     replies,
 };
@@ -42,7 +42,7 @@ where
         body_length,
     };
 
-    let (fault, answer, quota) = {
+    let (fault, answer, quota, number) = {
         let mut state = simulator.state();
         state.remember(received.clone());
         let fault = state.faults.pop_front();
@@ -55,7 +55,7 @@ where
             (_, Quota { allowed: false, reset_after, .. }) => refusal::rate_limited(*reset_after),
             _ => route(&state, &received, &body),
         };
-        (fault, answer, quota)
+        (fault, answer, quota, state.requests)
     };
     if let Some(Fault::Stall) = fault {
         std::future::pending::<()>().await;
@@ -65,6 +65,7 @@ where
         None => answer,
     };
     quota.write(answer.headers_mut());
+    set_if_absent(answer.headers_mut(), "x-request-id", &format!("req_{number}"));
     answer
 }
 

@@ -14,7 +14,6 @@ const MINUTE: Duration = Duration::from_secs(60);
 pub(super) struct Window {
     limit: u64,
     used: u64,
-    number: u64,
     ends: Instant,
 }
 
@@ -24,13 +23,11 @@ pub(super) struct Quota {
     limit: u64,
     remaining: u64,
     pub(super) reset_after: Duration,
-    /// Numbers the requests.
-    number: u64,
 }
 
 impl Window {
     pub(super) fn new(limit: u64) -> Self {
-        Self { limit, used: 0, number: 0, ends: Instant::now() + MINUTE }
+        Self { limit, used: 0, ends: Instant::now() + MINUTE }
     }
 
     pub(super) fn count(&mut self) -> Quota {
@@ -39,14 +36,12 @@ impl Window {
             self.used = 0;
             self.ends = now + MINUTE;
         }
-        self.number += 1;
         self.used += 1;
         Quota {
             allowed: self.used <= self.limit,
             limit: self.limit,
             remaining: self.limit.saturating_sub(self.used),
             reset_after: self.ends - now,
-            number: self.number,
         }
     }
 }
@@ -63,7 +58,6 @@ impl Quota {
         ] {
             set_if_absent(headers, name, &value.to_string());
         }
-        set_if_absent(headers, "x-request-id", &format!("req_{}", self.number));
     }
 }
 
@@ -72,7 +66,7 @@ pub(super) fn whole_seconds(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
-fn set_if_absent(headers: &mut HeaderMap, name: &'static str, value: &str) {
+pub(super) fn set_if_absent(headers: &mut HeaderMap, name: &'static str, value: &str) {
     let name = HeaderName::from_static(name);
     if !headers.contains_key(&name) {
         set(headers, &name, value);

@@ -144,6 +144,8 @@ async fn every_response_tells_the_rate_limit_and_it_is_kept() {
     }
     tokio::time::advance(Duration::from_secs(60)).await;
     assert_eq!(call().await.status(), 200);
+    simulator.set_rate_limit(1);
+    assert_eq!(call().await.headers()["x-request-id"], "req_5", "a new limit does not number anew");
 }
 
 #[tokio::test]
