@@ -232,24 +232,18 @@ fn yield_to_other(headers: &mut HeaderMap, name: &HeaderName) {
 /// ([RFC 9110 section 7.6.1](https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1)).
 #[cold]
 fn keep_from_connection(headers: &mut HeaderMap) {
-    fn is_ours(option: &[u8]) -> bool {
-        let option = option.trim_ascii();
-        option.eq_ignore_ascii_case(AUTHORIZATION.as_str().as_bytes())
-            || option.eq_ignore_ascii_case(X_API_KEY.as_str().as_bytes())
-    }
-    let options = |value: &HeaderValue| value.as_bytes().split(|byte| *byte == b',').any(is_ours);
-    if !headers.get_all(CONNECTION).iter().any(options) {
+    let is_ours = |option: &&[u8]| {
+        [&AUTHORIZATION, &X_API_KEY].iter().any(|name| option.eq_ignore_ascii_case(name.as_str().as_bytes()))
+    };
+    let values = headers.get_all(CONNECTION).iter();
+    let options =
+        values.flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
+    let (ours, mut kept): (Vec<_>, Vec<_>) = options.partition(is_ours);
+    if ours.is_empty() {
         return;
     }
-    let kept: Vec<&[u8]> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-        .filter(|option| !is_ours(option) && !option.trim_ascii().is_empty())
-        .map(<[u8]>::trim_ascii)
-        .collect();
-    let kept = kept.join(&b", "[..]);
-    match HeaderValue::from_bytes(&kept) {
+    kept.retain(|option| !option.is_empty());
+    match HeaderValue::from_bytes(&kept.join(&b", "[..])) {
         Ok(kept) if !kept.is_empty() => {
             headers.insert(CONNECTION, kept);
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Response, StatusCode, response::Parts};
+use http::{HeaderMap, Response, response::Parts};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
@@ -16,7 +16,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::{AuthError, BoxError, authorize::Sent};
+use crate::{AuthError, BoxError, authorize::Sent, error::is_auth_status};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ where
             match state.as_mut().project() {
                 StateProj::Response { response, bounds } => {
                     let response = ready!(response.poll(cx))?;
-                    if !matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+                    if !is_auth_status(response.status()) {
                         return Poll::Ready(Ok(Inspected::Passed(response)));
                     }
                     let collect = Some(Collect::new(response, *bounds));

@@ -4,10 +4,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::{Response, StatusCode};
+use http::Response;
 use pin_project_lite::pin_project;
 
-use crate::{AuthError, Credentials};
+use crate::{AuthError, Credentials, error::is_auth_status};
 
 /// On a 401 or 403: the credentials that were refused, for the layers outside.
 #[derive(Clone)]
@@ -53,7 +53,7 @@ where
         match self.project().state.project() {
             StateProj::Sent { response, credentials } => {
                 let mut response = ready!(response.poll(cx))?;
-                if matches!(response.status(), StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+                if is_auth_status(response.status())
                     && let Some(credentials) = credentials.take()
                 {
                     remember(&mut response, credentials);

@@ -12,8 +12,8 @@ use http::{HeaderMap, HeaderName, Response, StatusCode};
 use serde_json::Value;
 
 use super::{
-    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge, rate_limit,
-    redact::Redactor,
+    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge,
+    is_auth_status, rate_limit, redact::Redactor,
 };
 use crate::{clock, credentials::Credentials};
 
@@ -73,7 +73,7 @@ impl AuthError {
     #[must_use]
     pub fn from_response<B: AsRef<[u8]>>(response: &Response<B>) -> Option<Self> {
         let status = response.status();
-        matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+        is_auth_status(status)
             .then(|| Self::read(status, response.headers(), response.body().as_ref(), None, None))
     }
 
@@ -149,11 +149,8 @@ impl AuthError {
                 return Some(found);
             }
             // `source` of an `io::Error` skips the error that it holds.
-            let held: Option<&(dyn StdError + 'static)> = match error.downcast_ref::<io::Error>() {
-                Some(io) => io.get_ref().map(|held| held as _),
-                None => None,
-            };
-            next = held.or_else(|| error.source());
+            let held = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            next = held.map(|held| held as _).or_else(|| error.source());
         }
         None
     }
@@ -260,8 +257,11 @@ fn redact_strings(redactor: &Redactor, json: &mut Value) -> bool {
             }
         },
         Value::Array(items) => {
-            // Every one, not only up to the first.
-            items.iter_mut().filter_map(|item| redact_strings(redactor, item).then_some(())).count() > 0
+            let mut any = false;
+            for item in items {
+                any |= redact_strings(redactor, item);
+            }
+            any
         }
         Value::Object(fields) => {
             let mut any = false;

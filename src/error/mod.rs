@@ -11,6 +11,8 @@ mod wrap;
 
 use std::error::Error as StdError;
 
+use http::StatusCode;
+
 pub(crate) use self::config::{Place, Subject};
 pub use self::{
     auth::AuthError,
@@ -20,6 +22,12 @@ pub use self::{
     rate_limit::RateLimit,
     wrap::Error,
 };
+
+/// Whether a response with this status becomes an [`AuthError`].
+#[inline]
+pub(crate) fn is_auth_status(status: StatusCode) -> bool {
+    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+}
 
 /// An error of any type, as Tower's own layers have it.
 pub type BoxError = Box<dyn StdError + Send + Sync>;

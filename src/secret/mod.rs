@@ -96,8 +96,10 @@ fn trim(value: &str) -> &str {
 
 fn check(secret: &str) -> Result<(), ConfigErrorKind> {
     let scheme = SCHEME.trim_end();
-    let rest = secret.get(..scheme.len()).filter(|head| head.eq_ignore_ascii_case(scheme));
-    if rest.is_some() && secret[scheme.len()..].bytes().next().is_none_or(|byte| byte.is_ascii_whitespace()) {
+    if let Some((head, rest)) = secret.split_at_checked(scheme.len())
+        && head.eq_ignore_ascii_case(scheme)
+        && rest.bytes().next().is_none_or(|byte| byte.is_ascii_whitespace())
+    {
         return Err(ConfigErrorKind::BearerPrefix);
     }
     if secret.is_empty() {

@@ -332,14 +332,20 @@ async fn e4_a_body_of_nothing_without_end_lets_others_run_and_ends() {
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::Unauthorized);
 }
 
-#[test]
-fn e4_outside_a_runtime_only_what_is_there_is_read() {
+/// In one poll: where nobody has the time, nothing is waited for.
+#[track_caller]
+fn assert_reads_what_is_there() {
     let api = service_fn(|_: Request<()>| async {
         Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
     });
     let mut service = AuthErrorLayer::new().layer(api);
     let error = assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+}
+
+#[test]
+fn e4_outside_a_runtime_only_what_is_there_is_read() {
+    assert_reads_what_is_there();
 
     let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::Nothings])) });
     let mut service = AuthErrorLayer::new().layer(api);
@@ -573,12 +579,7 @@ async fn a_long_or_many_lined_message_is_shown_on_one_line_and_shortened() {
 fn e4_a_runtime_without_timers_reads_what_is_there() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let _guard = runtime.enter();
-    let api = service_fn(|_: Request<()>| async {
-        Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
-    });
-    let mut service = AuthErrorLayer::new().layer(api);
-    let error = assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
-    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+    assert_reads_what_is_there();
 }
 
 #[tokio::test]

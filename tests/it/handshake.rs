@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use http::{Method, Request, StatusCode};
+use http::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt;
 use tower::{Layer, ServiceBuilder, ServiceExt};
@@ -11,23 +11,11 @@ use tower_selam::{
     simulator::{JwtAlgorithm, Server, Simulator},
 };
 
-use crate::support::{Body, HANG, Http, JWT, KEY, builder, get, https, jwt, key, send};
+use crate::support::{
+    Body, HANG, Http, JWT, KEY, bring_theirs, builder, get, handshake, https, jwt, key, send,
+};
 
 const AGENT: &str = "wss://api.selamgpt.com/v1/audio/agent?voice=mekdes";
-
-fn handshake(uri: &str) -> Request<()> {
-    let mut request = get(uri);
-    for (name, value) in [
-        ("connection", "Upgrade"),
-        ("upgrade", "websocket"),
-        ("sec-websocket-version", "13"),
-        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
-    ] {
-        request.headers_mut().insert(name, value.parse().unwrap());
-    }
-    request.extensions_mut().insert(RequestAuth::VoiceAgent);
-    request
-}
 
 fn expected() -> String {
     format!("{AGENT}&token={JWT}&api_key={KEY}")
@@ -47,13 +35,8 @@ async fn the_credentials_go_into_the_query_and_nowhere_else() {
             .into_inner(),
     );
     let mut request = handshake(AGENT);
-    for (name, value) in [
-        ("authorization", "Bearer theirs"),
-        ("x-api-key", "theirs"),
-        ("referer", "https://api.selamgpt.com/page"),
-    ] {
-        request.headers_mut().insert(name, value.parse().unwrap());
-    }
+    bring_theirs(&mut request);
+    request.headers_mut().insert("referer", "https://api.selamgpt.com/page".parse().unwrap());
     let sent = [
         send(&pairs.0, request.clone()).await.unwrap(),
         send(&pairs.1, request.clone()).await.unwrap(),

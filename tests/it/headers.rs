@@ -10,7 +10,7 @@ use tower_selam::{
 
 use tower_test::mock;
 
-use crate::support::{Body, JWT, KEY, MODELS, get, jwt, key, response, send, values};
+use crate::support::{Body, JWT, KEY, MODELS, bring_theirs, get, jwt, key, response, send, values};
 
 const NONE: [&str; 0] = [];
 
@@ -20,17 +20,9 @@ fn with(choice: RequestAuth) -> Request<()> {
     request
 }
 
-/// A request that came with credentials of its caller's, twice each.
 fn with_theirs() -> Request<()> {
     let mut request = get(MODELS);
-    for (name, value) in [
-        ("authorization", "Bearer theirs"),
-        ("authorization", "Basic dGhlaXJz"),
-        ("x-api-key", "theirs"),
-        ("x-api-key", "theirs too"),
-    ] {
-        request.headers_mut().append(name, value.parse().unwrap());
-    }
+    bring_theirs(&mut request);
     request
 }
 

@@ -16,7 +16,7 @@ use tower_selam::{
 #[cfg(target_os = "linux")]
 use crate::environment::{CASE, run, tell};
 use crate::support::{
-    BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, https, jwt, key, post, send,
+    BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, handshake, https, jwt, key, post, send,
 };
 
 fn assert_clean(shown: &str) {
@@ -149,13 +149,7 @@ async fn s2_no_log_of_any_level_has_a_secret_nor_an_echo_of_one() {
     }
     // The handshake, whose URI holds them.
     let uri = layer.base_url().endpoint("audio/agent?voice=mekdes").unwrap();
-    let request = http::Request::get(uri)
-        .header("connection", "upgrade")
-        .header("upgrade", "websocket")
-        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
-        .extension(RequestAuth::VoiceAgent)
-        .body(Body::default())
-        .unwrap();
+    let request = handshake(&uri.to_string()).map(|()| Body::default());
     let refused = layer.layer(https(&server, Http::One)).oneshot(request);
     let refused = tokio::time::timeout(HANG, refused).await.unwrap().unwrap_err();
     assert_clean(&format!("{refused} {refused:?} {refused:#?}"));
@@ -256,10 +250,7 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
     drop(layer);
     assert_eq!(resident(&masked_key), 1, "the request holds a reference, not a copy");
 
-    let mut voice = get("wss://api.selamgpt.com/v1/audio/agent");
-    voice.headers_mut().insert("connection", "upgrade".parse().unwrap());
-    voice.headers_mut().insert("upgrade", "websocket".parse().unwrap());
-    voice.extensions_mut().insert(RequestAuth::VoiceAgent);
+    let voice = handshake("wss://api.selamgpt.com/v1/audio/agent");
     let credentials = Credentials::key_and_jwt(
         ApiKey::new(unmasked(&masked_key)).unwrap(),
         Token::new(unmasked(&masked_jwt)).unwrap(),

@@ -21,7 +21,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_rustls::rustls::{self, ClientConfig, RootCertStore, pki_types::CertificateDer};
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    ApiKey, AuthError, BaseUrl, BoxError, Error, SelamLayer, SelamLayerBuilder, Token, simulator::Server,
+    ApiKey, AuthError, BaseUrl, BoxError, Error, RequestAuth, SelamLayer, SelamLayerBuilder, Token,
+    simulator::Server,
 };
 use tower_test::mock;
 
@@ -46,6 +47,30 @@ pub(crate) fn get(uri: &str) -> Request<()> {
 
 pub(crate) fn response(status: u16, body: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(status).body(Full::new(body.into())).unwrap()
+}
+
+/// Adds credentials of its caller's to a request, twice each.
+pub(crate) fn bring_theirs<B>(request: &mut Request<B>) {
+    for (name, value) in [
+        ("authorization", "Bearer theirs"),
+        ("authorization", "Basic dGhlaXJz"),
+        ("x-api-key", "theirs"),
+        ("x-api-key", "theirs too"),
+    ] {
+        request.headers_mut().append(name, value.parse().unwrap());
+    }
+}
+
+/// The voice agent's WebSocket handshake, with the nonce of RFC 6455 section 1.3.
+pub(crate) fn handshake(uri: &str) -> Request<()> {
+    Request::get(uri)
+        .header("connection", "Upgrade")
+        .header("upgrade", "websocket")
+        .header("sec-websocket-version", "13")
+        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .extension(RequestAuth::VoiceAgent)
+        .body(())
+        .unwrap()
 }
 
 /// A body fed by hand.

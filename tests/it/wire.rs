@@ -20,7 +20,9 @@ use tower_selam::{
 
 use crate::{
     errors::seen,
-    support::{BOTH, Body, CHAT, CHAT_STREAM, HANG, Http, JWT, KEY, builder, https, post, trusting},
+    support::{
+        BOTH, Body, CHAT, CHAT_STREAM, HANG, Http, JWT, KEY, bring_theirs, builder, https, post, trusting,
+    },
 };
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -105,14 +107,7 @@ async fn h1_h3_key_and_jwt_replace_what_the_request_came_with() {
     let layer = world.key_and_jwt();
     for http in BOTH {
         let mut request = post(&layer, "audio/agent/sessions", r#"{"voice":"mekdes"}"#);
-        for (name, value) in [
-            ("authorization", "Bearer theirs"),
-            ("authorization", "Bearer theirs too"),
-            ("x-api-key", "theirs"),
-            ("x-api-key", "theirs too"),
-        ] {
-            request.headers_mut().append(name, value.parse().unwrap());
-        }
+        bring_theirs(&mut request);
         let response = world.send(&layer, http, request).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
         assert!(text(response).await.contains("mekdes"));
