@@ -1,9 +1,189 @@
 //! The only reader of time (`.clippy.toml` forbids the others).
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+#[cfg(feature = "test-util")]
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
 
-/// Wall-clock time, to which expiries and HTTP dates refer.
+use tokio::time::Instant;
+
+/// So far ahead is as good as never. Nothing is trusted for longer.
+pub(crate) const LONG: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Wall-clock time, to which HTTP dates refer.
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub(crate) fn now() -> SystemTime {
     SystemTime::now()
+}
+
+/// The time, read from both clocks that a machine has.
+///
+/// Neither is enough: the wall clock is set by hand and by NTP, the monotonic one stands still while the
+/// machine is suspended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Time {
+    pub(crate) wall: SystemTime,
+    pub(crate) mono: Instant,
+}
+
+/// A point in time on both clocks; it has come when either says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Deadline {
+    wall: SystemTime,
+    mono: Instant,
+}
+
+impl Time {
+    /// So long from now; never later than [`LONG`].
+    pub(crate) fn after(self, wait: Duration) -> Deadline {
+        let wait = wait.min(LONG);
+        Deadline {
+            wall: self.wall.checked_add(wait).unwrap_or(self.wall),
+            mono: self.mono.checked_add(wait).unwrap_or(self.mono),
+        }
+    }
+
+    /// So long since `earlier`, by the monotonic clock.
+    pub(crate) fn since(self, earlier: Self) -> Duration {
+        self.mono.saturating_duration_since(earlier.mono)
+    }
+}
+
+impl Deadline {
+    #[inline]
+    pub(crate) fn has_come(&self, now: Time) -> bool {
+        now.mono >= self.mono || now.wall >= self.wall
+    }
+
+    pub(crate) fn earlier(self, other: Self) -> Self {
+        Self { wall: self.wall.min(other.wall), mono: self.mono.min(other.mono) }
+    }
+
+    /// So long before this one.
+    pub(crate) fn before(self, lead: Duration) -> Self {
+        Self {
+            wall: self.wall.checked_sub(lead).unwrap_or(SystemTime::UNIX_EPOCH),
+            mono: self.mono.checked_sub(lead).unwrap_or(self.mono),
+        }
+    }
+
+    /// How long there is to it; zero when it has come.
+    pub(crate) fn remaining(&self, now: Time) -> Duration {
+        let wall = self.wall.duration_since(now.wall).unwrap_or_default();
+        wall.min(self.mono.saturating_duration_since(now.mono))
+    }
+
+    pub(crate) fn wall(&self) -> SystemTime {
+        self.wall
+    }
+}
+
+/// Where an engine gets the time from: the machine, or a test.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Clock {
+    #[cfg(feature = "test-util")]
+    test: Option<TestClock>,
+}
+
+impl Clock {
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        #[cfg(feature = "test-util")]
+        if let Some(test) = &self.test {
+            return test.time();
+        }
+        Time { wall: now(), mono: monotonic() }
+    }
+}
+
+/// tokio's, which a test can pause.
+#[inline]
+fn monotonic() -> Instant {
+    Instant::now()
+}
+
+/// A wall clock for tests: feature `test-util`.
+///
+/// It goes with tokio's time, paused or not, and can be set apart from it. Clones are one clock.
+///
+/// ```
+/// use std::time::{Duration, UNIX_EPOCH};
+/// use tower_selam::TestClock;
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(async {
+/// let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+/// let before = clock.now();
+/// tokio::time::advance(Duration::from_secs(60)).await; // tokio's time is paused
+/// clock.jump_back(Duration::from_secs(3600)); // and somebody sets the clock
+/// assert_eq!(before.duration_since(clock.now()).unwrap(), Duration::from_secs(3540));
+/// # });
+/// ```
+#[cfg(feature = "test-util")]
+#[derive(Clone)]
+pub struct TestClock(Arc<Wall>);
+
+#[cfg(feature = "test-util")]
+struct Wall {
+    start: SystemTime,
+    began: Instant,
+    /// By how many milliseconds it was set forward.
+    set: AtomicI64,
+}
+
+#[cfg(feature = "test-util")]
+impl TestClock {
+    /// A clock that shows `start`.
+    #[must_use]
+    pub fn new(start: SystemTime) -> Self {
+        Self(Arc::new(Wall { start, began: monotonic(), set: AtomicI64::new(0) }))
+    }
+
+    /// What it shows.
+    #[must_use]
+    pub fn now(&self) -> SystemTime {
+        self.time().wall
+    }
+
+    /// Sets it forward without time passing; so looks a machine that was suspended.
+    pub fn jump(&self, by: Duration) {
+        self.0.set.fetch_add(millis(by), Ordering::SeqCst);
+    }
+
+    /// Sets it back.
+    pub fn jump_back(&self, by: Duration) {
+        self.0.set.fetch_sub(millis(by), Ordering::SeqCst);
+    }
+
+    fn time(&self) -> Time {
+        let mono = monotonic();
+        let wall = self.0.start + mono.saturating_duration_since(self.0.began);
+        let set = self.0.set.load(Ordering::SeqCst);
+        let by = Duration::from_millis(set.unsigned_abs());
+        let wall = if set < 0 { wall.checked_sub(by) } else { wall.checked_add(by) };
+        Time { wall: wall.unwrap_or(self.0.start), mono }
+    }
+}
+
+#[cfg(feature = "test-util")]
+fn millis(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(feature = "test-util")]
+impl From<TestClock> for Clock {
+    fn from(clock: TestClock) -> Self {
+        Self { test: Some(clock) }
+    }
+}
+
+#[cfg(feature = "test-util")]
+impl fmt::Debug for TestClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("TestClock").field(&self.now()).finish()
+    }
 }

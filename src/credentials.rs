@@ -1,6 +1,9 @@
 //! What is written into a request, and how a request may choose it.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+};
 
 use http::{Extensions, HeaderMap, HeaderValue, Uri, request::Parts};
 
@@ -9,6 +12,7 @@ use crate::{
     error::AuthError,
     plan::{Head, Plan, Rules},
     secret::Secret,
+    supply::Supply,
 };
 
 /// One consistent set of credentials and the headers it goes into. Cheap to clone; `Debug` shows ids alone.
@@ -40,6 +44,8 @@ struct Set {
     jwt: Option<Token>,
     /// For requests that want the key without the JWT.
     key_alone: Option<Credentials>,
+    /// Where it came from, if another can come from there.
+    supply: Weak<Supply>,
 }
 
 /// Which set it is.
@@ -107,7 +113,25 @@ impl Credentials {
             Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
             Form::Key | Form::JwtHalf => None,
         };
-        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone }))
+        let supply = Weak::new();
+        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone, supply }))
+    }
+
+    /// Stands in for the JWT's half where only the layer beside it is wanted.
+    pub(crate) fn beside() -> Self {
+        Self::new(Form::JwtHalf, Slot::Yield, Slot::Yield, None, None)
+    }
+
+    /// Made by `supply`. For a set that was just made.
+    pub(crate) fn supplied_by(mut self, supply: Weak<Supply>) -> Self {
+        if let Some(set) = Arc::get_mut(&mut self.0) {
+            set.supply = supply;
+        }
+        self
+    }
+
+    pub(crate) fn supply(&self) -> Option<Arc<Supply>> {
+        self.0.supply.upgrade()
     }
 
     /// The key, where there is one.

@@ -66,6 +66,7 @@ pub mod authorize;
 mod base_url;
 mod clock;
 mod credentials;
+pub mod engine;
 pub mod env;
 mod error;
 mod handshake;
@@ -77,17 +78,23 @@ mod secret;
 pub mod selam;
 #[cfg(feature = "test-util")]
 pub mod simulator;
+pub mod source;
+mod supply;
 
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},
     authorize::{ApiKeyLayer, JwtLayer},
     base_url::BaseUrl,
     credentials::{Credentials, RequestAuth},
+    engine::{MaybeRenewing, RenewalPolicy, Renewing},
     error::{AuthError, AuthErrorKind, BoxError, ConfigError, ConfigErrorKind, Error, ErrorBody, RateLimit},
     origin::Origins,
-    secret::{ApiKey, KeyId, Token},
+    secret::{ApiKey, Credential, KeyId, Token},
     selam::{Selam, SelamLayer, SelamLayerBuilder},
 };
+
+#[cfg(feature = "test-util")]
+pub use self::clock::TestClock;
 
 /// The README's example compiles.
 #[cfg(doctest)]

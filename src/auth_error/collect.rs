@@ -187,7 +187,7 @@ impl<B: Body> Collect<B> {
             body.extend_from_slice(&chunk[..room.min(chunk.len())]);
         }
         let Parts { status, headers, extensions, .. } = &mut self.parts;
-        let sent = extensions.remove::<Sent>().map(|Sent(credentials)| credentials);
+        let sent = extensions.remove::<Sent>().map(Sent::joined);
         AuthError::read(*status, headers, &body, sent.as_ref(), source)
     }
 }

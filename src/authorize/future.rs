@@ -1,38 +1,71 @@
 use std::{
     fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use http::Response;
+use http::{Request, Response};
 use pin_project_lite::pin_project;
+use tower_service::Service;
 
-use crate::{AuthError, Credentials, error::is_auth_status};
+use super::policy::Policy;
+use crate::{AuthError, Credentials, error::is_auth_status, supply::Waiting};
 
 /// On a 401 or 403: the credentials that were refused, for the layers outside.
 #[derive(Clone)]
-pub(crate) struct Sent(pub(crate) Credentials);
+pub(crate) struct Sent {
+    pub(crate) credentials: Credentials,
+    /// What the layer beside sent.
+    pub(crate) beside: Option<Credentials>,
+}
+
+impl Sent {
+    /// All of it as one set.
+    pub(crate) fn joined(self) -> Credentials {
+        match &self.beside {
+            Some(beside) => self.credentials.joined(beside),
+            None => self.credentials,
+        }
+    }
+}
 
 pin_project! {
-    /// Response future of [`Authorize`](super::Authorize). Dropping it drops the request.
-    pub struct ResponseFuture<F> {
+    /// Response future of [`Authorize`](super::Authorize). Dropping it drops the request, and leaves a renewal
+    /// that it waits for running.
+    pub struct ResponseFuture<F, S, B> {
         #[pin]
-        state: State<F>,
+        state: State<F, S, B>,
     }
 }
 
 pin_project! {
     #[project = StateProj]
-    enum State<F> {
+    enum State<F, S, B> {
         Sent { #[pin] response: F, credentials: Option<Credentials> },
+        Credentials { later: Option<Box<Later<S, B>>>, waiting: Waiting },
+        Readiness { later: Option<Box<Later<S, B>>>, credentials: Option<Credentials> },
         Refused { error: AuthError },
     }
 }
 
-impl<F> ResponseFuture<F> {
+/// A request that waits.
+struct Later<S, B> {
+    service: S,
+    request: Request<B>,
+    policy: Arc<Policy>,
+}
+
+impl<F, S, B> ResponseFuture<F, S, B> {
     #[inline]
     pub(super) fn sent(response: F, credentials: Option<Credentials>) -> Self {
         Self { state: State::Sent { response, credentials } }
+    }
+
+    #[cold]
+    pub(super) fn waiting(service: S, request: Request<B>, policy: Arc<Policy>, waiting: Waiting) -> Self {
+        let later = Some(Box::new(Later { service, request, policy }));
+        Self { state: State::Credentials { later, waiting } }
     }
 
     #[cold]
@@ -41,26 +74,45 @@ impl<F> ResponseFuture<F> {
     }
 }
 
-impl<F, ResBody, E> Future for ResponseFuture<F>
+impl<S, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, ReqBody>
 where
-    F: Future<Output = Result<Response<ResBody>, E>>,
-    E: From<AuthError>,
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Error: From<AuthError>,
 {
-    type Output = F::Output;
+    type Output = Result<S::Response, S::Error>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().state.project() {
-            StateProj::Sent { response, credentials } => {
-                let mut response = ready!(response.poll(cx))?;
-                if is_auth_status(response.status())
-                    && let Some(credentials) = credentials.take()
-                {
-                    remember(&mut response, credentials);
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                StateProj::Sent { response, credentials } => {
+                    let mut response = ready!(response.poll(cx))?;
+                    if is_auth_status(response.status())
+                        && let Some(credentials) = credentials.take()
+                    {
+                        remember(&mut response, credentials);
+                    }
+                    return Poll::Ready(Ok(response));
                 }
-                Poll::Ready(Ok(response))
+                StateProj::Credentials { later, waiting } => {
+                    let credentials = Some(ready!(waiting.as_mut().poll(cx))?);
+                    let later = later.take();
+                    state.set(State::Readiness { later, credentials });
+                }
+                StateProj::Readiness { later: waiting, credentials } => {
+                    let Some(later) = waiting else { return Poll::Pending };
+                    ready!(later.service.poll_ready(cx))?;
+                    let (Some(later), Some(credentials)) = (waiting.take(), credentials.take()) else {
+                        return Poll::Pending;
+                    };
+                    let Later { mut service, mut request, policy } = *later;
+                    let credentials = policy.authorize_later(&mut request, &credentials)?;
+                    let response = service.call(request);
+                    state.set(State::Sent { response, credentials });
+                }
+                StateProj::Refused { error } => return Poll::Ready(Err(error.clone().into())),
             }
-            StateProj::Refused { error } => Poll::Ready(Err(error.clone().into())),
         }
     }
 }
@@ -68,14 +120,14 @@ where
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.
 #[cold]
 fn remember<B>(response: &mut Response<B>, credentials: Credentials) {
-    let credentials = match response.extensions_mut().remove::<Sent>() {
-        Some(Sent(inner)) => inner.joined(&credentials),
-        None => credentials,
+    let sent = match response.extensions_mut().remove::<Sent>() {
+        Some(inner) => Sent { beside: Some(credentials), ..inner },
+        None => Sent { credentials, beside: None },
     };
-    response.extensions_mut().insert(Sent(credentials));
+    response.extensions_mut().insert(sent);
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
+impl<F, S, B> fmt::Debug for ResponseFuture<F, S, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }

@@ -2,8 +2,11 @@ use std::sync::Arc;
 
 use tower_layer::Layer;
 
-use super::{Authorize, service::Policy};
-use crate::{ApiKey, Credentials, Origins, Token};
+use super::{
+    Authorize,
+    policy::{Policy, Provider},
+};
+use crate::{ApiKey, MaybeRenewing, Origins, Token, credentials::Form};
 
 /// Sends an [`ApiKey`] with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
@@ -16,51 +19,51 @@ pub struct JwtLayer(Arc<Policy>);
 impl ApiKeyLayer {
     /// The key as `Authorization: Bearer <key>`, and no `X-API-Key`.
     #[must_use]
-    pub fn bearer(key: ApiKey) -> Self {
-        Self::of(Some(Credentials::bearer(key)))
+    pub fn bearer(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+        Self::of(Provider::new(Form::Key, false, Some(key.into()), None))
     }
 
     /// The key as `X-API-Key`, and no `Authorization`.
     #[must_use]
-    pub fn header(key: ApiKey) -> Self {
-        Self::of(Some(Credentials::header(key)))
+    pub fn header(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+        Self::of(Provider::new(Form::Key, true, Some(key.into()), None))
     }
 
     /// The key as `X-API-Key` beside a [`JwtLayer::beside_api_key`], inside or outside of this one, which
     /// writes `Authorization`. Without one, the API gets the key alone.
     #[must_use]
-    pub fn beside_jwt(key: ApiKey) -> Self {
-        Self::of(Some(Credentials::key_beside_jwt(key)))
+    pub fn beside_jwt(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+        Self::of(Provider::new(Form::KeyHalf, true, Some(key.into()), None))
     }
 
     /// No credentials of its own: every request brings [`RequestAuth::Own`](crate::RequestAuth::Own), and
     /// one without is refused.
     #[must_use]
     pub fn per_request() -> Self {
-        Self::of(None)
+        Self::of(Provider::Nothing)
     }
 
-    fn of(credentials: Option<Credentials>) -> Self {
-        Self(Arc::new(Policy::new(credentials)))
+    fn of(provider: Provider) -> Self {
+        Self(Arc::new(Policy::new(provider)))
     }
 }
 
 impl JwtLayer {
     /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
     #[must_use]
-    pub fn new(jwt: Token, key: ApiKey) -> Self {
-        Self::of(Credentials::key_and_jwt(key, jwt))
+    pub fn new(jwt: impl Into<MaybeRenewing<Token>>, key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+        Self::of(Provider::new(Form::Pair, false, Some(key.into()), Some(jwt.into())))
     }
 
     /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
     /// this one, which writes `X-API-Key`. Without one, the API gets the JWT alone and refuses it.
     #[must_use]
-    pub fn beside_api_key(jwt: Token) -> Self {
-        Self::of(Credentials::jwt_beside_key(jwt))
+    pub fn beside_api_key(jwt: impl Into<MaybeRenewing<Token>>) -> Self {
+        Self::of(Provider::new(Form::JwtHalf, false, None, Some(jwt.into())))
     }
 
-    fn of(credentials: Credentials) -> Self {
-        Self(Arc::new(Policy::new(Some(credentials))))
+    fn of(provider: Provider) -> Self {
+        Self(Arc::new(Policy::new(provider)))
     }
 }
 

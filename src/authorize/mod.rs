@@ -45,6 +45,7 @@
 
 mod future;
 mod layer;
+mod policy;
 mod service;
 
 pub use self::{
@@ -52,4 +53,7 @@ pub use self::{
     layer::{ApiKeyLayer, JwtLayer},
     service::Authorize,
 };
-pub(crate) use self::{future::Sent, service::Policy};
+pub(crate) use self::{
+    future::Sent,
+    policy::{Policy, Provider},
+};

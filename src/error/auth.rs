@@ -53,6 +53,8 @@ struct Inner {
     /// What this crate has to say, where it was not the API that refused.
     detail: Cow<'static, str>,
     answer: Option<Answer>,
+    /// When this crate will try again.
+    retry_after: Option<Duration>,
     source: Option<BoxError>,
 }
 
@@ -117,6 +119,7 @@ impl AuthError {
                 rate_limit: RateLimit::read(headers, now),
                 body: redact_body(&redactor, body, json.as_mut()),
             }),
+            retry_after: None,
             source,
         }))
     }
@@ -124,7 +127,19 @@ impl AuthError {
     /// An error of this crate's own: nothing was sent.
     #[cold]
     pub(crate) fn local(kind: AuthErrorKind, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self(Arc::new(Inner { kind, detail: detail.into(), answer: None, source: None }))
+        let detail = detail.into();
+        Self(Arc::new(Inner { kind, detail, answer: None, retry_after: None, source: None }))
+    }
+
+    /// No credential: its source failed.
+    #[cold]
+    pub(crate) fn renewal(
+        kind: AuthErrorKind,
+        detail: impl Into<Cow<'static, str>>,
+        retry_after: Option<Duration>,
+        source: Option<BoxError>,
+    ) -> Self {
+        Self(Arc::new(Inner { kind, detail: detail.into(), answer: None, retry_after, source }))
     }
 
     /// The `AuthError` in `error` or among its causes, through boxes and the errors of Tower's layers.
@@ -191,10 +206,10 @@ impl AuthError {
         self.answer()?.fields.request_id()
     }
 
-    /// How long to wait by the response's `Retry-After`.
+    /// How long to wait: by the response's `Retry-After`, or, when a renewal failed, until the next one.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.answer()?.retry_after
+        self.0.retry_after.or_else(|| self.answer()?.retry_after)
     }
 
     /// The account's rate limit, from the response's headers.

@@ -1,4 +1,8 @@
-use std::{error::Error, fmt};
+use std::{
+    error::Error,
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 /// Why a key, token, URL or origin was refused when it was given.
 ///
@@ -27,12 +31,21 @@ impl ConfigError {
         self.kind
     }
 
-    /// The environment variable the value came from; `None` when the program gave it.
+    /// The environment variable the value came from; `None` when it came from elsewhere.
     #[must_use]
     pub fn env_var(&self) -> Option<&str> {
         match &self.place {
-            Place::Argument => None,
             Place::EnvVar(name) => Some(name),
+            Place::Argument | Place::File(_) => None,
+        }
+    }
+
+    /// The file the value came from; `None` when it came from elsewhere.
+    #[must_use]
+    pub fn file(&self) -> Option<&Path> {
+        match &self.place {
+            Place::File(path) => Some(path),
+            Place::Argument | Place::EnvVar(_) => None,
         }
     }
 }
@@ -55,8 +68,15 @@ pub enum ConfigErrorKind {
     Missing,
     /// Nothing in it but white space.
     Empty,
-    /// The environment variable is not valid Unicode.
+    /// The environment variable or file is not valid Unicode.
     NotUnicode,
+    /// The file cannot be read.
+    Unreadable {
+        /// Why.
+        error: io::ErrorKind,
+    },
+    /// The file is larger than any credential: more than 64 KiB.
+    TooLong,
     /// A space or a tab inside.
     WhiteSpace {
         /// Where it stands.
@@ -100,6 +120,8 @@ impl fmt::Display for ConfigErrorKind {
             Self::Missing => f.write_str("is not set"),
             Self::Empty => f.write_str("is empty"),
             Self::NotUnicode => f.write_str("is not valid Unicode"),
+            Self::Unreadable { error } => write!(f, "cannot be read: {error}"),
+            Self::TooLong => f.write_str("is longer than 64 KiB"),
             Self::WhiteSpace { at } => write!(f, "has white space at byte {at}"),
             Self::ControlCharacter { at } => write!(f, "has a control character at byte {at}"),
             Self::NonAscii { at } => write!(f, "has a character that is not ASCII at byte {at}"),
@@ -142,6 +164,7 @@ impl fmt::Display for Subject {
 pub(crate) enum Place {
     Argument,
     EnvVar(String),
+    File(PathBuf),
 }
 
 impl fmt::Display for Place {
@@ -149,6 +172,7 @@ impl fmt::Display for Place {
         match self {
             Self::Argument => Ok(()),
             Self::EnvVar(name) => write!(f, " from the environment variable {name}"),
+            Self::File(path) => write!(f, " from the file {}", path.display()),
         }
     }
 }

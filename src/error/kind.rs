@@ -22,6 +22,10 @@ pub enum AuthErrorKind {
     OriginNotAllowed,
     /// Nothing was sent: there is no credential of the sort that the request needs.
     CredentialUnavailable,
+    /// Nothing was sent: the credential could not be renewed, and may be later.
+    RenewalFailed,
+    /// Nothing was sent: the credential cannot be renewed until somebody does something about it.
+    RenewalRefused,
     /// Nothing was sent: the request cannot carry credentials.
     InvalidRequest,
 }
@@ -54,12 +58,19 @@ impl AuthErrorKind {
     }
 
     pub(super) fn is_auth(self) -> bool {
-        !matches!(self, Self::OriginNotAllowed | Self::CredentialUnavailable | Self::InvalidRequest)
+        !matches!(
+            self,
+            Self::OriginNotAllowed
+                | Self::CredentialUnavailable
+                | Self::RenewalFailed
+                | Self::RenewalRefused
+                | Self::InvalidRequest
+        )
     }
 
     pub(super) fn is_permanent(self) -> bool {
         // A token may be renewed, and a bare 401 may be about one.
-        !matches!(self, Self::TokenRejected | Self::Unauthorized)
+        !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::RenewalFailed)
     }
 
     pub(super) fn remedy(self) -> Option<&'static str> {
@@ -72,7 +83,10 @@ impl AuthErrorKind {
                 "send the request to an allowed https origin, or allow this one in `Origins`"
             }
             Self::CredentialUnavailable => "give the layer the credential that the request asks for",
-            Self::Unauthorized | Self::Forbidden | Self::InvalidRequest => return None,
+            Self::RenewalRefused => {
+                "renew by hand what the credential is made from: a login, a key, a client secret"
+            }
+            Self::Unauthorized | Self::Forbidden | Self::RenewalFailed | Self::InvalidRequest => return None,
         })
     }
 }
@@ -88,6 +102,8 @@ impl fmt::Display for AuthErrorKind {
             Self::Forbidden => "forbidden",
             Self::OriginNotAllowed => "origin not allowed",
             Self::CredentialUnavailable => "no credential available",
+            Self::RenewalFailed => "credential not renewed",
+            Self::RenewalRefused => "credential cannot be renewed",
             Self::InvalidRequest => "invalid request",
         })
     }

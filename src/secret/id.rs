@@ -2,6 +2,27 @@ use std::fmt;
 
 use sha2::{Digest, Sha256};
 
+/// Tells one secret from another without keeping it: its SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fingerprint([u8; 32]);
+
+impl Fingerprint {
+    pub(crate) fn of(secret: &[u8]) -> Self {
+        Self(Sha256::digest(secret).into())
+    }
+
+    pub(super) fn id(&self) -> KeyId {
+        let [a, b, c, ..] = self.0;
+        KeyId([a, b, c])
+    }
+}
+
+impl fmt::Debug for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.id(), f)
+    }
+}
+
 /// A short name for a credential, to tell one from another in logs and metrics without showing it.
 ///
 /// The first 24 bits of the secret's SHA-256 in hex: the same on every machine and in every version, and
@@ -20,13 +41,6 @@ use sha2::{Digest, Sha256};
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId([u8; 3]);
-
-impl KeyId {
-    pub(super) fn of(secret: &[u8]) -> Self {
-        let digest = Sha256::digest(secret);
-        Self([digest[0], digest[1], digest[2]])
-    }
-}
 
 impl fmt::Display for KeyId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,6 +4,7 @@
 //! without a copy. Cloning a header value counts a reference; when the last one drops, the buffer is wiped.
 
 mod api_key;
+mod credential;
 mod id;
 mod token;
 
@@ -13,7 +14,8 @@ use bytes::Bytes;
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-pub use self::{api_key::ApiKey, id::KeyId, token::Token};
+pub(crate) use self::id::Fingerprint;
+pub use self::{api_key::ApiKey, credential::Credential, id::KeyId, token::Token};
 use crate::error::{ConfigError, ConfigErrorKind, Place, Subject};
 
 const SCHEME: &str = "Bearer ";
@@ -26,7 +28,7 @@ pub(crate) const MIN_SECRET: usize = 4;
 pub(crate) struct Secret {
     bearer: HeaderValue,
     bare: HeaderValue,
-    id: KeyId,
+    fingerprint: Fingerprint,
 }
 
 impl Secret {
@@ -56,7 +58,7 @@ impl Secret {
         Ok(Self {
             bare: sensitive(buffer.slice(SCHEME.len()..))?,
             bearer: sensitive(buffer)?,
-            id: KeyId::of(secret.as_bytes()),
+            fingerprint: Fingerprint::of(secret.as_bytes()),
         })
     }
 
@@ -78,11 +80,15 @@ impl Secret {
     }
 
     pub(crate) fn id(&self) -> KeyId {
-        self.id
+        self.fingerprint.id()
+    }
+
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{name}([redacted] id={})", self.id)
+        write!(f, "{name}([redacted] id={})", self.id())
     }
 }
 

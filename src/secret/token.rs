@@ -4,7 +4,7 @@ use std::{
 };
 
 use jsonwebtoken::dangerous::insecure_decode_claims;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{KeyId, Secret};
 use crate::{
@@ -30,6 +30,7 @@ use crate::{
 pub struct Token {
     pub(crate) secret: Secret,
     expires_at: Option<SystemTime>,
+    lifetime: Option<Duration>,
 }
 
 impl Token {
@@ -61,8 +62,17 @@ impl Token {
     }
 
     fn from_secret(secret: Secret) -> Self {
-        let expires_at = expiry(secret.expose());
-        Self { secret, expires_at }
+        let (expires_at, lifetime) = expiry(secret.expose());
+        Self { secret, expires_at, lifetime }
+    }
+
+    pub(super) fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
+        Secret::new(value, Subject::Token, place).map(Self::from_secret)
+    }
+
+    /// From its `iat` to its `exp`, if it is a JWT that has both.
+    pub(super) fn lifetime(&self) -> Option<Duration> {
+        self.lifetime
     }
 
     /// When the token expires by its own `exp` claim
@@ -94,15 +104,26 @@ impl fmt::Debug for Token {
     }
 }
 
-fn expiry(token: &str) -> Option<SystemTime> {
+/// When a JWT expires, and how long it lives.
+fn expiry(token: &str) -> (Option<SystemTime>, Option<Duration>) {
+    // A NumericDate may have a fraction (RFC 7519 section 2).
+    fn claim<T: DeserializeOwned>(token: &str) -> Option<T> {
+        insecure_decode_claims(token).ok()
+    }
     #[derive(Deserialize)]
-    struct Claims {
-        // A NumericDate may have a fraction (RFC 7519 section 2).
+    struct Expiry {
         exp: f64,
     }
+    #[derive(Deserialize)]
+    struct Issue {
+        iat: f64,
+    }
 
-    let Claims { exp } = insecure_decode_claims(token).ok()?;
-    UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(exp).ok()?)
+    let Some(Expiry { exp }) = claim(token) else { return (None, None) };
+    let expires_at =
+        Duration::try_from_secs_f64(exp).ok().and_then(|since_epoch| UNIX_EPOCH.checked_add(since_epoch));
+    let lifetime = claim(token).and_then(|Issue { iat }| Duration::try_from_secs_f64(exp - iat).ok());
+    (expires_at, lifetime.filter(|_| expires_at.is_some()))
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@ use std::time::Duration;
 
 use super::SelamLayer;
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, Credentials, Origins, Token,
-    authorize::Policy,
+    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, MaybeRenewing, Origins, Token,
+    authorize::{Policy, Provider},
+    credentials::Form,
     env,
     error::{Place, Subject},
 };
@@ -12,8 +13,8 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 #[must_use]
 pub struct SelamLayerBuilder {
-    api_key: Option<ApiKey>,
-    jwt: Option<Token>,
+    api_key: Option<MaybeRenewing<ApiKey>>,
+    jwt: Option<MaybeRenewing<Token>>,
     base_url: Option<BaseUrl>,
     origins: Option<Origins>,
     errors: AuthErrorLayer,
@@ -24,14 +25,14 @@ pub struct SelamLayerBuilder {
 
 impl SelamLayerBuilder {
     /// The key. Required.
-    pub fn with_api_key(mut self, key: ApiKey) -> Self {
-        self.api_key = Some(key);
+    pub fn with_api_key(mut self, key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+        self.api_key = Some(key.into());
         self
     }
 
     /// A JWT to send with the key on every request; by default the key goes alone.
-    pub fn with_jwt(mut self, jwt: Token) -> Self {
-        self.jwt = Some(jwt);
+    pub fn with_jwt(mut self, jwt: impl Into<MaybeRenewing<Token>>) -> Self {
+        self.jwt = Some(jwt.into());
         self
     }
 
@@ -92,10 +93,10 @@ impl SelamLayerBuilder {
             return Err(ConfigError::new(Subject::BaseUrl, Place::Argument, ConfigErrorKind::NotAllowed));
         }
         let policy = Policy {
-            credentials: Some(match self.jwt {
-                Some(jwt) => Credentials::key_and_jwt(key, jwt),
-                None => Credentials::bearer(key),
-            }),
+            provider: match self.jwt {
+                Some(jwt) => Provider::new(Form::Pair, false, Some(key), Some(jwt)),
+                None => Provider::new(Form::Key, false, Some(key), None),
+            },
             origins,
             if_absent: self.if_absent,
             require_choice: self.require_choice,
@@ -115,10 +116,10 @@ impl SelamLayerBuilder {
     /// [`SELAM_BASE_URL`]: env::SELAM_BASE_URL
     pub fn build_with_env(mut self) -> Result<SelamLayer, ConfigError> {
         if self.api_key.is_none() {
-            self.api_key = Some(ApiKey::from_env()?);
+            self.api_key = Some(ApiKey::from_env()?.into());
         }
         if self.jwt.is_none() && std::env::var_os(env::SELAM_JWT).is_some() {
-            self.jwt = Some(Token::from_env()?);
+            self.jwt = Some(Token::from_env()?.into());
         }
         if self.base_url.is_none() {
             self.base_url = Some(BaseUrl::read_env(self.allow_insecure_loopback)?);

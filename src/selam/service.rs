@@ -38,13 +38,13 @@ impl<S> Selam<S> {
 
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Selam<S>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S: Service<Request<ReqBody>, Response = Response<ResBody>> + Clone,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {
     type Response = S::Response;
     type Error = Error<S::Error>;
-    type Future = ResponseFuture<S::Future, ResBody>;
+    type Future = ResponseFuture<S::Future, S, ReqBody, ResBody>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
@@ -59,19 +59,21 @@ where
 
 pin_project! {
     /// Response future of [`Selam`]. Dropping it drops the request, or the response whose body it reads.
-    pub struct ResponseFuture<F, B> {
+    pub struct ResponseFuture<F, S, ReqBody, ResBody> {
         #[pin]
-        response: auth_error::ResponseFuture<authorize::ResponseFuture<WrapErrorFuture<F>>, B>,
+        response: auth_error::ResponseFuture<Authorized<F, S, ReqBody>, ResBody>,
     }
 }
 
-impl<F, B, E> Future for ResponseFuture<F, B>
+type Authorized<F, S, B> = authorize::ResponseFuture<WrapErrorFuture<F>, WrapError<S>, B>;
+
+impl<S, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, ReqBody, ResBody>
 where
-    F: Future<Output = Result<Response<B>, E>>,
-    B: Body,
-    B::Error: Into<BoxError>,
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    ResBody: Body,
+    ResBody::Error: Into<BoxError>,
 {
-    type Output = Result<Response<B>, Error<E>>;
+    type Output = Result<S::Response, Error<S::Error>>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
@@ -79,7 +81,7 @@ where
     }
 }
 
-impl<F, B> fmt::Debug for ResponseFuture<F, B> {
+impl<F, S, ReqBody, ResBody> fmt::Debug for ResponseFuture<F, S, ReqBody, ResBody> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }

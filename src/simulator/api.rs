@@ -14,7 +14,7 @@ use super::{
     Access, Fault, Received, Simulator, SimulatorBody, State,
     quota::{Quota, set_if_absent},
     refusal::{self, Refusal},
-    replies,
+    replies, token,
 };
 use crate::BoxError;
 
@@ -41,6 +41,9 @@ where
         body: body.slice(..body.len().min(REMEMBERED)),
         body_length,
     };
+    if received.uri.path() == token::PATH {
+        return token::answer(simulator, received, body).await;
+    }
 
     let (fault, answer, quota, number) = {
         let mut state = simulator.state();
@@ -147,7 +150,8 @@ fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
 fn check(state: &State, jwt: Option<&str>, key: &str) -> Result<Caller, Refusal> {
     let access = *state.keys.get(key).ok_or(refusal::INVALID_API_KEY)?;
     match jwt {
-        Some(jwt) if !state.issuer.accepts(jwt) => Err(refusal::INVALID_JWT),
+        Some(_) if state.reject_jwts => Err(refusal::INVALID_JWT),
+        Some(jwt) if !state.issuer.accepts(jwt, state.clock.now().wall) => Err(refusal::INVALID_JWT),
         jwt => Ok(Caller { access, has_jwt: jwt.is_some() }),
     }
 }

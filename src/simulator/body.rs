@@ -39,6 +39,12 @@ impl SimulatorBody {
         Self { chunks: chunks.into_iter().collect(), length: None, end: End::Complete }
     }
 
+    /// Breaks off half way; the announced length stays.
+    pub(super) fn cut_in_half(self) -> Self {
+        let length: usize = self.chunks.iter().map(Bytes::len).sum();
+        self.with_fault(&Fault::CutOff { after: length / 2 })
+    }
+
     /// As `fault` has it; the announced length stays.
     pub(super) fn with_fault(mut self, fault: &Fault) -> Self {
         let (mut left, end) = match *fault {

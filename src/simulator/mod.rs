@@ -13,8 +13,18 @@
 //! | `POST /v1/audio/speech` | key with full access | a WAV file |
 //! | `POST /v1/audio/agent/sessions` | JWT and key | a session; invented, as no HTTP endpoint is documented to need both |
 //! | `GET /v1/audio/agent`, `GET /socket.io/` | JWT and key, in the query | the voice agent's WebSocket handshake |
+//! | `POST /oauth/token` | client or key | an access token: a JWT that the above accept; invented, as none is documented |
 //!
-//! Every response has a request id and the `X-RateLimit-*` headers.
+//! Every response has a request id, and every one of the API's the `X-RateLimit-*` headers.
+//!
+//! The token endpoint speaks OAuth 2.0 ([RFC 6749](https://www.rfc-editor.org/rfc/rfc6749)). It authenticates
+//! the clients of [`issue_client`](Simulator::issue_client) by `client_secret_basic` or `client_secret_post`,
+//! and an account by its API key as bearer; it refreshes for public clients too, which say their `client_id`
+//! and no more. It knows the grants `client_credentials` and `refresh_token`, token exchange
+//! ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)) and JWT bearer
+//! ([RFC 7523](https://www.rfc-editor.org/rfc/rfc7523)). Refresh tokens are for one use: one that comes again
+//! revokes all that came of it. The API's faults and rate limit leave the endpoint alone; it has
+//! [`TokenFault`]s and [outages](Simulator::set_token_outage) of its own.
 //!
 //! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. A program that turns on
 //! another backend of it as well has to choose one, as `jsonwebtoken` asks: `CryptoProvider::install_default`.
@@ -48,6 +58,7 @@ mod refusal;
 mod replies;
 #[cfg(feature = "test-server")]
 mod server;
+mod token;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -66,9 +77,16 @@ use tower_service::Service;
 
 #[cfg(feature = "test-server")]
 pub use self::server::Server;
-pub use self::{body::SimulatorBody, fault::Fault, jwt::JwtAlgorithm, received::Received};
-use self::{jwt::Issuer, quota::Window};
-use crate::BoxError;
+pub use self::{body::SimulatorBody, fault::Fault, jwt::JwtAlgorithm, received::Received, token::TokenFault};
+use self::{
+    jwt::{Issuer, SUBJECT},
+    quota::Window,
+    token::TokenEndpoint,
+};
+use crate::{
+    BoxError,
+    clock::{Clock, TestClock},
+};
 
 /// So many requests are remembered.
 const REMEMBERED: usize = 10_000;
@@ -80,8 +98,11 @@ pub struct Simulator {
 }
 
 struct State {
+    clock: Clock,
     keys: HashMap<String, Access>,
     issuer: Issuer,
+    reject_jwts: bool,
+    tokens: TokenEndpoint,
     faults: VecDeque<Fault>,
     window: Window,
     received: VecDeque<Received>,
@@ -97,18 +118,28 @@ enum Access {
 }
 
 impl Simulator {
-    /// No keys, no JWTs, no faults, 600 requests a minute.
+    /// No keys, no JWTs, no clients, no faults, 600 requests a minute.
     #[must_use]
     pub fn new() -> Self {
         let state = State {
+            clock: Clock::default(),
             keys: HashMap::new(),
             issuer: Issuer::new(),
+            reject_jwts: false,
+            tokens: TokenEndpoint::new(),
             faults: VecDeque::new(),
             window: Window::new(600),
             received: VecDeque::new(),
             requests: 0,
         };
         Self { state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// Has JWTs begin and expire by `clock` instead of the machine's; for every clone.
+    #[must_use]
+    pub fn with_clock(self, clock: TestClock) -> Self {
+        self.state().clock = clock.into();
+        self
     }
 
     /// A new key with access to everything.
@@ -139,10 +170,12 @@ impl Simulator {
         self.state().keys.remove(key);
     }
 
-    /// A new JWT that the API accepts for `lifetime`, counted in whole seconds.
+    /// A new JWT that the API accepts for `lifetime`.
     #[must_use]
     pub fn mint_jwt(&self, algorithm: JwtAlgorithm, lifetime: Duration) -> String {
-        self.state().issuer.mint(algorithm, lifetime)
+        let mut state = self.state();
+        let now = state.clock.now().wall;
+        state.issuer.mint(algorithm, SUBJECT, now, lifetime)
     }
 
     /// Has the API refuse every JWT minted so far as expired.
@@ -150,23 +183,28 @@ impl Simulator {
         self.state().issuer.expire_all();
     }
 
+    /// Whether the API refuses every JWT, however valid.
+    pub fn reject_jwts(&self, reject: bool) {
+        self.state().reject_jwts = reject;
+    }
+
     /// Allows so many requests a minute; the ones beyond are answered 429. Starts a new minute.
     pub fn set_rate_limit(&self, requests_per_minute: u64) {
         self.state().window = Window::new(requests_per_minute);
     }
 
-    /// Has the next request that no earlier fault awaits meet `fault`.
+    /// Has the API's next request that no earlier fault awaits meet `fault`.
     pub fn inject(&self, fault: Fault) {
         self.state().faults.push_back(fault);
     }
 
-    /// The requests received, oldest first; the last 10,000 of them.
+    /// The requests received, the token endpoint's among them, oldest first; the last 10,000.
     #[must_use]
     pub fn received(&self) -> Vec<Received> {
         self.state().received.iter().cloned().collect()
     }
 
-    /// The number of requests received.
+    /// The number of requests received, the token endpoint's among them.
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.state().requests

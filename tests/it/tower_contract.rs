@@ -166,10 +166,10 @@ fn t2_auto_traits_are_those_of_what_is_within() {
             assert_eq!(has!(AnnotateAuthError<$inner>), has!($inner));
             assert_eq!(has!(Selam<$inner>), has!($inner));
             // Futures are not cloned.
-            assert_eq!(has!(authorize::ResponseFuture<$inner>)[..3], has!($inner)[..3]);
+            assert_eq!(has!(authorize::ResponseFuture<$inner, $inner, $inner>)[..3], has!($inner)[..3]);
             assert_eq!(has!(auth_error::ResponseFuture<$inner, Body>)[..3], has!($inner)[..3]);
             assert_eq!(has!(AnnotateFuture<$inner, Body>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(selam::ResponseFuture<$inner, Body>)[..3], has!($inner)[..3]);
+            assert_eq!(has!(selam::ResponseFuture<$inner, $inner, $inner, Body>)[..3], has!($inner)[..3]);
         )*};
     }
     like_inner!((), Rc<()>, Cell, PhantomPinned, NoClone, std::sync::MutexGuard<'static, ()>);
@@ -255,6 +255,6 @@ fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
 #[test]
 fn r1_the_stacks_future_is_at_most_128_bytes_larger_than_the_inner_one() {
     type Inner = [u64; 40];
-    let overhead = size_of::<selam::ResponseFuture<Inner, Body>>() - size_of::<Inner>();
+    let overhead = size_of::<selam::ResponseFuture<Inner, Inner, Inner, Body>>() - size_of::<Inner>();
     assert!(overhead <= 128, "{overhead}");
 }

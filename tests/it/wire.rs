@@ -332,8 +332,10 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     let mut sender = Some(sender);
     let connection = service_fn(move |request| {
         let mut sender = sender.take().expect("one request");
-        async move { sender.send_request(request).await.map_err(Error::Inner) }
+        async move { sender.send_request(request).await }
     });
+    // hyper's connection cannot be cloned, and a layer whose credential may have to be waited for needs that.
+    let connection = ServiceBuilder::new().buffer(1).service(connection);
     let origins = Origins::new(&origin).unwrap().with_stated_origin(&origin).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
     let request =
@@ -476,8 +478,9 @@ async fn header_block(request: Request<Body>) -> Vec<u8> {
     tokio::spawn(connection);
     let send = service_fn(move |request| {
         let mut sender = sender.clone();
-        async move { sender.send_request(request).await.map_err(Error::Inner) }
+        async move { sender.send_request(request).await }
     });
+    let send = ServiceBuilder::new().map_err(Error::Inner).service(send);
     let layer = JwtLayer::new(Token::new(JWT).unwrap(), ApiKey::new(KEY).unwrap());
     tokio::spawn(layer.layer(send).oneshot(request));
 

@@ -1,0 +1,155 @@
+use std::sync::Arc;
+
+use http::{HeaderMap, Request, header::AUTHORIZATION};
+
+use crate::{
+    ApiKey, AuthError, Credentials, MaybeRenewing, Origins, RequestAuth, Token,
+    credentials::Form,
+    origin::Admission,
+    plan::{Head, Plan, Rules, X_API_KEY},
+    supply::{Need, Supplied, Supply, Waiting},
+};
+
+/// What is written, and when.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    pub(crate) provider: Provider,
+    pub(crate) origins: Origins,
+    pub(crate) if_absent: bool,
+    pub(crate) require_choice: bool,
+}
+
+/// Where the credentials come from.
+#[derive(Clone, Debug)]
+pub(crate) enum Provider {
+    /// Every request brings its own.
+    Nothing,
+    Fixed(Credentials),
+    Renewing(Arc<Supply>),
+}
+
+/// What became of a request.
+pub(super) enum Authorized {
+    /// It may be sent, with these credentials.
+    Now(Option<Credentials>),
+    /// It may be sent once there are credentials.
+    Later(Waiting),
+}
+
+impl Provider {
+    /// Of a key and a JWT, one of which may be missing.
+    pub(crate) fn new(
+        form: Form,
+        as_header: bool,
+        key: Option<MaybeRenewing<ApiKey>>,
+        jwt: Option<MaybeRenewing<Token>>,
+    ) -> Self {
+        let supply = Supply::new(form, as_header, key, jwt);
+        match supply.fixed() {
+            Some(credentials) => Self::Fixed(credentials),
+            None => Self::Renewing(supply),
+        }
+    }
+
+    pub(crate) fn renews(&self) -> bool {
+        matches!(self, Self::Renewing(_))
+    }
+}
+
+impl Policy {
+    pub(super) fn new(provider: Provider) -> Self {
+        Self { provider, origins: Origins::selam(), if_absent: false, require_choice: false }
+    }
+
+    #[inline]
+    pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Authorized, AuthError> {
+        let supply = match &self.provider {
+            Provider::Nothing => return self.write(request, None).map(Authorized::Now),
+            Provider::Fixed(credentials) => {
+                return self.write(request, Some(credentials)).map(Authorized::Now);
+            }
+            Provider::Renewing(supply) => supply,
+        };
+        let Some(need) = self.need(request) else {
+            // Its own, or none: ours are not sent, but must not leave with it either.
+            return self.write(request, supply.last().as_ref()).map(Authorized::Now);
+        };
+        match supply.fresh(need) {
+            Some(credentials) => self.write(request, Some(&credentials)).map(Authorized::Now),
+            None => self.authorize_stale(supply, need, request),
+        }
+    }
+
+    /// After waiting: with what there is by now.
+    pub(super) fn authorize_later<B>(
+        &self,
+        request: &mut Request<B>,
+        credentials: &Credentials,
+    ) -> Result<Option<Credentials>, AuthError> {
+        let fresh = match (&self.provider, self.need(request)) {
+            (Provider::Renewing(supply), Some(need)) => supply.fresh(need),
+            _ => None,
+        };
+        self.write(request, Some(fresh.as_ref().unwrap_or(credentials)))
+    }
+
+    #[cold]
+    fn authorize_stale<B>(
+        &self,
+        supply: &Supply,
+        need: Need,
+        request: &mut Request<B>,
+    ) -> Result<Authorized, AuthError> {
+        // What is refused, or goes without, has nothing to wait for.
+        if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub {
+            return self.write(request, supply.last().as_ref()).map(Authorized::Now);
+        }
+        if self.if_absent && brings(request.headers(), supply.form()) {
+            return Ok(Authorized::Now(None));
+        }
+        match supply.demand(need)? {
+            Supplied::Ready(credentials) => self.write(request, Some(&credentials)).map(Authorized::Now),
+            Supplied::Wait(waiting) => Ok(Authorized::Later(waiting)),
+        }
+    }
+
+    /// What the request needs of ours.
+    #[inline]
+    fn need<B>(&self, request: &Request<B>) -> Option<Need> {
+        match request.extensions().get::<RequestAuth>() {
+            None if self.require_choice => None,
+            None | Some(RequestAuth::ApiKeyAndJwt | RequestAuth::VoiceAgent) => Some(Need::All),
+            Some(RequestAuth::ApiKey) => Some(Need::KeyAlone),
+            Some(RequestAuth::Anonymous | RequestAuth::Own(_)) => None,
+        }
+    }
+
+    #[inline]
+    fn write<B>(
+        &self,
+        request: &mut Request<B>,
+        credentials: Option<&Credentials>,
+    ) -> Result<Option<Credentials>, AuthError> {
+        let Self { if_absent, require_choice, .. } = *self;
+        let rules = Rules { credentials, origins: &self.origins, if_absent, require_choice };
+        let head = Head {
+            method: Some(request.method()),
+            uri: request.uri(),
+            headers: request.headers(),
+            extensions: request.extensions(),
+        };
+        let plan = Plan::new(rules, head)?;
+        plan.apply(request.headers_mut())?;
+        let (uri, credentials) = plan.into_parts();
+        if let Some(uri) = uri {
+            *request.uri_mut() = *uri;
+        }
+        Ok(credentials)
+    }
+}
+
+/// Whether a request came with credentials in a header that would be written.
+fn brings(headers: &HeaderMap, form: Form) -> bool {
+    let authorization = form != Form::KeyHalf && headers.contains_key(AUTHORIZATION);
+    authorization || (form != Form::JwtHalf && headers.contains_key(&X_API_KEY))
+}

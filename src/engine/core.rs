@@ -1,0 +1,415 @@
+//! What to do, decided from state and time alone: no I/O, no clock, no lock.
+//!
+//! ```text
+//!             demand: none held             finish: a credential
+//!   empty ───────────────────────▶ renewing ───────────────────▶ held
+//!     ▲                             ▲    │                        │ │
+//!     │ finish: failed, none held   │    │ finish: failed         │ │ demand: renew has come
+//!     └─────────────────────────────┼────┴──▶ (back-off) ─────────┘ │ reject: it was refused
+//!                                   └───────────────────────────────┘
+//! ```
+
+use std::{collections::VecDeque, time::Duration};
+
+use super::{
+    RenewalPolicy,
+    schedule::{Offer, Schedule, Unfit},
+};
+use crate::{
+    clock::{Deadline, Time},
+    secret::Fingerprint,
+    source::Reason,
+};
+
+/// So many rejected credentials are remembered, not to be taken again.
+const REMEMBERED: usize = 16;
+
+/// No `Retry-After` is honoured for longer.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
+
+/// After so long without a rejection, the next one counts as the first.
+const QUIET: Duration = Duration::from_secs(5 * 60);
+
+/// So often is looked whether a permanent failure may be over.
+const VERSION_CHECK: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Core<V, E> {
+    policy: RenewalPolicy,
+    chance: fastrand::Rng,
+    held: Option<Held<V>>,
+    /// The last one that was rejected, until there is another.
+    refused: Option<V>,
+    running: Option<Running>,
+    failure: Option<Failure<E>>,
+    rejected: VecDeque<Fingerprint>,
+    rejections: Streak,
+    /// Nobody ended the last renewal: its runtime did.
+    aborted: bool,
+    started: u64,
+    took: Duration,
+}
+
+/// The credential there is.
+#[derive(Debug)]
+struct Held<V> {
+    value: V,
+    fingerprint: Fingerprint,
+    schedule: Schedule,
+    lasting: bool,
+    /// The API refused it, and its source has not been asked since.
+    suspect: bool,
+}
+
+#[derive(Debug)]
+struct Running {
+    id: u64,
+    began: Time,
+    /// What was rejected while it ran; what it brings may be older than the rejection.
+    rejected: Option<Fingerprint>,
+}
+
+#[derive(Debug)]
+struct Failure<E> {
+    error: E,
+    attempts: u32,
+    retry: Deadline,
+    /// The source's version at the time, if the failure is permanent.
+    permanent: Option<u64>,
+}
+
+/// Rejections that followed each other closely.
+#[derive(Debug, Default)]
+struct Streak {
+    length: u32,
+    last: Option<Time>,
+}
+
+/// A renewal to be started.
+#[derive(Debug)]
+pub(super) struct Start<V> {
+    pub(super) id: u64,
+    pub(super) reason: Reason<V>,
+}
+
+/// What a caller who wants a credential gets.
+#[derive(Debug)]
+pub(super) enum Answer<V, E> {
+    Serve(V),
+    /// A renewal is running, or to be started.
+    Wait,
+    Fail(E),
+    /// There is one, but what the source gives never lives as long as was asked for.
+    TooShort,
+}
+
+/// What a rejection led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rejection {
+    /// Another credential is in its place already.
+    Superseded,
+    /// A renewal is running, or to be started.
+    Renewing,
+    /// Nothing: it is too soon for another renewal.
+    Ignored,
+}
+
+/// How a renewal ended.
+#[derive(Debug)]
+pub(super) enum Outcome<V> {
+    Fetched(Offer<V>),
+    Failed {
+        permanent: bool,
+        retry_after: Option<Duration>,
+    },
+    /// Its task was dropped.
+    Aborted,
+}
+
+/// What is to be said of a renewal that brought nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trouble {
+    Failed,
+    Aborted,
+    Unfit(Unfit),
+    /// The API has refused what it brought.
+    Rejected,
+    /// What it brought expires sooner than what there is.
+    Older,
+    /// What it brought should be renewed at once again.
+    Stale,
+}
+
+impl<V: Clone, E: Clone> Core<V, E> {
+    pub(super) fn new(policy: RenewalPolicy, seed: u64) -> Self {
+        Self {
+            policy,
+            chance: fastrand::Rng::with_seed(seed),
+            held: None,
+            refused: None,
+            running: None,
+            failure: None,
+            rejected: VecDeque::new(),
+            rejections: Streak::default(),
+            aborted: false,
+            started: 0,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// Somebody needs a credential that is good for `lasting` at least. `version` is the source's.
+    pub(super) fn demand(
+        &mut self,
+        now: Time,
+        lasting: Duration,
+        version: u64,
+    ) -> (Answer<V, E>, Option<Start<V>>) {
+        let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
+        let long_enough = lasting.is_zero() || held.schedule.expire.remaining(now) >= lasting;
+        if !long_enough && held.schedule.lifetime < lasting {
+            return (Answer::TooShort, None);
+        }
+        // Who has seen a renewal fail does not wait for the next while there is one to serve.
+        let must_wait = (held.schedule.wait.has_come(now) || held.suspect) && self.failure.is_none();
+        if must_wait || !long_enough {
+            let value = held.value.clone();
+            return match self.wait_or_fail(now, version) {
+                (Answer::Fail(_), None) if long_enough => (Answer::Serve(value), None),
+                otherwise => otherwise,
+            };
+        }
+        let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew.has_come(now));
+        let start = if due { self.start(now, version) } else { None };
+        (Answer::Serve(value), start)
+    }
+
+    fn wait_or_fail(&mut self, now: Time, version: u64) -> (Answer<V, E>, Option<Start<V>>) {
+        if self.running.is_some() {
+            return (Answer::Wait, None);
+        }
+        match (self.start(now, version), &self.failure) {
+            (None, Some(failure)) => (Answer::Fail(failure.error.clone()), None),
+            (start, _) => (Answer::Wait, start),
+        }
+    }
+
+    /// A renewal, if none is running and none has just failed.
+    fn start(&mut self, now: Time, version: u64) -> Option<Start<V>> {
+        if self.running.is_some() || !self.may_start(now, version) {
+            return None;
+        }
+        self.started += 1;
+        let id = self.started;
+        self.running = Some(Running { id, began: now, rejected: None });
+        let reason = match (&self.held, &self.refused) {
+            (Some(held), _) if held.suspect => Reason::Rejected(held.value.clone()),
+            (None, Some(refused)) => Reason::Rejected(refused.clone()),
+            (Some(held), _) => Reason::Expiring(held.value.clone()),
+            (None, None) => Reason::First,
+        };
+        Some(Start { id, reason })
+    }
+
+    fn may_start(&self, now: Time, version: u64) -> bool {
+        match &self.failure {
+            None => true,
+            Some(Failure { permanent: Some(failed), .. }) => *failed != version,
+            Some(Failure { retry, .. }) => retry.has_come(now),
+        }
+    }
+
+    /// The API refused the credential with this fingerprint. A caller who insists has it forgotten even if it
+    /// is too soon for another renewal.
+    pub(super) fn reject(
+        &mut self,
+        now: Time,
+        fingerprint: Fingerprint,
+        insist: bool,
+        version: u64,
+    ) -> (Rejection, Option<Start<V>>) {
+        match &self.held {
+            Some(held) if held.fingerprint != fingerprint => return (Rejection::Superseded, None),
+            // One of many rejections of the same.
+            None => return self.join(now, version),
+            Some(held) if held.suspect => return self.join(now, version),
+            Some(_) => {}
+        }
+        let may_start = self.running.is_some() || self.may_start(now, version);
+        let too_soon = self.rejections.is_too_soon(now, &self.policy);
+        if !insist && (too_soon || !may_start) {
+            return (Rejection::Ignored, None);
+        }
+        self.rejections.count(now);
+        if let Some(running) = &mut self.running {
+            running.rejected = Some(fingerprint);
+        }
+        self.forget(fingerprint);
+        self.join(now, version)
+    }
+
+    fn forget(&mut self, fingerprint: Fingerprint) {
+        match &mut self.held {
+            Some(held) if held.lasting => held.suspect = true,
+            held => {
+                if self.rejected.len() == REMEMBERED {
+                    self.rejected.pop_front();
+                }
+                self.rejected.push_back(fingerprint);
+                self.refused = held.take().map(|held| held.value);
+            }
+        }
+    }
+
+    fn join(&mut self, now: Time, version: u64) -> (Rejection, Option<Start<V>>) {
+        let start = self.start(now, version);
+        match self.running {
+            Some(_) => (Rejection::Renewing, start),
+            None => (Rejection::Ignored, None),
+        }
+    }
+
+    /// A renewal ended: how it went, in words made by `error`, and the next one if it has to be repeated.
+    ///
+    /// Does nothing when the renewal is not the one that is running.
+    pub(super) fn finish(
+        &mut self,
+        now: Time,
+        id: u64,
+        outcome: Outcome<V>,
+        version: u64,
+        error: impl FnOnce(Trouble, Duration) -> E,
+    ) -> Option<Start<V>> {
+        let running = self.running.take_if(|running| running.id == id)?;
+        let aborted = std::mem::take(&mut self.aborted);
+        let (trouble, retry_after) = match outcome {
+            Outcome::Fetched(offer) => {
+                let recheck = offer.recheck;
+                self.took = now.since(running.began);
+                let stale = running.rejected == Some(offer.fingerprint);
+                match self.install(now, offer) {
+                    Ok(()) => {
+                        self.failure = None;
+                        // It may have been fetched before the rejection: once more.
+                        let again = stale && self.held.as_ref().is_some_and(|held| held.suspect);
+                        if let Some(held) = self.held.as_mut().filter(|_| !again) {
+                            held.suspect = false;
+                        }
+                        return if again { self.start(now, version) } else { None };
+                    }
+                    Err(Trouble::Rejected) if stale => return self.start(now, version),
+                    Err(trouble) => (trouble, recheck),
+                }
+            }
+            Outcome::Failed { permanent, retry_after } => {
+                self.fail(now, Trouble::Failed, permanent.then_some(version), retry_after, error);
+                return None;
+            }
+            // Another runtime may do better, once.
+            Outcome::Aborted if !aborted => {
+                self.aborted = true;
+                return None;
+            }
+            Outcome::Aborted => (Trouble::Aborted, None),
+        };
+        self.fail(now, trouble, None, retry_after, error);
+        None
+    }
+
+    fn install(&mut self, now: Time, offer: Offer<V>) -> Result<(), Trouble> {
+        if self.rejected.contains(&offer.fingerprint) {
+            return Err(Trouble::Rejected);
+        }
+        let chance = self.chance.f64();
+        let schedule = Schedule::new(&offer, now, self.took, chance, &self.policy).map_err(Trouble::Unfit)?;
+        let same = |held: &Held<V>| held.fingerprint == offer.fingerprint;
+        if let Some(held) = self.usable(now)
+            && offer.recheck.is_none()
+            && !same(held)
+            && held.schedule.expires
+            && schedule.expires
+            && schedule.expire.remaining(now) < held.schedule.expire.remaining(now)
+        {
+            return Err(Trouble::Older);
+        }
+        let stale = schedule.renew.has_come(now);
+        let suspect = self.held.as_ref().is_some_and(|held| held.suspect && same(held));
+        let Offer { value, fingerprint, lasting, .. } = offer;
+        self.held = Some(Held { value, fingerprint, schedule, lasting, suspect });
+        self.refused = None;
+        if stale { Err(Trouble::Stale) } else { Ok(()) }
+    }
+
+    fn fail(
+        &mut self,
+        now: Time,
+        trouble: Trouble,
+        permanent: Option<u64>,
+        retry_after: Option<Duration>,
+        error: impl FnOnce(Trouble, Duration) -> E,
+    ) {
+        if let Some(held) = &mut self.held {
+            held.suspect = false;
+        }
+        let attempts = self.failure.as_ref().map_or(0, |failure| failure.attempts).saturating_add(1);
+        let delay = match retry_after {
+            Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff),
+            None => self.policy.backoff(attempts).mul_f64(1.0 - self.chance.f64() / 2.0),
+        };
+        let error = error(trouble, delay);
+        self.failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
+    }
+
+    /// What may be served without asking again, and until when.
+    pub(super) fn lease(&self, now: Time) -> Option<(V, Deadline)> {
+        let held = self.usable(now).filter(|held| !held.suspect)?;
+        let Schedule { renew, wait, expire, .. } = held.schedule;
+        let until = match (&self.failure, &self.running) {
+            (None, None) => renew,
+            (None, Some(_)) => wait,
+            (Some(_), Some(_)) => expire,
+            (Some(Failure { permanent: Some(_), .. }), None) => now.after(VERSION_CHECK),
+            (Some(failure), None) => failure.retry,
+        };
+        let until = until.earlier(expire);
+        (!until.has_come(now)).then(|| (held.value.clone(), until))
+    }
+
+    /// The credential there is, if it may be handed out.
+    fn usable(&self, now: Time) -> Option<&Held<V>> {
+        self.held.as_ref().filter(|held| !held.schedule.expire.has_come(now))
+    }
+
+    pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
+        let held = self.usable(now)?;
+        Some((&held.value, held.schedule.expires.then_some(held.schedule.expire)))
+    }
+
+    /// Why there is none, if a renewal failed.
+    pub(super) fn error(&self) -> Option<&E> {
+        self.failure.as_ref().map(|failure| &failure.error)
+    }
+}
+
+impl RenewalPolicy {
+    fn backoff(&self, attempts: u32) -> Duration {
+        let doubled = 2u32.saturating_pow(attempts.saturating_sub(1));
+        self.min_backoff.saturating_mul(doubled).min(self.max_backoff)
+    }
+}
+
+impl Streak {
+    fn is_too_soon(&mut self, now: Time, policy: &RenewalPolicy) -> bool {
+        let Some(last) = self.last else { return false };
+        let since = now.since(last);
+        if since >= QUIET {
+            *self = Self::default();
+            return false;
+        }
+        since < policy.backoff(self.length)
+    }
+
+    fn count(&mut self, now: Time) {
+        self.length = self.length.saturating_add(1);
+        self.last = Some(now);
+    }
+}

@@ -1,0 +1,264 @@
+#![doc = include_str!("how_renewal_works.md")]
+
+mod core;
+mod lease;
+mod policy;
+mod schedule;
+mod shell;
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+pub use self::policy::RenewalPolicy;
+use self::shell::Shared;
+pub(crate) use self::shell::{Demand, Landing, wait};
+pub(crate) use self::{
+    core::Rejection,
+    lease::{Epoch, Lease},
+};
+use crate::{
+    ApiKey, AuthError, Token,
+    clock::{Deadline, Time},
+    secret::{Credential, Fingerprint},
+    source::Source,
+};
+
+/// A credential that renews itself. See [how renewal works](self).
+///
+/// Clones are handles of one engine; the last one that is dropped ends it. The layers take one wherever they take
+/// an [`ApiKey`] or a [`Token`]; without HTTP, [`token`](Self::token) and [`api_key`](Self::api_key) give it.
+///
+/// ```
+/// use tower_selam::{BoxError, Renewing, Token, source::{Reason, source_fn}};
+///
+/// # tokio_test::block_on(async {
+/// let jwts = Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a.b.c")?) }));
+/// jwts.prefetch().await?; // at start-up, so that the first request does not wait
+///
+/// let jwt = jwts.token().await?;
+/// assert_eq!(jwt.expose_secret(), "a.b.c");
+/// jwts.invalidate(&jwt); // the next call fetches another
+/// # Ok::<(), BoxError>(())
+/// # }).unwrap();
+/// ```
+pub struct Renewing<C>(Arc<Shared<C>>);
+
+impl<C: Credential> Renewing<C> {
+    /// An engine that renews from `source`, which it asks when the credential is first needed.
+    #[must_use]
+    pub fn new(source: impl Source<C>) -> Self {
+        Self::with_policy(source, RenewalPolicy::new())
+    }
+
+    /// The same with other windows, back-off or timeout.
+    #[must_use]
+    pub fn with_policy(source: impl Source<C>, policy: RenewalPolicy) -> Self {
+        Self(Shared::new(Arc::new(source), policy))
+    }
+
+    /// Forgets `rejected`, if it is still the present one: the next call fetches another. A newer one stays.
+    ///
+    /// A key is not forgotten but asked for again, and used on if its source has no other. Starts a renewal and
+    /// does not wait for it.
+    pub fn invalidate(&self, rejected: &C) {
+        let _ = self.0.reject(rejected.secret().fingerprint(), true);
+    }
+
+    /// Fetches the first credential, if there is none yet.
+    ///
+    /// # Errors
+    ///
+    /// When the source has none. The engine will ask again when the next request needs it.
+    ///
+    /// # Cancel safety
+    ///
+    /// The fetch goes on without its caller.
+    pub async fn prefetch(&self) -> Result<(), AuthError> {
+        self.obtain(Duration::ZERO).await.map(|_| ())
+    }
+
+    /// The credential there is, without asking for another; `None` when there is none or it has expired.
+    #[must_use]
+    pub fn current(&self) -> Option<C> {
+        self.0.current().map(|(credential, _)| credential)
+    }
+
+    /// When the present credential expires by this machine's clock; `None` when there is none, or it does not.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<SystemTime> {
+        self.0.current()?.1
+    }
+
+    async fn obtain(&self, lasting: Duration) -> Result<C, AuthError> {
+        match self.fresh() {
+            Some(credential) if lasting.is_zero() => Ok(credential),
+            _ => self.0.obtain(lasting).await,
+        }
+    }
+
+    #[inline]
+    fn fresh(&self) -> Option<C> {
+        self.0.fresh()
+    }
+}
+
+impl Renewing<Token> {
+    /// The token: at once while there is one, after the renewal otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`RenewalFailed`](crate::AuthErrorKind::RenewalFailed) or
+    /// [`RenewalRefused`](crate::AuthErrorKind::RenewalRefused), with what the source said as its cause.
+    ///
+    /// # Cancel safety
+    ///
+    /// The renewal goes on without its caller, and its result is kept.
+    pub async fn token(&self) -> Result<Token, AuthError> {
+        self.obtain(Duration::ZERO).await
+    }
+
+    /// A token that does not expire for `time`; fetches another if the present one does.
+    ///
+    /// # Errors
+    ///
+    /// As [`token`](Self::token), and
+    /// [`CredentialUnavailable`](crate::AuthErrorKind::CredentialUnavailable) when new ones do not live that long.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`token`](Self::token).
+    pub async fn token_valid_for(&self, time: Duration) -> Result<Token, AuthError> {
+        self.obtain(time).await
+    }
+}
+
+impl Renewing<ApiKey> {
+    /// The key: at once while there is one, after the source was asked otherwise.
+    ///
+    /// # Errors
+    ///
+    /// As [`token`](Renewing::token).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`token`](Renewing::token).
+    pub async fn api_key(&self) -> Result<ApiKey, AuthError> {
+        self.obtain(Duration::ZERO).await
+    }
+}
+
+impl<C> Clone for Renewing<C> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<C: Credential + fmt::Debug> fmt::Debug for Renewing<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Renewing").field("current", &self.current()).finish_non_exhaustive()
+    }
+}
+
+/// A credential that is fixed, or one that renews itself: what the layers take.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum MaybeRenewing<C: Credential> {
+    /// It never changes.
+    Fixed(C),
+    /// It renews itself.
+    Renewing(Renewing<C>),
+}
+
+impl<C: Credential> MaybeRenewing<C> {
+    /// The credential, after a renewal if need be.
+    ///
+    /// # Errors
+    ///
+    /// As [`Renewing::token`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Renewing::token`].
+    pub async fn get(&self) -> Result<C, AuthError> {
+        match self {
+            Self::Fixed(credential) => Ok(credential.clone()),
+            Self::Renewing(renewing) => renewing.obtain(Duration::ZERO).await,
+        }
+    }
+
+    /// The credential there is, without asking for another.
+    #[must_use]
+    pub fn current(&self) -> Option<C> {
+        match self {
+            Self::Fixed(credential) => Some(credential.clone()),
+            Self::Renewing(renewing) => renewing.current(),
+        }
+    }
+}
+
+impl<C: Credential> MaybeRenewing<C> {
+    pub(crate) fn renewing(&self) -> Option<&Renewing<C>> {
+        match self {
+            Self::Fixed(_) => None,
+            Self::Renewing(renewing) => Some(renewing),
+        }
+    }
+
+    /// The credential, if nothing has to be asked about it, and until when.
+    pub(crate) fn lease(&self) -> Option<(C, Option<Deadline>)> {
+        match self {
+            Self::Fixed(credential) => Some((credential.clone(), None)),
+            Self::Renewing(renewing) => {
+                let Lease { value, until } = renewing.0.lease()?;
+                Some((value, Some(until)))
+            }
+        }
+    }
+
+    /// The credential, or what to wait for; starts a renewal if need be.
+    pub(crate) fn demand(&self) -> Result<Demand<C>, AuthError> {
+        match self {
+            Self::Fixed(credential) => Ok(Demand::Ready(credential.clone())),
+            Self::Renewing(renewing) => renewing.0.demand(Duration::ZERO),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.renewing().map(|renewing| renewing.0.epoch()).unwrap_or_default()
+    }
+
+    #[inline]
+    pub(crate) fn now(&self) -> Option<Time> {
+        self.renewing().map(|renewing| renewing.0.now())
+    }
+
+    /// The API refused `fingerprint`: whether and what there is to wait for.
+    pub(crate) fn reject(&self, fingerprint: Fingerprint) -> (Rejection, Option<Landing>) {
+        match self {
+            Self::Fixed(_) => (Rejection::Ignored, None),
+            Self::Renewing(renewing) => renewing.0.reject(fingerprint, false),
+        }
+    }
+}
+
+impl<C: Credential> From<C> for MaybeRenewing<C> {
+    fn from(credential: C) -> Self {
+        Self::Fixed(credential)
+    }
+}
+
+impl<C: Credential> From<Renewing<C>> for MaybeRenewing<C> {
+    fn from(renewing: Renewing<C>) -> Self {
+        Self::Renewing(renewing)
+    }
+}
+
+impl<C: Credential> From<&Renewing<C>> for MaybeRenewing<C> {
+    fn from(renewing: &Renewing<C>) -> Self {
+        Self::Renewing(renewing.clone())
+    }
+}

@@ -1,0 +1,99 @@
+//! From what is known of a credential to when it is renewed.
+
+use std::time::{Duration, SystemTime};
+
+use super::RenewalPolicy;
+use crate::{
+    clock::{Deadline, LONG, Time},
+    secret::Fingerprint,
+};
+
+/// An advisory window is at least so long: enough for one renewal before any was timed.
+const ONE_RENEWAL: Duration = Duration::from_secs(1);
+
+/// A credential as it came from its source.
+#[derive(Clone, Debug)]
+pub(super) struct Offer<V> {
+    pub(super) value: V,
+    pub(super) fingerprint: Fingerprint,
+    /// When it expires by its own word.
+    pub(super) expiry: Option<SystemTime>,
+    /// How long it lives from its issue by its own word.
+    pub(super) lifetime: Option<Duration>,
+    /// How long it still lives by its source's word.
+    pub(super) stated: Option<Duration>,
+    /// Another may stand in its place after this time.
+    pub(super) recheck: Option<Duration>,
+    /// Without an expiry it lives until it is rejected.
+    pub(super) lasting: bool,
+}
+
+/// When what is to be done with it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Schedule {
+    /// A renewal runs beside.
+    pub(super) renew: Deadline,
+    /// Callers wait for the renewal.
+    pub(super) wait: Deadline,
+    /// It is not handed out any more.
+    pub(super) expire: Deadline,
+    /// How long it lived when it came.
+    pub(super) lifetime: Duration,
+    /// Whether it said, or its source, when it expires.
+    pub(super) expires: bool,
+}
+
+/// Why it is of no use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfit {
+    Expired,
+    NoExpiry,
+}
+
+impl Schedule {
+    /// `took` is how long the last renewal took, `chance` lies between 0 and 1.
+    pub(super) fn new<V>(
+        offer: &Offer<V>,
+        now: Time,
+        took: Duration,
+        chance: f64,
+        policy: &RenewalPolicy,
+    ) -> Result<Self, Unfit> {
+        let lives = lifetime(offer, now, policy)?;
+        let expire = now.after(lives.unwrap_or(LONG));
+        let left = expire.remaining(now);
+        if left.is_zero() {
+            return Err(Unfit::Expired);
+        }
+
+        let (mut renew, mut wait) = (expire, expire);
+        if lives.is_some() {
+            let whole = offer.lifetime.unwrap_or(left).clamp(left, LONG);
+            let advisory =
+                (whole / 10).min(policy.advisory).max(ONE_RENEWAL.max(took.saturating_mul(2))).min(whole / 2);
+            let mandatory = (advisory / 10).min(policy.mandatory);
+            renew = expire.before(advisory + advisory.mul_f64(policy.jitter * chance));
+            wait = expire.before(mandatory);
+        }
+        if let Some(recheck) = offer.recheck {
+            renew = now.after(recheck).earlier(expire);
+            // Whoever comes after a pause had better have what stands there now.
+            wait = now.after(recheck.saturating_mul(2)).earlier(expire);
+        }
+        Ok(Self { renew, wait, expire, lifetime: left, expires: lives.is_some() })
+    }
+}
+
+/// How long the credential still lives; `None` for one that does not expire.
+fn lifetime<V>(offer: &Offer<V>, now: Time, policy: &RenewalPolicy) -> Result<Option<Duration>, Unfit> {
+    let of_issue = offer.lifetime.unwrap_or(LONG);
+    if let Some(stated) = offer.stated {
+        return Ok(Some(stated.min(of_issue)));
+    }
+    match offer.expiry {
+        // A clock that is behind sees the expiry later than it is: no token lives longer than it does.
+        Some(expiry) => Ok(Some(expiry.duration_since(now.wall).unwrap_or_default().min(of_issue))),
+        None if offer.lasting => Ok(None),
+        None => policy.assumed_lifetime.map(Some).ok_or(Unfit::NoExpiry),
+    }
+}

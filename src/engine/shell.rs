@@ -1,0 +1,359 @@
+//! The core's decisions, carried out: one lock around the core, one task per renewal, and what requests read
+//! without either.
+
+use std::{
+    fmt::Write as _,
+    future::poll_fn,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    task::Poll,
+    time::Duration,
+};
+
+use tokio::{runtime::Handle, sync::watch, task::AbortHandle, time::timeout};
+
+use super::{
+    RenewalPolicy,
+    core::{Answer, Core, Outcome, Rejection, Start, Trouble},
+    lease::{Epoch, Lease, Published},
+    schedule::{Offer, Unfit},
+};
+use crate::{
+    AuthError, AuthErrorKind,
+    clock::{Clock, Time},
+    secret::{Credential, Fingerprint},
+    source::{DynSource, Fetched, Reason, SourceError},
+};
+
+const OWN_SOURCE: &str = "the source of this credential waits for the credential itself; have it send its \
+     requests with `RequestAuth::Anonymous` or `RequestAuth::ApiKey`";
+const NO_RUNTIME: &str = "a renewal needs a tokio runtime, and there is none here";
+const NO_TIME: &str = "a renewal needs a tokio runtime with its timers enabled";
+const TOO_SHORT: &str = "the source's tokens do not live as long as was asked for";
+
+/// What all handles of one engine share.
+pub(super) struct Shared<C> {
+    /// What a request reads, and all of it while the credential is fresh.
+    published: Published<C>,
+    state: Mutex<State<C>>,
+    source: Arc<dyn DynSource<C>>,
+    clock: Clock,
+    limit: Duration,
+}
+
+struct State<C> {
+    core: Core<C, AuthError>,
+    flight: Option<Flight>,
+}
+
+/// The renewal that is running.
+struct Flight {
+    landed: Landing,
+    task: Arc<OnceLock<AbortHandle>>,
+}
+
+/// How a renewal ended for those who waited: nothing while it runs.
+pub(crate) type Landing = watch::Receiver<Option<Result<(), AuthError>>>;
+
+/// What a caller has to do.
+pub(crate) enum Demand<C> {
+    Ready(C),
+    Wait(Landing),
+}
+
+tokio::task_local! {
+    /// The engines that the present task renews for.
+    static RENEWING: Arc<Renewals>;
+}
+
+/// An engine and the ones whose sources asked for it.
+#[derive(Debug)]
+struct Renewals {
+    engine: usize,
+    on_behalf_of: Option<Arc<Self>>,
+}
+
+impl Renewals {
+    fn contain(&self, engine: usize) -> bool {
+        self.engine == engine || self.on_behalf_of.as_ref().is_some_and(|outer| outer.contain(engine))
+    }
+}
+
+impl<C: Credential> Shared<C> {
+    pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: RenewalPolicy) -> Arc<Self> {
+        let (clock, limit) = (policy.clock.clone(), policy.timeout);
+        let core = Core::new(policy, fastrand::u64(..));
+        let state = Mutex::new(State { core, flight: None });
+        Arc::new(Self { published: Published::new(), state, source, clock, limit })
+    }
+
+    /// The credential, if nothing has to be asked about it.
+    #[inline]
+    pub(super) fn fresh(&self) -> Option<C> {
+        self.published.load(|lease| (!lease.until.has_come(self.clock.now())).then(|| lease.value.clone()))
+    }
+
+    /// The same, with the time until which nothing has to be asked.
+    pub(super) fn lease(&self) -> Option<Lease<C>> {
+        self.published.load(|lease| (!lease.until.has_come(self.clock.now())).then(|| lease.clone()))
+    }
+
+    /// Moves whenever what [`fresh`](Self::fresh) reads changes.
+    #[inline]
+    pub(super) fn epoch(&self) -> Epoch {
+        self.published.epoch()
+    }
+
+    #[inline]
+    pub(super) fn now(&self) -> Time {
+        self.clock.now()
+    }
+
+    /// The credential and until when it may be used without asking again; or what to wait for.
+    pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
+        let version = self.source.version();
+        let mut state = self.state();
+        let now = self.clock.now();
+        let (answer, start) = state.core.demand(now, lasting, version);
+        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        self.publish(&state, now);
+        let demand = match answer {
+            Answer::Serve(value) => Ok(Demand::Ready(value)),
+            Answer::Fail(error) => Err(error),
+            Answer::TooShort => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, TOO_SHORT)),
+            Answer::Wait if self.is_renewed_by_this_task() => {
+                Err(AuthError::renewal(AuthErrorKind::RenewalFailed, OWN_SOURCE, None, None))
+            }
+            Answer::Wait => match &state.flight {
+                Some(flight) => Ok(Demand::Wait(flight.landed.clone())),
+                None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, "", None, None)),
+            },
+        };
+        drop(state);
+        if let Some(takeoff) = takeoff {
+            self.take_off(takeoff);
+        }
+        demand
+    }
+
+    /// A credential that is good for `lasting` at least, after a renewal if need be.
+    pub(super) async fn obtain(self: &Arc<Self>, lasting: Duration) -> Result<C, AuthError> {
+        loop {
+            match self.demand(lasting)? {
+                Demand::Ready(credential) => return Ok(credential),
+                Demand::Wait(landed) => wait(landed).await?,
+            }
+        }
+    }
+
+    /// The API refused this one: forget it if it is still the present one, and fetch another.
+    ///
+    /// What to wait for, if anything.
+    pub(super) fn reject(
+        self: &Arc<Self>,
+        fingerprint: Fingerprint,
+        insist: bool,
+    ) -> (Rejection, Option<Landing>) {
+        let version = self.source.version();
+        let mut state = self.state();
+        let now = self.clock.now();
+        let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
+        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        self.publish(&state, now);
+        let landed = match rejection {
+            Rejection::Renewing if !self.is_renewed_by_this_task() => {
+                state.flight.as_ref().map(|flight| flight.landed.clone())
+            }
+            _ => None,
+        };
+        drop(state);
+        if let Some(takeoff) = takeoff {
+            self.take_off(takeoff);
+        }
+        (rejection, landed)
+    }
+
+    /// The credential there is, fresh or not, and when it expires.
+    pub(super) fn current(&self) -> Option<(C, Option<std::time::SystemTime>)> {
+        let (value, expires) =
+            self.state().core.current(self.clock.now()).map(|(value, expires)| (value.clone(), expires))?;
+        Some((value, expires.map(|at| at.wall())))
+    }
+
+    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>) -> Takeoff<C> {
+        let (land, landed) = watch::channel(None);
+        let task = Arc::new(OnceLock::new());
+        state.flight = Some(Flight { landed, task: Arc::clone(&task) });
+        Takeoff { start, land, task }
+    }
+
+    /// Starts the renewal's task; without the lock, as a runtime that is shutting down drops it at once.
+    fn take_off(self: &Arc<Self>, takeoff: Takeoff<C>) {
+        let Takeoff { start: Start { id, reason }, land, task } = takeoff;
+        let end = End { engine: Arc::downgrade(self), id, land: Some(land) };
+        let Ok(runtime) = Handle::try_current() else {
+            return end.with(Err(SourceError::transient(NO_RUNTIME)));
+        };
+        let renewals = Renewals { engine: self.address(), on_behalf_of: RENEWING.try_with(Arc::clone).ok() };
+        let (source, limit) = (Arc::clone(&self.source), self.limit);
+        let renewal = async move {
+            let fetched = fetch(&*source, reason, limit).await;
+            end.with(fetched);
+        };
+        let spawned = runtime.spawn(RENEWING.scope(Arc::new(renewals), renewal));
+        let _ = task.set(spawned.abort_handle());
+    }
+
+    /// Takes in how a renewal ended, and tells those who wait.
+    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: &Sender) {
+        let version = self.source.version();
+        let (outcome, cause) = match ended {
+            Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), None),
+            Some(Err(error)) => {
+                let (permanent, retry_after) = (error.is_permanent(), error.retry_after());
+                (Outcome::Failed { permanent, retry_after }, Some(error))
+            }
+            None => (Outcome::Aborted, None),
+        };
+        let mut state = self.state();
+        let now = self.clock.now();
+        let describe = |trouble, delay| describe(trouble, delay, cause);
+        let again = state.core.finish(now, id, outcome, version, describe);
+        let result = match (&again, state.core.current(now), state.core.error()) {
+            (None, None, Some(error)) => Err(error.clone()),
+            _ => Ok(()),
+        };
+        let takeoff = again.map(|start| self.prepare(&mut state, start));
+        self.publish(&state, now);
+        drop(state);
+        land.send_replace(Some(result));
+        if let Some(takeoff) = takeoff {
+            self.take_off(takeoff);
+        }
+    }
+
+    fn publish(&self, state: &State<C>, now: Time) {
+        self.published.store(state.core.lease(now).map(|(value, until)| Lease { value, until }));
+    }
+
+    fn is_renewed_by_this_task(&self) -> bool {
+        RENEWING.try_with(|renewals| renewals.contain(self.address())).unwrap_or(false)
+    }
+
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<C>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the renewal that nobody is there for any more.
+impl<C> Drop for Shared<C> {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = state.flight.as_ref().and_then(|flight| flight.task.get()) {
+            task.abort();
+        }
+    }
+}
+
+type Sender = watch::Sender<Option<Result<(), AuthError>>>;
+
+struct Takeoff<C> {
+    start: Start<C>,
+    land: Sender,
+    task: Arc<OnceLock<AbortHandle>>,
+}
+
+/// Sees to it that a renewal ends, also when its task is dropped.
+struct End<C: Credential> {
+    engine: Weak<Shared<C>>,
+    id: u64,
+    land: Option<Sender>,
+}
+
+impl<C: Credential> End<C> {
+    fn with(mut self, fetched: Result<Fetched<C>, SourceError>) {
+        self.end(Some(fetched));
+    }
+
+    fn end(&mut self, ended: Option<Result<Fetched<C>, SourceError>>) {
+        if let (Some(land), Some(engine)) = (self.land.take(), self.engine.upgrade()) {
+            engine.land(self.id, ended, &land);
+        }
+    }
+}
+
+impl<C: Credential> Drop for End<C> {
+    fn drop(&mut self) {
+        self.end(None);
+    }
+}
+
+/// Waits until a renewal has ended. One whose task was dropped has ended without a word.
+pub(crate) async fn wait(mut landed: Landing) -> Result<(), AuthError> {
+    match landed.wait_for(Option::is_some).await {
+        Ok(result) => result.clone().unwrap_or(Ok(())),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Asks the source, for so long and whatever it does.
+async fn fetch<C: Credential>(
+    source: &dyn DynSource<C>,
+    reason: Reason<C>,
+    limit: Duration,
+) -> Result<Fetched<C>, SourceError> {
+    let fetching = async { source.fetch(reason).await };
+    let mut fetching = pin!(fetching);
+    let guarded = poll_fn(|cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx)));
+        // What it panicked with may be a secret.
+        polled.unwrap_or_else(|_| Poll::Ready(Err(SourceError::transient("the source panicked"))))
+    });
+    // There is no asking a runtime whether it has timers: `timeout` panics where it does not.
+    let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
+        return Err(SourceError::transient(NO_TIME));
+    };
+    bounded.await.unwrap_or_else(|_| {
+        Err(SourceError::transient(format!("the source did not answer within {limit:?}")))
+    })
+}
+
+fn offer<C: Credential>(fetched: Fetched<C>) -> Offer<C> {
+    let Fetched { credential, lifetime, recheck } = fetched;
+    Offer {
+        fingerprint: credential.secret().fingerprint(),
+        expiry: credential.expiry(),
+        lifetime: credential.lifetime(),
+        stated: lifetime,
+        recheck,
+        lasting: C::OUTLIVES_REJECTION,
+        value: credential,
+    }
+}
+
+/// The one error that all who waited get.
+fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> AuthError {
+    let permanent = cause.as_ref().is_some_and(SourceError::is_permanent);
+    let kind = if permanent { AuthErrorKind::RenewalRefused } else { AuthErrorKind::RenewalFailed };
+    let mut detail = match trouble {
+        Trouble::Failed => "the source failed",
+        Trouble::Aborted => "its task was dropped, as runtimes do when they shut down",
+        Trouble::Unfit(Unfit::Expired) => {
+            "what the source gave has already expired; if it is new, this machine's clock is ahead"
+        }
+        Trouble::Unfit(Unfit::NoExpiry) => "what the source gave does not say when it expires",
+        Trouble::Rejected => "the source gave what the API has refused",
+        Trouble::Older => "the source gave what expires sooner than what was there",
+        Trouble::Stale => "the source gave what is about to expire",
+    }
+    .to_owned();
+    if !permanent {
+        let _ = write!(detail, "; tried again in {delay:.1?} at the earliest");
+    }
+    AuthError::renewal(kind, detail, (!permanent).then_some(delay), cause.map(SourceError::into_cause))
+}

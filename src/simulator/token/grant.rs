@@ -1,0 +1,92 @@
+//! What the token endpoint grants: [RFC 6749 section
+//! 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1).
+
+use std::time::{Duration, UNIX_EPOCH};
+
+use http::HeaderMap;
+use serde_json::{Value, json};
+
+use super::{
+    client::{self, Caller},
+    denial::{Denial, INVALID_CLIENT, UNSUPPORTED_GRANT_TYPE},
+    form::Form,
+};
+use crate::simulator::{
+    State,
+    jwt::{JwtAlgorithm, SUBJECT},
+};
+
+const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+const JWT_BEARER: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
+const JWT_TYPE: &str = "urn:ietf:params:oauth:token-type:jwt";
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// How long an access token is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Validity {
+    Configured,
+    /// No longer, since a minute ago.
+    Over,
+}
+
+/// The answer's JSON.
+pub(super) fn carry_out(
+    state: &mut State,
+    headers: &HeaderMap,
+    body: &[u8],
+    validity: Validity,
+) -> Result<Value, Denial> {
+    let form = Form::read(headers, body)?;
+    let caller = client::authenticate(state, headers, &form)?;
+    let grant_type = form.require("grant_type")?;
+    if caller == Caller::Public && grant_type != "refresh_token" {
+        return Err(INVALID_CLIENT);
+    }
+    let mut granted = json!({ "token_type": "Bearer" });
+    let mut subject = SUBJECT;
+    match grant_type {
+        "client_credentials" => {}
+        "refresh_token" => {
+            if let Some(next) = state.tokens.refresh.redeem(form.require("refresh_token")?)? {
+                granted["refresh_token"] = next.into();
+            }
+        }
+        TOKEN_EXCHANGE => {
+            subject = nameable(form.require("subject_token")?).unwrap_or(SUBJECT);
+            form.require("subject_token_type")?;
+            granted["issued_token_type"] = JWT_TYPE.into();
+        }
+        JWT_BEARER => {
+            if !has_three_parts(form.require("assertion")?) {
+                return Err(Denial::invalid_grant("The assertion is no JWT."));
+            }
+        }
+        _ => return Err(UNSUPPORTED_GRANT_TYPE),
+    }
+    if let Some(scope) = form.get("scope") {
+        granted["scope"] = scope.into();
+    }
+    let now = state.clock.now().wall;
+    let (issued, lifetime) = match validity {
+        Validity::Configured => (now, state.tokens.lifetime),
+        Validity::Over => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
+    };
+    granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, subject, issued, lifetime).into();
+    granted["expires_in"] = seconds(lifetime);
+    Ok(granted)
+}
+
+/// Short enough to be the name of somebody.
+fn nameable(subject: &str) -> Option<&str> {
+    (subject.len() <= 64 && subject.bytes().all(|byte| byte.is_ascii_graphic())).then_some(subject)
+}
+
+fn has_three_parts(assertion: &str) -> bool {
+    assertion.split('.').count() == 3 && assertion.split('.').all(|part| !part.is_empty())
+}
+
+/// Without a fraction where there is none, as some read no other.
+fn seconds(time: Duration) -> Value {
+    if time.subsec_nanos() == 0 { time.as_secs().into() } else { time.as_secs_f64().into() }
+}

@@ -1,0 +1,44 @@
+use std::{fmt, marker::PhantomData};
+
+use super::{Fetched, Reason, Source, SourceError};
+use crate::secret::Credential;
+
+/// A [`Source`] of an async closure. Made by [`source_fn`].
+pub struct SourceFn<F, C> {
+    fetch: F,
+    credential: PhantomData<fn() -> C>,
+}
+
+/// Makes an async closure a [`Source`]. See the [module docs](super) for an example.
+///
+/// It may return an [`ApiKey`](crate::ApiKey) or a [`Token`](crate::Token), or a [`Fetched`] that says more
+/// of it; its error a [`SourceError`] or a [`BoxError`](crate::BoxError), which counts as transient.
+pub fn source_fn<C, F, R, T, E>(fetch: F) -> SourceFn<F, C>
+where
+    C: Credential,
+    F: Fn(Reason<C>) -> R + Send + Sync + 'static,
+    R: Future<Output = Result<T, E>> + Send + 'static,
+    T: Into<Fetched<C>>,
+    E: Into<SourceError>,
+{
+    SourceFn { fetch, credential: PhantomData }
+}
+
+impl<C, F, R, T, E> Source<C> for SourceFn<F, C>
+where
+    C: Credential,
+    F: Fn(Reason<C>) -> R + Send + Sync + 'static,
+    R: Future<Output = Result<T, E>> + Send + 'static,
+    T: Into<Fetched<C>>,
+    E: Into<SourceError>,
+{
+    async fn fetch(&self, reason: Reason<C>) -> Result<Fetched<C>, SourceError> {
+        (self.fetch)(reason).await.map(Into::into).map_err(Into::into)
+    }
+}
+
+impl<F, C> fmt::Debug for SourceFn<F, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceFn").finish_non_exhaustive()
+    }
+}

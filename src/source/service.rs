@@ -1,0 +1,59 @@
+use std::{
+    fmt,
+    future::poll_fn,
+    sync::{Mutex, PoisonError},
+};
+
+use tower_service::Service;
+
+use super::{Fetched, Reason, Source, SourceError};
+use crate::{BoxError, secret::Credential};
+
+/// A [`Source`] of a Tower service, so that layers of your own fit around it: a timeout, a limit, a buffer.
+///
+/// The request is the [`Reason`], the response a credential or a [`Fetched`].
+///
+/// ```
+/// use std::time::Duration;
+/// use tower::{BoxError, ServiceBuilder, service_fn};
+/// use tower_selam::{ApiKey, Renewing, source::{Reason, ServiceSource}};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let vault = ServiceBuilder::new()
+///     .timeout(Duration::from_secs(5))
+///     .service_fn(|_: Reason<ApiKey>| async { Ok::<_, BoxError>(ApiKey::new("sk-selam-from-the-vault")?) });
+/// let keys = Renewing::new(ServiceSource::new(vault));
+/// assert_eq!(keys.api_key().await?.expose_secret(), "sk-selam-from-the-vault");
+/// # Ok::<(), BoxError>(())
+/// # }).unwrap();
+/// ```
+pub struct ServiceSource<S>(Mutex<S>);
+
+impl<S> ServiceSource<S> {
+    /// A source of `service`, a clone of which is called for each credential.
+    pub fn new(service: S) -> Self {
+        Self(Mutex::new(service))
+    }
+}
+
+impl<C, S> Source<C> for ServiceSource<S>
+where
+    C: Credential,
+    S: Service<Reason<C>, Response: Into<Fetched<C>>, Error: Into<BoxError>, Future: Send>
+        + Clone
+        + Send
+        + 'static,
+{
+    async fn fetch(&self, reason: Reason<C>) -> Result<Fetched<C>, SourceError> {
+        let mut service = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let error = |error: S::Error| SourceError::from(error.into());
+        poll_fn(|cx| service.poll_ready(cx)).await.map_err(error)?;
+        service.call(reason).await.map(Into::into).map_err(error)
+    }
+}
+
+impl<S> fmt::Debug for ServiceSource<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServiceSource").finish_non_exhaustive()
+    }
+}
