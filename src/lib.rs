@@ -73,6 +73,7 @@ mod handshake;
 mod origin;
 mod plan;
 mod query;
+pub mod refresh;
 mod scrub;
 mod secret;
 pub mod selam;
@@ -89,6 +90,7 @@ pub use self::{
     engine::{MaybeRenewing, RenewalPolicy, Renewing},
     error::{AuthError, AuthErrorKind, BoxError, ConfigError, ConfigErrorKind, Error, ErrorBody, RateLimit},
     origin::Origins,
+    refresh::RefreshLayer,
     secret::{ApiKey, Credential, KeyId, Token},
     selam::{Selam, SelamLayer, SelamLayerBuilder},
 };

@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::collect::{Bounds, Collect, End, Inspect, Inspected};
+use super::collect::{Bounds, End, Inspect, Inspected};
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -34,7 +34,7 @@ where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
     ResBody: Body,
 {
-    type Response = Response<AnnotatedBody<ResBody>>;
+    type Response = Response<InspectedBody<ResBody>>;
     type Error = S::Error;
     type Future = AnnotateFuture<S::Future, ResBody>;
 
@@ -63,25 +63,24 @@ where
     F: Future<Output = Result<Response<B>, E>>,
     B: Body,
 {
-    type Output = Result<Response<AnnotatedBody<B>>, E>;
+    type Output = Result<Response<InspectedBody<B>>, E>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
-            Inspected::Passed(response) => return Poll::Ready(Ok(response.map(AnnotatedBody::unread))),
+            Inspected::Passed(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
             Inspected::Refused(read, end) => (read, end),
         };
         let error = read.error(None);
-        let Collect { mut parts, chunks, body, .. } = *read;
-        parts.extensions.insert(error);
-        Poll::Ready(Ok(Response::from_parts(parts, AnnotatedBody::read(chunks, end, body))))
+        read.parts.extensions.insert(error);
+        Poll::Ready(Ok(read.into_response(end)))
     }
 }
 
 pin_project! {
-    /// The body of a response that passed [`AnnotateAuthError`]: the same frames, whether they were read
-    /// before or not.
-    pub struct AnnotatedBody<B>
+    /// The body of a response that may have been read in part to know what it says: the same frames, whether
+    /// they were read before or not.
+    pub struct InspectedBody<B>
     where
         B: Body,
     {
@@ -109,13 +108,22 @@ enum Rest<B: Body> {
     Nothing,
 }
 
-impl<B: Body> AnnotatedBody<B> {
+impl<B: Body> InspectedBody<B> {
     #[inline]
-    fn unread(body: B) -> Self {
+    pub(crate) fn unread(body: B) -> Self {
         Self { content: Content::Unread { body } }
     }
 
-    fn read(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<B>>) -> Self {
+    /// The body within, if none of it was read.
+    #[inline]
+    pub(crate) fn into_unread(self) -> Option<B> {
+        match self.content {
+            Content::Unread { body } => Some(body),
+            Content::Read { .. } => None,
+        }
+    }
+
+    pub(super) fn read(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<B>>) -> Self {
         let rest = match end {
             End::Complete { trailers } => trailers.map_or(Rest::Nothing, Rest::Trailers),
             End::Failed(error) => Rest::Error(error),
@@ -125,7 +133,7 @@ impl<B: Body> AnnotatedBody<B> {
     }
 }
 
-impl<B: Body> Body for AnnotatedBody<B> {
+impl<B: Body> Body for InspectedBody<B> {
     type Data = Bytes;
     type Error = B::Error;
 
@@ -195,8 +203,8 @@ impl<F, B> fmt::Debug for AnnotateFuture<F, B> {
     }
 }
 
-impl<B: Body> fmt::Debug for AnnotatedBody<B> {
+impl<B: Body> fmt::Debug for InspectedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AnnotatedBody").finish_non_exhaustive()
+        f.debug_struct("InspectedBody").finish_non_exhaustive()
     }
 }

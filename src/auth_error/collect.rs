@@ -16,11 +16,12 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
+use super::InspectedBody;
 use crate::{AuthError, BoxError, authorize::Sent, error::is_auth_status};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Bounds {
+pub(crate) struct Bounds {
     pub(super) size: usize,
     pub(super) time: Duration,
 }
@@ -96,10 +97,10 @@ where
 }
 
 /// A 401 or 403 whose body is being read.
-pub(super) struct Collect<B> {
-    pub(super) parts: Parts,
-    pub(super) chunks: Vec<Bytes>,
-    pub(super) body: Pin<Box<B>>,
+pub(crate) struct Collect<B> {
+    pub(crate) parts: Parts,
+    chunks: Vec<Bytes>,
+    body: Pin<Box<B>>,
     bounds: Bounds,
     read: usize,
     timer: Timer,
@@ -132,7 +133,7 @@ impl Timer {
 }
 
 /// Why reading ended.
-pub(super) enum End<E> {
+pub(crate) enum End<E> {
     Complete {
         trailers: Option<HeaderMap>,
     },
@@ -144,13 +145,13 @@ pub(super) enum End<E> {
 
 impl<B: Body> Collect<B> {
     #[cold]
-    fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
+    pub(crate) fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
         let (parts, body) = response.into_parts();
         let timer = Timer::new(bounds.time);
         Box::new(Self { parts, chunks: Vec::new(), body: Box::pin(body), bounds, read: 0, timer })
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
         // What is there counts, even when the time is up.
         for _ in 0..FRAMES_A_TURN {
             if self.read > self.bounds.size {
@@ -179,8 +180,14 @@ impl<B: Body> Collect<B> {
         self.timer.poll(cx)
     }
 
+    /// The response as it came.
+    pub(crate) fn into_response(self, end: End<B::Error>) -> Response<InspectedBody<B>> {
+        let Self { parts, chunks, body, .. } = self;
+        Response::from_parts(parts, InspectedBody::read(chunks, end, body))
+    }
+
     /// The error that the response makes; `source` is what broke its body off.
-    pub(super) fn error(&mut self, source: Option<BoxError>) -> AuthError {
+    pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
         let mut body = Vec::with_capacity(self.read.min(self.bounds.size));
         for chunk in &self.chunks {
             let room = self.bounds.size - body.len();

@@ -44,8 +44,9 @@ mod future;
 mod layer;
 mod service;
 
+pub(crate) use self::collect::{Bounds, Collect, End};
 pub use self::{
-    annotate::{AnnotateAuthError, AnnotateFuture, AnnotatedBody},
+    annotate::{AnnotateAuthError, AnnotateFuture, InspectedBody},
     future::ResponseFuture,
     layer::{AnnotateAuthErrorLayer, AuthErrorLayer},
     service::MapAuthError,

@@ -21,6 +21,11 @@ pub(crate) struct Sent {
 }
 
 impl Sent {
+    /// What each layer sent.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = &Credentials> {
+        [Some(&self.credentials), self.beside.as_ref()].into_iter().flatten()
+    }
+
     /// All of it as one set.
     pub(crate) fn joined(self) -> Credentials {
         match &self.beside {

@@ -6,14 +6,16 @@ use super::{Selam, SelamLayerBuilder, service::WrapError};
 use crate::{
     AuthErrorLayer, BaseUrl, ConfigError,
     authorize::{Authorize, Policy},
+    refresh::{BufferBody, CloneBody, NoReplay, Refresh},
 };
 
 /// The ready-made stack over any client. See the [module docs](super).
 ///
 /// Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct SelamLayer {
+pub struct SelamLayer<R = CloneBody> {
     errors: AuthErrorLayer,
+    replay: R,
     policy: Arc<Policy>,
     base_url: Arc<BaseUrl>,
 }
@@ -23,7 +25,7 @@ impl SelamLayer {
     ///
     /// # Errors
     ///
-    /// When `SELAM_API_KEY` is not set, or a variable holds something invalid; the error names it.
+    /// When no key is named, or a variable holds something invalid; the error names it.
     pub fn from_env() -> Result<Self, ConfigError> {
         Self::builder().build_with_env()
     }
@@ -34,7 +36,28 @@ impl SelamLayer {
     }
 
     pub(super) fn new(policy: Policy, errors: AuthErrorLayer, base_url: BaseUrl) -> Self {
-        Self { errors, policy: Arc::new(policy), base_url: Arc::new(base_url) }
+        Self { errors, replay: CloneBody, policy: Arc::new(policy), base_url: Arc::new(base_url) }
+    }
+
+    /// Sends no request again after a 401, so that the body may be of any type. A 401 renews the credential for
+    /// the next request.
+    #[must_use]
+    pub fn without_replay(self) -> SelamLayer<NoReplay> {
+        self.with_replay(NoReplay)
+    }
+
+    /// Keeps up to `limit` bytes of each request's body while it is sent, to send it again after a 401; the
+    /// client gets a [`ReplayBody`](crate::refresh::ReplayBody).
+    #[must_use]
+    pub fn buffered(self, limit: usize) -> SelamLayer<BufferBody> {
+        self.with_replay(BufferBody::new(limit))
+    }
+}
+
+impl<R> SelamLayer<R> {
+    fn with_replay<T>(self, replay: T) -> SelamLayer<T> {
+        let Self { errors, policy, base_url, .. } = self;
+        SelamLayer { errors, replay, policy, base_url }
     }
 
     /// Where the API lives, to make the URIs of requests from.
@@ -44,11 +67,13 @@ impl SelamLayer {
     }
 }
 
-impl<S> Layer<S> for SelamLayer {
-    type Service = Selam<S>;
+impl<S, R: Clone> Layer<S> for SelamLayer<R> {
+    type Service = Selam<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
         let authorize = Authorize::new(WrapError(inner), Arc::clone(&self.policy));
-        Selam(self.errors.layer(authorize))
+        // What never changes need not be kept for a second time.
+        let idle = !self.policy.provider.renews();
+        Selam(self.errors.layer(Refresh::new(authorize, self.replay.clone()).with_idle(idle)))
     }
 }

@@ -1,9 +1,9 @@
 //! The ready-made stack: [`SelamLayer`].
 //!
 //! ```text
-//!  request ─▶ MapAuthError ─▶ Authorize ─▶ your client
-//!             401, 403 as     key, or JWT
-//!             typed errors    and key
+//!  request ─▶ MapAuthError ─▶ Refresh ────────▶ Authorize ─▶ your client
+//!             401, 403 as     401: renew, and    key, or JWT
+//!             typed errors    send once more     and key
 //! ```
 //!
 //! It fits any client, whatever its error type: its own is [`Error`](crate::Error), either the client's

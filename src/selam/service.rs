@@ -10,41 +10,45 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    BoxError, Error,
-    auth_error::{self, MapAuthError},
+    AuthError, AuthErrorKind, BoxError, Error,
+    auth_error::{self, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
+    refresh::{self, CloneBody, Refresh, Replay},
 };
 
 /// Sends authenticated requests. Made by [`SelamLayer`](super::SelamLayer); see the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct Selam<S>(pub(super) MapAuthError<Authorize<WrapError<S>>>);
+pub struct Selam<S, R = CloneBody>(pub(super) Stack<S, R>);
 
-impl<S> Selam<S> {
+pub(super) type Stack<S, R> = MapAuthError<Refresh<Authorize<WrapError<S>>, R>>;
+
+impl<S, R> Selam<S, R> {
     /// The client within.
     pub fn get_ref(&self) -> &S {
-        &self.0.get_ref().get_ref().0
+        &self.0.get_ref().get_ref().get_ref().0
     }
 
     /// The client within.
     pub fn get_mut(&mut self) -> &mut S {
-        &mut self.0.get_mut().get_mut().0
+        &mut self.0.get_mut().get_mut().get_mut().0
     }
 
     /// The client within.
     pub fn into_inner(self) -> S {
-        self.0.into_inner().into_inner().0
+        self.0.into_inner().into_inner().into_inner().0
     }
 }
 
-impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Selam<S>
+impl<S, R, ReqBody, ResBody> Service<Request<ReqBody>> for Selam<S, R>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>> + Clone,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    R: Replay<ReqBody> + Clone,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {
     type Response = S::Response;
     type Error = Error<S::Error>;
-    type Future = ResponseFuture<S::Future, S, ReqBody, ResBody>;
+    type Future = ResponseFuture<S::Future, S, R, ReqBody, ResBody>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
@@ -58,18 +62,27 @@ where
 }
 
 pin_project! {
-    /// Response future of [`Selam`]. Dropping it drops the request, or the response whose body it reads.
-    pub struct ResponseFuture<F, S, ReqBody, ResBody> {
+    /// Response future of [`Selam`]. Dropping it drops the request, or the response whose body it reads, and
+    /// leaves a renewal that it waits for running.
+    pub struct ResponseFuture<F, S, R, ReqBody, ResBody>
+    where
+        R: Replay<ReqBody>,
+        ResBody: Body,
+    {
         #[pin]
-        response: auth_error::ResponseFuture<Authorized<F, S, ReqBody>, ResBody>,
+        response: auth_error::ResponseFuture<
+            refresh::ResponseFuture<Authorized<F, S, R::Body>, Authorize<WrapError<S>>, R, ReqBody, ResBody>,
+            InspectedBody<ResBody>,
+        >,
     }
 }
 
 type Authorized<F, S, B> = authorize::ResponseFuture<WrapErrorFuture<F>, WrapError<S>, B>;
 
-impl<S, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, ReqBody, ResBody>
+impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    R: Replay<ReqBody>,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {
@@ -77,11 +90,18 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().response.poll(cx)
+        let (parts, body) = ready!(self.project().response.poll(cx))?.into_parts();
+        Poll::Ready(match body.into_unread() {
+            Some(body) => Ok(Response::from_parts(parts, body)),
+            // Only a 401 is read, and the layer outside has made an error of that.
+            None => Err(AuthError::local(AuthErrorKind::Unauthorized, "").into()),
+        })
     }
 }
 
-impl<F, S, ReqBody, ResBody> fmt::Debug for ResponseFuture<F, S, ReqBody, ResBody> {
+impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
+    for ResponseFuture<F, S, R, ReqBody, ResBody>
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }

@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, auth_error::AnnotatedBody,
+    AnnotateAuthErrorLayer, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, auth_error::InspectedBody,
 };
 
 use crate::support::{Fed, KEY, MODELS, get, key};
@@ -29,7 +29,7 @@ fn data(text: &str) -> Frame {
     Ok(http_body::Frame::data(Bytes::copy_from_slice(text.as_bytes())))
 }
 
-async fn annotated<B: Body>(response: Response<B>) -> Response<AnnotatedBody<B>> {
+async fn annotated<B: Body>(response: Response<B>) -> Response<InspectedBody<B>> {
     let mut response = Some(response);
     let api = service_fn(move |_: Request<()>| {
         std::future::ready(Ok::<_, BoxError>(response.take().expect("one request")))

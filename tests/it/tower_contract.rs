@@ -7,8 +7,9 @@ use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok
 use tower::{Layer, Service, ServiceBuilder, limit::ConcurrencyLimitLayer, service_fn};
 use tower_selam::{
     AnnotateAuthErrorLayer, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, RequestAuth, Selam, SelamLayer,
-    auth_error::{self, AnnotateAuthError, AnnotateFuture, AnnotatedBody, MapAuthError},
+    auth_error::{self, AnnotateAuthError, AnnotateFuture, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
+    refresh::{self, CloneBody, NoReplay, Refresh},
     selam,
 };
 use tower_test::mock;
@@ -164,17 +165,26 @@ fn t2_auto_traits_are_those_of_what_is_within() {
             assert_eq!(has!(Authorize<$inner>), has!($inner));
             assert_eq!(has!(MapAuthError<$inner>), has!($inner));
             assert_eq!(has!(AnnotateAuthError<$inner>), has!($inner));
-            assert_eq!(has!(Selam<$inner>), has!($inner));
             // Futures are not cloned.
             assert_eq!(has!(authorize::ResponseFuture<$inner, $inner, $inner>)[..3], has!($inner)[..3]);
             assert_eq!(has!(auth_error::ResponseFuture<$inner, Body>)[..3], has!($inner)[..3]);
             assert_eq!(has!(AnnotateFuture<$inner, Body>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(selam::ResponseFuture<$inner, $inner, $inner, Body>)[..3], has!($inner)[..3]);
         )*};
     }
     like_inner!((), Rc<()>, Cell, PhantomPinned, NoClone, std::sync::MutexGuard<'static, ()>);
+
+    // These share a spare of the service within, so one that is `Sync` without being `Send` makes them neither.
+    macro_rules! like_inner_shared {
+        ($($inner:ty),*) => {$(
+            assert_eq!(has!(Selam<$inner>), has!($inner));
+            assert_eq!(has!(Refresh<$inner>), has!($inner));
+            assert_eq!(has!(refresh::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
+            assert_eq!(has!(selam::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
+        )*};
+    }
+    like_inner_shared!((), Rc<()>, Cell, PhantomPinned, NoClone);
     assert_eq!(has!(Rc<()>), [false, false, true, true], "the test can tell");
-    assert_eq!(has!(AnnotatedBody<Body>)[..3], [true, true, true]);
+    assert_eq!(has!(InspectedBody<Body>)[..3], [true, true, true]);
     assert_eq!(has!(ApiKeyLayer), [true; 4]);
     assert_eq!(has!(JwtLayer), [true; 4]);
     assert_eq!(has!(SelamLayer), [true; 4]);
@@ -255,6 +265,6 @@ fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
 #[test]
 fn r1_the_stacks_future_is_at_most_128_bytes_larger_than_the_inner_one() {
     type Inner = [u64; 40];
-    let overhead = size_of::<selam::ResponseFuture<Inner, Inner, Inner, Body>>() - size_of::<Inner>();
+    let overhead = size_of::<selam::ResponseFuture<Inner, (), CloneBody, Body, Body>>() - size_of::<Inner>();
     assert!(overhead <= 128, "{overhead}");
 }

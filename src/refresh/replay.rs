@@ -1,0 +1,281 @@
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    fmt,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+
+/// How a request's body is had a second time. Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`];
+/// for a client with a body type of its own, by you.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot send a request with the body `{B}` again",
+    note = "for a body that is no `Clone`, use `RefreshLayer::buffered` or `RefreshLayer::without_replay`"
+)]
+pub trait Replay<B> {
+    /// What the service within gets.
+    type Body;
+
+    /// What is kept meanwhile.
+    type Kept;
+
+    /// Takes what is needed to send `body` again; nothing, when it cannot be.
+    fn keep(&self, body: B) -> (Self::Body, Option<Self::Kept>);
+
+    /// What the service within gets of a request that is not sent again.
+    fn once(&self, body: B) -> Self::Body;
+
+    /// The same body again, byte by byte; `None` when it cannot be had. Never another, nor an empty one.
+    fn again(&self, kept: Self::Kept) -> Option<Self::Body>;
+}
+
+/// Clones the body.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CloneBody;
+
+impl<B: Clone> Replay<B> for CloneBody {
+    type Body = B;
+    type Kept = B;
+
+    #[inline]
+    fn keep(&self, body: B) -> (B, Option<B>) {
+        let kept = body.clone();
+        (body, Some(kept))
+    }
+
+    #[inline]
+    fn once(&self, body: B) -> B {
+        body
+    }
+
+    fn again(&self, kept: B) -> Option<B> {
+        Some(kept)
+    }
+}
+
+/// Sends nothing again.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoReplay;
+
+impl<B> Replay<B> for NoReplay {
+    type Body = B;
+    type Kept = Infallible;
+
+    #[inline]
+    fn keep(&self, body: B) -> (B, Option<Infallible>) {
+        (body, None)
+    }
+
+    #[inline]
+    fn once(&self, body: B) -> B {
+        body
+    }
+
+    fn again(&self, kept: Infallible) -> Option<B> {
+        match kept {}
+    }
+}
+
+/// Keeps what is sent of the body, up to a limit, and makes it a [`ReplayBody`].
+#[derive(Clone, Copy, Debug)]
+pub struct BufferBody {
+    limit: usize,
+}
+
+impl BufferBody {
+    /// Keeps up to `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self { limit }
+    }
+}
+
+impl<B: Body> Replay<B> for BufferBody {
+    type Body = ReplayBody<B>;
+    type Kept = KeptBody<B>;
+
+    fn keep(&self, body: B) -> (ReplayBody<B>, Option<KeptBody<B>>) {
+        // One that says how long it is at least need not be tried.
+        if usize::try_from(body.size_hint().lower()).map_or(true, |lower| lower > self.limit) {
+            return (self.once(body), None);
+        }
+        let kept = Arc::new(Mutex::new(Kept::Sending { frames: VecDeque::new(), room: self.limit }));
+        let body = ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), Some(Arc::clone(&kept)));
+        (body, Some(KeptBody(kept)))
+    }
+
+    fn once(&self, body: B) -> ReplayBody<B> {
+        ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), None)
+    }
+
+    fn again(&self, kept: KeptBody<B>) -> Option<ReplayBody<B>> {
+        match std::mem::replace(&mut *lock(&kept.0), Kept::Lost) {
+            Kept::Done { frames, rest } => Some(ReplayBody::new(frames, rest, None)),
+            // The client still sends it, or it was too long.
+            Kept::Sending { .. } | Kept::Lost => None,
+        }
+    }
+}
+
+/// What [`BufferBody`] keeps.
+pub struct KeptBody<B>(Arc<Mutex<Kept<B>>>);
+
+enum Kept<B> {
+    Sending {
+        frames: VecDeque<Piece>,
+        room: usize,
+    },
+    /// The client has let go of it; what it did not send is the rest.
+    Done {
+        frames: VecDeque<Piece>,
+        rest: Option<Pin<Box<B>>>,
+    },
+    Lost,
+}
+
+#[derive(Clone)]
+enum Piece {
+    Data(Bytes),
+    Trailers(HeaderMap),
+}
+
+/// A body that is kept while it is sent: what [`RefreshLayer::buffered`](super::RefreshLayer::buffered) makes of
+/// a request's. The same frames, as `Bytes`.
+pub struct ReplayBody<B> {
+    before: VecDeque<Piece>,
+    rest: Option<Pin<Box<B>>>,
+    kept: Option<Arc<Mutex<Kept<B>>>>,
+}
+
+impl<B> ReplayBody<B> {
+    fn new(before: VecDeque<Piece>, rest: Option<Pin<Box<B>>>, kept: Option<Arc<Mutex<Kept<B>>>>) -> Self {
+        Self { before, rest, kept }
+    }
+
+    fn remember(&mut self, piece: &Piece) {
+        let Some(kept) = &self.kept else { return };
+        let mut state = lock(kept);
+        let length = if let Piece::Data(data) = piece { data.len() } else { 0 };
+        match &mut *state {
+            Kept::Sending { frames, room } if length <= *room => {
+                *room -= length;
+                frames.push_back(piece.clone());
+            }
+            _ => {
+                *state = Kept::Lost;
+                drop(state);
+                self.kept = None;
+            }
+        }
+    }
+
+    /// It broke off, so it cannot be had again.
+    fn lose(&mut self) {
+        if let Some(kept) = self.kept.take() {
+            *lock(&kept) = Kept::Lost;
+        }
+    }
+}
+
+impl<B: Body> Body for ReplayBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(piece) = self.before.pop_front() {
+            return Poll::Ready(Some(Ok(piece.into_frame())));
+        }
+        let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
+        let frame = match ready!(rest.as_mut().poll_frame(cx)) {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                self.lose();
+                return Poll::Ready(Some(Err(error)));
+            }
+            None => {
+                self.rest = None;
+                return Poll::Ready(None);
+            }
+        };
+        let piece = match frame.into_data() {
+            Ok(mut data) => Piece::Data(data.copy_to_bytes(data.remaining())),
+            Err(frame) => match frame.into_trailers() {
+                Ok(trailers) => Piece::Trailers(trailers),
+                Err(_) => {
+                    // A kind of frame that nobody knows yet.
+                    self.lose();
+                    return Poll::Ready(Some(Ok(Frame::data(Bytes::new()))));
+                }
+            },
+        };
+        self.remember(&piece);
+        Poll::Ready(Some(Ok(piece.into_frame())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.before.is_empty() && self.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let before: u64 = self.before.iter().map(Piece::len).sum();
+        let rest = self.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
+        let mut hint = SizeHint::new();
+        hint.set_lower(before.saturating_add(rest.lower()));
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(before.saturating_add(upper));
+        }
+        hint
+    }
+}
+
+/// The client is done with it: what it did not send is still to be had.
+impl<B> Drop for ReplayBody<B> {
+    fn drop(&mut self) {
+        let Some(kept) = self.kept.take() else { return };
+        let mut state = lock(&kept);
+        *state = match std::mem::replace(&mut *state, Kept::Lost) {
+            Kept::Sending { frames, .. } => Kept::Done { frames, rest: self.rest.take() },
+            lost => lost,
+        };
+    }
+}
+
+impl Piece {
+    fn into_frame(self) -> Frame<Bytes> {
+        match self {
+            Self::Data(data) => Frame::data(data),
+            Self::Trailers(trailers) => Frame::trailers(trailers),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Self::Data(data) => data.len() as u64,
+            Self::Trailers(_) => 0,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<B> fmt::Debug for KeptBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeptBody").finish_non_exhaustive()
+    }
+}
+
+impl<B> fmt::Debug for ReplayBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplayBody").finish_non_exhaustive()
+    }
+}
