@@ -5,6 +5,8 @@ mod lease;
 mod policy;
 mod schedule;
 mod shell;
+#[cfg(test)]
+mod walk;
 
 use std::{
     fmt,

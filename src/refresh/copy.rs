@@ -9,6 +9,7 @@ const KEPT: usize = 32;
 const KEPT_HEADERS: usize = 64;
 
 thread_local! {
+    #[expect(clippy::vec_box, reason = "the boxes are what is used again")]
     static SPARE: RefCell<Vec<Box<Head>>> = const { RefCell::new(Vec::new()) };
 }
 

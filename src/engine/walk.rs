@@ -1,0 +1,257 @@
+//! Walks the core through random schedules of time, success, failure, rejection and cancellation.
+
+use std::{
+    collections::HashSet,
+    time::{Duration, SystemTime},
+};
+
+use proptest::prelude::*;
+use tokio::time::Instant;
+
+use super::{
+    RenewalPolicy,
+    core::{Answer, Core, Outcome, Rejection, Start},
+    schedule::Offer,
+};
+use crate::{clock::Time, secret::Fingerprint, source::Reason};
+
+/// What happens next.
+#[derive(Clone, Debug)]
+enum Step {
+    Pass(u64),
+    JumpForward(u64),
+    JumpBack(u64),
+    Demand,
+    DemandFor(u64),
+    /// The renewal brings a new token that lives so many milliseconds.
+    Bring(u64),
+    /// It brings one that was there before.
+    BringOld(usize),
+    Fail {
+        permanent: bool,
+        retry_after: Option<u64>,
+    },
+    Abort,
+    /// The API refuses the present token.
+    Reject {
+        insist: bool,
+    },
+    /// The API refuses one of those before.
+    RejectOld(usize),
+    /// What the source works with is replaced.
+    Change,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let lifetime = prop_oneof![Just(0), 1_000u64..5_000, 5_000u64..100_000, Just(3_600_000)];
+    prop_oneof![
+        4 => (0u64..3_000).prop_map(Step::Pass),
+        2 => (0u64..120_000).prop_map(Step::Pass),
+        1 => (1u64..3_600_000).prop_map(Step::JumpForward),
+        1 => (1u64..3_600_000).prop_map(Step::JumpBack),
+        8 => Just(Step::Demand),
+        1 => (0u64..200_000).prop_map(Step::DemandFor),
+        6 => lifetime.prop_map(Step::Bring),
+        3 => any::<usize>().prop_map(Step::BringOld),
+        2 => (any::<bool>(), prop::option::of(0u64..100_000))
+            .prop_map(|(permanent, retry_after)| Step::Fail { permanent, retry_after }),
+        1 => Just(Step::Abort),
+        2 => any::<bool>().prop_map(|insist| Step::Reject { insist }),
+        1 => any::<usize>().prop_map(Step::RejectOld),
+        1 => Just(Step::Change),
+    ]
+}
+
+/// When a token expires.
+#[derive(Clone, Copy, Debug)]
+struct Minted {
+    mono: Instant,
+    lifetime: Duration,
+}
+
+struct World {
+    core: Core<usize, String>,
+    now: Time,
+    version: u64,
+    running: Option<u64>,
+    tokens: Vec<Minted>,
+    rejected: HashSet<usize>,
+    lasting: bool,
+    /// What may have brought a start of its own.
+    pushes: u64,
+    /// When the last one was, and the pushes before it.
+    started: Option<(Instant, u64)>,
+}
+
+impl World {
+    fn new(lasting: bool, seed: u64) -> Self {
+        let mono = Instant::now();
+        Self {
+            core: Core::new(RenewalPolicy::new(), seed),
+            now: Time { wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000), mono },
+            version: 0,
+            running: None,
+            tokens: Vec::new(),
+            rejected: HashSet::new(),
+            lasting,
+            pushes: 0,
+            started: None,
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Pass(time) => {
+                self.now.wall += Duration::from_millis(time);
+                self.now.mono += Duration::from_millis(time);
+            }
+            Step::JumpForward(time) => {
+                self.pushes += 1;
+                self.now.wall += Duration::from_millis(time);
+            }
+            Step::JumpBack(time) => self.now.wall -= Duration::from_millis(time),
+            Step::Demand => self.demand(Duration::ZERO),
+            Step::DemandFor(time) => {
+                self.pushes += 1;
+                self.demand(Duration::from_millis(time));
+            }
+            Step::Bring(lifetime) => {
+                let left = Duration::from_millis(lifetime);
+                self.tokens.push(Minted { mono: self.now.mono + left, lifetime: left });
+                self.finish(Outcome::Fetched(self.offer(self.tokens.len() - 1)));
+            }
+            Step::BringOld(at) if !self.tokens.is_empty() => {
+                self.finish(Outcome::Fetched(self.offer(at % self.tokens.len())));
+            }
+            Step::Fail { permanent, retry_after } => {
+                let retry_after = retry_after.map(Duration::from_millis);
+                self.finish(Outcome::Failed { permanent, retry_after });
+            }
+            Step::Abort => {
+                self.pushes += 1;
+                self.finish(Outcome::Aborted);
+            }
+            Step::Reject { insist } => {
+                if let Some(token) = self.core.current(self.now).map(|(token, _)| *token) {
+                    self.reject(token, insist);
+                }
+            }
+            Step::RejectOld(at) if !self.tokens.is_empty() => self.reject(at % self.tokens.len(), false),
+            Step::Change => {
+                self.pushes += 1;
+                self.version += 1;
+            }
+            Step::BringOld(_) | Step::RejectOld(_) => {}
+        }
+        self.check_lease();
+    }
+
+    fn offer(&self, token: usize) -> Offer<usize> {
+        let stated = self.tokens[token].mono.saturating_duration_since(self.now.mono);
+        Offer {
+            value: token,
+            fingerprint: fingerprint(token),
+            expiry: None,
+            lifetime: (!self.lasting).then_some(self.tokens[token].lifetime),
+            stated: (!self.lasting).then_some(stated),
+            recheck: None,
+            lasting: self.lasting,
+        }
+    }
+
+    fn demand(&mut self, time: Duration) {
+        let (answer, start) = self.core.demand(self.now, time, self.version);
+        self.started(start);
+        match answer {
+            Answer::Serve(token) => self.check(token),
+            Answer::Wait => assert!(self.running.is_some(), "waits for nothing"),
+            Answer::Fail(_) => assert!(self.running.is_none(), "fails though a renewal runs"),
+            Answer::TooShort => assert!(!time.is_zero()),
+        }
+    }
+
+    fn reject(&mut self, token: usize, insist: bool) {
+        let held = self.core.current(self.now).map(|(held, _)| *held);
+        let fingerprint = fingerprint(token);
+        let (rejection, start) = self.core.reject(self.now, fingerprint, insist, self.version);
+        if held == Some(token) && rejection != Rejection::Ignored {
+            self.pushes += 1;
+        }
+        self.started(start);
+        match rejection {
+            Rejection::Superseded => {}
+            Rejection::Renewing => assert!(self.running.is_some()),
+            Rejection::Ignored if !insist => {
+                return assert_eq!(held, self.core.current(self.now).map(|(held, _)| *held));
+            }
+            Rejection::Ignored => {}
+        }
+        if held == Some(token) {
+            self.rejected.extend(Some(token).filter(|_| !self.lasting));
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome<usize>) {
+        let Some(id) = self.running else {
+            // An answer that nobody awaits any more changes nothing.
+            let before = format!("{:?}", self.core);
+            assert!(self.core.finish(self.now, 0, outcome, self.version, |_, _| String::new()).is_none());
+            return assert_eq!(before, format!("{:?}", self.core));
+        };
+        let start =
+            self.core.finish(self.now, id, outcome, self.version, |trouble, _| format!("{trouble:?}"));
+        self.running = None;
+        self.started(start);
+    }
+
+    fn started(&mut self, start: Option<Start<usize>>) {
+        let Some(Start { id, reason }) = start else { return };
+        assert!(self.running.is_none(), "two renewals at once");
+        if let Reason::Rejected(token) = reason {
+            assert!(self.lasting || self.rejected.contains(&token) || self.tokens.len() > token);
+        }
+        self.running = Some(id);
+        // Another follows after 0.4 seconds at the earliest (a token of one second), unless something happened.
+        if let Some((at, pushes)) = self.started {
+            let since = self.now.mono - at;
+            assert!(pushes < self.pushes || since >= Duration::from_millis(400), "again after {since:?}");
+        }
+        self.started = Some((self.now.mono, self.pushes));
+    }
+
+    /// What is handed out is good.
+    fn check(&self, token: usize) {
+        let Minted { mono, .. } = self.tokens[token];
+        assert!(self.lasting || self.now.mono < mono, "expired {:?} ago", self.now.mono - mono);
+        assert!(!self.rejected.contains(&token), "a rejected one came back");
+    }
+
+    /// So is what requests may take without asking, for as long as they may.
+    fn check_lease(&self) {
+        if let Some((token, until)) = self.core.lease(self.now) {
+            self.check(token);
+            let last = self.now.mono + until.remaining(self.now);
+            assert!(self.lasting || last <= self.tokens[token].mono, "leased beyond its end");
+        }
+    }
+}
+
+fn fingerprint(token: usize) -> Fingerprint {
+    Fingerprint::of(&token.to_be_bytes())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn r3_r5_j3_every_schedule_keeps_the_invariants(
+        steps in prop::collection::vec(step(), 1..120),
+        lasting in prop::bool::weighted(0.2),
+        seed in any::<u64>(),
+    ) {
+        let mut world = World::new(lasting, seed);
+        for step in steps {
+            world.take(step);
+        }
+    }
+}
