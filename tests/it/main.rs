@@ -15,6 +15,8 @@ mod errors;
 mod handshake;
 mod headers;
 mod origins;
+mod refresh;
+mod renewal;
 mod secrets;
 mod simulator;
 mod support;
