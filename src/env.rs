@@ -5,8 +5,14 @@ use crate::error::ConfigErrorKind;
 /// The API key: `sk-selam-…`.
 pub const SELAM_API_KEY: &str = "SELAM_API_KEY";
 
+/// The path of a file with the API key, read again when it is rotated; instead of [`SELAM_API_KEY`].
+pub const SELAM_API_KEY_FILE: &str = "SELAM_API_KEY_FILE";
+
 /// The JWT, for the features that need one beside the key.
 pub const SELAM_JWT: &str = "SELAM_JWT";
+
+/// The path of a file with the JWT, read again when it is renewed; instead of [`SELAM_JWT`].
+pub const SELAM_JWT_FILE: &str = "SELAM_JWT_FILE";
 
 /// The base URL; [`BaseUrl::DEFAULT`](crate::BaseUrl::DEFAULT) when it is not set.
 pub const SELAM_BASE_URL: &str = "SELAM_BASE_URL";

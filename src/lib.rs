@@ -3,10 +3,12 @@
 //! # A request's way
 //!
 //! ```text
-//!            AuthErrorLayer              ApiKeyLayer, JwtLayer
-//! request ─▶ 401 and 403 become a    ─▶  write Authorization and     ─▶ your client
-//!            typed error                 X-API-Key, for allowed
-//!                                        https origins only
+//!            AuthErrorLayer           RefreshLayer             ApiKeyLayer, JwtLayer
+//! request ─▶ 401 and 403 become a  ─▶ 401: renew, and send  ─▶ write Authorization and   ─▶ your client
+//!            typed error              once more                X-API-Key, for allowed
+//!                                          │                   https origins only
+//!                                          └──▶ Renewing ◀──┘
+//!                                                  ▲ source: file, closure, service
 //! ```
 //!
 //! [`SelamLayer`] is that stack, ready-made, from the environment or a builder, over any client:
@@ -39,15 +41,18 @@
 //! |---|---|
 //! | [`SelamLayer`], [`Selam`] | the stack; see [`selam`] |
 //! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
+//! | [`Renewing`], [`RenewalPolicy`], [`MaybeRenewing`] | credentials that renew themselves; see [how renewal works](engine) |
+//! | [`mod@source`] | where they come from |
+//! | [`RefreshLayer`] | renews after a 401 and sends once more; see [`refresh`] |
 //! | [`AuthErrorLayer`], [`AnnotateAuthErrorLayer`] | read 401 and 403; see [`auth_error`] |
-//! | [`ApiKey`], [`Token`], [`KeyId`] | secrets, and the name of one in logs |
+//! | [`ApiKey`], [`Token`], [`Credential`], [`KeyId`] | secrets, what they have in common, and the name of one in logs |
 //! | [`Credentials`], [`RequestAuth`] | what is written, and a request's own choice of it |
 //! | [`Origins`], [`BaseUrl`] | where credentials may go, and where the API is |
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
 //! | [`mod@env`] | the names of the environment variables |
-//! | `simulator` | SelamAPI for tests |
+//! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
 //!
 //! # Features
 //!

@@ -112,6 +112,8 @@ pub enum ConfigErrorKind {
     NotLoopback,
     /// The origin is not among the allowed ones.
     NotAllowed,
+    /// Given in two places: in the environment variable and in the file that another one names.
+    GivenTwice,
 }
 
 impl fmt::Display for ConfigErrorKind {
@@ -135,6 +137,7 @@ impl fmt::Display for ConfigErrorKind {
             Self::NotHttps => f.write_str("is not https"),
             Self::NotLoopback => f.write_str("is neither https nor on a loopback address"),
             Self::NotAllowed => f.write_str("is not among the allowed origins"),
+            Self::GivenTwice => f.write_str("is set beside the one that names a file: set one of the two"),
         }
     }
 }

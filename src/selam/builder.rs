@@ -2,11 +2,13 @@ use std::time::Duration;
 
 use super::SelamLayer;
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, MaybeRenewing, Origins, Token,
+    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, MaybeRenewing, Origins, Renewing, Token,
     authorize::{Policy, Provider},
     credentials::Form,
     env,
     error::{Place, Subject},
+    secret::Credential,
+    source::FileSource,
 };
 
 /// Builds a [`SelamLayer`].
@@ -104,26 +106,56 @@ impl SelamLayerBuilder {
         Ok(SelamLayer::new(policy, self.errors, base_url))
     }
 
-    /// The layer, of what was given and, for what was not, the environment: [`SELAM_API_KEY`],
-    /// [`SELAM_JWT`] (may be missing) and [`SELAM_BASE_URL`] (may be missing).
+    /// The layer, of what was given and, for what was not, the environment:
+    ///
+    /// - the key from [`SELAM_API_KEY`], or from the file that [`SELAM_API_KEY_FILE`] names;
+    /// - the JWT, which may be missing, from [`SELAM_JWT`], or from the file that [`SELAM_JWT_FILE`] names;
+    /// - [`SELAM_BASE_URL`], which may be missing.
+    ///
+    /// A file is read now, and again when it is replaced: see [`FileSource`].
     ///
     /// # Errors
     ///
-    /// When there is no key, or a variable that is read holds something invalid; the error names it.
+    /// When there is no key, a variable or file that is read holds something invalid, or both variables of a
+    /// pair are set; the error names it.
     ///
     /// [`SELAM_API_KEY`]: env::SELAM_API_KEY
+    /// [`SELAM_API_KEY_FILE`]: env::SELAM_API_KEY_FILE
     /// [`SELAM_JWT`]: env::SELAM_JWT
+    /// [`SELAM_JWT_FILE`]: env::SELAM_JWT_FILE
     /// [`SELAM_BASE_URL`]: env::SELAM_BASE_URL
     pub fn build_with_env(mut self) -> Result<SelamLayer, ConfigError> {
         if self.api_key.is_none() {
-            self.api_key = Some(ApiKey::from_env()?.into());
+            let from_file = from_file(env::SELAM_API_KEY, env::SELAM_API_KEY_FILE)?;
+            self.api_key = Some(match from_file {
+                Some(key) => key,
+                None => ApiKey::from_env()?.into(),
+            });
         }
-        if self.jwt.is_none() && std::env::var_os(env::SELAM_JWT).is_some() {
-            self.jwt = Some(Token::from_env()?.into());
+        if self.jwt.is_none() {
+            self.jwt = match from_file(env::SELAM_JWT, env::SELAM_JWT_FILE)? {
+                None if std::env::var_os(env::SELAM_JWT).is_some() => Some(Token::from_env()?.into()),
+                from_file => from_file,
+            };
         }
         if self.base_url.is_none() {
             self.base_url = Some(BaseUrl::read_env(self.allow_insecure_loopback)?);
         }
         self.build()
     }
+}
+
+/// The credential in the file that the variable `named_by` names, if it does.
+fn from_file<C: Credential>(variable: &str, named_by: &str) -> Result<Option<MaybeRenewing<C>>, ConfigError> {
+    let Some(path) = std::env::var_os(named_by) else { return Ok(None) };
+    if std::env::var_os(variable).is_some() {
+        return Err(C::refuse(Place::EnvVar(variable.to_owned()), ConfigErrorKind::GivenTwice));
+    }
+    if path.is_empty() {
+        return Err(C::refuse(Place::EnvVar(named_by.to_owned()), ConfigErrorKind::Empty));
+    }
+    let source = FileSource::new(path);
+    // A file that is no good is better known now.
+    source.read()?;
+    Ok(Some(MaybeRenewing::Renewing(Renewing::new(source))))
 }

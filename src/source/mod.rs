@@ -6,8 +6,6 @@
 //! | in a file that is replaced when it is rotated | [`FileSource`] |
 //! | from code of yours | [`source_fn`] |
 //! | from a Tower service of yours, with layers of its own | [`ServiceSource`] |
-//! | signed by this program | `JwtSigner`, feature `sign` |
-//! | from an OAuth 2.0 token endpoint | `OAuth`, feature `oauth` |
 //!
 //! One that never changes needs no source: the layers take an [`ApiKey`](crate::ApiKey) or a
 //! [`Token`](crate::Token) as it is.

@@ -12,6 +12,7 @@
 mod annotate;
 mod environment;
 mod errors;
+mod files;
 mod handshake;
 mod headers;
 mod origins;

@@ -240,7 +240,7 @@ async fn j7_a_stream_is_kept_and_sent_again_up_to_its_limit() {
         let body = StreamBody::new(tokio_stream(frames));
         let service = RefreshLayer::buffered(limit).layer(JwtLayer::new(&jwts, key()).layer(api.service()));
         let response = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
-        let received = api.received.lock().unwrap();
+        let received = std::mem::take(&mut *api.received.lock().unwrap());
         assert_eq!(received.len(), sends, "limit {limit}");
         assert!(received.iter().all(|sent| sent.body == b"0123456789" && sent.head.contains("x-sum")));
         assert_eq!(response.status() == StatusCode::OK, sends == 2);
