@@ -224,7 +224,11 @@ impl<C: Credential> MaybeRenewing<C> {
     pub(crate) fn demand(&self) -> Result<Demand<C>, AuthError> {
         match self {
             Self::Fixed(credential) => Ok(Demand::Ready(credential.clone())),
-            Self::Renewing(renewing) => renewing.0.demand(Duration::ZERO),
+            // To ask moves the epoch, and with it every layer that shares the engine.
+            Self::Renewing(renewing) => match renewing.fresh() {
+                Some(credential) => Ok(Demand::Ready(credential)),
+                None => renewing.0.demand(Duration::ZERO),
+            },
         }
     }
 

@@ -345,11 +345,13 @@ async fn r1_a_request_with_a_fresh_renewing_token_allocates_nothing() {
         std::mem::forget(parts.headers);
         std::future::ready(Ok::<_, BoxError>(Response::new(Body::default())))
     });
-    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
-    let mut service = layer.layer(api);
-    // The first makes the set and the copy that the others use again.
+    // Two that share one engine, in turn.
+    let layer = || SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
+    let mut services = [layer().layer(api), layer().layer(api)];
+    // The first request makes the set and the copy that the others use again.
     let mut allocations = 0;
-    for _ in 0..3 {
+    for turn in 0..6 {
+        let service = &mut services[turn % 2];
         let mut request = Some(Request::get(MODELS).body(Body::default()).unwrap());
         let shared = request.as_ref().map(|request| request.uri().clone());
         for name in ["accept", "content-type", "user-agent"] {
