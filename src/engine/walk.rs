@@ -174,7 +174,8 @@ impl World {
         let held = self.core.current(self.now).map(|(held, _)| *held);
         let fingerprint = fingerprint(token);
         let (rejection, start) = self.core.reject(self.now, fingerprint, insist, self.version);
-        if held == Some(token) && rejection != Rejection::Ignored {
+        // Even of one that has expired, which nobody is handed: it may come back with the renewal that runs.
+        if rejection == Rejection::Renewing {
             self.pushes += 1;
         }
         self.started(start);

@@ -291,6 +291,56 @@ async fn a_403_is_never_sent_again_nor_is_anything_with_credentials_of_its_own()
     assert_eq!(asked.load(SeqCst), 1);
 }
 
+/// Sends again, up to three times in all, what was answered with this status.
+#[derive(Clone)]
+struct Again {
+    status: StatusCode,
+    left: usize,
+}
+
+impl<B> tower::retry::Policy<Request<Body>, Response<B>, BoxError> for Again {
+    type Future = std::future::Ready<()>;
+
+    fn retry(
+        &mut self,
+        _: &mut Request<Body>,
+        result: &mut Result<Response<B>, BoxError>,
+    ) -> Option<Self::Future> {
+        let again = self.left > 0 && result.as_ref().is_ok_and(|response| response.status() == self.status);
+        self.left = self.left.saturating_sub(1);
+        again.then(|| std::future::ready(()))
+    }
+
+    fn clone_request(&mut self, request: &Request<Body>) -> Option<Request<Body>> {
+        Some(request.clone())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn j9_sends_do_not_multiply_over_or_under_a_retry() {
+    // Over: each attempt after the first finds a token that was just renewed, which is not renewed again.
+    let (jwts, asked) = counting();
+    let api = Api::accepting("none of them", INVALID_TOKEN);
+    let over = tower::retry::RetryLayer::new(Again { status: StatusCode::UNAUTHORIZED, left: 2 });
+    let response = over.layer(stack(&jwts, api.service())).oneshot(request()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(api.bearers(), ["token-1", "token-2", "token-2", "token-2"]);
+    assert_eq!(asked.load(SeqCst), 2);
+
+    // Under: what is about the service is the retry's, what is about the token is ours.
+    let (jwts, asked) = counting();
+    let answers = Arc::new(AtomicUsize::new(0));
+    let sends = Arc::clone(&answers);
+    let flaky = service_fn(move |_: Request<Body>| {
+        let status = [503, 401, 503, 200, 500][answers.fetch_add(1, SeqCst).min(4)];
+        async move { Ok::<_, BoxError>(Response::builder().status(status).body(Body::default())?) }
+    });
+    let under = tower::retry::RetryLayer::new(Again { status: StatusCode::SERVICE_UNAVAILABLE, left: 2 });
+    let response = stack(&jwts, under.layer(flaky)).oneshot(request()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!((sends.load(SeqCst), asked.load(SeqCst)), (4, 2));
+}
+
 #[tokio::test(start_paused = true)]
 async fn t1_a_slow_renewal_pins_no_permit() {
     let (jwts, _) = counting();
