@@ -14,6 +14,15 @@ pub const SELAM_JWT: &str = "SELAM_JWT";
 /// The path of a file with the JWT, read again when it is renewed; instead of [`SELAM_JWT`].
 pub const SELAM_JWT_FILE: &str = "SELAM_JWT_FILE";
 
+/// The URL of a token endpoint that JWTs come from; instead of [`SELAM_JWT`].
+pub const SELAM_TOKEN_URL: &str = "SELAM_TOKEN_URL";
+
+/// With [`SELAM_CLIENT_SECRET`], as whom tokens are asked for at [`SELAM_TOKEN_URL`]; by default with the API key.
+pub const SELAM_CLIENT_ID: &str = "SELAM_CLIENT_ID";
+
+/// The secret of [`SELAM_CLIENT_ID`].
+pub const SELAM_CLIENT_SECRET: &str = "SELAM_CLIENT_SECRET";
+
 /// The base URL; [`BaseUrl::DEFAULT`](crate::BaseUrl::DEFAULT) when it is not set.
 pub const SELAM_BASE_URL: &str = "SELAM_BASE_URL";
 

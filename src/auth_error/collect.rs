@@ -26,9 +26,15 @@ pub(crate) struct Bounds {
     pub(super) time: Duration,
 }
 
+impl Bounds {
+    pub(crate) const fn new(size: usize, time: Duration) -> Self {
+        Self { size, time }
+    }
+}
+
 impl Default for Bounds {
     fn default() -> Self {
-        Self { size: 64 * 1024, time: Duration::from_secs(5) }
+        Self::new(64 * 1024, Duration::from_secs(5))
     }
 }
 
@@ -186,13 +192,19 @@ impl<B: Body> Collect<B> {
         Response::from_parts(parts, InspectedBody::read(chunks, end, body))
     }
 
-    /// The error that the response makes; `source` is what broke its body off.
-    pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
+    /// What was read, as far as it is within bounds.
+    pub(crate) fn body(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(self.read.min(self.bounds.size));
         for chunk in &self.chunks {
             let room = self.bounds.size - body.len();
             body.extend_from_slice(&chunk[..room.min(chunk.len())]);
         }
+        body
+    }
+
+    /// The error that the response makes; `source` is what broke its body off.
+    pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
+        let body = self.body();
         let Parts { status, headers, extensions, .. } = &mut self.parts;
         let sent = extensions.remove::<Sent>().map(Sent::joined);
         AuthError::read(*status, headers, &body, sent.as_ref(), source)

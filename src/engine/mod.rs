@@ -16,7 +16,7 @@ use std::{
 
 pub use self::policy::RenewalPolicy;
 use self::shell::Shared;
-pub(crate) use self::shell::{Demand, Landing, wait};
+pub(crate) use self::shell::{Demand, Landing, on_behalf, wait};
 pub(crate) use self::{
     core::Rejection,
     lease::{Epoch, Lease},
@@ -230,6 +230,11 @@ impl<C: Credential> MaybeRenewing<C> {
                 None => renewing.0.demand(Duration::ZERO),
             },
         }
+    }
+
+    /// Tells the credential there is from any other; `None` when there is none.
+    pub(crate) fn version(&self) -> Option<u64> {
+        self.current().map(|credential| credential.secret().fingerprint().number())
     }
 
     #[inline]

@@ -80,6 +80,17 @@ impl Renewals {
     }
 }
 
+/// Runs `task` for the renewals that the present task runs for.
+pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
+    let renewals = RENEWING.try_with(Arc::clone).ok();
+    async move {
+        match renewals {
+            Some(renewals) => RENEWING.scope(renewals, task).await,
+            None => task.await,
+        }
+    }
+}
+
 impl<C: Credential> Shared<C> {
     pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: RenewalPolicy) -> Arc<Self> {
         let (clock, limit) = (policy.clock.clone(), policy.timeout);

@@ -318,7 +318,7 @@ impl fmt::Display for AuthError {
 }
 
 /// A server's words, on one line and not too many of them.
-fn shown(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+pub(crate) fn shown(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     for (at, char) in text.chars().enumerate() {
         match char {
             _ if at == SHOWN => return f.write_char('…'),

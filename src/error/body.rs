@@ -30,8 +30,12 @@ impl ErrorBody {
     /// Reads `body`, of any content type and any length. Whatever has the shape of a key or a JWT is masked.
     #[must_use]
     pub fn parse(body: &[u8]) -> Self {
+        Self::read(body, &Redactor::default())
+    }
+
+    pub(crate) fn read(body: &[u8], redactor: &Redactor) -> Self {
         let fields = parse_json(body).map(|value| Self::from_json(&value)).unwrap_or_default();
-        fields.redacted(&Redactor::new(None))
+        fields.redacted(redactor)
     }
 
     /// The error code; a number as its digits.

@@ -112,8 +112,15 @@ pub enum ConfigErrorKind {
     NotLoopback,
     /// The origin is not among the allowed ones.
     NotAllowed,
-    /// Given in two places: in the environment variable and in the file that another one names.
-    GivenTwice,
+    /// The environment variable is set, and so is another that stands for the same.
+    GivenTwice {
+        /// The other.
+        other: &'static str,
+    },
+    /// The environment variable needs an HTTP client, and none was given.
+    NeedsClient,
+    /// A parameter that the source sets itself.
+    ReservedParameter,
 }
 
 impl fmt::Display for ConfigErrorKind {
@@ -137,7 +144,11 @@ impl fmt::Display for ConfigErrorKind {
             Self::NotHttps => f.write_str("is not https"),
             Self::NotLoopback => f.write_str("is neither https nor on a loopback address"),
             Self::NotAllowed => f.write_str("is not among the allowed origins"),
-            Self::GivenTwice => f.write_str("is set beside the one that names a file: set one of the two"),
+            Self::GivenTwice { other } => write!(f, "is set beside {other}: set one of the two"),
+            Self::NeedsClient => {
+                f.write_str("needs an HTTP client: give one by `SelamLayerBuilder::with_token_client`")
+            }
+            Self::ReservedParameter => f.write_str("is one that the source sets itself"),
         }
     }
 }
@@ -149,6 +160,11 @@ pub(crate) enum Subject {
     Token,
     BaseUrl,
     Origin,
+    TokenUrl,
+    ClientId,
+    ClientSecret,
+    RefreshToken,
+    Parameter,
 }
 
 impl fmt::Display for Subject {
@@ -158,6 +174,11 @@ impl fmt::Display for Subject {
             Self::Token => "JWT",
             Self::BaseUrl => "base URL",
             Self::Origin => "origin",
+            Self::TokenUrl => "token endpoint's URL",
+            Self::ClientId => "client id",
+            Self::ClientSecret => "client secret",
+            Self::RefreshToken => "refresh token",
+            Self::Parameter => "token request's parameter",
         })
     }
 }

@@ -13,7 +13,6 @@ use std::error::Error as StdError;
 
 use http::StatusCode;
 
-pub(crate) use self::config::{Place, Subject};
 pub use self::{
     auth::AuthError,
     body::ErrorBody,
@@ -21,6 +20,12 @@ pub use self::{
     kind::AuthErrorKind,
     rate_limit::RateLimit,
     wrap::Error,
+};
+pub(crate) use self::{
+    auth::shown,
+    config::{Place, Subject},
+    rate_limit::retry_after,
+    redact::Redactor,
 };
 
 /// Whether a response with this status becomes an [`AuthError`].

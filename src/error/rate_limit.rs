@@ -68,7 +68,7 @@ impl RateLimit {
 
 /// `Retry-After`: seconds or an HTTP date
 /// ([RFC 9110 section 10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)), as a wait from now.
-pub(super) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = text(headers, &RETRY_AFTER)?;
     let until = |at: SystemTime| at.duration_since(now).unwrap_or_default();
     seconds(text).or_else(|| httpdate::parse_http_date(text).ok().map(until))

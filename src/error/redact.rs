@@ -14,14 +14,20 @@ const MIN_KEY: usize = 8;
 
 /// Removes the credentials that were sent, wherever they stand, and whatever has the shape of a key or a JWT.
 #[derive(Default)]
-pub(super) struct Redactor {
+pub(crate) struct Redactor {
     secrets: Vec<Zeroizing<Vec<u8>>>,
 }
 
 impl Redactor {
     pub(super) fn new(sent: Option<&Credentials>) -> Self {
+        let secrets = sent.into_iter().flat_map(Credentials::secrets);
+        Self::masking(secrets.map(|secret| secret.expose()))
+    }
+
+    /// For these.
+    pub(crate) fn masking<'a>(sent: impl IntoIterator<Item = &'a str>) -> Self {
         let mut secrets = Vec::new();
-        for secret in sent.into_iter().flat_map(Credentials::secrets).map(|secret| secret.expose()) {
+        for secret in sent {
             if secret.len() >= MIN_SECRET {
                 // All it can grow to: growing leaves unwiped copies behind.
                 let mut encoded = Zeroizing::new(Vec::with_capacity(3 * secret.len()));
@@ -33,7 +39,7 @@ impl Redactor {
         Self { secrets }
     }
 
-    pub(super) fn text(&self, text: String) -> String {
+    pub(crate) fn text(&self, text: String) -> String {
         match self.bytes(text.as_bytes()) {
             Cow::Borrowed(_) => text,
             Cow::Owned(redacted) => String::from_utf8_lossy(&redacted).into_owned(),

@@ -11,7 +11,12 @@ impl Fingerprint {
         Self(Sha256::digest(secret).into())
     }
 
-    pub(super) fn id(&self) -> KeyId {
+    /// For where a number is wanted.
+    pub(crate) fn number(&self) -> u64 {
+        self.0.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
+    pub(crate) fn id(&self) -> KeyId {
         let [a, b, c, ..] = self.0;
         KeyId([a, b, c])
     }

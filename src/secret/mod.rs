@@ -100,6 +100,20 @@ fn trim(value: &str) -> &str {
     value.trim_end_matches(blank)
 }
 
+/// Text of printable ASCII, as RFC 6749 appendix A has ids, client secrets and refresh tokens; without surrounding
+/// blanks and one line end.
+pub(crate) fn text(value: &str) -> Result<&str, ConfigErrorKind> {
+    let text = trim(value);
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            0..0x20 | 0x7f => return Err(ConfigErrorKind::ControlCharacter { at }),
+            0x80.. => return Err(ConfigErrorKind::NonAscii { at }),
+            _ => {}
+        }
+    }
+    if text.is_empty() { Err(ConfigErrorKind::Empty) } else { Ok(text) }
+}
+
 fn check(secret: &str) -> Result<(), ConfigErrorKind> {
     let scheme = SCHEME.trim_end();
     if let Some((head, rest)) = secret.split_at_checked(scheme.len())

@@ -1,12 +1,19 @@
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use tower_service::Service;
+
 use super::SelamLayer;
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, ConfigError, ConfigErrorKind, MaybeRenewing, Origins, Renewing, Token,
+    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, MaybeRenewing, Origins,
+    Renewing, Token,
     authorize::{Policy, Provider},
     credentials::Form,
     env,
     error::{Place, Subject},
+    oauth::{ClientAuth, OAuthSource, TokenClient, TokenEndpoint},
     secret::Credential,
     source::FileSource,
 };
@@ -19,6 +26,7 @@ pub struct SelamLayerBuilder {
     jwt: Option<MaybeRenewing<Token>>,
     base_url: Option<BaseUrl>,
     origins: Option<Origins>,
+    token_client: Option<TokenClient>,
     errors: AuthErrorLayer,
     if_absent: bool,
     require_choice: bool,
@@ -35,6 +43,38 @@ impl SelamLayerBuilder {
     /// A JWT to send with the key on every request; by default the key goes alone.
     pub fn with_jwt(mut self, jwt: impl Into<MaybeRenewing<Token>>) -> Self {
         self.jwt = Some(jwt.into());
+        self
+    }
+
+    /// The HTTP client that asks the token endpoint for JWTs, where `SELAM_TOKEN_URL` names one; see
+    /// [`build_with_env`](Self::build_with_env). It should not follow redirects by itself.
+    ///
+    /// `B` is the body that it takes, as for [`TokenEndpoint::new`].
+    ///
+    /// ```no_run
+    /// use bytes::Bytes;
+    /// use http_body_util::Full;
+    /// use hyper_rustls::HttpsConnectorBuilder;
+    /// use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+    /// use tower::Layer;
+    /// use tower_selam::SelamLayer;
+    ///
+    /// let tls = HttpsConnectorBuilder::new().with_native_roots()?.https_only().enable_all_versions().build();
+    /// let client = Client::builder(TokioExecutor::new()).build::<_, Full<Bytes>>(tls);
+    /// let layer = SelamLayer::builder().with_token_client(client.clone()).build_with_env()?;
+    /// let selam = layer.layer(client);
+    /// # Ok::<(), tower_selam::BoxError>(())
+    /// ```
+    pub fn with_token_client<S, B, R>(mut self, client: S) -> Self
+    where
+        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
+            + Clone
+            + Send
+            + 'static,
+        B: From<Bytes> + Send + 'static,
+        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+    {
+        self.token_client = Some(TokenClient::new(client));
         self
     }
 
@@ -109,53 +149,98 @@ impl SelamLayerBuilder {
     /// The layer, of what was given and, for what was not, the environment:
     ///
     /// - the key from [`SELAM_API_KEY`], or from the file that [`SELAM_API_KEY_FILE`] names;
-    /// - the JWT, which may be missing, from [`SELAM_JWT`], or from the file that [`SELAM_JWT_FILE`] names;
+    /// - the JWT, which may be missing, from [`SELAM_JWT`], from the file that [`SELAM_JWT_FILE`] names, or from the
+    ///   OAuth 2.0 token endpoint at [`SELAM_TOKEN_URL`], asked through the client that
+    ///   [`with_token_client`](Self::with_token_client) gave: as [`SELAM_CLIENT_ID`] with [`SELAM_CLIENT_SECRET`]
+    ///   where they are set, else with the key as the bearer;
     /// - [`SELAM_BASE_URL`], which may be missing.
     ///
-    /// A file is read now, and again when it is replaced: see [`FileSource`].
+    /// A file is read now, and again when it is replaced: see [`FileSource`]. The endpoint is asked for the first JWT
+    /// when a request needs it: see [`OAuthSource::client_credentials`].
     ///
     /// # Errors
     ///
-    /// When there is no key, a variable or file that is read holds something invalid, or both variables of a
-    /// pair are set; the error names it.
+    /// When there is no key, a variable or file that is read holds something invalid, or two variables that stand for
+    /// the same are set; the error names it.
     ///
     /// [`SELAM_API_KEY`]: env::SELAM_API_KEY
     /// [`SELAM_API_KEY_FILE`]: env::SELAM_API_KEY_FILE
     /// [`SELAM_JWT`]: env::SELAM_JWT
     /// [`SELAM_JWT_FILE`]: env::SELAM_JWT_FILE
+    /// [`SELAM_TOKEN_URL`]: env::SELAM_TOKEN_URL
+    /// [`SELAM_CLIENT_ID`]: env::SELAM_CLIENT_ID
+    /// [`SELAM_CLIENT_SECRET`]: env::SELAM_CLIENT_SECRET
     /// [`SELAM_BASE_URL`]: env::SELAM_BASE_URL
     pub fn build_with_env(mut self) -> Result<SelamLayer, ConfigError> {
-        if self.api_key.is_none() {
-            let from_file = from_file(env::SELAM_API_KEY, env::SELAM_API_KEY_FILE)?;
-            self.api_key = Some(match from_file {
-                Some(key) => key,
-                None => ApiKey::from_env()?.into(),
-            });
-        }
+        let key = match self.api_key.take() {
+            Some(key) => key,
+            None => match one_of::<ApiKey>(&[env::SELAM_API_KEY, env::SELAM_API_KEY_FILE])? {
+                Some(env::SELAM_API_KEY_FILE) => from_file(env::SELAM_API_KEY_FILE)?,
+                _ => ApiKey::from_env()?.into(),
+            },
+        };
         if self.jwt.is_none() {
-            self.jwt = match from_file(env::SELAM_JWT, env::SELAM_JWT_FILE)? {
-                None if std::env::var_os(env::SELAM_JWT).is_some() => Some(Token::from_env()?.into()),
-                from_file => from_file,
+            self.jwt = match one_of::<Token>(&[env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL])? {
+                Some(env::SELAM_JWT_FILE) => Some(from_file(env::SELAM_JWT_FILE)?),
+                Some(env::SELAM_TOKEN_URL) => Some(self.ask_token_endpoint(&key)?),
+                Some(_) => Some(Token::from_env()?.into()),
+                None => None,
             };
         }
+        self.api_key = Some(key);
         if self.base_url.is_none() {
             self.base_url = Some(BaseUrl::read_env(self.allow_insecure_loopback)?);
         }
         self.build()
     }
+
+    /// JWTs from the endpoint that the environment names.
+    fn ask_token_endpoint(&self, key: &MaybeRenewing<ApiKey>) -> Result<MaybeRenewing<Token>, ConfigError> {
+        let place = Place::EnvVar(env::SELAM_TOKEN_URL.to_owned());
+        let Some(client) = self.token_client.clone() else {
+            return Err(ConfigError::new(Subject::TokenUrl, place, ConfigErrorKind::NeedsClient));
+        };
+        let url = read(Subject::TokenUrl, env::SELAM_TOKEN_URL)?;
+        let endpoint = TokenEndpoint::over(client, &url, place, self.allow_insecure_loopback)?;
+        let is_set = |name| std::env::var_os(name).is_some();
+        let auth = if is_set(env::SELAM_CLIENT_ID) || is_set(env::SELAM_CLIENT_SECRET) {
+            let id = read(Subject::ClientId, env::SELAM_CLIENT_ID)?;
+            let secret = read(Subject::ClientSecret, env::SELAM_CLIENT_SECRET)?;
+            let places =
+                [env::SELAM_CLIENT_ID, env::SELAM_CLIENT_SECRET].map(|name| Place::EnvVar(name.to_owned()));
+            ClientAuth::found(id, secret, &places)?
+        } else {
+            ClientAuth::api_key(key.clone())
+        };
+        let source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
+        Ok(MaybeRenewing::Renewing(Renewing::new(source)))
+    }
 }
 
-/// The credential in the file that the variable `named_by` names, if it does.
-fn from_file<C: Credential>(variable: &str, named_by: &str) -> Result<Option<MaybeRenewing<C>>, ConfigError> {
-    let Some(path) = std::env::var_os(named_by) else { return Ok(None) };
-    if std::env::var_os(variable).is_some() {
-        return Err(C::refuse(Place::EnvVar(variable.to_owned()), ConfigErrorKind::GivenTwice));
+/// Which of these variables is set: they stand for the same.
+fn one_of<C: Credential>(names: &[&'static str]) -> Result<Option<&'static str>, ConfigError> {
+    let mut set = names.iter().copied().filter(|name| std::env::var_os(name).is_some());
+    let (first, second) = (set.next(), set.next());
+    match (first, second) {
+        (Some(first), Some(other)) => {
+            Err(C::refuse(Place::EnvVar(first.to_owned()), ConfigErrorKind::GivenTwice { other }))
+        }
+        _ => Ok(first),
     }
+}
+
+/// The credential in the file that the variable `named_by` names.
+fn from_file<C: Credential>(named_by: &'static str) -> Result<MaybeRenewing<C>, ConfigError> {
+    let path = std::env::var_os(named_by).unwrap_or_default();
     if path.is_empty() {
         return Err(C::refuse(Place::EnvVar(named_by.to_owned()), ConfigErrorKind::Empty));
     }
     let source = FileSource::new(path);
     // A file that is no good is better known now.
     source.read()?;
-    Ok(Some(MaybeRenewing::Renewing(Renewing::new(source))))
+    Ok(MaybeRenewing::Renewing(Renewing::new(source)))
+}
+
+fn read(subject: Subject, name: &str) -> Result<String, ConfigError> {
+    env::var(name).map_err(|kind| ConfigError::new(subject, Place::EnvVar(name.to_owned()), kind))
 }

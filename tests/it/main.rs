@@ -15,6 +15,7 @@ mod errors;
 mod files;
 mod handshake;
 mod headers;
+mod oauth;
 mod origins;
 mod refresh;
 mod renewal;

@@ -90,7 +90,13 @@ async fn s2_errors_of_construction_and_refusal_are_clean() {
 
 /// Writes down every event and span of this thread, at every level.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<String>>);
+pub(crate) struct Log(Arc<Mutex<String>>);
+
+impl Log {
+    pub(crate) fn text(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
+}
 
 struct Fields<'a>(&'a mut String);
 
@@ -115,6 +121,7 @@ impl tracing::Subscriber for Log {
     }
 
     fn event(&self, event: &tracing::Event<'_>) {
+        write!(self.0.lock().unwrap(), "\n{}", event.metadata().target()).unwrap();
         event.record(&mut Fields(&mut self.0.lock().unwrap()));
     }
 

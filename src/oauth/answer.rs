@@ -1,0 +1,340 @@
+//! What the endpoint answers, by RFC 6749 sections 5.1 and 5.2.
+
+use std::{borrow::Cow, error::Error as StdError, fmt, time::Duration};
+
+use http::StatusCode;
+use serde::Deserialize;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{RefreshToken, client::Answer};
+use crate::{
+    ErrorBody, Token, clock,
+    error::{Redactor, retry_after, shown},
+    source::{Fetched, SourceError},
+};
+
+const REDIRECT: &str = "redirects are not followed: give the URL that it leads to";
+const NOT_JSON: &str = "the answer is no JSON object with an `access_token` and a `token_type`";
+const NOT_BEARER: &str = "the token is not of the type `Bearer`";
+
+/// Why a token endpoint gave no token: among the causes of the [`AuthError`](crate::AuthError) that requests get.
+///
+/// What it says is the endpoint's own words, without the credentials that were sent.
+///
+/// ```
+/// use bytes::Bytes;
+/// use http_body_util::Full;
+/// use std::error::Error;
+/// use tower_selam::{Renewing, simulator::Simulator};
+/// use tower_selam::oauth::{ClientAuth, OAuthError, OAuthSource, TokenEndpoint};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// let auth = ClientAuth::client_secret_basic("nobody", "knows")?;
+/// let endpoint = TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", Simulator::new())?;
+/// let jwts = Renewing::new(OAuthSource::client_credentials(endpoint.with_client_auth(auth)));
+///
+/// let error = jwts.token().await.unwrap_err();
+/// let cause = error.source().and_then(|cause| cause.downcast_ref::<OAuthError>()).unwrap();
+/// assert_eq!(cause.code(), Some("invalid_client"));
+/// assert_eq!(
+///     cause.to_string(),
+///     "the token endpoint answered 401 invalid_client: The client is not authenticated",
+/// );
+/// # Ok::<(), tower_selam::BoxError>(())
+/// # }).unwrap();
+/// ```
+#[derive(Clone)]
+pub struct OAuthError(Box<Inner>);
+
+#[derive(Clone, Debug)]
+struct Inner {
+    status: StatusCode,
+    fields: ErrorBody,
+    detail: Cow<'static, str>,
+    retry_after: Option<Duration>,
+}
+
+impl OAuthError {
+    fn new(answer: &Answer, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::with_fields(answer, detail, ErrorBody::default())
+    }
+
+    #[cold]
+    fn with_fields(answer: &Answer, detail: impl Into<Cow<'static, str>>, fields: ErrorBody) -> Self {
+        let retry_after = retry_after(&answer.headers, clock::now());
+        Self(Box::new(Inner { status: answer.status, fields, detail: detail.into(), retry_after }))
+    }
+
+    /// The status of the answer.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.0.status
+    }
+
+    /// The error code: `error`.
+    #[must_use]
+    pub fn code(&self) -> Option<&str> {
+        self.0.fields.code()
+    }
+
+    /// For people: `error_description`.
+    #[must_use]
+    pub fn description(&self) -> Option<&str> {
+        self.0.fields.message()
+    }
+
+    /// When to ask again: `Retry-After`.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    /// Whether asking again with the same credentials does not help.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        self.0.status.is_client_error()
+            && matches!(self.code(), Some("invalid_grant" | "invalid_client" | "unauthorized_client"))
+    }
+
+    /// Whether it is the client that was refused, and not what it asked with.
+    pub(super) fn blames_client(&self) -> bool {
+        self.code() == Some("invalid_client")
+            || (self.0.status == StatusCode::UNAUTHORIZED && !self.blames_grant())
+    }
+
+    /// Whether a token that went in was refused. RFC 8693 section 2.2.2 says `invalid_request` of one.
+    pub(super) fn blames_grant(&self) -> bool {
+        self.0.status.is_client_error() && matches!(self.code(), Some("invalid_grant" | "invalid_request"))
+    }
+}
+
+impl From<OAuthError> for SourceError {
+    fn from(error: OAuthError) -> Self {
+        match error.0.retry_after {
+            _ if error.is_permanent() => Self::permanent(error),
+            Some(time) => Self::transient(error).with_retry_after(time),
+            None => Self::transient(error),
+        }
+    }
+}
+
+impl fmt::Display for OAuthError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the token endpoint answered {}", self.0.status.as_u16())?;
+        if let Some(code) = self.code() {
+            f.write_str(" ")?;
+            shown(code, f)?;
+        }
+        if !self.0.detail.is_empty() {
+            write!(f, ": {}", self.0.detail)?;
+        }
+        if let Some(description) = self.description() {
+            f.write_str(": ")?;
+            shown(description.trim_end_matches('.'), f)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for OAuthError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { status, fields, detail, retry_after } = &*self.0;
+        f.debug_struct("OAuthError")
+            .field("status", status)
+            .field("code", &fields.code())
+            .field("description", &fields.message())
+            .field("detail", detail)
+            .field("retry_after", retry_after)
+            .finish()
+    }
+}
+
+impl StdError for OAuthError {}
+
+/// A successful answer ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)).
+#[derive(Deserialize)]
+struct Success {
+    access_token: Zeroizing<String>,
+    token_type: String,
+    expires_in: Option<Value>,
+    refresh_token: Option<Zeroizing<String>>,
+}
+
+/// What an exchange brought.
+pub(super) struct Granted {
+    /// Of no use where the endpoint gave what is no token; the refresh token beside it is to be kept all the same.
+    pub(super) fetched: Result<Fetched<Token>, OAuthError>,
+    pub(super) refresh_token: Option<RefreshToken>,
+}
+
+/// Reads the answer to a request with these secrets in it.
+pub(super) fn read<'a>(
+    answer: &Answer,
+    secrets: impl Iterator<Item = &'a str>,
+) -> Result<Granted, OAuthError> {
+    if answer.status.is_redirection() {
+        return Err(OAuthError::new(answer, REDIRECT));
+    }
+    if answer.status != StatusCode::OK {
+        let fields = ErrorBody::read(&answer.body, &Redactor::masking(secrets));
+        return Err(OAuthError::with_fields(answer, "", fields));
+    }
+    let Ok(Success { access_token, token_type, expires_in, refresh_token }) =
+        serde_json::from_slice(&answer.body)
+    else {
+        return Err(OAuthError::new(answer, NOT_JSON));
+    };
+    let fetched = if token_type.eq_ignore_ascii_case("bearer") {
+        // `ConfigError` says what is wrong and not what was there.
+        let token = Token::new(&**access_token);
+        token.map_err(|error| OAuthError::new(answer, format!("in `access_token`: {error}")))
+    } else {
+        Err(OAuthError::new(answer, NOT_BEARER))
+    };
+    let fetched = fetched.map(|token| match expires_in.as_ref().and_then(seconds) {
+        Some(lifetime) => Fetched::new(token).with_lifetime(lifetime),
+        None => Fetched::new(token),
+    });
+    Ok(Granted { fetched, refresh_token: refresh_token.and_then(RefreshToken::received) })
+}
+
+/// `expires_in`, which some endpoints write as a string. None is better than one that is no number.
+fn seconds(value: &Value) -> Option<Duration> {
+    let seconds = match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    let seconds = seconds.filter(|seconds: &f64| !seconds.is_nan())?;
+    if seconds <= 0.0 {
+        return Some(Duration::ZERO);
+    }
+    Some(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn granted(body: &str) -> Result<Granted, OAuthError> {
+        answered(200, body)
+    }
+
+    fn answered(status: u16, body: &str) -> Result<Granted, OAuthError> {
+        let status = StatusCode::from_u16(status).unwrap();
+        let body = Zeroizing::new(body.as_bytes().to_vec());
+        read(&Answer { status, headers: HeaderMap::new(), body }, ["the-secret"].into_iter())
+    }
+
+    #[test]
+    fn r4_an_odd_expires_in_is_read_by_its_sign_and_size_or_not_at_all() {
+        let second = Duration::from_secs(1);
+        for (value, expected) in [
+            ("3600", Some(3600 * second)),
+            ("0.5", Some(second / 2)),
+            (r#""3599""#, Some(3599 * second)),
+            ("0", Some(Duration::ZERO)),
+            ("-1", Some(Duration::ZERO)),
+            ("-0.0", Some(Duration::ZERO)),
+            (r#""-inf""#, Some(Duration::ZERO)),
+            ("1e300", Some(Duration::MAX)),
+            ("18446744073709551616", Some(Duration::MAX)),
+            (r#""inf""#, Some(Duration::MAX)),
+            (r#""NaN""#, None),
+            (r#""soon""#, None),
+            ("null", None),
+            ("true", None),
+            ("[3600]", None),
+        ] {
+            let body = format!(r#"{{"access_token":"a","token_type":"Bearer","expires_in":{value}}}"#);
+            let fetched = granted(&body).unwrap().fetched.unwrap();
+            assert_eq!(fetched.lifetime, expected, "{value}");
+        }
+        let without = r#"{"access_token":"a","token_type":"Bearer"}"#;
+        assert_eq!(granted(without).unwrap().fetched.unwrap().lifetime, None);
+    }
+
+    #[test]
+    fn k3_what_section_5_1_asks_for_has_to_be_there() {
+        for body in [
+            "",
+            "null",
+            "[]",
+            "<html>",
+            r#"{"access_token":"a"}"#,
+            r#"{"token_type":"Bearer"}"#,
+            r#"{"access_token":1,"token_type":"Bearer"}"#,
+            r#"{"access_token":"a","token_type":"Bearer"} more"#,
+            r#"{"access_token":"a","access_token":"b","token_type":"Bearer"}"#,
+        ] {
+            assert_eq!(granted(body).err().unwrap().0.detail, NOT_JSON, "{body}");
+        }
+        assert!(granted(r#"{"access_token":"a","token_type":"bEARER"}"#).unwrap().fetched.is_ok());
+        let mac = granted(r#"{"access_token":"a","token_type":"mac"}"#).unwrap();
+        assert_eq!(mac.fetched.err().unwrap().0.detail, NOT_BEARER);
+    }
+
+    #[test]
+    fn k2_a_refresh_token_is_kept_whatever_stands_beside_it() {
+        for body in [
+            r#"{"access_token":"not a token","token_type":"Bearer","refresh_token":"next"}"#,
+            r#"{"access_token":"a","token_type":"N_A","refresh_token":"next"}"#,
+        ] {
+            let granted = granted(body).unwrap();
+            assert!(granted.fetched.is_err());
+            assert_eq!(granted.refresh_token.unwrap().expose_secret(), "next");
+        }
+        for none in ["null", r#""""#] {
+            let body = format!(r#"{{"access_token":"a","token_type":"Bearer","refresh_token":{none}}}"#);
+            assert!(granted(&body).unwrap().refresh_token.is_none());
+        }
+    }
+
+    #[test]
+    fn k3_an_error_is_permanent_by_its_code_and_only_where_the_client_is_at_fault() {
+        for (status, code, permanent) in [
+            (400, "invalid_grant", true),
+            (401, "invalid_client", true),
+            (400, "invalid_client", true),
+            (400, "unauthorized_client", true),
+            (400, "invalid_scope", false),
+            (400, "temporarily_unavailable", false),
+            (503, "invalid_grant", false),
+            (500, "", false),
+        ] {
+            let error = answered(status, &format!(r#"{{"error":"{code}"}}"#)).err().unwrap();
+            assert_eq!(error.is_permanent(), permanent, "{status} {code}");
+        }
+    }
+
+    #[test]
+    fn s2_what_was_sent_is_masked_in_what_the_endpoint_says() {
+        let body = r#"{"error":"invalid_grant","error_description":"What is the-secret?\nA line."}"#;
+        let error = answered(400, body).err().unwrap();
+        assert_eq!(
+            error.to_string(),
+            "the token endpoint answered 400 invalid_grant: What is [redacted]? A line"
+        );
+        assert!(!format!("{error:?}").contains("the-secret"));
+        let body = r#"{"access_token":"the-secret and more","token_type":"Bearer"}"#;
+        let error = granted(body).unwrap().fetched.err().unwrap();
+        assert_eq!(
+            error.to_string(),
+            "the token endpoint answered 200: in `access_token`: JWT has white space at byte 10"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn k3_no_answer_makes_it_panic(status in 100u16..1000, body in "\\PC{0,60}|\\{\"access_token\":\"[ -~]{0,9}\",\"token_type\":\"Bearer\",\"expires_in\":[-+0-9eE.]{1,25}\\}") {
+            match answered(status, &body) {
+                Ok(granted) => prop_assert!(status == 200 || granted.fetched.is_err()),
+                Err(error) => { let _ = SourceError::from(error); }
+            }
+        }
+    }
+}
