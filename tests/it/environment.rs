@@ -2,9 +2,12 @@
 
 use std::{env, process::Command};
 
-use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use http::Request;
+use tower::{ServiceExt, service_fn};
+use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token, simulator::Simulator};
 
-use crate::support::{MODELS, get, send, values};
+use crate::support::{Body, MODELS, get, send, values};
 
 pub(crate) const CASE: &str = "TOWER_SELAM_TEST_CASE";
 
@@ -17,6 +20,9 @@ pub(crate) fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String 
         .env_remove("SELAM_API_KEY_FILE")
         .env_remove("SELAM_JWT")
         .env_remove("SELAM_JWT_FILE")
+        .env_remove("SELAM_TOKEN_URL")
+        .env_remove("SELAM_CLIENT_ID")
+        .env_remove("SELAM_CLIENT_SECRET")
         .env_remove("SELAM_BASE_URL")
         .envs(variables.iter().copied())
         .env(CASE, case)
@@ -161,5 +167,90 @@ fn an_explicit_argument_beats_the_environment() {
             run(NAME, "explicit", environment),
             format!(r#"{MODELS} (["Bearer explicit.j.wt"], ["sk-selam-explicit"])"#)
         );
+    }
+}
+
+#[test]
+fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
+    const NAME: &str = "environment::a_token_endpoint_is_asked_for_jwts_as_the_variables_say";
+    if let Ok(case) = env::var(CASE) {
+        let simulator = Simulator::new();
+        let (id, secret) = simulator.issue_client();
+        let key = simulator.issue_key();
+        let client = service_fn({
+            let simulator = simulator.clone();
+            move |mut request: Request<Body>| {
+                let authorization = request.headers()["authorization"].to_str().unwrap().to_owned();
+                assert_eq!(request.uri(), "https://login.example/oauth/token");
+                if authorization.starts_with("Basic ") {
+                    assert_eq!(authorization, format!("Basic {}", BASE64_STANDARD.encode("app:s%3Acret")));
+                    let known = format!(
+                        "{id}:{}",
+                        form_urlencoded::byte_serialize(secret.as_bytes()).collect::<String>()
+                    );
+                    let known = format!("Basic {}", BASE64_STANDARD.encode(known)).parse().unwrap();
+                    request.headers_mut().insert("authorization", known);
+                }
+                simulator.clone().oneshot(request)
+            }
+        });
+        let mut builder = SelamLayer::builder().with_api_key(ApiKey::new(&*key).unwrap());
+        if case != "no client" {
+            builder = builder.with_token_client(client);
+        }
+        let layer = match builder.build_with_env() {
+            Ok(layer) => layer,
+            Err(error) => return tell(&told(Err::<(), _>(error))),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let sent = runtime.block_on(send(&layer, get(MODELS))).unwrap();
+        let jwt = values(&sent, "authorization")[0].strip_prefix("Bearer ").unwrap().to_owned();
+        let asked = simulator.received()[0].headers["authorization"].to_str().unwrap().to_owned();
+        let scheme = if asked == format!("Bearer {key}") { "key" } else { "client" };
+        let ours = values(&sent, "x-api-key") == [key] && Token::new(jwt).unwrap().expires_at().is_some();
+        return tell(&format!("{scheme} {ours}"));
+    }
+    let url = ("SELAM_TOKEN_URL", "https://login.example/oauth/token");
+    let (id, secret) = (("SELAM_CLIENT_ID", "app"), ("SELAM_CLIENT_SECRET", "s:cret\n"));
+    for (case, variables, said) in [
+        ("", &[url][..], "key true"),
+        ("", &[url, id, secret], "client true"),
+        (
+            "",
+            &[url, id],
+            r#"client secret from the environment variable SELAM_CLIENT_SECRET is not set (Some("SELAM_CLIENT_SECRET"))"#,
+        ),
+        (
+            "",
+            &[url, secret],
+            r#"client id from the environment variable SELAM_CLIENT_ID is not set (Some("SELAM_CLIENT_ID"))"#,
+        ),
+        (
+            "",
+            &[url, id, ("SELAM_CLIENT_SECRET", "")],
+            r#"client secret from the environment variable SELAM_CLIENT_SECRET is empty (Some("SELAM_CLIENT_SECRET"))"#,
+        ),
+        (
+            "no client",
+            &[url],
+            r#"token endpoint's URL from the environment variable SELAM_TOKEN_URL needs an HTTP client: give one by `SelamLayerBuilder::with_token_client` (Some("SELAM_TOKEN_URL"))"#,
+        ),
+        (
+            "",
+            &[("SELAM_TOKEN_URL", "http://login.example/oauth/token")],
+            r#"token endpoint's URL from the environment variable SELAM_TOKEN_URL is not https (Some("SELAM_TOKEN_URL"))"#,
+        ),
+        (
+            "",
+            &[url, ("SELAM_JWT_FILE", "jwt")],
+            r#"JWT from the environment variable SELAM_JWT_FILE is set beside SELAM_TOKEN_URL: set one of the two (Some("SELAM_JWT_FILE"))"#,
+        ),
+        (
+            "",
+            &[url, ("SELAM_JWT", "a.b.c")],
+            r#"JWT from the environment variable SELAM_JWT is set beside SELAM_TOKEN_URL: set one of the two (Some("SELAM_JWT"))"#,
+        ),
+    ] {
+        assert_eq!(run(NAME, case, variables), said, "{case} {variables:?}");
     }
 }

@@ -194,7 +194,7 @@ fn k1_the_environment_names_files() {
     );
     assert_eq!(
         run(NAME, "twice", &[("SELAM_API_KEY_FILE", key), ("SELAM_API_KEY", "sk-selam-x")]),
-        "API key from the environment variable SELAM_API_KEY is set beside the one that names a file: set one of the two"
+        "API key from the environment variable SELAM_API_KEY is set beside SELAM_API_KEY_FILE: set one of the two"
     );
     assert_eq!(
         run(NAME, "empty", &[("SELAM_API_KEY_FILE", "")]),

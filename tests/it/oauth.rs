@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -18,7 +18,7 @@ use http_body_util::{BodyExt, Full};
 use tokio::{sync::Notify, task::JoinSet, time::advance};
 use tower::{BoxError, Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RenewalPolicy, Renewing, SelamLayer, Token,
+    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RenewalPolicy, Renewing, SelamLayer, TestClock, Token,
     oauth::{
         ClientAuth, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint,
         TokenType,
@@ -437,7 +437,8 @@ async fn k2_the_answer_that_comes_after_the_timeout_is_kept_for_the_next_who_ask
     let simulator = Simulator::new();
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let source = OAuthSource::refresh_token(public(&simulator), store.clone());
-    let jwts = Renewing::with_policy(source, policy().with_timeout(5 * SECOND));
+    let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+    let jwts = Renewing::with_policy(source, policy().with_timeout(5 * SECOND).with_clock(clock.clone()));
     simulator.inject_token_fault(TokenFault::Slow(20 * SECOND));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
 
@@ -446,16 +447,16 @@ async fn k2_the_answer_that_comes_after_the_timeout_is_kept_for_the_next_who_ask
     assert!(jwts.token().await.is_err());
     assert_eq!(simulator.token_requests(), 1);
 
-    advance(20 * SECOND).await;
+    advance(8 * SECOND).await;
     settle().await;
     assert!(simulator.is_refresh_token_valid(store.current().expose_secret()), "the new one is kept");
+    advance(12 * SECOND).await;
     jwts.token().await.unwrap();
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (1, 0));
 
     // What was fetched for somebody else has aged meanwhile.
-    let expires = jwts.expires_at().unwrap();
-    let left = expires.duration_since(std::time::SystemTime::now()).unwrap();
-    assert!(left < 60 * MINUTE, "{left:?}");
+    let left = jwts.expires_at().unwrap().duration_since(clock.now()).unwrap();
+    assert_eq!(left, 60 * MINUTE - 12 * SECOND);
 }
 
 #[tokio::test(start_paused = true)]
