@@ -42,7 +42,9 @@
 //! | [`SelamLayer`], [`Selam`] | the stack; see [`selam`] |
 //! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
 //! | [`Renewing`], [`RenewalPolicy`], [`MaybeRenewing`] | credentials that renew themselves; see [how renewal works](engine) |
+//! | [`PerSubject`], [`Subject`], [`Jwts`] | a JWT for each user, and the name of one |
 //! | [`mod@source`] | where they come from |
+//! | [`oauth`] | from an OAuth 2.0 token endpoint |
 //! | [`RefreshLayer`] | renews after a 401 and sends once more; see [`refresh`] |
 //! | [`AuthErrorLayer`], [`AnnotateAuthErrorLayer`] | read 401 and 403; see [`auth_error`] |
 //! | [`ApiKey`], [`Token`], [`Credential`], [`KeyId`] | secrets, what they have in common, and the name of one in logs |
@@ -87,6 +89,7 @@ pub mod selam;
 #[cfg(feature = "test-util")]
 pub mod simulator;
 pub mod source;
+mod subjects;
 mod supply;
 
 pub use self::{
@@ -100,6 +103,7 @@ pub use self::{
     refresh::RefreshLayer,
     secret::{ApiKey, Credential, KeyId, Token},
     selam::{Selam, SelamLayer, SelamLayerBuilder},
+    subjects::{Jwts, PerSubject, Subject},
 };
 
 #[cfg(feature = "test-util")]

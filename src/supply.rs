@@ -7,18 +7,24 @@ use std::{
     fmt,
     future::pending,
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwapOption;
 
 use crate::{
-    ApiKey, AuthError, Credentials, MaybeRenewing, Token,
+    ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Subject, Token,
     clock::Deadline,
     credentials::Form,
     engine::{Demand, Epoch, Landing, Rejection},
     secret::Credential,
+    subjects::Entry,
 };
+
+const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
 
 /// Makes [`Credentials`] of a key and a JWT.
 pub(crate) struct Supply {
@@ -29,6 +35,8 @@ pub(crate) struct Supply {
     jwt: Option<MaybeRenewing<Token>>,
     whole: Shelf,
     key_alone: Shelf,
+    /// Which layer made it, where it is one user's.
+    owner: u64,
     this: Weak<Self>,
 }
 
@@ -63,6 +71,16 @@ impl Supply {
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
+        Self::owned(0, form, as_header, key, jwt)
+    }
+
+    fn owned(
+        owner: u64,
+        form: Form,
+        as_header: bool,
+        key: Option<MaybeRenewing<ApiKey>>,
+        jwt: Option<MaybeRenewing<Token>>,
+    ) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             form,
             as_header,
@@ -70,6 +88,7 @@ impl Supply {
             jwt,
             whole: Shelf::empty(),
             key_alone: Shelf::empty(),
+            owner,
             this: this.clone(),
         })
     }
@@ -83,9 +102,14 @@ impl Supply {
         fresh.then(|| made.credentials.clone())
     }
 
-    /// The last set that was made, fresh or not.
+    /// What there is, fresh or not.
     pub(crate) fn last(&self) -> Option<Credentials> {
-        self.whole.load().as_deref().map(|made| made.credentials.clone())
+        if let Some(made) = self.whole.load().as_deref() {
+            return Some(made.credentials.clone());
+        }
+        let key = self.key.as_ref().and_then(MaybeRenewing::current);
+        let jwt = self.jwt.as_ref().and_then(MaybeRenewing::current);
+        (key.is_some() || jwt.is_some()).then(|| self.make(Need::All, key, jwt))
     }
 
     /// The set, or what to wait for; starts renewals if need be.
@@ -177,6 +201,10 @@ impl Supply {
         self.form
     }
 
+    pub(crate) fn owner(&self) -> u64 {
+        self.owner
+    }
+
     /// The set, if none of it is ever another.
     pub(crate) fn fixed(&self) -> Option<Credentials> {
         let (key, jwt) = (fixed(self.key.as_ref())?, fixed(self.jwt.as_ref())?);
@@ -207,6 +235,77 @@ impl Supply {
             Need::All => &self.whole,
             Need::KeyAlone => &self.key_alone,
         }
+    }
+}
+
+/// What a layer has to send for many users: for each, a key that they share and a JWT of its own.
+pub(crate) struct Supplies {
+    /// For requests that want the key without a JWT.
+    key_alone: Arc<Supply>,
+    tokens: PerSubject,
+    /// Tells the layers apart that share the tokens.
+    number: u64,
+}
+
+impl Supplies {
+    pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, tokens: PerSubject) -> Arc<Self> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Self { key_alone: Supply::new(form, false, key, None), tokens, number })
+    }
+
+    /// What a request gets that names this user; `None` for one who is not known yet.
+    #[inline]
+    pub(crate) fn find(
+        &self,
+        need: Need,
+        subject: Option<&Subject>,
+    ) -> Result<Option<Arc<Supply>>, AuthError> {
+        match (need, subject) {
+            (Need::KeyAlone, _) => Ok(Some(Arc::clone(&self.key_alone))),
+            (Need::All, Some(subject)) => Ok(self.tokens.find(subject).map(|entry| self.make(&entry))),
+            (Need::All, None) => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)),
+        }
+    }
+
+    /// The same for anybody.
+    #[cold]
+    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Arc<Supply>, AuthError> {
+        match (self.find(need, subject)?, subject) {
+            (Some(supply), _) => Ok(supply),
+            (None, Some(subject)) => Ok(self.make(&self.tokens.entry(subject))),
+            (None, None) => Ok(Arc::clone(&self.key_alone)),
+        }
+    }
+
+    fn make(&self, entry: &Entry) -> Arc<Supply> {
+        entry.supply(self.number, |jwt| {
+            let Supply { form, as_header, key, .. } = &*self.key_alone;
+            Supply::owned(self.number, *form, *as_header, key.clone(), Some(jwt.into()))
+        })
+    }
+
+    /// What there is of this user's, or else of everybody's.
+    pub(crate) fn last(&self, subject: Option<&Subject>) -> Option<Credentials> {
+        let jwt = subject.and_then(|subject| self.tokens.known(subject)?.tokens().current());
+        match (self.key_alone.last(), jwt) {
+            (Some(key), Some(jwt)) => Some(key.joined(&Credentials::jwt_beside_key(jwt))),
+            (key, jwt) => key.or_else(|| jwt.map(Credentials::jwt_beside_key)),
+        }
+    }
+
+    /// A request has to wait: a moment to look for users who are idle.
+    pub(crate) fn sweep(&self) {
+        self.tokens.sweep();
+    }
+}
+
+impl fmt::Debug for Supplies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Supplies")
+            .field("key", &self.key_alone.key)
+            .field("tokens", &self.tokens)
+            .finish_non_exhaustive()
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     Authorize,
     policy::{Policy, Provider},
 };
-use crate::{ApiKey, MaybeRenewing, Origins, Token, credentials::Form};
+use crate::{ApiKey, Jwts, MaybeRenewing, Origins, credentials::Form};
 
 /// Sends an [`ApiKey`] with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
@@ -50,15 +50,18 @@ impl ApiKeyLayer {
 
 impl JwtLayer {
     /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
+    ///
+    /// The JWT is a [`Token`](crate::Token), a [`Renewing`](crate::Renewing) one, or
+    /// [one for each user](crate::PerSubject).
     #[must_use]
-    pub fn new(jwt: impl Into<MaybeRenewing<Token>>, key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+    pub fn new(jwt: impl Into<Jwts>, key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
         Self::of(Provider::new(Form::Pair, false, Some(key.into()), Some(jwt.into())))
     }
 
     /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
     /// this one, which writes `X-API-Key`. Without one, the API gets the JWT alone and refuses it.
     #[must_use]
-    pub fn beside_api_key(jwt: impl Into<MaybeRenewing<Token>>) -> Self {
+    pub fn beside_api_key(jwt: impl Into<Jwts>) -> Self {
         Self::of(Provider::new(Form::JwtHalf, false, None, Some(jwt.into())))
     }
 

@@ -3,12 +3,14 @@ use std::sync::Arc;
 use http::{HeaderMap, Request, header::AUTHORIZATION};
 
 use crate::{
-    ApiKey, AuthError, Credentials, MaybeRenewing, Origins, RequestAuth, Token,
+    ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
     credentials::Form,
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY},
-    supply::{Need, Supplied, Supply, Waiting},
+    supply::{Need, Supplied, Supplies, Supply, Waiting},
 };
+
+const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer has the same credentials for all";
 
 /// What is written, and when.
 #[derive(Clone, Debug)]
@@ -26,6 +28,7 @@ pub(crate) enum Provider {
     Nothing,
     Fixed(Credentials),
     Renewing(Arc<Supply>),
+    PerSubject(Arc<Supplies>),
 }
 
 /// What became of a request.
@@ -42,8 +45,13 @@ impl Provider {
         form: Form,
         as_header: bool,
         key: Option<MaybeRenewing<ApiKey>>,
-        jwt: Option<MaybeRenewing<Token>>,
+        jwt: Option<Jwts>,
     ) -> Self {
+        let jwt = match jwt {
+            Some(Jwts::PerSubject(tokens)) => return Self::PerSubject(Supplies::new(form, key, tokens)),
+            Some(Jwts::Shared(jwt)) => Some(jwt),
+            None => None,
+        };
         let supply = Supply::new(form, as_header, key, jwt);
         match supply.fixed() {
             Some(credentials) => Self::Fixed(credentials),
@@ -52,7 +60,7 @@ impl Provider {
     }
 
     pub(crate) fn renews(&self) -> bool {
-        matches!(self, Self::Renewing(_))
+        matches!(self, Self::Renewing(_) | Self::PerSubject(_))
     }
 }
 
@@ -63,13 +71,22 @@ impl Policy {
 
     #[inline]
     pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Authorized, AuthError> {
-        let supply = match &self.provider {
-            Provider::Nothing => return self.write(request, None).map(Authorized::Now),
+        match &self.provider {
+            Provider::Nothing => self.write(request, None).map(Authorized::Now),
             Provider::Fixed(credentials) => {
-                return self.write(request, Some(credentials)).map(Authorized::Now);
+                self.refuse_subject(request, credentials.form())?;
+                self.write(request, Some(credentials)).map(Authorized::Now)
             }
-            Provider::Renewing(supply) => supply,
-        };
+            Provider::Renewing(supply) => {
+                self.refuse_subject(request, supply.form())?;
+                self.authorize_from(supply, request)
+            }
+            Provider::PerSubject(supplies) => self.authorize_subject(supplies, request),
+        }
+    }
+
+    #[inline]
+    fn authorize_from<B>(&self, supply: &Supply, request: &mut Request<B>) -> Result<Authorized, AuthError> {
         let Some(need) = self.need(request) else {
             // Its own, or none: ours are not sent, but must not leave with it either.
             return self.write(request, supply.last().as_ref()).map(Authorized::Now);
@@ -80,17 +97,55 @@ impl Policy {
         }
     }
 
+    fn authorize_subject<B>(
+        &self,
+        supplies: &Supplies,
+        request: &mut Request<B>,
+    ) -> Result<Authorized, AuthError> {
+        let subject = request.extensions().get::<Subject>();
+        let Some(need) = self.need(request) else {
+            return self.write(request, supplies.last(subject).as_ref()).map(Authorized::Now);
+        };
+        let supply = match supplies.find(need, subject)? {
+            Some(supply) => supply,
+            // Nobody is remembered for a request that is refused or goes without.
+            None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
+                return self.write(request, supplies.last(subject).as_ref()).map(Authorized::Now);
+            }
+            None => supplies.of(need, subject)?,
+        };
+        self.authorize_from(&supply, request)
+    }
+
     /// After waiting: with what there is by now.
     pub(super) fn authorize_later<B>(
         &self,
         request: &mut Request<B>,
         credentials: &Credentials,
     ) -> Result<Option<Credentials>, AuthError> {
-        let fresh = match (&self.provider, self.need(request)) {
-            (Provider::Renewing(supply), Some(need)) => supply.fresh(need),
-            _ => None,
-        };
+        let need = self.need(request);
+        let fresh = need.and_then(|need| match &self.provider {
+            Provider::Renewing(supply) => supply.fresh(need),
+            Provider::PerSubject(supplies) => {
+                supplies.find(need, request.extensions().get()).ok()??.fresh(need)
+            }
+            Provider::Nothing | Provider::Fixed(_) => None,
+        });
         self.write(request, Some(fresh.as_ref().unwrap_or(credentials)))
+    }
+
+    /// A JWT that is the same for all is not what a request wants that names a user.
+    #[inline]
+    fn refuse_subject<B>(&self, request: &Request<B>, form: Form) -> Result<(), AuthError> {
+        // The half with the key leaves that to the layer beside it.
+        if request.extensions().is_empty() || form == Form::KeyHalf {
+            return Ok(());
+        }
+        let names = request.extensions().get::<Subject>().is_some();
+        if names && self.need(request) == Some(Need::All) {
+            return Err(AuthError::local(AuthErrorKind::CredentialUnavailable, ONE_FOR_ALL));
+        }
+        Ok(())
     }
 
     #[cold]
@@ -106,6 +161,9 @@ impl Policy {
         }
         if self.if_absent && brings(request.headers(), supply.form()) {
             return Ok(Authorized::Now(None));
+        }
+        if let Provider::PerSubject(supplies) = &self.provider {
+            supplies.sweep();
         }
         match supply.demand(need)? {
             Supplied::Ready(credentials) => self.write(request, Some(&credentials)).map(Authorized::Now),

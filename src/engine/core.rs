@@ -9,7 +9,7 @@
 //!                                   └───────────────────────────────┘
 //! ```
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use super::{
     RenewalPolicy,
@@ -35,7 +35,7 @@ const VERSION_CHECK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Core<V, E> {
-    policy: RenewalPolicy,
+    policy: Arc<RenewalPolicy>,
     chance: fastrand::Rng,
     held: Option<Held<V>>,
     /// The last one that was rejected, until there is another.
@@ -141,9 +141,9 @@ pub(super) enum Trouble {
 }
 
 impl<V: Clone, E: Clone> Core<V, E> {
-    pub(super) fn new(policy: RenewalPolicy, seed: u64) -> Self {
+    pub(super) fn new(policy: impl Into<Arc<RenewalPolicy>>, seed: u64) -> Self {
         Self {
-            policy,
+            policy: policy.into(),
             chance: fastrand::Rng::with_seed(seed),
             held: None,
             refused: None,
@@ -382,6 +382,10 @@ impl<V: Clone, E: Clone> Core<V, E> {
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
         let held = self.usable(now)?;
         Some((&held.value, held.schedule.expires.then_some(held.schedule.expire)))
+    }
+
+    pub(super) fn is_renewing(&self) -> bool {
+        self.running.is_some()
     }
 
     /// Why there is none, if a renewal failed.

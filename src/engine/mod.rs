@@ -25,7 +25,7 @@ use crate::{
     ApiKey, AuthError, Token,
     clock::{Deadline, Time},
     secret::{Credential, Fingerprint},
-    source::Source,
+    source::{DynSource, Source},
 };
 
 /// A credential that renews itself. See [how renewal works](self).
@@ -58,7 +58,11 @@ impl<C: Credential> Renewing<C> {
     /// The same with other windows, back-off or timeout.
     #[must_use]
     pub fn with_policy(source: impl Source<C>, policy: RenewalPolicy) -> Self {
-        Self(Shared::new(Arc::new(source), policy))
+        Self::of(Arc::new(source), Arc::new(policy))
+    }
+
+    pub(crate) fn of(source: Arc<dyn DynSource<C>>, policy: Arc<RenewalPolicy>) -> Self {
+        Self(Shared::new(source, policy))
     }
 
     /// Forgets `rejected`, if it is still the present one: the next call fetches another. A newer one stays.
@@ -99,6 +103,11 @@ impl<C: Credential> Renewing<C> {
             Some(credential) if lasting.is_zero() => Ok(credential),
             _ => self.0.obtain(lasting).await,
         }
+    }
+
+    /// Whether a renewal is running.
+    pub(crate) fn is_renewing(&self) -> bool {
+        self.0.is_renewing()
     }
 
     #[inline]

@@ -1,8 +1,8 @@
 use std::time::Duration;
 
-use crate::clock::Clock;
 #[cfg(feature = "test-util")]
 use crate::clock::TestClock;
+use crate::clock::{Clock, Time};
 
 /// When a credential is renewed, and what happens when that fails.
 ///
@@ -100,6 +100,10 @@ impl RenewalPolicy {
     pub fn require_expiry(mut self) -> Self {
         self.assumed_lifetime = None;
         self
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        self.clock.now()
     }
 
     /// Takes the time from `clock`, for tests.

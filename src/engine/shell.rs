@@ -92,7 +92,7 @@ pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
 }
 
 impl<C: Credential> Shared<C> {
-    pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: RenewalPolicy) -> Arc<Self> {
+    pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: Arc<RenewalPolicy>) -> Arc<Self> {
         let (clock, limit) = (policy.clock.clone(), policy.timeout);
         let core = Core::new(policy, fastrand::u64(..));
         let state = Mutex::new(State { core, flight: None });
@@ -190,6 +190,10 @@ impl<C: Credential> Shared<C> {
         let (value, expires) =
             self.state().core.current(self.clock.now()).map(|(value, expires)| (value.clone(), expires))?;
         Some((value, expires.map(|at| at.wall())))
+    }
+
+    pub(super) fn is_renewing(&self) -> bool {
+        self.state().core.is_renewing()
     }
 
     fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>) -> Takeoff<C> {

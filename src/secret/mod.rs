@@ -8,7 +8,7 @@ mod credential;
 mod id;
 mod token;
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -23,9 +23,11 @@ const SCHEME: &str = "Bearer ";
 /// Below this length a secret is a word, and it says nothing to find it in a text.
 pub(crate) const MIN_SECRET: usize = 4;
 
-/// What [`ApiKey`] and [`Token`] are made of.
+/// What [`ApiKey`] and [`Token`] are made of: one pointer, as there may be many.
 #[derive(Clone)]
-pub(crate) struct Secret {
+pub(crate) struct Secret(Arc<Parts>);
+
+struct Parts {
     bearer: HeaderValue,
     bare: HeaderValue,
     fingerprint: Fingerprint,
@@ -55,36 +57,36 @@ impl Secret {
         buffer.extend_from_slice(secret.as_bytes());
         let buffer = Bytes::from_owner(buffer);
 
-        Ok(Self {
+        Ok(Self(Arc::new(Parts {
             bare: sensitive(buffer.slice(SCHEME.len()..))?,
             bearer: sensitive(buffer)?,
             fingerprint: Fingerprint::of(secret.as_bytes()),
-        })
+        })))
     }
 
     /// `Bearer <secret>`, sensitive.
     #[inline]
     pub(crate) fn bearer(&self) -> &HeaderValue {
-        &self.bearer
+        &self.0.bearer
     }
 
     /// The secret alone, sensitive.
     #[inline]
     pub(crate) fn bare(&self) -> &HeaderValue {
-        &self.bare
+        &self.0.bare
     }
 
     /// The secret alone; ASCII, because `parse` checked it.
     pub(crate) fn expose(&self) -> &str {
-        std::str::from_utf8(self.bare.as_bytes()).unwrap_or_default()
+        std::str::from_utf8(self.0.bare.as_bytes()).unwrap_or_default()
     }
 
     pub(crate) fn id(&self) -> KeyId {
-        self.fingerprint.id()
+        self.0.fingerprint.id()
     }
 
     pub(crate) fn fingerprint(&self) -> Fingerprint {
-        self.fingerprint
+        self.0.fingerprint
     }
 
     fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -7,7 +7,7 @@ use tower_service::Service;
 
 use super::SelamLayer;
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, MaybeRenewing, Origins,
+    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, Jwts, MaybeRenewing, Origins,
     Renewing, Token,
     authorize::{Policy, Provider},
     credentials::Form,
@@ -23,7 +23,7 @@ use crate::{
 #[must_use]
 pub struct SelamLayerBuilder {
     api_key: Option<MaybeRenewing<ApiKey>>,
-    jwt: Option<MaybeRenewing<Token>>,
+    jwt: Option<Jwts>,
     base_url: Option<BaseUrl>,
     origins: Option<Origins>,
     token_client: Option<TokenClient>,
@@ -40,8 +40,9 @@ impl SelamLayerBuilder {
         self
     }
 
-    /// A JWT to send with the key on every request; by default the key goes alone.
-    pub fn with_jwt(mut self, jwt: impl Into<MaybeRenewing<Token>>) -> Self {
+    /// A JWT to send with the key on every request, or [one for each user](crate::PerSubject); by default the key goes
+    /// alone.
+    pub fn with_jwt(mut self, jwt: impl Into<Jwts>) -> Self {
         self.jwt = Some(jwt.into());
         self
     }
@@ -181,8 +182,8 @@ impl SelamLayerBuilder {
         };
         if self.jwt.is_none() {
             self.jwt = match one_of::<Token>(&[env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL])? {
-                Some(env::SELAM_JWT_FILE) => Some(from_file(env::SELAM_JWT_FILE)?),
-                Some(env::SELAM_TOKEN_URL) => Some(self.ask_token_endpoint(&key)?),
+                Some(env::SELAM_JWT_FILE) => Some(from_file::<Token>(env::SELAM_JWT_FILE)?.into()),
+                Some(env::SELAM_TOKEN_URL) => Some(self.ask_token_endpoint(&key)?.into()),
                 Some(_) => Some(Token::from_env()?.into()),
                 None => None,
             };
@@ -195,7 +196,7 @@ impl SelamLayerBuilder {
     }
 
     /// JWTs from the endpoint that the environment names.
-    fn ask_token_endpoint(&self, key: &MaybeRenewing<ApiKey>) -> Result<MaybeRenewing<Token>, ConfigError> {
+    fn ask_token_endpoint(&self, key: &MaybeRenewing<ApiKey>) -> Result<Renewing<Token>, ConfigError> {
         let place = Place::EnvVar(env::SELAM_TOKEN_URL.to_owned());
         let Some(client) = self.token_client.clone() else {
             return Err(ConfigError::new(Subject::TokenUrl, place, ConfigErrorKind::NeedsClient));
@@ -213,7 +214,7 @@ impl SelamLayerBuilder {
             ClientAuth::api_key(key.clone())
         };
         let source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
-        Ok(MaybeRenewing::Renewing(Renewing::new(source)))
+        Ok(Renewing::new(source))
     }
 }
 

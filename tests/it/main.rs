@@ -21,6 +21,7 @@ mod refresh;
 mod renewal;
 mod secrets;
 mod simulator;
+mod subjects;
 mod support;
 mod tower_contract;
 mod wire;

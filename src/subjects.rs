@@ -1,0 +1,373 @@
+//! Tokens of many users: an engine for each, in a cache that forgets who has not come for a while.
+
+use std::{
+    borrow::Borrow,
+    convert::Infallible,
+    fmt,
+    hash::RandomState,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+use quick_cache::{Lifecycle, UnitWeighter, sync::Cache};
+use tokio::runtime::Handle;
+
+use crate::{
+    MaybeRenewing, RenewalPolicy, Renewing, Token,
+    clock::Time,
+    source::{DynSource, Source},
+    supply::Supply,
+};
+
+const CAPACITY: usize = 131_072;
+const EXPECTED: usize = 1_024;
+const IDLE: Duration = Duration::from_secs(15 * 60);
+
+/// In each such part of the idle time, those who are idle are looked for once.
+const SWEEPS: u32 = 4;
+
+/// Names a user: the `sub` of a JWT, or whatever a program calls its users by
+/// ([RFC 7519 section 4.1.2](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.2)).
+///
+/// In a request's extensions, it says whose token the request is to have: see [`PerSubject`]. It holds for that request
+/// alone; where a layer outside loses it, as one that follows redirects may, the request that follows is refused. A layer
+/// that has one token for all refuses a request that names a subject. Cheap to clone; not a secret, so `Debug` shows it.
+///
+/// ```
+/// use http::Request;
+/// use tower_selam::Subject;
+///
+/// let request = Request::get("https://api.selamgpt.com/v1/models").extension(Subject::new("user-7")).body(());
+/// # assert_eq!(request.unwrap().extensions().get::<Subject>().unwrap().as_str(), "user-7");
+/// ```
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Subject(Arc<str>);
+
+impl Subject {
+    /// The user of this name.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self(name.into())
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for Subject {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Subject").field(&self.as_str()).finish()
+    }
+}
+
+/// Tokens of many users, each renewed like a [`Renewing`] of its own. Clones are handles of one.
+///
+/// The layers take it wherever they take a token; each request then names its [`Subject`]. One whose subject is new waits
+/// for that user's first token; the others are as quick as with one token, but for a look-up behind a lock that readers
+/// share.
+///
+/// As many users as the [capacity](Self::with_capacity) says are remembered, and who has not come for the
+/// [idle time](Self::with_idle_time) is forgotten: a user who comes back then waits once more. One whose token is being
+/// fetched is not forgotten, so that there is one renewal at a time for each.
+///
+/// ```
+/// use http::{Request, Response};
+/// use tower::{Layer, ServiceExt, service_fn};
+/// use tower_selam::{ApiKey, BoxError, JwtLayer, PerSubject, Subject, Token, source::{Reason, source_fn}};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+/// // A source for each: of a token exchange, or of a signer, or of your own code.
+/// let tokens = PerSubject::new(|subject: &Subject| {
+///     let user = subject.clone();
+///     source_fn(move |_: Reason<Token>| {
+///         let jwt = format!("jwt.of.{}", user.as_str());
+///         async { Ok::<_, BoxError>(Token::new(jwt)?) }
+///     })
+/// });
+///
+/// let client = service_fn(|request: Request<()>| async move {
+///     assert_eq!(request.headers()["authorization"], "Bearer jwt.of.user-7");
+///     Ok::<_, BoxError>(Response::new(()))
+/// });
+/// let service = JwtLayer::new(tokens, ApiKey::new("sk-selam-example")?).layer(client);
+/// let request = Request::get("https://api.selamgpt.com/v1/models").extension(Subject::new("user-7")).body(())?;
+/// service.oneshot(request).await?;
+/// # Ok::<(), BoxError>(())
+/// # }).unwrap();
+/// ```
+///
+/// A source is made anew for a user who was forgotten. Where users have refresh tokens, make the
+/// [`OAuthSource`](crate::oauth::OAuthSource) of each once, at the login, and return clones of it: they share what is
+/// known of the refresh token.
+#[derive(Clone)]
+pub struct PerSubject(Arc<Subjects>);
+
+struct Subjects {
+    entries: Cache<Subject, Arc<Entry>, UnitWeighter, RandomState, Renewals>,
+    source_of: Arc<SourceOf>,
+    policy: Arc<RenewalPolicy>,
+    capacity: usize,
+    idle: Duration,
+    began: Time,
+    /// When idle ones were last looked for, in milliseconds since the beginning.
+    swept: AtomicU64,
+}
+
+type SourceOf = dyn Fn(&Subject) -> Arc<dyn DynSource<Token>> + Send + Sync;
+
+/// What is known of a user.
+pub(crate) struct Entry {
+    tokens: Renewing<Token>,
+    /// When it was last asked for, in milliseconds since the beginning.
+    used: AtomicU64,
+    /// What the layer that was last asked made of it.
+    supply: ArcSwapOption<Supply>,
+}
+
+/// Keeps those who are being served, and those whose token is being fetched.
+#[derive(Clone)]
+struct Renewals;
+
+impl Lifecycle<Subject, Arc<Entry>> for Renewals {
+    type RequestState = ();
+
+    fn is_pinned(&self, _: &Subject, entry: &Arc<Entry>) -> bool {
+        Arc::strong_count(entry) > 1 || entry.tokens.is_renewing()
+    }
+}
+
+impl PerSubject {
+    /// Tokens from a source for each subject, which `source_of` makes when the subject first comes. It should be quick:
+    /// whoever asks for the same subject meanwhile waits for it.
+    #[must_use]
+    pub fn new<S: Source<Token>>(source_of: impl Fn(&Subject) -> S + Send + Sync + 'static) -> Self {
+        let source_of =
+            Arc::new(move |subject: &Subject| Arc::new(source_of(subject)) as Arc<dyn DynSource<Token>>);
+        Self::of(source_of, Arc::default(), CAPACITY, IDLE)
+    }
+
+    fn of(source_of: Arc<SourceOf>, policy: Arc<RenewalPolicy>, capacity: usize, idle: Duration) -> Self {
+        // It allocates for as many as it is told to expect, and has as many locks as they are worth.
+        let expected = capacity.min(EXPECTED);
+        let entries =
+            Cache::with(expected, capacity.max(1) as u64, UnitWeighter, RandomState::new(), Renewals);
+        let began = policy.now();
+        Self(Arc::new(Subjects {
+            entries,
+            source_of,
+            policy,
+            capacity,
+            idle,
+            began,
+            swept: AtomicU64::new(0),
+        }))
+    }
+
+    /// Other windows, back-off or timeout, the same for all subjects. To be set before the first is asked for: who was
+    /// is forgotten.
+    #[must_use]
+    pub fn with_policy(self, policy: RenewalPolicy) -> Self {
+        let Subjects { source_of, capacity, idle, .. } = &*self.0;
+        Self::of(Arc::clone(source_of), Arc::new(policy), *capacity, *idle)
+    }
+
+    /// About how many subjects are remembered; 131,072 by default. They are spread over parts with a lock each, which are
+    /// not full at the very same time. To be set before the first is asked for.
+    #[must_use]
+    pub fn with_capacity(self, subjects: usize) -> Self {
+        let Subjects { source_of, policy, idle, .. } = &*self.0;
+        Self::of(Arc::clone(source_of), Arc::clone(policy), subjects, *idle)
+    }
+
+    /// For how long a subject is remembered that nobody asks for; 15 minutes by default, and up to a quarter more, as
+    /// idle ones are looked for when others are fetched. To be set before the first is asked for.
+    #[must_use]
+    pub fn with_idle_time(self, time: Duration) -> Self {
+        let Subjects { source_of, policy, capacity, .. } = &*self.0;
+        Self::of(Arc::clone(source_of), Arc::clone(policy), *capacity, time)
+    }
+
+    /// The subject's tokens, for use without HTTP: to [`prefetch`](Renewing::prefetch) at a login, say.
+    #[must_use]
+    pub fn of_subject(&self, subject: &Subject) -> Renewing<Token> {
+        self.entry(subject).tokens.clone()
+    }
+
+    /// Forgets a subject, after a logout: its next request has a token fetched anew. Requests that are under way keep
+    /// theirs. Whether it was known.
+    pub fn forget(&self, subject: &Subject) -> bool {
+        self.0.entries.remove(subject).is_some()
+    }
+
+    /// How many subjects are remembered.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.entries.len()
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.entries.is_empty()
+    }
+
+    /// What is known of a subject that a request has come for.
+    #[inline]
+    pub(crate) fn find(&self, subject: &Subject) -> Option<Arc<Entry>> {
+        let entry = self.0.entries.get(subject)?;
+        let now = self.0.millis();
+        if entry.used.load(Relaxed) != now {
+            entry.used.store(now, Relaxed);
+        }
+        Some(entry)
+    }
+
+    /// What is known of a subject, without asking for its token.
+    pub(crate) fn known(&self, subject: &Subject) -> Option<Arc<Entry>> {
+        self.0.entries.peek(subject)
+    }
+
+    /// The same; if nothing is known yet, it is from now on.
+    pub(crate) fn entry(&self, subject: &Subject) -> Arc<Entry> {
+        if let Some(entry) = self.find(subject) {
+            return entry;
+        }
+        self.sweep();
+        let now = self.0.millis();
+        let Subjects { entries, source_of, policy, .. } = &*self.0;
+        let made = entries.get_or_insert_with::<_, Infallible>(subject, || {
+            let tokens = Renewing::of(source_of(subject), Arc::clone(policy));
+            Ok(Arc::new(Entry { tokens, used: AtomicU64::new(now), supply: ArcSwapOption::empty() }))
+        });
+        match made {
+            Ok(entry) => entry,
+            Err(never) => match never {},
+        }
+    }
+
+    /// Looks for idle subjects, if it is time to, on a task: there may be many.
+    pub(crate) fn sweep(&self) {
+        let Subjects { idle, swept, .. } = &*self.0;
+        let (now, last) = (self.0.millis(), swept.load(Relaxed));
+        let due = now.saturating_sub(last) >= millis(*idle / SWEEPS);
+        if !due || swept.compare_exchange(last, now, Relaxed, Relaxed).is_err() {
+            return;
+        }
+        let subjects = Arc::downgrade(&self.0);
+        let sweep = async move {
+            if let Some(subjects) = subjects.upgrade() {
+                subjects.forget_idle();
+            }
+        };
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(sweep);
+        }
+    }
+}
+
+impl Subjects {
+    fn forget_idle(&self) {
+        let (now, idle) = (self.millis(), millis(self.idle));
+        self.entries.retain(|_, entry| {
+            now.saturating_sub(entry.used.load(Relaxed)) < idle || entry.tokens.is_renewing()
+        });
+    }
+
+    fn millis(&self) -> u64 {
+        millis(self.policy.now().since(self.began))
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Entry {
+    pub(crate) fn tokens(&self) -> &Renewing<Token> {
+        &self.tokens
+    }
+
+    /// What the layer of this number makes of it.
+    pub(crate) fn supply(
+        &self,
+        owner: u64,
+        make: impl FnOnce(&Renewing<Token>) -> Arc<Supply>,
+    ) -> Arc<Supply> {
+        match &*self.supply.load() {
+            Some(supply) if supply.owner() == owner => Arc::clone(supply),
+            _ => {
+                let supply = make(&self.tokens);
+                self.supply.store(Some(Arc::clone(&supply)));
+                supply
+            }
+        }
+    }
+}
+
+/// Where the JWTs of a layer come from.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Jwts {
+    /// One for all requests.
+    Shared(MaybeRenewing<Token>),
+    /// One for each user.
+    PerSubject(PerSubject),
+}
+
+impl From<Token> for Jwts {
+    fn from(jwt: Token) -> Self {
+        Self::Shared(jwt.into())
+    }
+}
+
+impl From<Renewing<Token>> for Jwts {
+    fn from(jwts: Renewing<Token>) -> Self {
+        Self::Shared(jwts.into())
+    }
+}
+
+impl From<&Renewing<Token>> for Jwts {
+    fn from(jwts: &Renewing<Token>) -> Self {
+        Self::Shared(jwts.into())
+    }
+}
+
+impl From<MaybeRenewing<Token>> for Jwts {
+    fn from(jwts: MaybeRenewing<Token>) -> Self {
+        Self::Shared(jwts)
+    }
+}
+
+impl From<PerSubject> for Jwts {
+    fn from(tokens: PerSubject) -> Self {
+        Self::PerSubject(tokens)
+    }
+}
+
+impl From<&PerSubject> for Jwts {
+    fn from(tokens: &PerSubject) -> Self {
+        Self::PerSubject(tokens.clone())
+    }
+}
+
+impl fmt::Debug for PerSubject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PerSubject")
+            .field("len", &self.len())
+            .field("capacity", &self.0.capacity)
+            .finish_non_exhaustive()
+    }
+}
