@@ -22,18 +22,18 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, header::AUTHORIZATION};
-use http_body_util::{BodyExt, Full};
-use serde_json::Value;
+use http::Request;
+use http_body_util::Full;
 use tokio::{
     task::JoinSet,
     time::{Instant, interval, sleep},
 };
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    ApiKey, BoxError, RenewalPolicy, Renewing, SelamLayer, Token,
+    ApiKey, BoxError, RenewalPolicy, Renewing, SelamLayer,
+    oauth::{ClientAuth, OAuthSource, TokenEndpoint},
     simulator::Simulator,
-    source::{Fetched, FileSource, Reason, source_fn},
+    source::FileSource,
 };
 
 const EVERY: Duration = Duration::from_millis(5);
@@ -60,7 +60,10 @@ async fn main() -> Result<ExitCode, BoxError> {
     file.write(&first)?;
     let keys: Renewing<ApiKey> = Renewing::new(FileSource::new(&file.0));
     let policy = RenewalPolicy::new().with_backoff(Duration::from_millis(100), Duration::from_secs(1));
-    let jwts = Renewing::with_policy(token_endpoint(&simulator, &keys), policy);
+    let endpoint =
+        TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", simulator.clone())?
+            .with_client_auth(ClientAuth::api_key(&keys));
+    let jwts = Renewing::with_policy(OAuthSource::client_credentials(endpoint), policy);
     let layer = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build()?;
     let uri = layer.base_url().endpoint("audio/agent/sessions")?;
     let selam = layer.layer(simulator.clone());
@@ -111,32 +114,6 @@ async fn main() -> Result<ExitCode, BoxError> {
     println!("replays        {:>8}", replays(&simulator, sent));
     println!("longest wait   {:>8.1?}", Duration::from_micros(tally.longest_micros.load(Relaxed)));
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// A source of JWTs: asks the token endpoint, with the API key as the bearer.
-fn token_endpoint(simulator: &Simulator, keys: &Renewing<ApiKey>) -> impl tower_selam::source::Source<Token> {
-    let (simulator, keys) = (simulator.clone(), keys.clone());
-    source_fn(move |_: Reason<Token>| {
-        let (client, keys) = (simulator.clone(), keys.clone());
-        async move {
-            let key = keys.api_key().await?;
-            let request = Request::post("https://api.selamgpt.com/oauth/token")
-                .header(AUTHORIZATION, format!("Bearer {}", key.expose_secret()))
-                .header("content-type", "application/x-www-form-urlencoded")
-                .body(Full::<Bytes>::from("grant_type=client_credentials"))?;
-            let response = client.oneshot(request).await?;
-            if response.status().is_client_error() {
-                // The key may have been rotated a moment ago.
-                keys.invalidate(&key);
-            }
-            let body = response.into_body().collect().await?.to_bytes();
-            let answer: Value = serde_json::from_slice(&body)?;
-            let token = answer["access_token"].as_str().ok_or("the answer has no token")?;
-            let lives = answer["expires_in"].as_f64().ok_or("the answer does not say how long it lives")?;
-            let fetched = Fetched::new(Token::new(token)?);
-            Ok::<_, BoxError>(fetched.with_lifetime(Duration::try_from_secs_f64(lives)?))
-        }
-    })
 }
 
 async fn send<S>(selam: S, request: Request<Full<Bytes>>, tally: Arc<Tally>)

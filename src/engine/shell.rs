@@ -240,8 +240,11 @@ impl<C: Credential> Shared<C> {
             _ => Ok(()),
         };
         let takeoff = again.map(|start| self.prepare(&mut state, start));
+        // Its task and its channel are larger than all else together.
+        let over = if state.core.is_renewing() { None } else { state.flight.take() };
         self.publish(&state, now);
         drop(state);
+        drop(over);
         land.send_replace(Some(result));
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
