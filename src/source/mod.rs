@@ -6,12 +6,14 @@
 //! | in a file that is replaced when it is rotated | [`FileSource`] |
 //! | from code of yours | [`source_fn`] |
 //! | from a Tower service of yours, with layers of its own | [`ServiceSource`] |
+//! | from an OAuth 2.0 token endpoint | [`OAuthSource`](crate::oauth::OAuthSource) |
 //!
 //! One that never changes needs no source: the layers take an [`ApiKey`](crate::ApiKey) or a
 //! [`Token`](crate::Token) as it is.
 //!
 //! A source does one thing: it fetches when it is asked. It does not retry, cache or wait: the engine that
-//! asks it does ([`Renewing`](crate::Renewing)).
+//! asks it does ([`Renewing`](crate::Renewing)). For a token of each user, there is a source of each:
+//! [`PerSubject`](crate::PerSubject).
 //!
 //! ```
 //! use tower_selam::{BoxError, Renewing, Token, source::{Reason, source_fn}};
