@@ -93,6 +93,7 @@ async fn s2_errors_of_construction_and_refusal_are_clean() {
 pub(crate) struct Log(Arc<Mutex<String>>);
 
 impl Log {
+    #[cfg(feature = "tracing")]
     pub(crate) fn text(&self) -> String {
         self.0.lock().unwrap().clone()
     }
