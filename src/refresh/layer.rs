@@ -34,6 +34,14 @@ impl RefreshLayer<NoReplay> {
     }
 }
 
+impl<R> RefreshLayer<R> {
+    /// Sends requests again as `replay` says: for a body type of its own.
+    #[must_use]
+    pub fn with_replay(replay: R) -> Self {
+        Self { replay }
+    }
+}
+
 impl<S, R: Clone> Layer<S> for RefreshLayer<R> {
     type Service = Refresh<S, R>;
 

@@ -55,7 +55,9 @@ impl SelamLayer {
 }
 
 impl<R> SelamLayer<R> {
-    fn with_replay<T>(self, replay: T) -> SelamLayer<T> {
+    /// Sends requests again after a 401 as `replay` says: for a body type of its own.
+    #[must_use]
+    pub fn with_replay<T>(self, replay: T) -> SelamLayer<T> {
         let Self { errors, policy, base_url, .. } = self;
         SelamLayer { errors, replay, policy, base_url }
     }
