@@ -206,8 +206,8 @@ impl PerSubject {
         self.entry(subject).tokens.clone()
     }
 
-    /// Forgets a subject, after a logout: its next request has a token fetched anew. Requests that are under way keep
-    /// theirs. Whether it was known.
+    /// Forgets a subject, after a logout or a new login: its next request has a token fetched anew, from a new source.
+    /// Requests that are under way keep theirs. Whether it was known.
     pub fn forget(&self, subject: &Subject) -> bool {
         self.0.entries.remove(subject).is_some()
     }
