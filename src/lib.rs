@@ -8,7 +8,7 @@
 //!            typed error              once more                X-API-Key, for allowed
 //!                                          │                   https origins only
 //!                                          └──▶ Renewing ◀──┘
-//!                                                  ▲ source: file, closure, service
+//!                                                  ▲ source: file, closure, service, signed here
 //! ```
 //!
 //! [`SelamLayer`] is that stack, ready-made, from the environment or a builder, over any client:
@@ -58,6 +58,7 @@
 //!
 //! None is on by default, and each only adds.
 //!
+//! - `sign`: `source::JwtSigner`, which signs JWTs itself.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
 //! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
 
