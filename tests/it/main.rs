@@ -19,6 +19,8 @@ mod origins;
 mod refresh;
 mod renewal;
 mod secrets;
+#[cfg(feature = "sign")]
+mod sign;
 mod simulator;
 mod support;
 mod tower_contract;
