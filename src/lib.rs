@@ -8,7 +8,8 @@
 //!            typed error              once more                X-API-Key, for allowed
 //!                                          │                   https origins only
 //!                                          └──▶ Renewing ◀──┘
-//!                                                  ▲ source: file, OAuth 2.0, closure, service
+//!                                                  ▲ source: file, OAuth 2.0, signed here,
+//!                                                    closure, service
 //! ```
 //!
 //! [`SelamLayer`] is that stack, ready-made, from the environment or a builder, over any client:
@@ -61,6 +62,7 @@
 //! None is on by default, and each only adds.
 //!
 //! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
+//! - `sign`: `source::JwtSigner`, which signs JWTs itself.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
 //! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
 

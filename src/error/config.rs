@@ -121,6 +121,26 @@ pub enum ConfigErrorKind {
     NeedsClient,
     /// A parameter that the source sets itself.
     ReservedParameter,
+    /// No private key in PEM of a kind that an algorithm signs with, or a damaged one.
+    InvalidKey,
+    /// The private key is encrypted.
+    Encrypted,
+    /// The key is too short for its algorithm.
+    TooShort {
+        /// How many bits it needs.
+        least: usize,
+    },
+    /// The key is of another kind than the algorithm signs with.
+    WrongAlgorithm {
+        /// What it is.
+        key: &'static str,
+        /// What the algorithm signs with.
+        needed: &'static str,
+    },
+    /// The claims do not serialize to a JSON object, or to one nested deeper than parsers read: 127 levels.
+    NotAnObject,
+    /// The claims have an `iat` or `exp`.
+    ReservedClaim,
 }
 
 impl fmt::Display for ConfigErrorKind {
@@ -149,6 +169,18 @@ impl fmt::Display for ConfigErrorKind {
                 f.write_str("needs an HTTP client: give one by `SelamLayerBuilder::with_token_client`")
             }
             Self::ReservedParameter => f.write_str("is one that the source sets itself"),
+            Self::InvalidKey => f.write_str(
+                "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519",
+            ),
+            Self::Encrypted => f.write_str("is encrypted: give it decrypted"),
+            Self::TooShort { least } => {
+                write!(f, "is shorter than the {least} bits its algorithm asks for")
+            }
+            Self::WrongAlgorithm { key, needed } => {
+                write!(f, "is {key}, but its algorithm signs with {needed}")
+            }
+            Self::NotAnObject => f.write_str("is not a JSON object, or is nested too deeply"),
+            Self::ReservedClaim => f.write_str("has an `iat` or `exp`, which the signer sets"),
         }
     }
 }
@@ -165,6 +197,10 @@ pub(crate) enum Subject {
     ClientSecret,
     RefreshToken,
     Parameter,
+    #[cfg(feature = "sign")]
+    SigningKey,
+    #[cfg(feature = "sign")]
+    Claims,
 }
 
 impl fmt::Display for Subject {
@@ -179,6 +215,10 @@ impl fmt::Display for Subject {
             Self::ClientSecret => "client secret",
             Self::RefreshToken => "refresh token",
             Self::Parameter => "token request's parameter",
+            #[cfg(feature = "sign")]
+            Self::SigningKey => "signing key",
+            #[cfg(feature = "sign")]
+            Self::Claims => "JWT claims set",
         })
     }
 }

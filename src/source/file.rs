@@ -81,7 +81,7 @@ impl<C: Credential> Source<C> for FileSource<C> {
 }
 
 /// What the file holds. Of the right size from the start: a buffer that grows leaves copies behind.
-fn read(path: &Path) -> Result<String, ConfigErrorKind> {
+pub(super) fn read(path: &Path) -> Result<String, ConfigErrorKind> {
     let unreadable = |error: io::Error| ConfigErrorKind::Unreadable { error: error.kind() };
     let mut file = std::fs::File::open(path).map_err(unreadable)?;
     let mut bytes = Zeroizing::new(Vec::with_capacity(LIMIT as usize + 1));

@@ -7,6 +7,7 @@
 //! | from code of yours | [`source_fn`] |
 //! | from a Tower service of yours, with layers of its own | [`ServiceSource`] |
 //! | from an OAuth 2.0 token endpoint | [`OAuthSource`](crate::oauth::OAuthSource) |
+//! | signed by the program itself, with a key of its own | `JwtSigner`: feature `sign` |
 //!
 //! One that never changes needs no source: the layers take an [`ApiKey`](crate::ApiKey) or a
 //! [`Token`](crate::Token) as it is.
@@ -34,9 +35,13 @@ mod closure;
 mod env;
 mod file;
 mod service;
+#[cfg(feature = "sign")]
+mod sign;
 
 use std::{error::Error as StdError, fmt, pin::Pin, time::Duration};
 
+#[cfg(feature = "sign")]
+pub use self::sign::{JwtSigner, SigningAlgorithm, SigningKey};
 pub use self::{
     closure::{SourceFn, source_fn},
     env::EnvSource,

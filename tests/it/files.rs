@@ -18,10 +18,10 @@ use crate::{
 };
 
 /// A directory of one test's own, gone afterwards.
-struct Directory(PathBuf);
+pub(crate) struct Directory(PathBuf);
 
 impl Directory {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("tower-selam-{}-{}", std::process::id(), NEXT.fetch_add(1, SeqCst));
         let path = env::temp_dir().join(name);
@@ -29,7 +29,7 @@ impl Directory {
         Self(path)
     }
 
-    fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.0.join("key")
     }
 }

@@ -20,6 +20,8 @@ mod origins;
 mod refresh;
 mod renewal;
 mod secrets;
+#[cfg(feature = "sign")]
+mod sign;
 mod simulator;
 mod subjects;
 mod support;

@@ -183,18 +183,19 @@ fn s2_what_the_simulator_received_is_not_shown() {
 
 /// How often the end of `masked` (every bit of the text flipped) stands in this process's writable memory, unmasked.
 ///
-/// What is read is masked at once, and the buffer for it is passed over: it finds no copy of its own making.
+/// What is read is masked at once, and the buffer for it is passed over: it finds no copy of its own making. Nor
+/// does it take memory anew, over something that was freed without being wiped.
 #[cfg(target_os = "linux")]
-fn resident(masked: &[u8]) -> usize {
+pub(crate) fn resident(masked: &[u8]) -> usize {
     // The allocator writes into the beginning of what is freed.
     let masked = &masked[40..];
-    use std::{
-        fs::{File, read_to_string},
-        os::unix::fs::FileExt,
-    };
+    use std::{cell::RefCell, fs::File, io::Read, os::unix::fs::FileExt};
 
+    thread_local! {
+        static OWN: RefCell<(Vec<u8>, String)> = RefCell::new((vec![0; 1 << 20], String::with_capacity(1 << 16)));
+    }
+    let (mut buffer, mut maps) = OWN.take();
     let memory = File::open("/proc/self/mem").unwrap();
-    let mut buffer = vec![0; 1 << 20];
     let own = buffer.as_ptr() as u64..buffer.as_ptr() as u64 + buffer.len() as u64;
     let mut count = |from: u64, to: u64| {
         let (mut at, mut found) = (from, 0);
@@ -211,18 +212,21 @@ fn resident(masked: &[u8]) -> usize {
         }
         found
     };
-    let maps = read_to_string("/proc/self/maps").unwrap();
+    maps.clear();
+    File::open("/proc/self/maps").unwrap().read_to_string(&mut maps).unwrap();
     let writable = maps.lines().filter_map(|line| {
         let (range, rest) = line.split_once(' ')?;
         let (start, end) = range.split_once('-').filter(|_| rest.starts_with("rw"))?;
         Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
     });
-    writable
+    let found = writable
         .map(|(start, end)| match start <= own.start && own.end <= end {
             true => count(start, own.start) + count(own.end, end),
             false => count(start, end),
         })
-        .sum()
+        .sum();
+    OWN.set((buffer, maps));
+    found
 }
 
 #[cfg(target_os = "linux")]
