@@ -54,6 +54,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | [`composition`] | where other Tower layers go |
 //! | [`mod@env`] | the names of the environment variables |
 //! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
 //!
@@ -75,6 +76,9 @@ pub mod auth_error;
 pub mod authorize;
 mod base_url;
 mod clock;
+pub mod composition {
+    #![doc = include_str!("composition.md")]
+}
 mod credentials;
 pub mod engine;
 pub mod env;

@@ -10,6 +10,7 @@
 )]
 
 mod annotate;
+mod composition;
 mod environment;
 mod errors;
 mod files;
