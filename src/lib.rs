@@ -54,6 +54,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | [`bounds`] | what the layers ask of a client |
 //! | [`composition`] | where other Tower layers go |
 //! | [`mod@env`] | the names of the environment variables |
 //! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
@@ -75,6 +76,7 @@ mod macros;
 pub mod auth_error;
 pub mod authorize;
 mod base_url;
+pub mod bounds;
 mod clock;
 pub mod composition {
     #![doc = include_str!("composition.md")]

@@ -9,7 +9,7 @@ use http_body::Body;
 use pin_project_lite::pin_project;
 
 use super::collect::{Bounds, End, Inspect, Inspected};
-use crate::{AuthError, BoxError};
+use crate::{BoxError, bounds::AuthErrorRoom};
 
 pin_project! {
     /// Response future of [`MapAuthError`](super::MapAuthError). Dropping it drops the request, or the
@@ -30,7 +30,7 @@ impl<F, B> ResponseFuture<F, B> {
 impl<F, B, E> Future for ResponseFuture<F, B>
 where
     F: Future<Output = Result<Response<B>, E>>,
-    E: From<AuthError>,
+    E: AuthErrorRoom,
     B: Body,
     B::Error: Into<BoxError>,
 {

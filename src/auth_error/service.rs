@@ -5,7 +5,7 @@ use http_body::Body;
 use tower_service::Service;
 
 use super::{ResponseFuture, collect::Bounds};
-use crate::{AuthError, BoxError};
+use crate::{BoxError, bounds::AuthErrorRoom};
 
 /// Makes a 401 or 403 an [`AuthError`]. Made by [`AuthErrorLayer`](super::AuthErrorLayer); see the
 /// [module docs](super).
@@ -26,7 +26,7 @@ impl<S> MapAuthError<S> {
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for MapAuthError<S>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    S::Error: From<AuthError>,
+    S::Error: AuthErrorRoom,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {

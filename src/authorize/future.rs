@@ -10,7 +10,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::policy::Policy;
-use crate::{AuthError, Credentials, error::is_auth_status, supply::Waiting};
+use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, supply::Waiting};
 
 /// On a 401 or 403: the credentials that were refused, for the layers outside.
 #[derive(Clone)]
@@ -82,7 +82,7 @@ impl<F, S, B> ResponseFuture<F, S, B> {
 impl<S, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, ReqBody>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    S::Error: From<AuthError>,
+    S::Error: AuthErrorRoom,
 {
     type Output = Result<S::Response, S::Error>;
 

@@ -11,7 +11,7 @@ use super::{
     ResponseFuture,
     policy::{Authorized, Policy},
 };
-use crate::AuthError;
+use crate::bounds::{AuthErrorRoom, CloneClient};
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
 /// [`JwtLayer`](super::JwtLayer); see the [module docs](super).
@@ -31,8 +31,8 @@ impl<S> Authorize<S> {
 
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Authorize<S>
 where
-    S: Service<Request<ReqBody>, Response = Response<ResBody>> + Clone,
-    S::Error: From<AuthError>,
+    S: Service<Request<ReqBody>, Response = Response<ResBody>> + CloneClient,
+    S::Error: AuthErrorRoom,
 {
     type Response = S::Response;
     type Error = S::Error;

@@ -15,6 +15,7 @@ use crate::{
     AuthErrorKind, Credentials,
     auth_error::{Bounds, Collect, End, InspectedBody},
     authorize::Sent,
+    bounds::CloneClient,
     engine::{Landing, Rejection, wait},
     supply::{Part, Supply},
 };
@@ -85,7 +86,7 @@ impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> ResponseFuture<F, S, R, R
 
 impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
 where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody>,
     ResBody: Body,
 {

@@ -15,7 +15,9 @@ use http_body::{Body, Frame, SizeHint};
 /// for a client with a body type of its own, by you.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot send a request with the body `{B}` again",
-    note = "for a body that is no `Clone`, use `RefreshLayer::buffered` or `RefreshLayer::without_replay`"
+    label = "the body is not `Clone`, or no body at all",
+    note = "keep what is sent of it up to a limit by `.buffered(limit)`, or send no request again by \
+            `.without_replay()`: `SelamLayer` and `RefreshLayer` have both"
 )]
 pub trait Replay<B> {
     /// What the service within gets.
@@ -38,6 +40,7 @@ pub trait Replay<B> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CloneBody;
 
+#[diagnostic::do_not_recommend]
 impl<B: Clone> Replay<B> for CloneBody {
     type Body = B;
     type Kept = B;
@@ -95,6 +98,7 @@ impl BufferBody {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<B: Body> Replay<B> for BufferBody {
     type Body = ReplayBody<B>;
     type Kept = KeptBody<B>;

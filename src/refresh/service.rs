@@ -9,7 +9,7 @@ use http_body::Body;
 use tower_service::Service;
 
 use super::{CloneBody, Replay, ResponseFuture, copy::HeadCopy};
-use crate::auth_error::InspectedBody;
+use crate::{auth_error::InspectedBody, bounds::CloneClient};
 
 /// Renews what the API refused and sends the request once more. Made by
 /// [`RefreshLayer`](super::RefreshLayer); see the [module docs](super).
@@ -54,7 +54,7 @@ impl<S, R> Refresh<S, R> {
 
 impl<S, R, ReqBody, ResBody> Service<Request<ReqBody>> for Refresh<S, R>
 where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody> + Clone,
     ResBody: Body,
 {

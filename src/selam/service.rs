@@ -13,6 +13,7 @@ use crate::{
     AuthError, AuthErrorKind, BoxError, Error,
     auth_error::{self, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
+    bounds::CloneClient,
     refresh::{self, CloneBody, Refresh, Replay},
 };
 
@@ -41,7 +42,7 @@ impl<S, R> Selam<S, R> {
 
 impl<S, R, ReqBody, ResBody> Service<Request<ReqBody>> for Selam<S, R>
 where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody> + Clone,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
@@ -81,7 +82,7 @@ type Authorized<F, S, B> = authorize::ResponseFuture<WrapErrorFuture<F>, WrapErr
 
 impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
 where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + Clone,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody>,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,

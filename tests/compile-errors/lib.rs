@@ -1,0 +1,1 @@
+//! What the compiler says where a client does not fit: see `tests/messages.rs`.
