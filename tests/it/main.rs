@@ -18,6 +18,7 @@ mod handshake;
 mod headers;
 mod oauth;
 mod origins;
+mod redirects;
 mod refresh;
 mod renewal;
 mod secrets;
