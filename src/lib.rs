@@ -86,6 +86,7 @@ pub mod selam;
 pub mod simulator;
 pub mod source;
 mod supply;
+mod sync;
 
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},

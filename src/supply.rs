@@ -10,14 +10,13 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use arc_swap::ArcSwapOption;
-
 use crate::{
     ApiKey, AuthError, Credentials, MaybeRenewing, Token,
     clock::Deadline,
     credentials::Form,
     engine::{Demand, Epoch, Landing, Rejection},
     secret::Credential,
+    sync::ArcSwapOption,
 };
 
 /// Makes [`Credentials`] of a key and a JWT.

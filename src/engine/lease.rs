@@ -1,10 +1,9 @@
 //! What requests read without a lock.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use arc_swap::ArcSwapOption;
-
-use crate::clock::Deadline;
+use crate::{
+    clock::Deadline,
+    sync::{ArcSwapOption, AtomicU64, Ordering},
+};
 
 /// A value that may be used without asking until a deadline.
 #[derive(Clone, Debug)]
