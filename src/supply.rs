@@ -1,7 +1,8 @@
 //! What a layer has to send: one consistent set of credentials at a time, of a key and a JWT that may each renew
 //! themselves.
 //!
-//! The set is made when one of the two changes and then shared by all requests, which read it without a lock.
+//! The set is made when one of the two changes and then shared by all requests, which read it without a lock, for as
+//! long as both are in force.
 
 use std::{
     fmt,
@@ -101,9 +102,7 @@ impl Supply {
             });
         };
 
-        // First the epochs: what changes after them makes the set outdated, not wrong.
-        let epochs = self.epochs(need);
-        let (Some((key, key_until)), Some((jwt, jwt_until))) =
+        let (Some((key, key_epoch, key_until)), Some((jwt, jwt_epoch, jwt_until))) =
             (lease(self.key.as_ref()), lease(self.jwt(need)))
         else {
             return Ok(Supplied::Ready(self.make(need, key, jwt)));
@@ -113,7 +112,7 @@ impl Supply {
             (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
             (key, jwt) => key.or(jwt),
         };
-        let made = Made { credentials: credentials.clone(), epochs, until };
+        let made = Made { credentials: credentials.clone(), epochs: [key_epoch, jwt_epoch], until };
         self.shelf(need).store(Some(Arc::new(made)));
         Ok(Supplied::Ready(credentials))
     }
@@ -233,10 +232,10 @@ fn fixed<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
     }
 }
 
-fn lease<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<(Option<C>, Option<Deadline>)> {
+fn lease<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<(Option<C>, Epoch, Option<Deadline>)> {
     match part {
-        None => Some((None, None)),
-        Some(part) => part.lease().map(|(credential, until)| (Some(credential), until)),
+        None => Some((None, Epoch::default(), None)),
+        Some(part) => part.lease().map(|(credential, epoch, until)| (Some(credential), epoch, until)),
     }
 }
 

@@ -239,7 +239,7 @@ impl<C: Credential> Shared<C> {
     }
 
     fn publish(&self, state: &State<C>, now: Time) {
-        self.published.store(state.core.lease(now).map(|(value, until)| Lease { value, until }));
+        self.published.store(state.core.lease(now));
     }
 
     fn is_renewed_by_this_task(&self) -> bool {

@@ -381,3 +381,58 @@ fn j3_what_is_rejected_as_soon_as_it_lands_is_not_published_by_its_landing() {
     });
     assert_eq!(outcomes, [false, true].into());
 }
+
+/// Whoever has seen a token in one way sees none that is older in another; and the shelf keeps up with the engine.
+#[test]
+fn h5_no_set_is_older_than_what_was_seen_before_it() {
+    let outcomes = walk(|| {
+        let clock = clock();
+        let engine = holding::<Token>(Script::new(&[0, 1]), &clock);
+        let supply = supply(ApiKey::numbered(0), &engine);
+        clock.jump(INTO_THE_ADVISORY_WINDOW);
+        // Puts a set on the shelf, and starts the renewal.
+        assert!(demand(&supply).is_some());
+        let look = |engine: &Renewing<Token>, supply: &Supply| {
+            let ways = all_ways(engine, supply);
+            assert!(ways.is_sorted(), "{ways:?}");
+            ways
+        };
+        let other = spawn({
+            let supply = Arc::clone(&supply);
+            move || drop(demand(&supply))
+        });
+        let ways = look(&engine, &supply);
+        other.join().unwrap();
+        Tasks::join();
+
+        assert!(supply.fresh(Need::All).is_none_or(|set| jwt(&set) == 1));
+        assert_eq!(demand(&supply).map(|set| jwt(&set)), Some(1));
+        assert_eq!(supply.fresh(Need::All).map(|set| jwt(&set)), Some(1));
+        (ways[0], ways[ways.len() - 1])
+    });
+    assert_eq!(outcomes, [(0, 0), (0, 1), (1, 1)].into());
+}
+
+#[test]
+fn h5_who_has_seen_a_lease_sees_no_epoch_from_before_it() {
+    let outcomes = walk(|| {
+        let published = Arc::new(Published::new());
+        let now = Clock::default().now();
+        let writes = spawn({
+            let published = Arc::clone(&published);
+            move || {
+                for value in 1..=3 {
+                    published.store((value != 2).then(|| (value, now.after(Duration::ZERO))));
+                }
+            }
+        });
+        let seen = published.load(|lease| Some((lease.value, lease.epoch)));
+        let epoch = published.epoch();
+        writes.join().unwrap();
+        seen.map(|(value, own)| {
+            assert!(epoch >= own, "{epoch:?} with the lease of {own:?}");
+            (value, epoch == own)
+        })
+    });
+    assert_eq!(outcomes, [None, Some((1, true)), Some((1, false)), Some((3, true))].into());
+}
