@@ -2,7 +2,7 @@
 //! themselves.
 //!
 //! The set is made when one of the two changes and then shared by all requests, which read it without a lock, for as
-//! long as both are in force.
+//! long as both are in force. No JWT goes with a key that is older than the one it was made with.
 
 use std::{
     fmt,
@@ -93,17 +93,18 @@ impl Supply {
         if need == Need::KeyAlone && self.key.is_none() {
             return Ok(Supplied::Ready(Credentials::beside()));
         }
-        let key = demand(self.key.as_ref())?;
+        // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
         let jwt = demand(self.jwt(need))?;
-        let (Demand::Ready(key), Demand::Ready(jwt)) = (key, jwt) else {
+        let key = demand(self.key.as_ref())?;
+        let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
             return Ok(match self.this.upgrade() {
                 Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
                 None => Supplied::Wait(Box::pin(pending())),
             });
         };
 
-        let (Some((key, key_epoch, key_until)), Some((jwt, jwt_epoch, jwt_until))) =
-            (lease(self.key.as_ref()), lease(self.jwt(need)))
+        let (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) =
+            (lease(self.jwt(need)), lease(self.key.as_ref()))
         else {
             return Ok(Supplied::Ready(self.make(need, key, jwt)));
         };
@@ -118,18 +119,30 @@ impl Supply {
     }
 
     async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
-        let key = match &self.key {
-            Some(key) => Some(key.get().await?),
-            None => None,
-        };
-        let jwt = match self.jwt(need) {
-            Some(jwt) => Some(jwt.get().await?),
-            None => None,
-        };
-        Ok(match self.demand(need)? {
-            Supplied::Ready(credentials) => credentials,
-            Supplied::Wait(_) => self.make(need, key, jwt),
-        })
+        loop {
+            if let Some(key) = &self.key {
+                key.get().await?;
+            }
+            if let Some(jwt) = self.jwt(need) {
+                jwt.get().await?;
+            }
+            match self.demand(need)? {
+                Supplied::Ready(credentials) => return Ok(credentials),
+                // One of them is due again. What there is will do, unless it was rejected meanwhile.
+                Supplied::Wait(_) => {
+                    if let Some(credentials) = self.current(need) {
+                        return Ok(credentials);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What there is, due or not.
+    fn current(&self, need: Need) -> Option<Credentials> {
+        let jwt = current(self.jwt(need))?;
+        let key = current(self.key.as_ref())?;
+        Some(self.make(need, key, jwt))
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
@@ -229,6 +242,13 @@ fn fixed<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
         None => Some(None),
         Some(MaybeRenewing::Fixed(credential)) => Some(Some(credential.clone())),
         Some(MaybeRenewing::Renewing(_)) => None,
+    }
+}
+
+fn current<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
+    match part {
+        None => Some(None),
+        Some(part) => part.current().map(Some),
     }
 }
 
