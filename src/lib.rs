@@ -100,6 +100,7 @@ pub mod simulator;
 pub mod source;
 mod subjects;
 mod supply;
+mod sync;
 
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},

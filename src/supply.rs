@@ -1,7 +1,8 @@
 //! What a layer has to send: one consistent set of credentials at a time, of a key and a JWT that may each renew
 //! themselves.
 //!
-//! The set is made when one of the two changes and then shared by all requests, which read it without a lock.
+//! The set is made when one of the two changes and then shared by all requests, which read it without a lock, for as
+//! long as both are in force. No JWT goes with a key that is older than the one it was made with.
 
 use std::{
     fmt,
@@ -13,8 +14,6 @@ use std::{
     },
 };
 
-use arc_swap::ArcSwapOption;
-
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Subject, Token,
     clock::Deadline,
@@ -22,6 +21,7 @@ use crate::{
     engine::{Demand, Epoch, Landing, Rejection},
     secret::Credential,
     subjects::Entry,
+    sync::ArcSwapOption,
 };
 
 const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
@@ -117,19 +117,18 @@ impl Supply {
         if need == Need::KeyAlone && self.key.is_none() {
             return Ok(Supplied::Ready(Credentials::beside()));
         }
-        let key = demand(self.key.as_ref())?;
+        // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
         let jwt = demand(self.jwt(need))?;
-        let (Demand::Ready(key), Demand::Ready(jwt)) = (key, jwt) else {
+        let key = demand(self.key.as_ref())?;
+        let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
             return Ok(match self.this.upgrade() {
                 Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
                 None => Supplied::Wait(Box::pin(pending())),
             });
         };
 
-        // First the epochs: what changes after them makes the set outdated, not wrong.
-        let epochs = self.epochs(need);
-        let (Some((key, key_until)), Some((jwt, jwt_until))) =
-            (lease(self.key.as_ref()), lease(self.jwt(need)))
+        let (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) =
+            (lease(self.jwt(need)), lease(self.key.as_ref()))
         else {
             return Ok(Supplied::Ready(self.make(need, key, jwt)));
         };
@@ -138,24 +137,36 @@ impl Supply {
             (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
             (key, jwt) => key.or(jwt),
         };
-        let made = Made { credentials: credentials.clone(), epochs, until };
+        let made = Made { credentials: credentials.clone(), epochs: [key_epoch, jwt_epoch], until };
         self.shelf(need).store(Some(Arc::new(made)));
         Ok(Supplied::Ready(credentials))
     }
 
     async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
-        let key = match &self.key {
-            Some(key) => Some(key.get().await?),
-            None => None,
-        };
-        let jwt = match self.jwt(need) {
-            Some(jwt) => Some(jwt.get().await?),
-            None => None,
-        };
-        Ok(match self.demand(need)? {
-            Supplied::Ready(credentials) => credentials,
-            Supplied::Wait(_) => self.make(need, key, jwt),
-        })
+        loop {
+            if let Some(key) = &self.key {
+                key.get().await?;
+            }
+            if let Some(jwt) = self.jwt(need) {
+                jwt.get().await?;
+            }
+            match self.demand(need)? {
+                Supplied::Ready(credentials) => return Ok(credentials),
+                // One of them is due again. What there is will do, unless it was rejected meanwhile.
+                Supplied::Wait(_) => {
+                    if let Some(credentials) = self.current(need) {
+                        return Ok(credentials);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What there is, due or not.
+    fn current(&self, need: Need) -> Option<Credentials> {
+        let jwt = current(self.jwt(need))?;
+        let key = current(self.key.as_ref())?;
+        Some(self.make(need, key, jwt))
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
@@ -333,10 +344,17 @@ fn fixed<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
     }
 }
 
-fn lease<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<(Option<C>, Option<Deadline>)> {
+fn current<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
     match part {
-        None => Some((None, None)),
-        Some(part) => part.lease().map(|(credential, until)| (Some(credential), until)),
+        None => Some(None),
+        Some(part) => part.current().map(Some),
+    }
+}
+
+fn lease<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<(Option<C>, Epoch, Option<Deadline>)> {
+    match part {
+        None => Some((None, Epoch::default(), None)),
+        Some(part) => part.lease().map(|(credential, epoch, until)| (Some(credential), epoch, until)),
     }
 }
 

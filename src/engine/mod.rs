@@ -218,13 +218,13 @@ impl<C: Credential> MaybeRenewing<C> {
         }
     }
 
-    /// The credential, if nothing has to be asked about it, and until when.
-    pub(crate) fn lease(&self) -> Option<(C, Option<Deadline>)> {
+    /// The credential, if nothing has to be asked about it: in which epoch, and until when.
+    pub(crate) fn lease(&self) -> Option<(C, Epoch, Option<Deadline>)> {
         match self {
-            Self::Fixed(credential) => Some((credential.clone(), None)),
+            Self::Fixed(credential) => Some((credential.clone(), Epoch::default(), None)),
             Self::Renewing(renewing) => {
-                let Lease { value, until } = renewing.0.lease()?;
-                Some((value, Some(until)))
+                let Lease { value, until, epoch } = renewing.0.lease()?;
+                Some((value, epoch, Some(until)))
             }
         }
     }

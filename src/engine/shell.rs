@@ -1,17 +1,21 @@
 //! The core's decisions, carried out: one lock around the core, one task per renewal, and what requests read
 //! without either.
 
+#[cfg(test)]
+#[cfg(model)]
+mod model;
+
 use std::{
     fmt::Write as _,
     future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
+    sync::{Arc, OnceLock, PoisonError, Weak},
     task::Poll,
     time::Duration,
 };
 
-use tokio::{runtime::Handle, sync::watch, task::AbortHandle, time::timeout};
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     RenewalPolicy,
@@ -24,6 +28,7 @@ use crate::{
     clock::{Clock, Time},
     secret::{Credential, Fingerprint},
     source::{DynSource, Fetched, Reason, SourceError},
+    sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
 };
 
 const OWN_SOURCE: &str = "the source of this credential waits for the credential itself; have it send its \
@@ -62,7 +67,7 @@ pub(crate) enum Demand<C> {
     Wait(Landing),
 }
 
-tokio::task_local! {
+task_local! {
     /// The engines that the present task renews for.
     static RENEWING: Arc<Renewals>;
 }
@@ -252,7 +257,7 @@ impl<C: Credential> Shared<C> {
     }
 
     fn publish(&self, state: &State<C>, now: Time) {
-        self.published.store(state.core.lease(now).map(|(value, until)| Lease { value, until }));
+        self.published.store(state.core.lease(now));
     }
 
     fn is_renewed_by_this_task(&self) -> bool {
