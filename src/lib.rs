@@ -53,6 +53,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | [`adapter`] | the layers in the words of one client each: tonic |
 //! | [`mod@env`] | the names of the environment variables |
 //! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
 //!
@@ -60,6 +61,7 @@
 //!
 //! None is on by default, and each only adds.
 //!
+//! - `tonic`: `adapter::tonic::SelamGrpcLayer`, for gRPC.
 //! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
 //! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
@@ -69,6 +71,7 @@
 #[macro_use]
 mod macros;
 
+pub mod adapter;
 pub mod auth_error;
 pub mod authorize;
 mod base_url;

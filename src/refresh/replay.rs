@@ -159,6 +159,11 @@ impl<B> ReplayBody<B> {
 
     fn remember(&mut self, piece: &Piece) {
         let Some(kept) = &self.kept else { return };
+        if Arc::strong_count(kept) == 1 {
+            // Nobody is left to send it again: a stream goes on after its response has begun.
+            self.kept = None;
+            return;
+        }
         let mut state = lock(kept);
         let length = if let Piece::Data(data) = piece { data.len() } else { 0 };
         match &mut *state {
