@@ -198,7 +198,7 @@ impl SelamGrpcLayer {
         let mut policy = Arc::unwrap_or_clone(policy);
         let stated = match (origin.scheme_str(), origin.authority()) {
             (Some(scheme), Some(authority)) => format!("{scheme}://{authority}"),
-            _ => String::new(),
+            _ => origin.to_string(),
         };
         policy.origins = policy.origins.with_stated_origin(&stated)?;
         let replay = ReplayRequests(Some(BufferBody::new(Self::REPLAY_LIMIT)));

@@ -110,10 +110,12 @@ async fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
     // A limit around the channel itself, with permits that are taken when it is ready.
     let gate = Gate::refusing(How::Headers);
     let server = gate.serve().await;
+    let jwts = gate.jwts();
+    jwts.prefetch().await.unwrap();
+    gate.revoke();
     let channel = tower::limit::ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
-    let mut client = GreeterClient::new(layer(&server, gate.jwts()).layer(channel));
+    let mut client = GreeterClient::new(layer(&server, jwts).layer(channel));
     for _ in 0..3 {
-        gate.revoke();
         let greeting = timeout(HANG, client.greet(Name::of("Almaz"))).await.unwrap();
         assert_eq!(greeting.unwrap().into_inner().text, "Selam, Almaz!");
     }
