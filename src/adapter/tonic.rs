@@ -122,9 +122,9 @@
 //! # Bodies
 //!
 //! A request is kept while it is sent, up to [`REPLAY_LIMIT`](SelamGrpcLayer::REPLAY_LIMIT), to be sent again byte by
-//! byte. A stream of requests is sent again too, if it is within the limit when it is refused and the connection has
-//! let go of it: what was sent, then the rest. Else the status goes up, and the next call has the new credential.
-//! Nothing more is kept once the response has begun.
+//! byte. A stream of requests is, too: what was sent before it was refused, then the rest. If more was sent than the
+//! limit, the status goes up, and the next call has the new credential. Nothing is kept any more once the response
+//! has begun.
 //!
 //! # Order
 //!
@@ -132,10 +132,11 @@
 //! put `tower::timeout` or tokio's outside.
 
 use std::{
+    borrow::Cow,
     fmt,
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll, ready},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker, ready},
 };
 
 use base64::{
@@ -158,7 +159,7 @@ use crate::{
     },
     authorize::{self, Authorize, Policy, Sent, Undecided},
     error::{Redactor, grpc_message},
-    refresh::{self, Blamed, BufferBody, KeptBody, Refresh, Replay},
+    refresh::{self, Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -457,8 +458,8 @@ fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
                 (masked != bytes).then(|| BASE64.encode(masked).into_bytes())
             }
             None => match redactor.bytes(value.as_bytes()) {
-                std::borrow::Cow::Borrowed(_) => None,
-                std::borrow::Cow::Owned(redacted) => Some(redacted),
+                Cow::Borrowed(_) => None,
+                Cow::Owned(redacted) => Some(redacted),
             },
         };
         if let Some(redacted) = redacted {
@@ -474,21 +475,76 @@ struct ReplayRequests(Option<BufferBody>);
 
 impl Replay<Body> for ReplayRequests {
     type Body = Body;
-    type Kept = (BufferBody, KeptBody<Body>);
+    type Kept = KeptRequest;
 
-    fn keep(&self, body: Body) -> (Body, Option<Self::Kept>) {
+    fn keep(&self, body: Body) -> (Body, Option<KeptRequest>) {
         let Some(buffer) = self.0 else { return (body, None) };
-        let (body, kept) = buffer.keep(body);
-        (Body::new(body), kept.map(|kept| (buffer, kept)))
+        match buffer.keep(body) {
+            (body, None) => (Body::new(body), None),
+            (body, Some(kept)) => {
+                let loan = Arc::new(Mutex::new(Loan { body: Some(body), waker: None }));
+                (Body::new(Lent(Arc::clone(&loan))), Some(KeptRequest { buffer, kept, loan }))
+            }
+        }
     }
 
     fn once(&self, body: Body) -> Body {
         body
     }
 
-    fn again(&self, (buffer, kept): Self::Kept) -> Option<Body> {
+    fn again(&self, KeptRequest { buffer, kept, loan }: KeptRequest) -> Option<Body> {
+        let Loan { body, waker } = std::mem::take(&mut *lock(&loan));
+        // What the connection has not sent is handed over.
+        drop(body);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
         buffer.again(kept).map(Body::new)
     }
+}
+
+struct KeptRequest {
+    buffer: BufferBody,
+    kept: KeptBody<Body>,
+    loan: Arc<Mutex<Loan>>,
+}
+
+/// The body of a request, as the connection has it: it can be taken back. A server that refuses a call has ended it,
+/// but a stream of requests is let go of only when the connection gets round to it.
+struct Lent(Arc<Mutex<Loan>>);
+
+#[derive(Default)]
+struct Loan {
+    body: Option<ReplayBody<Body>>,
+    /// Of the connection.
+    waker: Option<Waker>,
+}
+
+impl http_body::Body for Lent {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let mut loan = lock(&self.0);
+        let Some(body) = &mut loan.body else {
+            return Poll::Ready(Some(Err(Status::cancelled("the call was refused, and is made again"))));
+        };
+        let polled = Pin::new(body).poll_frame(cx);
+        loan.waker = polled.is_pending().then(|| cx.waker().clone());
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        lock(&self.0).body.as_ref().is_some_and(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        lock(&self.0).body.as_ref().map_or_else(SizeHint::new, http_body::Body::size_hint)
+    }
+}
+
+fn lock(loan: &Mutex<Loan>) -> MutexGuard<'_, Loan> {
+    loan.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Says in HTTP's words what gRPC says in headers, so that the layers outside know a refusal.
@@ -539,5 +595,66 @@ where
             response.extensions_mut().insert(Undecided);
         }
         Poll::Ready(Ok(response))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tonic::metadata::MetadataValue;
+
+    use super::*;
+    use crate::ApiKey;
+
+    fn said(pairs: &[(HeaderName, &[u8])]) -> Status {
+        let headers: HeaderMap = pairs
+            .iter()
+            .filter_map(|(name, value)| Some((name.clone(), HeaderValue::from_bytes(value).ok()?)))
+            .collect();
+        let status = refusal(&headers).unwrap_or(StatusCode::UNAUTHORIZED);
+        let sent = Credentials::bearer(ApiKey::new("opaque+1").unwrap());
+        let error = AuthError::read(status, &headers, b"", Some(&sent), None);
+        refused(error, headers, Some(&sent))
+    }
+
+    #[test]
+    fn j8_what_the_server_said_is_taken_out_of_its_headers() {
+        let status = said(&[
+            (GRPC_STATUS, b"7"),
+            (GRPC_MESSAGE, b"not%20for opaque+1 %E2%9C%93"),
+            (GRPC_STATUS_DETAILS, b"CghvcGFxdWUrMQ=="),
+            (HeaderName::from_static("x-bin"), b"b3BhcXVlKzE"),
+            (HeaderName::from_static("x-text"), b"key opaque+1"),
+        ]);
+        assert_eq!(status.code(), Code::PermissionDenied);
+        assert_eq!(status.message(), "not for [redacted] ✓");
+        assert_eq!(status.details(), b"\x0a\x08********");
+        assert_eq!(status.metadata().get_bin("x-bin").unwrap(), MetadataValue::from_bytes(b"********"));
+        assert_eq!(status.metadata().get("x-text").unwrap(), "key [redacted]");
+        assert_eq!(status.metadata().len(), 2);
+        assert_eq!(AuthError::find(&status).unwrap().message(), Some(status.message()));
+    }
+
+    #[test]
+    fn e2_what_cannot_be_decoded_does_not_hide_the_refusal() {
+        // `Status::from_header_map` panics on the one and says `Unknown` for the other.
+        let status =
+            said(&[(GRPC_STATUS, b"16"), (GRPC_STATUS_DETAILS, b"no base64"), (GRPC_MESSAGE, b"%ff%4")]);
+        assert_eq!((status.code(), status.details()), (Code::Unauthenticated, &b""[..]));
+        assert_eq!(status.message(), "\u{fffd}%4");
+    }
+
+    proptest! {
+        #[test]
+        fn e2_no_header_makes_it_panic(
+            code in "16|7", message in "\\PC{0,20}|(%[0-9a-f]{0,2}){0,9}", details in "[A-Za-z0-9+/=,]{0,20}"
+        ) {
+            let other = HeaderName::from_static("other-bin");
+            let [code, message, details] = [&code, &message, &details].map(String::as_bytes);
+            let status = said(&[
+                (GRPC_STATUS, code), (GRPC_MESSAGE, message), (GRPC_STATUS_DETAILS, details), (other, details)
+            ]);
+            prop_assert!(AuthError::find(&status).is_some());
+        }
     }
 }

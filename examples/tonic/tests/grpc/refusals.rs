@@ -216,3 +216,29 @@ async fn t3_a_call_that_is_dropped_while_it_waits_leaves_the_renewal_to_the_next
     assert_eq!(greet(&mut client).await.unwrap(), "Selam, Almaz!");
     assert_eq!((gate.seen().len(), gate.minted()), (1, 1));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn j7_streams_that_are_refused_before_their_end_are_all_sent_again_however_fast_the_renewal() {
+    let gate = Gate::refusing(How::Headers);
+    let (_server, client) = gate.revoked().await;
+    let mut calls = JoinSet::new();
+    for n in 0..100 {
+        let mut client = client.clone();
+        calls.spawn(async move {
+            let (send, names) = mpsc::unbounded_channel();
+            // Half of them say more than the windows of HTTP/2 let through unread.
+            let more = vec![7; if n % 2 == 0 { 100_000 } else { 1 }];
+            send.send(Name { name: "Almaz".to_owned(), more }).unwrap();
+            let mut greetings = client.converse(UnboundedReceiverStream::new(names)).await?.into_inner();
+            let first = greetings.message().await?.unwrap();
+            send.send(Name::of("Kaleb")).unwrap();
+            drop(send);
+            Ok([first.text, joined(greetings).await?])
+        });
+    }
+    let results: Vec<Result<_, Status>> = calls.join_all().await;
+    for result in results {
+        assert_eq!(result.unwrap(), ["Selam, Almaz!", "Selam, Kaleb!"]);
+    }
+    assert_eq!(gate.minted(), 2);
+}
