@@ -83,7 +83,9 @@
 //! tonic's clients make requests of a path alone, and the channel adds where it goes further in. So the layer is
 //! told: [`SelamGrpcLayer::new`] takes the URI that the channel connects to, and fails when credentials may not go
 //! there, as to a plain `http` one that was not
-//! [allowed for loopback](crate::BaseUrl::allow_insecure_loopback).
+//! [allowed for loopback](crate::BaseUrl::allow_insecure_loopback). What it is told has to be true: the `uri()` of the
+//! `Endpoint`, not the name that `Endpoint::origin` gives it; of several that a channel balances between, each has to
+//! be one that may have the credentials.
 //!
 //! # What a status leads to
 //!

@@ -7,8 +7,8 @@ use http::Uri;
 use tonic::{Code, Status, transport};
 use tower::{Layer, ServiceBuilder, timeout::TimeoutLayer};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, ConfigErrorKind, Renewing, RequestAuth, SelamLayer,
-    Token,
+    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, ConfigErrorKind, PerSubject, Renewing, RequestAuth,
+    SelamLayer, Subject, Token,
     adapter::tonic::SelamGrpcLayer,
     source::{Reason, SourceError, source_fn},
 };
@@ -44,7 +44,7 @@ async fn e7_what_was_never_sent_is_unauthenticated_or_permission_denied_with_its
     assert_found(&status, Code::Unauthenticated, AuthErrorKind::RenewalRefused);
 
     let mut request = tonic::Request::new(Name::of("Almaz"));
-    request.extensions_mut().insert(tower_selam::Subject::new("user-7"));
+    request.extensions_mut().insert(Subject::new("user-7"));
     let status = client(&server, gate.jwts()).greet(request).await.unwrap_err();
     assert_found(&status, Code::Unauthenticated, AuthErrorKind::CredentialUnavailable);
 
@@ -177,6 +177,30 @@ async fn h4_a_calls_own_choice_goes_by_its_extensions() {
     assert!(all(0, "x-api-key").is_empty());
     assert_eq!(all(1, "authorization"), ["Bearer canary-token-0000"]);
     assert_eq!(all(1, "x-api-key"), [KEY]);
+}
+
+#[tokio::test]
+async fn h4_each_user_has_a_jwt_by_the_calls_extension() {
+    let gate = Gate::default();
+    let server = gate.serve().await;
+    let jwts = PerSubject::new(|user: &Subject| {
+        let token = format!("of.{}", user.as_str());
+        source_fn(move |_: Reason<Token>| {
+            let token = token.clone();
+            async move { Ok::<_, BoxError>(Token::new(token)?) }
+        })
+    });
+    let mut client = client(&server, jwts);
+    for user in ["user-7", "user-8"] {
+        let mut request = tonic::Request::new(Name::of("Almaz"));
+        request.extensions_mut().insert(Subject::new(user));
+        client.greet(request).await.unwrap();
+        let seen = gate.seen();
+        assert_eq!(seen.last().unwrap().head["authorization"], format!("Bearer of.{user}"));
+    }
+    let status = greet(&mut client).await.unwrap_err();
+    assert_found(&status, Code::Unauthenticated, AuthErrorKind::CredentialUnavailable);
+    assert_eq!(gate.seen().len(), 2);
 }
 
 /// That a caller can put them all into one error type of its own.

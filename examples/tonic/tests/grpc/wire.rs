@@ -106,6 +106,23 @@ async fn t1_a_slow_renewal_does_not_pin_the_channels_limit() {
 }
 
 #[tokio::test]
+async fn t1_a_call_that_waits_for_the_first_token_pins_no_permit() {
+    let gate = Gate::default().renewing_slowly(Duration::from_millis(300));
+    let server = gate.serve().await;
+    let channel = tower::limit::ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
+    let mut client = GreeterClient::new(layer(&server, gate.jwts()).layer(channel));
+    let mut waits = client.clone();
+    let waiting = tokio::spawn(async move { waits.greet(Name::of("Almaz")).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let mut request = tonic::Request::new(Name::of("Kaleb"));
+    request.extensions_mut().insert(RequestAuth::ApiKey);
+    let greeting = timeout(Duration::from_millis(200), client.greet(request)).await.expect("no permit");
+    assert_eq!(greeting.unwrap().into_inner().text, "Selam, Kaleb!");
+    assert!(!waiting.is_finished());
+    assert_eq!(waiting.await.unwrap().unwrap().into_inner().text, "Selam, Almaz!");
+}
+
+#[tokio::test]
 async fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
     // A limit around the channel itself, with permits that are taken when it is ready.
     let gate = Gate::refusing(How::Headers);
