@@ -21,7 +21,9 @@
 //! #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
 //! #         Ok(()).into()
 //! #     }
-//! #     fn call(&mut self, _: http::Request<Body>) -> Self::Future { std::future::ready(Ok(http::Response::default())) }
+//! #     fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+//! #         std::future::ready(Ok(http::Response::default()))
+//! #     }
 //! # }
 //! # struct Endpoint(http::Uri);
 //! # impl Endpoint {
@@ -602,7 +604,10 @@ where
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt;
     use proptest::prelude::*;
+    use tokio::sync::mpsc;
+    use tokio_test::{assert_pending, assert_ready, task};
     use tonic::metadata::MetadataValue;
 
     use super::*;
@@ -644,6 +649,46 @@ mod tests {
             said(&[(GRPC_STATUS, b"16"), (GRPC_STATUS_DETAILS, b"no base64"), (GRPC_MESSAGE, b"%ff%4")]);
         assert_eq!((status.code(), status.details()), (Code::Unauthenticated, &b""[..]));
         assert_eq!(status.message(), "\u{fffd}%4");
+    }
+
+    #[test]
+    fn j7_a_stream_is_taken_back_from_a_connection_that_would_wait_for_its_end() {
+        let (send, frames) = mpsc::unbounded_channel();
+        let replay = ReplayRequests(Some(BufferBody::new(64)));
+        let (mut lent, kept) = replay.keep(Body::new(Fed(frames)));
+        let mut polled = task::spawn(lent.frame());
+        assert_pending!(polled.poll());
+        send.send(Bytes::from_static(b"first")).unwrap();
+        assert_eq!(assert_ready!(polled.poll()).unwrap().unwrap().into_data().unwrap(), "first");
+        drop(polled);
+        let mut polled = task::spawn(lent.frame());
+        assert_pending!(polled.poll());
+
+        let mut again = replay.again(kept.unwrap()).unwrap();
+        assert!(polled.is_woken());
+        // An error resets the stream: it did not end.
+        assert_eq!(assert_ready!(polled.poll()).unwrap().unwrap_err().code(), Code::Cancelled);
+        send.send(Bytes::from_static(b"second")).unwrap();
+        drop(send);
+        for expected in ["first", "second"] {
+            let frame = assert_ready!(task::spawn(again.frame()).poll());
+            assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), expected);
+        }
+        assert!(assert_ready!(task::spawn(again.frame()).poll()).is_none());
+    }
+
+    struct Fed(mpsc::UnboundedReceiver<Bytes>);
+
+    impl http_body::Body for Fed {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            self.0.poll_recv(cx).map(|data| data.map(|data| Ok(Frame::data(data))))
+        }
     }
 
     proptest! {

@@ -17,8 +17,7 @@ use crate::{AuthError, Credentials, error::is_auth_status, supply::Waiting};
 #[derive(Clone, Copy)]
 pub(crate) struct Undecided;
 
-/// On a 401 or 403, and what is `Undecided`: the credentials
-/// that were sent, for the layers outside.
+/// On a 401 or 403, and on what is `Undecided`: the credentials that were sent, for the layers outside.
 #[derive(Clone)]
 pub(crate) struct Sent {
     pub(crate) credentials: Credentials,

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! serves `selam.example.Greeter` over TLS on a loopback port and calls it. SelamAPI documents no gRPC service of its
-//! own: with `SELAM_API_KEY` set (and, if you like, `SELAM_JWT` and `SELAM_BASE_URL`), the example makes one call to the
-//! API's origin and shows the status that comes, `Unimplemented` most likely.
+//! own: with `SELAM_API_KEY` set (and, if you like, `SELAM_JWT` and `SELAM_BASE_URL`), the example makes one call to
+//! the API's origin and shows the status that comes: `Unimplemented`, or `Internal` where a 404 has a JSON body.
 
 use std::{
     collections::HashMap,
