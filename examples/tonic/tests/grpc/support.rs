@@ -17,6 +17,7 @@ use example_tonic::{Greeter, GreeterClient, GreeterServer, Greeting, Name, Serve
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use http_body_util::BodyExt;
+use tokio::sync::watch;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{
     Code, Status, Streaming, body::Body, metadata::MetadataMap, server::NamedService, transport::Channel,
@@ -73,7 +74,10 @@ struct Inner {
     reads_first: AtomicBool,
     /// Says in a refusal what it was sent.
     echoes: AtomicBool,
-    slow: Mutex<Duration>,
+    /// How many renewals have begun.
+    asked: AtomicUsize,
+    /// Renewals wait until this is false.
+    held: watch::Sender<bool>,
     seen: Mutex<Vec<Seen>>,
 }
 
@@ -98,9 +102,13 @@ impl Gate {
         self
     }
 
-    pub(crate) fn renewing_slowly(self, time: Duration) -> Self {
-        *self.0.slow.lock().unwrap() = time;
-        self
+    /// Renewals do not end any more.
+    pub(crate) fn hold(&self) {
+        self.0.held.send_replace(true);
+    }
+
+    pub(crate) fn release(&self) {
+        self.0.held.send_replace(false);
     }
 
     /// The present token is good no more.
@@ -125,6 +133,10 @@ impl Gate {
         self.0.minted.load(SeqCst)
     }
 
+    pub(crate) fn asked(&self) -> usize {
+        self.0.asked.load(SeqCst)
+    }
+
     pub(crate) fn seen(&self) -> Vec<Seen> {
         self.0.seen.lock().unwrap().clone()
     }
@@ -143,8 +155,8 @@ impl Gate {
         Renewing::new(source_fn(move |_: Reason<Token>| {
             let gate = gate.clone();
             async move {
-                let slow = *gate.0.slow.lock().unwrap();
-                tokio::time::sleep(slow).await;
+                gate.0.asked.fetch_add(1, SeqCst);
+                gate.0.held.subscribe().wait_for(|held| !held).await?;
                 Ok::<_, BoxError>(Token::new(gate.mint())?)
             }
         }))
@@ -345,6 +357,16 @@ pub(crate) fn layer(server: &Server, jwt: impl Into<Jwts>) -> SelamGrpcLayer {
 
 pub(crate) fn client(server: &Server, jwt: impl Into<Jwts>) -> Client {
     GreeterClient::new(layer(server, jwt).layer(server.endpoint().unwrap().connect_lazy()))
+}
+
+/// Waits for what another task brings about.
+pub(crate) async fn until(is: impl Fn() -> bool) {
+    let wait = async {
+        while !is() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(HANG, wait).await.unwrap();
 }
 
 /// Calls `Greet` and tells what comes back.

@@ -1,7 +1,5 @@
 //! What goes over the connection, and when.
 
-use std::time::Duration;
-
 use example_tonic::{GreeterClient, Name};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -11,13 +9,13 @@ use tokio::{
 };
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Status, body::Body, transport::Channel};
-use tower::{Layer, service_fn};
+use tower::{Layer, Service, limit::ConcurrencyLimit, service_fn};
 use tower_selam::{
-    ApiKey, BaseUrl, RequestAuth, SelamLayer, Token,
+    ApiKey, BaseUrl, BoxError, RequestAuth, SelamLayer, Token,
     adapter::tonic::{ResponseBody, ResponseFuture, SelamGrpc, SelamGrpcLayer},
 };
 
-use crate::support::{Gate, HANG, How, KEY, greet, layer};
+use crate::support::{Gate, HANG, How, KEY, layer, until};
 
 #[tokio::test]
 async fn h2_on_the_wire_the_credentials_are_never_indexed() {
@@ -80,45 +78,42 @@ async fn e5_a_stream_begins_before_anything_was_said() {
 }
 
 #[tokio::test]
-async fn t1_a_slow_renewal_does_not_pin_the_channels_limit() {
+async fn t1_a_call_that_was_refused_pins_no_permit_while_it_waits() {
     let gate = Gate::refusing(How::Headers);
     let server = gate.serve().await;
     let jwts = gate.jwts();
     jwts.prefetch().await.unwrap();
     gate.revoke();
-    let gate = gate.renewing_slowly(Duration::from_millis(300));
     let channel = server.endpoint().unwrap().concurrency_limit(1).connect_lazy();
-    let mut client = GreeterClient::new(layer(&server, jwts).layer(channel));
-
-    let mut waits = client.clone();
-    let waiting = tokio::spawn(async move { greet(&mut waits).await });
-    while gate.seen().is_empty() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    // The one that was refused waits for its renewal; this one has nothing to wait for.
-    gate.let_pass();
-    let mut request = tonic::Request::new(Name::of("Kaleb"));
-    request.extensions_mut().insert(RequestAuth::ApiKey);
-    let greeting = timeout(Duration::from_millis(200), client.greet(request)).await.expect("no permit");
-    assert_eq!(greeting.unwrap().into_inner().text, "Selam, Kaleb!");
-    assert!(!waiting.is_finished());
-    assert_eq!(waiting.await.unwrap().unwrap(), "Selam, Almaz!");
+    pins_no_permit(gate, GreeterClient::new(layer(&server, jwts).layer(channel)), 2).await;
 }
 
 #[tokio::test]
 async fn t1_a_call_that_waits_for_the_first_token_pins_no_permit() {
-    let gate = Gate::default().renewing_slowly(Duration::from_millis(300));
+    let gate = Gate::default();
     let server = gate.serve().await;
-    let channel = tower::limit::ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
-    let mut client = GreeterClient::new(layer(&server, gate.jwts()).layer(channel));
+    let channel = ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
+    pins_no_permit(gate.clone(), GreeterClient::new(layer(&server, gate.jwts()).layer(channel)), 1).await;
+}
+
+/// One call waits for the renewal, and another, which needs none, passes it.
+async fn pins_no_permit<S>(gate: Gate, mut client: GreeterClient<SelamGrpc<S>>, renewal: usize)
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + Sync + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError> + Send,
+{
+    gate.hold();
     let mut waits = client.clone();
     let waiting = tokio::spawn(async move { waits.greet(Name::of("Almaz")).await });
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    until(|| gate.asked() == renewal).await;
+    gate.let_pass();
     let mut request = tonic::Request::new(Name::of("Kaleb"));
     request.extensions_mut().insert(RequestAuth::ApiKey);
-    let greeting = timeout(Duration::from_millis(200), client.greet(request)).await.expect("no permit");
-    assert_eq!(greeting.unwrap().into_inner().text, "Selam, Kaleb!");
+    let greeting = timeout(HANG, client.greet(request)).await.expect("no permit").unwrap();
+    assert_eq!(greeting.into_inner().text, "Selam, Kaleb!");
     assert!(!waiting.is_finished());
+    gate.release();
     assert_eq!(waiting.await.unwrap().unwrap().into_inner().text, "Selam, Almaz!");
 }
 
@@ -130,7 +125,7 @@ async fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
     let jwts = gate.jwts();
     jwts.prefetch().await.unwrap();
     gate.revoke();
-    let channel = tower::limit::ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
+    let channel = ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
     let mut client = GreeterClient::new(layer(&server, jwts).layer(channel));
     for _ in 0..3 {
         let greeting = timeout(HANG, client.greet(Name::of("Almaz"))).await.unwrap();
