@@ -54,6 +54,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | `adapter` | the layers in the words of one client each: reqwest, reqwest-middleware, tonic |
 //! | [`bounds`] | what the layers ask of a client |
 //! | [`composition`] | where other Tower layers go |
 //! | [`mod@env`] | the names of the environment variables |
@@ -63,6 +64,7 @@
 //!
 //! None is on by default, and each only adds.
 //!
+//! - `tonic`: `adapter::tonic::SelamGrpcLayer`, for gRPC.
 //! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
 //! - `sign`: `source::JwtSigner`, which signs JWTs itself.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
@@ -73,6 +75,7 @@
 #[macro_use]
 mod macros;
 
+pub mod adapter;
 pub mod auth_error;
 pub mod authorize;
 mod base_url;

@@ -43,7 +43,7 @@ const FRAMES_A_TURN: usize = 128;
 
 pin_project! {
     /// Future of a response that is read if it is a 401 or 403, and only then.
-    pub(super) struct Inspect<F, B> {
+    pub(crate) struct Inspect<F, B> {
         #[pin]
         state: State<F, B>,
     }
@@ -58,14 +58,14 @@ pin_project! {
 }
 
 /// What a response was.
-pub(super) enum Inspected<B: Body> {
+pub(crate) enum Inspected<B: Body> {
     Passed(Response<B>),
     Refused(Box<Collect<B>>, End<B::Error>),
 }
 
 impl<F, B> Inspect<F, B> {
     #[inline]
-    pub(super) fn new(response: F, bounds: Bounds) -> Self {
+    pub(crate) fn new(response: F, bounds: Bounds) -> Self {
         Self { state: State::Response { response, bounds } }
     }
 }

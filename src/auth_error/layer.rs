@@ -6,7 +6,7 @@ use super::{AnnotateAuthError, MapAuthError, collect::Bounds};
 
 /// Makes a 401 or 403 an [`AuthError`](crate::AuthError). See the [module docs](super).
 #[derive(Clone, Copy, Debug, Default)]
-pub struct AuthErrorLayer(Bounds);
+pub struct AuthErrorLayer(pub(crate) Bounds);
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403 and lets it pass. See the
 /// [module docs](super).

@@ -39,7 +39,7 @@
 //! key cannot get it printed. Layers that retry or time out go on either side.
 
 mod annotate;
-mod collect;
+pub(crate) mod collect;
 mod future;
 mod layer;
 mod service;

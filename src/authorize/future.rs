@@ -12,7 +12,12 @@ use tower_service::Service;
 use super::policy::Policy;
 use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, supply::Waiting};
 
-/// On a 401 or 403: the credentials that were refused, for the layers outside.
+/// On a response that can yet turn out to be a refusal, in its trailers: the layers outside need to know what was
+/// sent.
+#[derive(Clone, Copy)]
+pub(crate) struct Undecided;
+
+/// On a 401 or 403, and on what is `Undecided`: the credentials that were sent, for the layers outside.
 #[derive(Clone)]
 pub(crate) struct Sent {
     pub(crate) credentials: Credentials,
@@ -93,7 +98,7 @@ where
             match state.as_mut().project() {
                 StateProj::Sent { response, credentials } => {
                     let mut response = ready!(response.poll(cx))?;
-                    if is_auth_status(response.status())
+                    if (is_auth_status(response.status()) || is_undecided(&response))
                         && let Some(credentials) = credentials.take()
                     {
                         remember(&mut response, credentials);
@@ -120,6 +125,11 @@ where
             }
         }
     }
+}
+
+#[inline]
+fn is_undecided<B>(response: &Response<B>) -> bool {
+    response.extensions().get::<Undecided>().is_some()
 }
 
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.

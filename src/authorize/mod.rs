@@ -48,6 +48,8 @@ mod layer;
 mod policy;
 mod service;
 
+#[cfg(feature = "tonic")]
+pub(crate) use self::future::Undecided;
 pub use self::{
     future::ResponseFuture,
     layer::{ApiKeyLayer, JwtLayer},

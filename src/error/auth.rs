@@ -9,6 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Response, StatusCode};
+use percent_encoding::percent_decode;
 use serde_json::Value;
 
 use super::{
@@ -19,6 +20,8 @@ use crate::{clock, credentials::Credentials};
 
 const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];
+
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 /// How much of a server's message `Display` shows, in characters.
 const SHOWN: usize = 300;
@@ -96,7 +99,7 @@ impl AuthError {
         let challenge = BearerChallenge::from_headers(headers);
         let token_rejected = challenge.error.as_deref() == Some("invalid_token");
         fields.code = fields.code.or(challenge.error);
-        fields.message = fields.message.or(challenge.description);
+        fields.message = fields.message.or_else(|| grpc_message(headers)).or(challenge.description);
         fields.request_id = REQUEST_IDS
             .iter()
             .find_map(|name| Some(headers.get(name)?.to_str().ok()?.trim().to_owned()))
@@ -247,6 +250,13 @@ impl AuthError {
     fn answer(&self) -> Option<&Answer> {
         self.0.answer.as_ref()
     }
+}
+
+/// What gRPC says instead of a body, percent-encoded
+/// ([as its protocol has it](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses)).
+pub(crate) fn grpc_message(headers: &HeaderMap) -> Option<String> {
+    let encoded = headers.get(GRPC_MESSAGE)?.as_bytes();
+    Some(percent_decode(encoded).decode_utf8_lossy().into_owned()).filter(|message| !message.is_empty())
 }
 
 /// `body` without credentials. JSON may spell one with escapes, which only its strings show.

@@ -13,6 +13,8 @@ use std::error::Error as StdError;
 
 use http::StatusCode;
 
+#[cfg(feature = "tonic")]
+pub(crate) use self::auth::grpc_message;
 pub use self::{
     auth::AuthError,
     body::ErrorBody,

@@ -19,7 +19,7 @@ pub(crate) struct Redactor {
 }
 
 impl Redactor {
-    pub(super) fn new(sent: Option<&Credentials>) -> Self {
+    pub(crate) fn new(sent: Option<&Credentials>) -> Self {
         let secrets = sent.into_iter().flat_map(Credentials::secrets);
         Self::masking(secrets.map(|secret| secret.expose()))
     }
@@ -46,7 +46,7 @@ impl Redactor {
         }
     }
 
-    pub(super) fn bytes<'a>(&self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
+    pub(crate) fn bytes<'a>(&self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
         let mut out = Vec::new();
         let mut copied = 0;
         let mut at = 0;
@@ -66,6 +66,17 @@ impl Redactor {
         }
         out.extend_from_slice(&bytes[copied..]);
         Cow::Owned(out)
+    }
+
+    /// Removes them from what counts its bytes, a protobuf message say: as long as before.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn in_place(&self, bytes: &mut [u8]) {
+        let mut at = 0;
+        while at < bytes.len() {
+            let length = self.secret_at(bytes, at);
+            bytes[at..at + length].fill(b'*');
+            at += length.max(1);
+        }
     }
 
     /// How many bytes from `at` on are a secret.

@@ -66,7 +66,7 @@ struct Refusal<B: Body> {
 }
 
 /// What the API refused, and where another can come from.
-struct Blamed {
+pub(crate) struct Blamed {
     part: Part,
     sent: Credentials,
     supply: Arc<Supply>,
@@ -193,24 +193,8 @@ impl<B: Body> Refusal<B> {
         // The layer that reads the error for the caller needs it as well.
         self.collect.parts.extensions.insert(self.sent.clone());
 
-        let with = |part: Part| {
-            let has = |sent: &&Credentials| match part {
-                Part::Key => sent.api_key().is_some(),
-                Part::Jwt => sent.jwt().is_some(),
-            };
-            self.sent.parts().find(has).map(|sent| (part, sent))
-        };
-        let blamed = match kind {
-            AuthErrorKind::InvalidApiKey => with(Part::Key),
-            AuthErrorKind::MissingApiKey => None,
-            _ => with(Part::Jwt).or_else(|| with(Part::Key)),
-        };
-        self.blamed =
-            blamed.and_then(|(part, sent)| Some(Blamed { part, sent: sent.clone(), supply: sent.supply()? }));
-        match &self.blamed {
-            Some(Blamed { part, sent, supply }) => supply.reject(*part, sent),
-            None => (Rejection::Ignored, None),
-        }
+        self.blamed = Blamed::of(&self.sent, kind);
+        self.blamed.as_ref().map_or((Rejection::Ignored, None), Blamed::reject)
     }
 
     /// The 401 as it came.
@@ -219,8 +203,35 @@ impl<B: Body> Refusal<B> {
     }
 
     fn has_other(&self) -> bool {
-        let other = |Blamed { part, sent, supply }: &Blamed| supply.has_other(*part, sent);
-        self.blamed.as_ref().is_some_and(other)
+        self.blamed.as_ref().is_some_and(Blamed::has_other)
+    }
+}
+
+impl Blamed {
+    /// What is at fault when `sent` was refused so; `None` when it is nothing that renews.
+    pub(crate) fn of(sent: &Sent, kind: AuthErrorKind) -> Option<Self> {
+        let with = |part: Part| {
+            let has = |sent: &&Credentials| match part {
+                Part::Key => sent.api_key().is_some(),
+                Part::Jwt => sent.jwt().is_some(),
+            };
+            sent.parts().find(has).map(|sent| (part, sent))
+        };
+        let (part, sent) = match kind {
+            AuthErrorKind::InvalidApiKey => with(Part::Key),
+            AuthErrorKind::MissingApiKey => None,
+            _ => with(Part::Jwt).or_else(|| with(Part::Key)),
+        }?;
+        Some(Self { part, sent: sent.clone(), supply: sent.supply()? })
+    }
+
+    /// Rejects it: how, and what to wait for.
+    pub(crate) fn reject(&self) -> (Rejection, Option<Landing>) {
+        self.supply.reject(self.part, &self.sent)
+    }
+
+    fn has_other(&self) -> bool {
+        self.supply.has_other(self.part, &self.sent)
     }
 }
 

@@ -64,6 +64,8 @@ mod layer;
 mod replay;
 mod service;
 
+#[cfg(feature = "tonic")]
+pub(crate) use self::future::Blamed;
 pub use self::{
     future::ResponseFuture,
     layer::RefreshLayer,

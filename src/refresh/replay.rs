@@ -163,6 +163,11 @@ impl<B> ReplayBody<B> {
 
     fn remember(&mut self, piece: &Piece) {
         let Some(kept) = &self.kept else { return };
+        if Arc::strong_count(kept) == 1 {
+            // Nobody is left to send it again: a stream goes on after its response has begun.
+            self.kept = None;
+            return;
+        }
         let mut state = lock(kept);
         let length = if let Piece::Data(data) = piece { data.len() } else { 0 };
         match &mut *state {
@@ -281,5 +286,33 @@ impl<B> fmt::Debug for KeptBody<B> {
 impl<B> fmt::Debug for ReplayBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ReplayBody").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::{BodyExt, Full};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn j7_nothing_is_kept_once_nobody_is_left_to_send_it_again() {
+        let owner = Arc::new([0; 8]);
+        let held = |owner: &Arc<[u8; 8]>| Bytes::from_owner(Owner(Arc::clone(owner)));
+        for (left, counted) in [(true, 2), (false, 1)] {
+            let (mut body, kept) = BufferBody::new(64).keep(Full::new(held(&owner)));
+            let kept = kept.filter(|_| left);
+            drop(body.frame().await);
+            assert_eq!(Arc::strong_count(&owner), counted, "kept: {left}");
+            drop((body, kept));
+        }
+    }
+
+    struct Owner(Arc<[u8; 8]>);
+
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            &*self.0
+        }
     }
 }

@@ -14,9 +14,9 @@ use crate::{
 /// Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SelamLayer<R = CloneBody> {
-    errors: AuthErrorLayer,
+    pub(crate) errors: AuthErrorLayer,
     replay: R,
-    policy: Arc<Policy>,
+    pub(crate) policy: Arc<Policy>,
     base_url: Arc<BaseUrl>,
 }
 

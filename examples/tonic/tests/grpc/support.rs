@@ -1,0 +1,375 @@
+//! What the tests share: a greeter behind a gate that refuses as it is told, and a client that renews.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use example_tonic::{Greeter, GreeterClient, GreeterServer, Greeting, Name, Server};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::Frame;
+use http_body_util::BodyExt;
+use tokio::sync::watch;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{
+    Code, Status, Streaming, body::Body, metadata::MetadataMap, server::NamedService, transport::Channel,
+};
+use tower::{Layer, Service, ServiceExt};
+use tower_selam::{
+    ApiKey, BaseUrl, BoxError, Jwts, Renewing, SelamLayer, Token,
+    adapter::tonic::{SelamGrpc, SelamGrpcLayer},
+    source::{Reason, source_fn},
+};
+
+pub(crate) const KEY: &str = "sk-selam-canary-0123456789abcdef";
+pub(crate) const SAID: &str = "token expired";
+pub(crate) const DETAILS: &[u8] = b"\x0a\x07details";
+
+/// Longer than anything on a loopback takes.
+pub(crate) const HANG: Duration = Duration::from_secs(20);
+
+pub(crate) type Client = GreeterClient<SelamGrpc<Channel>>;
+
+/// How the gate refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    Headers,
+    /// After so many messages.
+    Trailers(usize),
+    /// As a proxy would that knows nothing of gRPC.
+    Http,
+}
+
+/// What came through the gate, or was turned away.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) head: HeaderMap,
+    pub(crate) body: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Seen {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.body.lock().unwrap().clone()
+    }
+}
+
+/// Mints tokens, of which the last is good, and guards the greeter.
+#[derive(Clone, Default)]
+pub(crate) struct Gate(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    good: Mutex<Option<String>>,
+    minted: AtomicUsize,
+    refuses: Mutex<Option<(How, Code)>>,
+    /// Takes the whole request before it refuses.
+    reads_first: AtomicBool,
+    /// Says in a refusal what it was sent.
+    echoes: AtomicBool,
+    /// How many renewals have begun.
+    asked: AtomicUsize,
+    /// Renewals wait until this is false.
+    held: watch::Sender<bool>,
+    seen: Mutex<Vec<Seen>>,
+}
+
+impl Gate {
+    pub(crate) fn refusing(how: How) -> Self {
+        Self::refusing_with(how, Code::Unauthenticated)
+    }
+
+    pub(crate) fn refusing_with(how: How, code: Code) -> Self {
+        let gate = Self::default();
+        gate.refuse(how, code);
+        gate
+    }
+
+    pub(crate) fn reading_first(self) -> Self {
+        self.0.reads_first.store(true, SeqCst);
+        self
+    }
+
+    pub(crate) fn echoing(self) -> Self {
+        self.0.echoes.store(true, SeqCst);
+        self
+    }
+
+    /// Renewals do not end any more.
+    pub(crate) fn hold(&self) {
+        self.0.held.send_replace(true);
+    }
+
+    pub(crate) fn release(&self) {
+        self.0.held.send_replace(false);
+    }
+
+    /// The present token is good no more.
+    pub(crate) fn revoke(&self) {
+        *self.0.good.lock().unwrap() = None;
+    }
+
+    pub(crate) fn refuse(&self, how: How, code: Code) {
+        *self.0.refuses.lock().unwrap() = Some((how, code));
+    }
+
+    pub(crate) fn let_pass(&self) {
+        *self.0.refuses.lock().unwrap() = None;
+    }
+
+    /// No token is good, whichever is minted.
+    pub(crate) fn refuse_all(&self) {
+        *self.0.good.lock().unwrap() = Some("none".to_owned());
+    }
+
+    pub(crate) fn minted(&self) -> usize {
+        self.0.minted.load(SeqCst)
+    }
+
+    pub(crate) fn asked(&self) -> usize {
+        self.0.asked.load(SeqCst)
+    }
+
+    pub(crate) fn seen(&self) -> Vec<Seen> {
+        self.0.seen.lock().unwrap().clone()
+    }
+
+    fn mint(&self) -> String {
+        let token = format!("canary-token-{:04}", self.0.minted.fetch_add(1, SeqCst));
+        let mut good = self.0.good.lock().unwrap();
+        if good.as_deref() != Some("none") {
+            *good = Some(token.clone());
+        }
+        token
+    }
+
+    pub(crate) fn jwts(&self) -> Renewing<Token> {
+        let gate = self.clone();
+        Renewing::new(source_fn(move |_: Reason<Token>| {
+            let gate = gate.clone();
+            async move {
+                gate.0.asked.fetch_add(1, SeqCst);
+                gate.0.held.subscribe().wait_for(|held| !held).await?;
+                Ok::<_, BoxError>(Token::new(gate.mint())?)
+            }
+        }))
+    }
+
+    pub(crate) async fn serve(&self) -> Server {
+        let gated = Gated { gate: self.clone(), inner: GreeterServer::new(Greets) };
+        Server::start(tonic::service::Routes::new(gated)).await.unwrap()
+    }
+
+    /// Served, with a client whose token was just revoked.
+    pub(crate) async fn revoked(&self) -> (Server, Client) {
+        let server = self.serve().await;
+        let jwts = self.jwts();
+        jwts.prefetch().await.unwrap();
+        self.revoke();
+        let client = client(&server, jwts);
+        (server, client)
+    }
+
+    fn refusal(&self, head: &HeaderMap, (how, code): (How, Code)) -> Response<Body> {
+        let echo = match self.0.echoes.load(SeqCst) {
+            true => format!("{} {}", text(head, "authorization"), text(head, "x-api-key")),
+            false => String::new(),
+        };
+        let mut metadata = MetadataMap::new();
+        metadata.insert("x-request-id", format!("req-1{echo}").parse().unwrap());
+        metadata.insert_bin("echo-bin", tonic::metadata::MetadataValue::from_bytes(echo.as_bytes()));
+        let details = Bytes::from([DETAILS, echo.as_bytes()].concat());
+        let message = [SAID, &echo].concat();
+        let status = Status::with_details_and_metadata(code, &message, details, metadata);
+        match how {
+            How::Headers => status.into_http(),
+            How::Trailers(messages) => {
+                let mut trailers = HeaderMap::new();
+                status.add_header(&mut trailers).unwrap();
+                let mut frames = VecDeque::from_iter((0..messages).map(|_| Frame::data(message_frame())));
+                frames.push_back(Frame::trailers(trailers));
+                let mut response = Response::new(Body::new(Frames(frames)));
+                response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+                response
+            }
+            How::Http => {
+                let status = if code == Code::PermissionDenied { 403 } else { 401 };
+                let body = format!(r#"{{"error":{{"message":"{message}"}}}}"#);
+                let body = Body::new(http_body_util::Full::new(Bytes::from(body)));
+                Response::builder().status(status).header("x-request-id", "req-1").body(body).unwrap()
+            }
+        }
+    }
+}
+
+fn text<'a>(head: &'a HeaderMap, name: &str) -> &'a str {
+    head.get(name).map_or("", |value| value.to_str().unwrap())
+}
+
+/// A greeting as it goes over the wire.
+fn message_frame() -> Bytes {
+    let message = prost::Message::encode_to_vec(&Greeting::saying("Selam!"));
+    let mut frame = vec![0];
+    frame.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+    frame.extend_from_slice(&message);
+    frame.into()
+}
+
+/// A body of these frames.
+pub(crate) struct Frames(pub(crate) VecDeque<Frame<Bytes>>);
+
+impl http_body::Body for Frames {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.0.pop_front().map(Ok))
+    }
+}
+
+#[derive(Clone)]
+struct Gated<S> {
+    gate: Gate,
+    inner: S,
+}
+
+impl<S: NamedService> NamedService for Gated<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S> Service<Request<Body>> for Gated<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
+        + Clone
+        + Send
+        + 'static,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let Self { gate, inner } = self.clone();
+        Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            let seen = Seen { head: parts.headers.clone(), body: Arc::default() };
+            gate.0.seen.lock().unwrap().push(seen.clone());
+            let mut body = Body::new(body.map_frame(move |frame| {
+                let data = frame.data_ref().map(|data| &data[..]).unwrap_or_default();
+                seen.body.lock().unwrap().extend_from_slice(data);
+                frame
+            }));
+            let good = gate.0.good.lock().unwrap().clone();
+            let good =
+                good.is_some_and(|good| text(&parts.headers, "authorization") == format!("Bearer {good}"));
+            let refuses = *gate.0.refuses.lock().unwrap();
+            match refuses {
+                Some(refusal) if !good => {
+                    if gate.0.reads_first.load(SeqCst) {
+                        while let Some(Ok(_)) = body.frame().await {}
+                    }
+                    Ok(gate.refusal(&parts.headers, refusal))
+                }
+                _ => inner.oneshot(Request::from_parts(parts, body)).await,
+            }
+        })
+    }
+}
+
+struct Greets;
+
+#[tonic::async_trait]
+impl Greeter for Greets {
+    async fn greet(&self, request: tonic::Request<Name>) -> Result<tonic::Response<Greeting>, Status> {
+        Ok(tonic::Response::new(greeting(request.get_ref())))
+    }
+
+    type GreetInEveryLanguageStream = Pin<Box<dyn Stream<Item = Result<Greeting, Status>> + Send>>;
+
+    async fn greet_in_every_language(
+        &self,
+        request: tonic::Request<Name>,
+    ) -> Result<tonic::Response<Self::GreetInEveryLanguageStream>, Status> {
+        let name = request.into_inner().name;
+        let greetings =
+            ["Selam", "Merhaba", "Hello"].map(|word| Ok(Greeting::saying(format!("{word}, {name}!"))));
+        Ok(tonic::Response::new(Box::pin(tokio_stream::iter(greetings))))
+    }
+
+    async fn greet_all(
+        &self,
+        request: tonic::Request<Streaming<Name>>,
+    ) -> Result<tonic::Response<Greeting>, Status> {
+        let mut names = Vec::new();
+        let mut stream = request.into_inner();
+        while let Some(name) = stream.message().await? {
+            names.push(name.name);
+        }
+        Ok(tonic::Response::new(Greeting::saying(format!("Selam, {}!", names.join(" and ")))))
+    }
+
+    type ConverseStream = Pin<Box<dyn Stream<Item = Result<Greeting, Status>> + Send>>;
+
+    async fn converse(
+        &self,
+        request: tonic::Request<Streaming<Name>>,
+    ) -> Result<tonic::Response<Self::ConverseStream>, Status> {
+        let greetings = request.into_inner().map(|name| Ok(greeting(&name?)));
+        Ok(tonic::Response::new(Box::pin(greetings)))
+    }
+
+    async fn forget(&self, _: tonic::Request<Name>) -> Result<tonic::Response<Greeting>, Status> {
+        Err(Status::with_details(
+            Code::PermissionDenied,
+            "greetings are for ever",
+            Bytes::from_static(DETAILS),
+        ))
+    }
+}
+
+fn greeting(name: &Name) -> Greeting {
+    Greeting::saying(format!("Selam, {}!", name.name))
+}
+
+pub(crate) fn layer(server: &Server, jwt: impl Into<Jwts>) -> SelamGrpcLayer {
+    let selam = SelamLayer::builder()
+        .with_base_url(BaseUrl::new(&server.url()).unwrap())
+        .with_api_key(ApiKey::new(KEY).unwrap())
+        .with_jwt(jwt)
+        .build()
+        .unwrap();
+    SelamGrpcLayer::new(selam, server.endpoint().unwrap().uri()).unwrap()
+}
+
+pub(crate) fn client(server: &Server, jwt: impl Into<Jwts>) -> Client {
+    GreeterClient::new(layer(server, jwt).layer(server.endpoint().unwrap().connect_lazy()))
+}
+
+/// Waits for what another task brings about.
+pub(crate) async fn until(is: impl Fn() -> bool) {
+    let wait = async {
+        while !is() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(HANG, wait).await.unwrap();
+}
+
+/// Calls `Greet` and tells what comes back.
+pub(crate) async fn greet(client: &mut Client) -> Result<String, Status> {
+    Ok(client.greet(Name::of("Almaz")).await?.into_inner().text)
+}
