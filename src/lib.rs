@@ -53,6 +53,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
+//! | `adapter` | the layers and clients that have types of their own: reqwest, reqwest-middleware |
 //! | [`mod@env`] | the names of the environment variables |
 //! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
 //!
@@ -61,6 +62,8 @@
 //! None is on by default, and each only adds.
 //!
 //! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
+//! - `reqwest`: `adapter::reqwest`, the layers over a `reqwest::Client`, with its requests and responses.
+//! - `reqwest-middleware`: `adapter::reqwest_middleware`, the layers as a middleware of that crate.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
 //! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
 
@@ -69,6 +72,8 @@
 #[macro_use]
 mod macros;
 
+#[cfg(feature = "reqwest")]
+pub mod adapter;
 pub mod auth_error;
 pub mod authorize;
 mod base_url;
