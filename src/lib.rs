@@ -54,7 +54,7 @@
 //! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
 //! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
 //! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
-//! | `adapter` | the layers in the words of one client each: reqwest, reqwest-middleware, tonic |
+//! | `adapter` | the layers and clients that have types of their own: reqwest, reqwest-middleware, tonic |
 //! | [`bounds`] | what the layers ask of a client |
 //! | [`composition`] | where other Tower layers go |
 //! | [`mod@env`] | the names of the environment variables |
@@ -67,6 +67,8 @@
 //! - `tonic`: `adapter::tonic::SelamGrpcLayer`, for gRPC.
 //! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
 //! - `sign`: `source::JwtSigner`, which signs JWTs itself.
+//! - `reqwest`: `adapter::reqwest`, the layers over a `reqwest::Client`, with its requests and responses.
+//! - `reqwest-middleware`: `adapter::reqwest_middleware`, the layers as a middleware of that crate.
 //! - `test-util`: `simulator::Simulator`, SelamAPI in process.
 //! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
 
@@ -75,6 +77,7 @@
 #[macro_use]
 mod macros;
 
+#[cfg(any(feature = "reqwest", feature = "tonic"))]
 pub mod adapter;
 pub mod auth_error;
 pub mod authorize;

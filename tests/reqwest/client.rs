@@ -1,0 +1,349 @@
+//! `adapter::reqwest::Client` in use.
+
+use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+
+use http::{Request, StatusCode};
+use tokio::task::JoinSet;
+use tower::{Layer, Service, ServiceBuilder, ServiceExt};
+use tower_selam::{
+    ApiKey, AuthError, AuthErrorKind, BoxError, Credentials, Error, JwtLayer, PerSubject, RefreshLayer,
+    RequestAuth, Subject, Token,
+    adapter::reqwest::{Client, HttpService, TryCloneBody},
+    oauth::{ClientAuth, OAuthSource, TokenEndpoint},
+    simulator::{Fault, Received},
+    source::{Reason, source_fn},
+};
+
+use crate::support::{CHAT, SESSION, WIRES, handshake, header, in_time, plain, stream, world};
+
+#[tokio::test]
+async fn h1_a_completion_with_the_key_alone() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let selam = world.key_alone();
+        let url = world.url("chat/completions?lang=am");
+        let request = selam.reqwest().post(&url).header("content-type", "application/json").body(CHAT);
+        let response = in_time(selam.execute(request)).await.unwrap();
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, wire.version()));
+        assert_eq!(response.headers()["x-ratelimit-limit"], "600");
+        assert_eq!(response.url().as_str(), url);
+        assert_eq!(response.remote_addr(), Some(world.server.local_addr()));
+        let length = response.content_length();
+        let text = response.text().await.unwrap();
+        assert!(text.contains("Selam! You said: Selam!"));
+        assert_eq!(length, Some(text.len() as u64));
+
+        let received = world.last();
+        assert_eq!(header(&received, "authorization"), [format!("Bearer {}", world.key)]);
+        assert!(header(&received, "x-api-key").is_empty());
+        assert_eq!(header(&received, "content-type"), ["application/json"]);
+        assert_eq!((received.version, &*received.body), (wire.version(), CHAT.as_bytes()));
+        assert_eq!(header(&received, "content-length"), [CHAT.len().to_string()]);
+    }
+}
+
+#[tokio::test]
+async fn h3_key_and_jwt_replace_what_the_request_came_with() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let jwt = world.jwt();
+        let layer = world.builder().with_jwt(jwt.clone()).build().unwrap();
+        let mut selam = Client::new(layer, world.reqwest()).unwrap();
+        let request = selam.reqwest().post(world.url("audio/agent/sessions")).bearer_auth("theirs");
+        let request = request.header("x-api-key", "theirs").header("x-api-key", "theirs too").body(SESSION);
+        let request = request.basic_auth("theirs", Some("theirs")).build().unwrap();
+        // As a service.
+        let response = in_time(selam.ready().await.unwrap().call(request)).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", jwt.expose_secret())]);
+        assert_eq!(header(&world.last(), "x-api-key"), [&*world.key]);
+    }
+}
+
+#[tokio::test]
+async fn h4_a_choice_is_that_of_the_client_or_the_request_that_made_it() {
+    let world = world(WIRES[0]).await;
+    let layer = world.builder().with_jwt(world.jwt()).build().unwrap();
+    let selam = Client::new(layer, world.reqwest()).unwrap();
+    let chat = world.url("chat/completions");
+    let post = || selam.reqwest().post(&chat).body(CHAT);
+
+    let with_key = selam.clone().with_extension(RequestAuth::ApiKey);
+    in_time(with_key.execute(post())).await.unwrap();
+    assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
+    assert!(header(&world.last(), "x-api-key").is_empty());
+
+    in_time(selam.execute(post())).await.unwrap();
+    assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the other client is as it was");
+
+    // A request's own counts more, whether it comes as one of the http crate's or was one.
+    let other = world.simulator.issue_key();
+    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new(&*other).unwrap()));
+    let request = || Request::post(&chat).extension(own.clone()).body(CHAT).unwrap();
+    in_time(with_key.execute(request())).await.unwrap();
+    assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
+    let request = reqwest::Request::try_from(request()).unwrap();
+    in_time(with_key.clone().oneshot(request)).await.unwrap();
+    assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
+
+    let anonymous = selam.clone().with_extension(RequestAuth::Anonymous);
+    let refused = in_time(anonymous.execute(post())).await.unwrap_err();
+    assert_eq!(refused.auth().unwrap().kind(), AuthErrorKind::MissingApiKey);
+}
+
+#[tokio::test]
+async fn h4_a_client_for_each_user_sends_the_users_jwt() {
+    let world = world(WIRES[0]).await;
+    let jwts = PerSubject::new(|user: &Subject| {
+        let token = Token::new(format!("jwt-of-{}", user.as_str())).unwrap();
+        source_fn(move |_: Reason<Token>| {
+            let token = token.clone();
+            async move { Ok::<_, BoxError>(token) }
+        })
+    });
+    let selam = Client::new(world.builder().with_jwt(jwts).build().unwrap(), world.reqwest()).unwrap();
+    for user in ["user-7", "user-8"] {
+        let for_user = selam.clone().with_extension(Subject::new(user));
+        // The API does not know these, and says so.
+        let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
+        assert!(in_time(for_user.execute(request)).await.is_err());
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{user}")]);
+    }
+}
+
+#[tokio::test]
+async fn j2_refusals_at_once_cause_one_renewal_and_every_request_is_sent_again() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let (jwts, asked) = world.renewing();
+        let selam = Client::new(world.builder().with_jwt(jwts.clone()).build().unwrap(), world.reqwest());
+        let selam = selam.unwrap();
+        jwts.prefetch().await.unwrap();
+        world.simulator.expire_jwts();
+        let calls: JoinSet<_> = (0..16)
+            .map(|_| selam.execute(selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION)))
+            .collect();
+        for response in in_time(calls.join_all()).await {
+            assert_eq!(response.unwrap().status(), StatusCode::OK);
+        }
+        assert_eq!(asked.load(SeqCst), 2, "{wire:?}");
+    }
+}
+
+#[tokio::test]
+async fn j7_a_body_of_bytes_is_sent_again_byte_by_byte() {
+    let long: &'static str = Box::leak(format!("{{\"voice\":\"{}\"}}", "x".repeat(300_000)).into());
+    for (&wire, body) in WIRES.iter().flat_map(|wire| [(wire, SESSION), (wire, ""), (wire, long)]) {
+        let world = world(wire).await;
+        let (jwts, _) = world.renewing();
+        let layer = world.builder().with_jwt(jwts.clone()).build().unwrap();
+        let selam = Client::new(layer, world.reqwest()).unwrap();
+        jwts.prefetch().await.unwrap();
+        world.simulator.expire_jwts();
+        let request = selam.reqwest().post(world.url("audio/agent/sessions?lang=am")).header("x-mine", "1");
+        let response = in_time(selam.execute(request.body(body))).await.unwrap();
+        assert_ne!(response.status(), StatusCode::UNAUTHORIZED);
+
+        let received = world.simulator.received();
+        let [first, again] = &*received else { panic!("{received:?}") };
+        assert_ne!(first.headers["authorization"], again.headers["authorization"]);
+        let head = |received: &Received| {
+            let mut headers = received.headers.clone();
+            headers.remove("authorization");
+            (received.method.clone(), received.uri.clone(), received.version, headers)
+        };
+        assert_eq!(head(first), head(again));
+        assert_eq!((&first.body, first.body_length), (&again.body, again.body_length));
+        assert_eq!(again.body_length, body.len() as u64);
+    }
+}
+
+#[tokio::test]
+async fn j7_a_stream_is_not_sent_again_and_its_401_is_intact() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let (jwts, asked) = world.renewing();
+        let jwt = JwtLayer::new(jwts.clone(), world.api_key()).with_origins(world.base_url().origins());
+        let layers = ServiceBuilder::new()
+            .layer(RefreshLayer::with_replay(TryCloneBody))
+            .layer(jwt)
+            .map_err(Error::Inner);
+        let selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
+        jwts.prefetch().await.unwrap();
+        world.simulator.expire_jwts();
+        let post = || selam.reqwest().post(world.url("audio/agent/sessions"));
+
+        let response = in_time(selam.execute(post().body(stream(SESSION)))).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        let length = response.content_length();
+        let text = response.text().await.unwrap();
+        assert!(
+            serde_json::from_str::<serde_json::Value>(&text).unwrap()["error"]["code"].is_string(),
+            "{text}"
+        );
+        assert_eq!(length, Some(text.len() as u64));
+        assert_eq!(world.simulator.requests(), 1, "sent once");
+        assert_eq!(&*world.last().body, SESSION.as_bytes());
+
+        // The token was renewed all the same.
+        let response = in_time(selam.execute(post().body(stream(SESSION)))).await.unwrap();
+        assert_eq!((response.status(), asked.load(SeqCst)), (StatusCode::OK, 2));
+    }
+}
+
+#[tokio::test]
+async fn j7_a_stream_that_is_kept_is_sent_again() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let (jwts, _) = world.renewing();
+        let layer = world.builder().with_jwt(jwts.clone()).build().unwrap().buffered(1024);
+        let selam = Client::with_layers(&layer, HttpService::new(world.reqwest()).unwrap());
+        jwts.prefetch().await.unwrap();
+        world.simulator.expire_jwts();
+        let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(stream(SESSION));
+        assert_eq!(in_time(selam.execute(request)).await.unwrap().status(), StatusCode::OK);
+        let bodies: Vec<_> = world.simulator.received().into_iter().map(|received| received.body).collect();
+        assert_eq!(bodies, [SESSION, SESSION]);
+    }
+}
+
+#[tokio::test]
+async fn e1_a_refusal_is_typed() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let selam = world.key_alone();
+        world.simulator.revoke_key(&world.key);
+        let request = selam.reqwest().post(world.url("chat/completions")).body(CHAT);
+        match in_time(selam.execute(request)).await {
+            Err(Error::Auth(error)) => assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn e5_the_first_byte_of_a_stream_is_not_waited_for() {
+    for &wire in WIRES {
+        let world = world(wire).await;
+        let selam = world.key_alone();
+        // The body never ends.
+        world.simulator.inject(Fault::StallBody { after: 20 });
+        let request = selam.reqwest().post(world.url("chat/completions"));
+        let body = r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#;
+        let mut response = in_time(selam.execute(request.body(body))).await.unwrap();
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        assert!(in_time(response.chunk()).await.unwrap().unwrap().starts_with(b"data: {"));
+    }
+}
+
+#[tokio::test]
+async fn e7_ours_is_found_through_towers_layers_and_boxes() {
+    let world = world(WIRES[0]).await;
+    let layer = world.builder().build().unwrap().with_replay(TryCloneBody);
+    let layers = ServiceBuilder::new()
+        .buffer(4)
+        .timeout(Duration::from_secs(60))
+        .map_err(Error::into_boxed)
+        .layer(layer);
+    let selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
+    let post = |key: &str| {
+        let own = RequestAuth::Own(Credentials::bearer(ApiKey::new(key).unwrap()));
+        Request::post(world.url("chat/completions")).extension(own).body(CHAT).unwrap()
+    };
+    assert_eq!(in_time(selam.execute(post(&world.key))).await.unwrap().status(), StatusCode::OK);
+    let refused: BoxError = in_time(selam.execute(post("sk-selam-unknown"))).await.unwrap_err();
+    assert_eq!(AuthError::find(&*refused).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+    let elsewhere = selam.reqwest().post("https://evil.example/v1/models");
+    let refused = in_time(selam.execute(elsewhere)).await.unwrap_err();
+    assert_eq!(AuthError::find(&*refused).unwrap().kind(), AuthErrorKind::OriginNotAllowed);
+}
+
+#[tokio::test]
+async fn a_requests_timeout_and_version_go_along() {
+    let world = world(WIRES[0]).await;
+    let selam = world.key_alone();
+    world.simulator.inject(Fault::Stall);
+    let request = selam.reqwest().post(world.url("chat/completions")).body(CHAT);
+    let request = request.timeout(Duration::from_millis(50)).build().unwrap();
+    match in_time(selam.execute(request)).await {
+        Err(Error::Inner(error)) => assert!(error.is_timeout(), "{error:?}"),
+        other => panic!("{other:?}"),
+    }
+
+    // Also of a request that is sent again.
+    let (jwts, _) = world.renewing();
+    let layer = world.builder().with_jwt(jwts.clone()).build().unwrap();
+    let selam = Client::new(layer, world.reqwest()).unwrap();
+    jwts.prefetch().await.unwrap();
+    world.simulator.inject(Fault::Answer(
+        http::Response::builder().status(401).body(bytes::Bytes::from_static(b"{}")).unwrap(),
+    ));
+    world.simulator.inject(Fault::Stall);
+    let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
+    match in_time(selam.execute(request.timeout(Duration::from_millis(200)))).await {
+        Err(Error::Inner(error)) => assert!(error.is_timeout(), "{error:?}"),
+        other => panic!("{other:?}"),
+    }
+
+    let plain = plain().await;
+    let selam = plain.key_alone();
+    let request =
+        selam.reqwest().post(plain.url("chat/completions")).version(http::Version::HTTP_10).body(CHAT);
+    assert_eq!(in_time(selam.execute(request)).await.unwrap().status(), StatusCode::OK);
+    assert_eq!(plain.last().version, http::Version::HTTP_10);
+}
+
+#[tokio::test]
+async fn a_handshake_is_upgraded_through_the_layers() {
+    let world = world(WIRES[0]).await;
+    let jwt = world.jwt();
+    let layer = world.builder().with_jwt(jwt).build().unwrap();
+    let selam = Client::new(layer, world.reqwest().http1_only()).unwrap();
+    let agent = selam.clone().with_extension(RequestAuth::VoiceAgent);
+    let request = handshake(selam.reqwest(), &world.url("audio/agent?voice=mekdes"));
+    let response = in_time(agent.execute(request)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
+    assert!(world.last().uri.query().unwrap().contains(&world.key));
+    assert_eq!(response.url().as_str(), world.url("audio/agent"), "no credentials are shown");
+    let mut socket = in_time(response.upgrade()).await.unwrap();
+    let mut hello = [0; 2];
+    in_time(tokio::io::AsyncReadExt::read_exact(&mut socket, &mut hello)).await.unwrap();
+    assert_eq!(hello[0], 0x81, "a frame of text");
+}
+
+#[tokio::test]
+async fn a_token_endpoint_is_asked_through_reqwest() {
+    let world = world(WIRES[0]).await;
+    let none = reqwest::redirect::Policy::none();
+    let http = HttpService::dangerous_with_client(world.reqwest().redirect(none).build().unwrap());
+    let url = world.server.base_url().replace("/v1", "/oauth/token");
+    let endpoint = TokenEndpoint::allow_insecure_loopback::<_, reqwest::Body, _>(&url, http.clone())
+        .or_else(|_| TokenEndpoint::new::<_, reqwest::Body, _>(&url, http))
+        .unwrap()
+        .with_client_auth(ClientAuth::api_key(world.api_key()));
+    let jwts = tower_selam::Renewing::new(OAuthSource::client_credentials(endpoint));
+    let selam = Client::new(world.builder().with_jwt(jwts).build().unwrap(), world.reqwest()).unwrap();
+    let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
+    assert_eq!(in_time(selam.execute(request)).await.unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_request_that_reqwest_cannot_build_is_its_error() {
+    let world = world(WIRES[0]).await;
+    let selam = world.key_alone();
+    match in_time(selam.execute(selam.reqwest().get("no url"))).await {
+        Err(Error::Inner(error)) => assert!(error.is_builder()),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(world.simulator.requests(), 0);
+}
+
+#[tokio::test]
+async fn the_layers_of_this_crate_fit_the_service_by_itself() {
+    let world = world(WIRES[0]).await;
+    let layer = world.builder().build().unwrap().with_replay(TryCloneBody);
+    let service = layer.layer(HttpService::new(world.reqwest()).unwrap());
+    let request = Request::post(world.url("chat/completions")).body(reqwest::Body::from(CHAT)).unwrap();
+    let response: http::Response<reqwest::Body> = in_time(service.oneshot(request)).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+}

@@ -1,0 +1,196 @@
+//! A simulator on a port, and reqwest's client for it.
+
+use std::{
+    error::Error as StdError,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Response, Version, header::LOCATION};
+use http_body::Frame;
+use http_body_util::StreamBody;
+use reqwest::ClientBuilder;
+use tower_selam::{
+    ApiKey, BaseUrl, BoxError, Renewing, SelamLayer, SelamLayerBuilder, Token,
+    adapter::reqwest::Client,
+    simulator::{Fault, JwtAlgorithm, Received, Server, Simulator},
+    source::{Reason, source_fn},
+};
+
+pub(crate) const CHAT: &str = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
+pub(crate) const SESSION: &str = r#"{"voice":"mekdes"}"#;
+
+/// Longer than anything on a loopback takes; a test that meets it hangs.
+pub(crate) const HANG: Duration = Duration::from_secs(20);
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// What is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wire {
+    #[cfg_attr(feature = "__test-reqwest", expect(dead_code, reason = "where there is no TLS"))]
+    Plain,
+    #[cfg(feature = "__test-reqwest")]
+    Http1OverTls,
+    #[cfg(feature = "__test-reqwest")]
+    Http2OverTls,
+}
+
+#[cfg(feature = "__test-reqwest")]
+pub(crate) const WIRES: &[Wire] = &[Wire::Http1OverTls, Wire::Http2OverTls];
+#[cfg(not(feature = "__test-reqwest"))]
+pub(crate) const WIRES: &[Wire] = &[Wire::Plain];
+
+impl Wire {
+    pub(crate) fn version(self) -> Version {
+        match self {
+            #[cfg(feature = "__test-reqwest")]
+            Self::Http2OverTls => Version::HTTP_2,
+            _ => Version::HTTP_11,
+        }
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) simulator: Simulator,
+    pub(crate) server: Server,
+    pub(crate) key: String,
+    wire: Wire,
+}
+
+pub(crate) async fn world(wire: Wire) -> World {
+    install_provider();
+    let simulator = Simulator::new();
+    let server = match wire {
+        Wire::Plain => Server::http(&simulator).await.unwrap(),
+        #[cfg(feature = "__test-reqwest")]
+        _ => Server::tls(&simulator).await.unwrap(),
+    };
+    let key = simulator.issue_key();
+    World { simulator, server, key, wire }
+}
+
+/// Plain http, for what is no matter of TLS.
+pub(crate) async fn plain() -> World {
+    install_provider();
+    let simulator = Simulator::new();
+    let server = Server::http(&simulator).await.unwrap();
+    let key = simulator.issue_key();
+    World { simulator, server, key, wire: WIRES[0] }
+}
+
+/// With TLS, reqwest wants one to build any client.
+fn install_provider() {
+    let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
+}
+
+impl World {
+    pub(crate) fn base_url(&self) -> BaseUrl {
+        BaseUrl::allow_insecure_loopback(self.server.base_url())
+            .or_else(|_| BaseUrl::new(self.server.base_url()))
+            .unwrap()
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        self.base_url().endpoint(path).unwrap().to_string()
+    }
+
+    /// reqwest's own, which trusts the server and speaks the wire's version.
+    pub(crate) fn reqwest(&self) -> ClientBuilder {
+        let builder = reqwest::Client::builder().no_proxy();
+        #[cfg(feature = "__test-reqwest")]
+        let builder = match self.server.ca_pem() {
+            Some(pem) => builder.tls_certs_only([reqwest::Certificate::from_pem(pem.as_bytes()).unwrap()]),
+            None => builder,
+        };
+        match self.wire.version() {
+            Version::HTTP_11 => builder.http1_only(),
+            _ => builder,
+        }
+    }
+
+    pub(crate) fn api_key(&self) -> ApiKey {
+        ApiKey::new(&*self.key).unwrap()
+    }
+
+    pub(crate) fn jwt(&self) -> Token {
+        Token::new(self.simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE)).unwrap()
+    }
+
+    /// JWTs of the simulator's, and how many there were.
+    pub(crate) fn renewing(&self) -> (Renewing<Token>, Arc<AtomicUsize>) {
+        let (simulator, asked) = (self.simulator.clone(), Arc::new(AtomicUsize::new(0)));
+        let counter = Arc::clone(&asked);
+        let source = source_fn(move |_: Reason<Token>| {
+            counter.fetch_add(1, SeqCst);
+            let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE);
+            async move { Ok::<_, BoxError>(Token::new(jwt)?) }
+        });
+        (Renewing::new(source), asked)
+    }
+
+    pub(crate) fn builder(&self) -> SelamLayerBuilder {
+        SelamLayer::builder().with_api_key(self.api_key()).with_base_url(self.base_url())
+    }
+
+    pub(crate) fn key_alone(&self) -> Client {
+        Client::new(self.builder().build().unwrap(), self.reqwest()).unwrap()
+    }
+
+    pub(crate) fn last(&self) -> Received {
+        self.simulator.received().pop().unwrap()
+    }
+
+    /// The next answer of the simulator's sends its caller elsewhere.
+    pub(crate) fn redirect(&self, status: u16, location: &str) {
+        let answer = Response::builder().status(status).header(LOCATION, location);
+        self.simulator.inject(Fault::Answer(answer.body(Bytes::new()).unwrap()));
+    }
+}
+
+pub(crate) fn header(received: &Received, name: &str) -> Vec<String> {
+    received.headers.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect()
+}
+
+/// A body that reqwest cannot clone.
+pub(crate) fn stream(text: &'static str) -> reqwest::Body {
+    reqwest::Body::wrap(StreamBody::new(Once(Some(Frame::data(Bytes::from_static(text.as_bytes()))))))
+}
+
+struct Once(Option<Frame<Bytes>>);
+
+impl futures_core::Stream for Once {
+    type Item = Result<Frame<Bytes>, BoxError>;
+
+    fn poll_next(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Self::Item>> {
+        std::task::Poll::Ready(self.0.take().map(Ok))
+    }
+}
+
+/// The voice agent's, with the nonce of RFC 6455 section 1.3.
+pub(crate) fn handshake(reqwest: &reqwest::Client, url: &str) -> reqwest::RequestBuilder {
+    let request = reqwest.get(url).header("connection", "Upgrade").header("upgrade", "websocket");
+    request.header("sec-websocket-version", "13").header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+}
+
+/// All that an error shows, of its causes as well.
+pub(crate) fn shown(error: &(dyn StdError + 'static)) -> String {
+    let mut text = format!("{error} {error:?} {error:#?}");
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text += &format!(" {cause} {cause:?} {cause:#?}");
+        next = cause.source();
+    }
+    text
+}
+
+pub(crate) async fn in_time<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(HANG, future).await.expect("no answer in time")
+}
