@@ -10,15 +10,19 @@
 )]
 
 mod annotate;
+mod clocks;
 mod environment;
 mod errors;
+mod failures;
 mod files;
 mod handshake;
 mod headers;
+mod mint;
 mod origins;
 mod refresh;
 mod renewal;
 mod secrets;
+mod sharing;
 mod simulator;
 mod support;
 mod tower_contract;
