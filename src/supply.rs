@@ -90,48 +90,69 @@ impl Supply {
 
     /// The set, or what to wait for; starts renewals if need be.
     pub(crate) fn demand(&self, need: Need) -> Result<Supplied, AuthError> {
-        if need == Need::KeyAlone && self.key.is_none() {
-            return Ok(Supplied::Ready(Credentials::beside()));
-        }
-        let key = demand(self.key.as_ref())?;
-        let jwt = demand(self.jwt(need))?;
-        let (Demand::Ready(key), Demand::Ready(jwt)) = (key, jwt) else {
-            return Ok(match self.this.upgrade() {
-                Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
-                None => Supplied::Wait(Box::pin(pending())),
-            });
-        };
-
-        // First the epochs: what changes after them makes the set outdated, not wrong.
-        let epochs = self.epochs(need);
-        let (Some((key, key_until)), Some((jwt, jwt_until))) =
-            (lease(self.key.as_ref()), lease(self.jwt(need)))
-        else {
-            return Ok(Supplied::Ready(self.make(need, key, jwt)));
-        };
-        let credentials = self.make(need, key, jwt);
-        let until = match (key_until, jwt_until) {
-            (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
-            (key, jwt) => key.or(jwt),
-        };
-        let made = Made { credentials: credentials.clone(), epochs, until };
-        self.shelf(need).store(Some(Arc::new(made)));
-        Ok(Supplied::Ready(credentials))
+        Ok(match (self.ask(need)?, self.this.upgrade()) {
+            (Some(credentials), _) => Supplied::Ready(credentials),
+            (None, Some(this)) => Supplied::Wait(Box::pin(this.obtain(need))),
+            (None, None) => Supplied::Wait(Box::pin(pending())),
+        })
     }
 
+    /// The set, unless there is something to wait for.
+    fn ask(&self, need: Need) -> Result<Option<Credentials>, AuthError> {
+        if need == Need::KeyAlone && self.key.is_none() {
+            return Ok(Some(Credentials::beside()));
+        }
+        loop {
+            let key = demand(self.key.as_ref())?;
+            let jwt = demand(self.jwt(need))?;
+            let (Demand::Ready(key), Demand::Ready(jwt)) = (key, jwt) else { return Ok(None) };
+
+            // First the epochs: what changes after them makes the set outdated, not wrong.
+            let epochs = self.epochs(need);
+            let leases = (lease(self.key.as_ref()), lease(self.jwt(need)));
+            let (key, jwt, until) = match leases {
+                (Some((key, key_until)), Some((jwt, jwt_until))) => {
+                    let until = match (key_until, jwt_until) {
+                        (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
+                        (key, jwt) => key.or(jwt),
+                    };
+                    (key, jwt, Some(until))
+                }
+                _ => (key, jwt, None),
+            };
+            // The JWT was read after the key: where that is another by now, the two may never have been a pair.
+            if !self.is_current(key.as_ref()) {
+                continue;
+            }
+            let credentials = self.make(need, key, jwt);
+            if let Some(until) = until {
+                let made = Made { credentials: credentials.clone(), epochs, until };
+                self.shelf(need).store(Some(Arc::new(made)));
+            }
+            return Ok(Some(credentials));
+        }
+    }
+
+    /// The set, after what there is to wait for.
     async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
-        let key = match &self.key {
-            Some(key) => Some(key.get().await?),
-            None => None,
-        };
-        let jwt = match self.jwt(need) {
-            Some(jwt) => Some(jwt.get().await?),
-            None => None,
-        };
-        Ok(match self.demand(need)? {
-            Supplied::Ready(credentials) => credentials,
-            Supplied::Wait(_) => self.make(need, key, jwt),
-        })
+        loop {
+            if let Some(key) = &self.key {
+                key.get().await?;
+            }
+            if let Some(jwt) = self.jwt(need) {
+                jwt.get().await?;
+            }
+            // The one may have been refused while the other was awaited.
+            if let Some(credentials) = self.ask(need)? {
+                return Ok(credentials);
+            }
+        }
+    }
+
+    fn is_current(&self, key: Option<&ApiKey>) -> bool {
+        let current = self.key.as_ref().and_then(MaybeRenewing::current);
+        let fingerprint = |key: &ApiKey| key.0.fingerprint();
+        current.as_ref().map(fingerprint) == key.map(fingerprint)
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {

@@ -21,6 +21,7 @@ mod mint;
 mod origins;
 mod refresh;
 mod renewal;
+mod rotation;
 mod secrets;
 mod sharing;
 mod simulator;
