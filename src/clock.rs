@@ -64,6 +64,10 @@ impl Deadline {
         Self { wall: self.wall.min(other.wall), mono: self.mono.min(other.mono) }
     }
 
+    pub(crate) fn later(self, other: Self) -> Self {
+        Self { wall: self.wall.max(other.wall), mono: self.mono.max(other.mono) }
+    }
+
     /// So long before this one.
     pub(crate) fn before(self, lead: Duration) -> Self {
         Self {

@@ -33,6 +33,9 @@ const QUIET: Duration = Duration::from_secs(5 * 60);
 /// So often is looked whether a permanent failure may be over.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
 
+/// So much of a lifetime is not promised to anyone: some of it passes before a caller has the credential.
+const ON_THE_WAY: Duration = Duration::from_secs(1);
+
 #[derive(Debug)]
 pub(super) struct Core<V, E> {
     policy: RenewalPolicy,
@@ -166,7 +169,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
     ) -> (Answer<V, E>, Option<Start<V>>) {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
         let long_enough = lasting.is_zero() || held.schedule.expire.remaining(now) >= lasting;
-        if !long_enough && held.schedule.lifetime < lasting {
+        if !long_enough && held.schedule.lifetime < lasting.saturating_add(ON_THE_WAY) {
             return (Answer::TooShort, None);
         }
         // Who has seen a renewal fail does not wait for the next while there is one to serve.

@@ -344,7 +344,7 @@ fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> Au
         Trouble::Failed => "the source failed",
         Trouble::Aborted => "its task was dropped, as runtimes do when they shut down",
         Trouble::Unfit(Unfit::Expired) => {
-            "what the source gave has already expired; if it is new, this machine's clock is ahead"
+            "what the source gave has expired or is about to; if it is new, this machine's clock is ahead"
         }
         Trouble::Unfit(Unfit::NoExpiry) => "what the source gave does not say when it expires",
         Trouble::Rejected => "the source gave what the API has refused",

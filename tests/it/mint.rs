@@ -33,6 +33,8 @@ pub(crate) struct Mint {
 pub(crate) enum Answer {
     Lives(Duration),
     Same(&'static str, Duration),
+    /// With nothing said of it.
+    Bare(Token),
     Fails(Option<Duration>),
     Refused,
     Panics,
@@ -82,6 +84,7 @@ impl Source<Token> for Mint {
         match answer {
             Answer::Lives(lives) => token(format!("token-{number}"), lives),
             Answer::Same(text, lives) => token(text.to_owned(), lives),
+            Answer::Bare(token) => Ok(Fetched::new(token)),
             Answer::Fails(None) => Err(SourceError::transient("out of order")),
             Answer::Fails(Some(wait)) => Err(SourceError::transient("busy").with_retry_after(wait)),
             Answer::Refused => Err(SourceError::permanent("the login has ended")),
@@ -92,6 +95,25 @@ impl Source<Token> for Mint {
 
     fn version(&self) -> u64 {
         self.version.load(SeqCst) as u64
+    }
+}
+
+/// The same source on a machine that is busy: time passes whenever the engine asks for its version, as it does
+/// before it answers a caller.
+pub(crate) struct Busy {
+    pub(crate) mint: Mint,
+    pub(crate) clock: TestClock,
+    pub(crate) passes: Duration,
+}
+
+impl Source<Token> for Busy {
+    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        self.mint.fetch(reason).await
+    }
+
+    fn version(&self) -> u64 {
+        self.clock.jump(self.passes);
+        self.mint.version()
     }
 }
 

@@ -1,14 +1,23 @@
 //! R1 to R3 and R6: when a token is renewed, seen by those who want one. Time is paused.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, UNIX_EPOCH},
+};
 
 use tokio::time::{advance, sleep};
 use tower_selam::{
-    ApiKey, AuthErrorKind, BoxError, RenewalPolicy, Renewing,
+    ApiKey, AuthErrorKind, BoxError, RenewalPolicy, Renewing, Token,
     source::{Reason, source_fn},
 };
 
-use crate::mint::{Answer, MINUTE, Mint, SECOND, engine, settle, text};
+use crate::{
+    mint::{Answer, Busy, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    support::jwt_claiming,
+};
 
 #[tokio::test(start_paused = true)]
 async fn r1_the_old_token_is_served_while_the_renewal_runs_beside() {
@@ -80,6 +89,74 @@ async fn r3_the_same_an_older_or_an_expired_token_makes_no_hot_loop() {
         }
         assert!((2..=10).contains(&mint.asked()), "{} calls in four seconds", mint.asked());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_a_token_that_is_gone_before_it_can_be_sent_makes_no_hot_loop() {
+    for lives in [Duration::from_nanos(1), Duration::from_millis(1), Duration::from_millis(50)] {
+        let mint = Mint::default().then_always(Answer::Lives(lives));
+        let clock = clock();
+        let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(60) };
+        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        let error = jwts.token().await.unwrap_err();
+        assert_eq!((error.kind(), mint.asked()), (AuthErrorKind::RenewalFailed, 1), "{lives:?}");
+        assert!(error.to_string().contains("about to"), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_a_token_for_its_whole_lifetime_makes_no_hot_loop() {
+    for lasting in [MINUTE, MINUTE - Duration::from_millis(1), MINUTE - SECOND / 2] {
+        let mint = Mint::default().then_always(Answer::Lives(MINUTE)).then(Answer::Refused);
+        let clock = clock();
+        let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(100) };
+        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        for _ in 0..10 {
+            if let Err(error) = jwts.token_valid_for(lasting).await {
+                assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
+            }
+        }
+        assert_eq!(mint.asked(), 1, "{lasting:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_tokens_that_are_old_when_they_come_make_no_hot_loop() {
+    // Of ten seconds, with the last one about to begin: by an issuer whose clock is behind, or out of a cache.
+    let (clock, asked) = (clock(), Arc::new(AtomicUsize::new(0)));
+    let (now, counter) = (clock.clone(), Arc::clone(&asked));
+    let source = source_fn(move |_: Reason<Token>| {
+        counter.fetch_add(1, SeqCst);
+        let now = now.now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        let claims = format!(r#"{{"iat":{},"exp":{}}}"#, now - 8.995, now + 1.005);
+        async move { Ok::<_, BoxError>(jwt_claiming(&claims)) }
+    });
+    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock);
+    let jwts = Renewing::with_policy(source, policy);
+    for _ in 0..400 {
+        jwts.token().await.unwrap();
+        advance(Duration::from_millis(10)).await;
+    }
+    let asked = asked.load(SeqCst);
+    assert!((4..=11).contains(&asked), "{asked} calls in four seconds");
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_the_same_jwt_again_is_served_to_its_end_and_then_asked_for_now_and_then() {
+    let cached = jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#);
+    let mint = Mint::default().then_always(Answer::Bare(cached));
+    let (jwts, _) = engine(&mint);
+    for _ in 0..599 {
+        jwts.token().await.unwrap();
+        advance(Duration::from_millis(100)).await;
+    }
+    assert!((3..=7).contains(&mint.asked()), "{} calls in a minute", mint.asked());
+    advance(Duration::from_millis(100)).await;
+    for _ in 0..600 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        advance(Duration::from_millis(100)).await;
+    }
+    assert!((5..=12).contains(&mint.asked()), "{} calls in two", mint.asked());
 }
 
 #[tokio::test(start_paused = true)]
