@@ -175,11 +175,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
         // Who has seen a renewal fail does not wait for the next while there is one to serve.
         let must_wait = (held.schedule.wait.has_come(now) || held.suspect) && self.failure.is_none();
         if must_wait || !long_enough {
-            let value = held.value.clone();
-            return match self.wait_or_fail(now, version) {
-                (Answer::Fail(_), None) if long_enough => (Answer::Serve(value), None),
-                otherwise => otherwise,
-            };
+            return self.wait_or_fail(now, version);
         }
         let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew.has_come(now));
         let start = if due { self.start(now, version) } else { None };

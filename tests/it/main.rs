@@ -10,6 +10,7 @@
 )]
 
 mod annotate;
+mod api;
 mod clocks;
 mod environment;
 mod errors;

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tower_selam::{
     AuthErrorKind, RenewalPolicy, Renewing, TestClock, Token,
     source::{Fetched, Reason, Source, SourceError},
@@ -26,6 +26,7 @@ pub(crate) struct Mint {
     takes: Arc<Mutex<Duration>>,
     script: Arc<Mutex<VecDeque<Answer>>>,
     reasons: Arc<Mutex<Vec<String>>>,
+    times: Arc<Mutex<Vec<Instant>>>,
     pub(crate) version: Arc<AtomicUsize>,
 }
 
@@ -66,11 +67,17 @@ impl Mint {
     pub(crate) fn reasons(&self) -> Vec<String> {
         self.reasons.lock().unwrap().clone()
     }
+
+    /// How long after the one before it was asked, each time.
+    pub(crate) fn pauses(&self) -> Vec<Duration> {
+        self.times.lock().unwrap().windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
 }
 
 impl Source<Token> for Mint {
     async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
         let number = self.asked.fetch_add(1, SeqCst) + 1;
+        self.times.lock().unwrap().push(Instant::now());
         self.reasons.lock().unwrap().push(match reason {
             Reason::First => "first".to_owned(),
             Reason::Expiring(token) => format!("expiring {}", token.expose_secret()),

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, StreamBody};
+use http_body_util::{BodyExt, StreamBody};
 use tokio::sync::Semaphore;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn};
 use tower_selam::{
@@ -18,75 +18,10 @@ use tower_selam::{
     source::{Reason, source_fn},
 };
 
-use crate::support::{Body, KEY, MODELS, key};
-
-const INVALID_KEY: &str = r#"{"error":{"message":"Invalid API key provided.","code":"invalid_api_key"}}"#;
-const INVALID_TOKEN: &str = r#"{"error":{"message":"The token is not valid.","code":"invalid_token"}}"#;
-
-/// An API that accepts one bearer or one key, and remembers what it was sent.
-#[derive(Clone)]
-struct Api {
-    accepts: Arc<Mutex<String>>,
-    refusal: &'static str,
-    received: Arc<Mutex<Vec<Received>>>,
-    /// Requests wait for it before they are answered.
-    gate: Arc<Semaphore>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct Received {
-    bearer: String,
-    head: String,
-    body: Vec<u8>,
-}
-
-impl Api {
-    fn accepting(credential: &str, refusal: &'static str) -> Self {
-        Self {
-            accepts: Arc::new(Mutex::new(format!("Bearer {credential}"))),
-            refusal,
-            received: Arc::default(),
-            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
-        }
-    }
-
-    fn accept(&self, credential: &str) {
-        *self.accepts.lock().unwrap() = format!("Bearer {credential}");
-    }
-
-    fn bearers(&self) -> Vec<String> {
-        self.received.lock().unwrap().iter().map(|received| received.bearer.clone()).collect()
-    }
-
-    fn service<B>(
-        &self,
-    ) -> impl Service<Request<B>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<B>
-    where
-        B: http_body::Body<Data: Send, Error: std::fmt::Debug> + Send + 'static,
-    {
-        let api = self.clone();
-        service_fn(move |request: Request<B>| {
-            let api = api.clone();
-            async move {
-                let (parts, body) = request.into_parts();
-                let bearer = parts.headers["authorization"].to_str()?.to_owned();
-                let mut others = parts.headers.clone();
-                others.remove("authorization");
-                let head = format!("{} {} {:?} {others:?}", parts.method, parts.uri, parts.version);
-                let collected = body.collect().await.map_err(|error| format!("{error:?}"))?;
-                let trailers = collected.trailers().cloned();
-                let head = format!("{head} {trailers:?} {:?}", parts.extensions.get::<u8>());
-                let body = collected.to_bytes().to_vec();
-                let accepted = *api.accepts.lock().unwrap() == bearer;
-                let bearer = bearer.trim_start_matches("Bearer ").to_owned();
-                api.received.lock().unwrap().push(Received { bearer, head, body });
-                api.gate.acquire().await?.forget();
-                let (status, body) = if accepted { (200, "") } else { (401, api.refusal) };
-                Ok(Response::builder().status(status).body(Full::from(body))?)
-            }
-        })
-    }
-}
+use crate::{
+    api::{Api, INVALID_KEY, INVALID_TOKEN, request},
+    support::{Body, KEY, MODELS, key},
+};
 
 /// A source of `token-1`, `token-2`, …, and how often it was asked.
 fn counting() -> (Renewing<Token>, Arc<AtomicUsize>) {
@@ -109,18 +44,13 @@ fn stack<S: Clone>(
     RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(inner))
 }
 
-fn request() -> Request<Body> {
-    Request::post(MODELS).body(Full::from("the body")).unwrap()
-}
-
 #[tokio::test(start_paused = true)]
 async fn j1_a_late_401_for_an_older_token_is_replayed_with_the_newer() {
     let (jwts, asked) = counting();
     let api = Api::accepting("token-2", INVALID_TOKEN);
     let first = jwts.token().await.unwrap();
     let slow = Arc::new(Semaphore::new(0));
-    let late = Api { gate: Arc::clone(&slow), ..api.clone() };
-    let call = tokio::spawn(stack(&jwts, late.service()).oneshot(request()));
+    let call = tokio::spawn(stack(&jwts, api.gated(&slow).service()).oneshot(request()));
     tokio::time::sleep(Duration::from_millis(1)).await;
     jwts.invalidate(&first);
     jwts.token().await.unwrap();

@@ -1,0 +1,96 @@
+//! An API in process that accepts one credential, and notes what it was sent.
+
+use std::sync::{Arc, Mutex};
+
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tokio::sync::Semaphore;
+use tower::{Service, service_fn};
+use tower_selam::BoxError;
+
+use crate::support::{Body, MODELS};
+
+pub(crate) const INVALID_KEY: &str =
+    r#"{"error":{"message":"Invalid API key provided.","code":"invalid_api_key"}}"#;
+pub(crate) const INVALID_TOKEN: &str =
+    r#"{"error":{"message":"The token is not valid.","code":"invalid_token"}}"#;
+
+/// An API that accepts one bearer, or every one, and remembers what it was sent.
+#[derive(Clone)]
+pub(crate) struct Api {
+    accepts: Arc<Mutex<Option<String>>>,
+    refusal: &'static str,
+    pub(crate) received: Arc<Mutex<Vec<Received>>>,
+    /// Requests wait for it before they are answered.
+    gate: Arc<Semaphore>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Received {
+    pub(crate) bearer: String,
+    pub(crate) head: String,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Api {
+    pub(crate) fn accepting_all() -> Self {
+        let api = Self::accepting("", "");
+        *api.accepts.lock().unwrap() = None;
+        api
+    }
+
+    pub(crate) fn accepting(credential: &str, refusal: &'static str) -> Self {
+        Self {
+            accepts: Arc::new(Mutex::new(Some(credential.to_owned()))),
+            refusal,
+            received: Arc::default(),
+            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
+        }
+    }
+
+    /// The same API, whose answers wait for a permit each.
+    pub(crate) fn gated(&self, gate: &Arc<Semaphore>) -> Self {
+        Self { gate: Arc::clone(gate), ..self.clone() }
+    }
+
+    pub(crate) fn accept(&self, credential: &str) {
+        *self.accepts.lock().unwrap() = Some(credential.to_owned());
+    }
+
+    pub(crate) fn bearers(&self) -> Vec<String> {
+        self.received.lock().unwrap().iter().map(|received| received.bearer.clone()).collect()
+    }
+
+    pub(crate) fn service<B>(
+        &self,
+    ) -> impl Service<Request<B>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<B>
+    where
+        B: http_body::Body<Data: Send, Error: std::fmt::Debug> + Send + 'static,
+    {
+        let api = self.clone();
+        service_fn(move |request: Request<B>| {
+            let api = api.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let bearer = parts.headers["authorization"].to_str()?.to_owned();
+                let mut others = parts.headers.clone();
+                others.remove("authorization");
+                let head = format!("{} {} {:?} {others:?}", parts.method, parts.uri, parts.version);
+                let collected = body.collect().await.map_err(|error| format!("{error:?}"))?;
+                let trailers = collected.trailers().cloned();
+                let head = format!("{head} {trailers:?} {:?}", parts.extensions.get::<u8>());
+                let body = collected.to_bytes().to_vec();
+                let bearer = bearer.trim_start_matches("Bearer ").to_owned();
+                let accepted = api.accepts.lock().unwrap().as_ref().is_none_or(|accepts| *accepts == bearer);
+                api.received.lock().unwrap().push(Received { bearer, head, body });
+                api.gate.acquire().await?.forget();
+                let (status, body) = if accepted { (200, "") } else { (401, api.refusal) };
+                Ok(Response::builder().status(status).body(Full::from(body))?)
+            }
+        })
+    }
+}
+
+pub(crate) fn request() -> Request<Body> {
+    Request::post(MODELS).body(Full::from("the body")).unwrap()
+}
