@@ -52,6 +52,12 @@ impl Time {
     pub(crate) fn since(self, earlier: Self) -> Duration {
         self.mono.saturating_duration_since(earlier.mono)
     }
+
+    /// So much of the time since `earlier` the wall clock alone has seen.
+    pub(crate) fn unseen_since(self, earlier: Self) -> Duration {
+        let wall = self.wall.duration_since(earlier.wall).unwrap_or_default();
+        wall.saturating_sub(self.since(earlier))
+    }
 }
 
 impl Deadline {

@@ -30,6 +30,9 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 /// After so long without a rejection, the next one counts as the first.
 const QUIET: Duration = Duration::from_secs(5 * 60);
 
+/// By less than this the machine's two clocks part while a renewal runs, unless it was suspended or one was set.
+const PARTED: Duration = Duration::from_secs(1);
+
 /// So often is looked whether a permanent failure may be over.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
 
@@ -281,9 +284,14 @@ impl<V: Clone, E: Clone> Core<V, E> {
         let running = self.running.take_if(|running| running.id == id)?;
         let aborted = std::mem::take(&mut self.aborted);
         let (trouble, retry_after) = match outcome {
-            Outcome::Fetched(offer) => {
+            Outcome::Fetched(mut offer) => {
                 let recheck = offer.recheck;
                 self.took = now.since(running.began);
+                // Suspended meanwhile, it may have been issued before that.
+                let unseen = now.unseen_since(running.began);
+                for lives in [&mut offer.stated, &mut offer.lifetime].into_iter().flatten() {
+                    *lives = lives.saturating_sub(unseen);
+                }
                 let stale = running.rejected == Some(offer.fingerprint);
                 match self.install(now, offer) {
                     Ok(()) => {
@@ -296,6 +304,9 @@ impl<V: Clone, E: Clone> Core<V, E> {
                         return if again { self.start(now, version) } else { None };
                     }
                     Err(Trouble::Rejected) if stale => return self.start(now, version),
+                    Err(Trouble::Unfit(Unfit::Expired)) if unseen >= PARTED => {
+                        return self.start(now, version);
+                    }
                     Err(trouble) => (trouble, recheck),
                 }
             }
