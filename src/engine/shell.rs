@@ -357,3 +357,45 @@ fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> Au
     }
     AuthError::renewal(kind, detail, (!permanent).then_some(delay), cause.map(SourceError::into_cause))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::channel,
+        task::{Context, Waker},
+        thread,
+    };
+
+    use http::{Request, Response};
+    use tower::{Layer, Service, service_fn};
+
+    use super::*;
+    use crate::{ApiKey, BoxError, JwtLayer, Renewing, Token, source::source_fn};
+
+    #[test]
+    fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
+        let jwts =
+            Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a-token")?) }));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(jwts.prefetch()).unwrap();
+        let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
+        let mut service = JwtLayer::new(&jwts, ApiKey::new("sk-selam-x").unwrap()).layer(api);
+        let mut send = move || {
+            let mut context = Context::from_waker(Waker::noop());
+            let request = Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap();
+            pin!(service.call(request)).poll(&mut context).is_ready()
+        };
+        assert!(send(), "the first makes the set that the others share");
+
+        let (tell, told) = channel();
+        let held = jwts.0.state();
+        let reader = jwts.clone();
+        thread::spawn(move || {
+            let token = pin!(reader.token()).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+            tell.send((token, send())).unwrap();
+        });
+        let told = told.recv_timeout(Duration::from_secs(10));
+        drop(held);
+        assert_eq!(told.expect("nobody waits for the lock"), (true, true));
+    }
+}

@@ -55,8 +55,13 @@ impl Mint {
     }
 
     pub(crate) fn taking(self, time: Duration) -> Self {
-        *self.takes.lock().unwrap() = time;
+        self.takes(time);
         self
+    }
+
+    /// How long it takes from now on.
+    pub(crate) fn takes(&self, time: Duration) {
+        *self.takes.lock().unwrap() = time;
     }
 
     pub(crate) fn asked(&self) -> usize {

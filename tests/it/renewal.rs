@@ -8,7 +8,7 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use tokio::time::{advance, sleep};
+use tokio::time::{Instant, advance, sleep};
 use tower_selam::{
     ApiKey, AuthErrorKind, BoxError, RenewalPolicy, Renewing, Token,
     source::{Reason, source_fn},
@@ -28,7 +28,7 @@ async fn r1_the_old_token_is_served_while_the_renewal_runs_beside() {
     advance(Duration::from_millis(53_900)).await;
     assert_eq!((text(&jwts).await.unwrap(), mint.asked()), ("token-1".into(), 1));
     advance(Duration::from_millis(200)).await;
-    let began = tokio::time::Instant::now();
+    let began = Instant::now();
     for _ in 0..100 {
         assert_eq!(text(&jwts).await.unwrap(), "token-1");
     }
@@ -49,6 +49,99 @@ async fn r1_in_the_mandatory_window_callers_wait() {
     assert_eq!(text(&jwts).await.unwrap(), "token-3", "and when it has expired");
 }
 
+const MILLI: Duration = Duration::from_millis(1);
+
+/// How long before the end of its token an engine renews it beside, and how long before callers wait for that.
+struct Windows {
+    first: Answer,
+    lives: Duration,
+    takes: Duration,
+    policy: RenewalPolicy,
+    advisory: Duration,
+    mandatory: Duration,
+}
+
+impl Windows {
+    fn new(lives: Duration, advisory: Duration, mandatory: Duration) -> Self {
+        let (takes, policy) = (Duration::from_millis(1), RenewalPolicy::new());
+        Self { first: Answer::Lives(lives), lives, takes, policy, advisory, mandatory }
+    }
+
+    /// What a caller gets that comes so long before the end, and whether it waited.
+    async fn at(&self, before: Duration) -> (&'static str, usize) {
+        let mint = Mint::default().taking(self.takes).then(self.first.clone());
+        let policy = self.policy.clone().with_jitter(0.0).with_clock(clock());
+        let jwts = Renewing::with_policy(mint.clone(), policy);
+        let first = jwts.token().await.unwrap();
+        advance(self.lives - before).await;
+        let began = Instant::now();
+        let second = jwts.token().await.unwrap();
+        settle().await;
+        let waited = began.elapsed() >= self.takes;
+        assert_eq!(waited, first.expose_secret() != second.expose_secret(), "the old one is served at once");
+        (if waited { "waits" } else { "served" }, mint.asked())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r1_r2_the_windows_scale_to_the_lifetime() {
+    let ms = |count: u32| count * MILLI;
+    let day = 24 * 60 * MINUTE;
+    let (hour, policy) = (60 * MINUTE, RenewalPolicy::new);
+    // Of sixty seconds, thirty are left: out of a cache.
+    let cached = jwt_claiming(r#"{"iat":1899999970,"exp":1900000030.001}"#);
+    for windows in [
+        Windows::new(SECOND, ms(500), ms(50)),
+        Windows::new(5 * SECOND, SECOND, ms(100)),
+        Windows::new(MINUTE, 6 * SECOND, ms(600)),
+        Windows::new(20 * MINUTE, 2 * MINUTE, 10 * SECOND),
+        Windows::new(hour, 5 * MINUTE, 10 * SECOND),
+        Windows::new(30 * day, 5 * MINUTE, 10 * SECOND),
+        // Enough for a renewal that takes as long as the last one did.
+        Windows { takes: 5 * SECOND, ..Windows::new(MINUTE, 10 * SECOND, SECOND) },
+        Windows { takes: 25 * SECOND, ..Windows::new(MINUTE, 30 * SECOND, 3 * SECOND) },
+        Windows { policy: policy().with_advisory_window(MINUTE), ..Windows::new(hour, MINUTE, 6 * SECOND) },
+        Windows { policy: policy().with_mandatory_window(SECOND), ..Windows::new(hour, 5 * MINUTE, SECOND) },
+        Windows { first: Answer::Bare(cached), ..Windows::new(30 * SECOND, 6 * SECOND, ms(600)) },
+    ] {
+        let Windows { lives, advisory, mandatory, .. } = windows;
+        assert_eq!(
+            windows.at(advisory + ms(1)).await,
+            ("served", 1),
+            "{lives:?}: before the advisory window"
+        );
+        assert_eq!(windows.at(advisory).await, ("served", 2), "{lives:?}: in it");
+        assert_eq!(windows.at(mandatory + ms(1)).await, ("served", 2), "{lives:?}: at its end");
+        assert_eq!(windows.at(mandatory).await, ("waits", 2), "{lives:?}: in the mandatory window");
+        assert_eq!(windows.at(Duration::ZERO).await, ("waits", 2), "{lives:?}: expired");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r1_a_renewal_that_ran_beside_is_waited_for_once_the_window_is_mandatory() {
+    let mint = Mint::default();
+    let (jwts, _) = engine(&mint);
+    jwts.prefetch().await.unwrap();
+    mint.takes(6 * SECOND);
+    advance(54 * SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    settle().await;
+    advance(Duration::from_millis(5_399)).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    advance(Duration::from_millis(1)).await;
+    let began = Instant::now();
+    let callers: Vec<_> = (0..100)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { text(&jwts).await })
+        })
+        .collect();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap(), "token-2");
+    }
+    assert_eq!((began.elapsed().as_millis(), mint.asked()), (600, 2));
+}
+
 #[tokio::test]
 async fn r1_a_fresh_token_allocates_nothing() {
     let jwts = Renewing::new(Mint::default());
@@ -62,14 +155,25 @@ async fn r1_a_fresh_token_allocates_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn r2_a_token_of_a_minute_is_renewed_about_once_a_minute() {
-    let mint = Mint::default();
-    let (jwts, _) = engine(&mint);
-    for _ in 0..6_000 {
-        text(&jwts).await.unwrap();
-        advance(Duration::from_millis(100)).await;
+async fn r2_a_token_is_renewed_about_once_in_its_lifetime_however_long_that_is() {
+    // Below ten seconds the advisory window is a second, and below two half of the lifetime.
+    for (lives, most) in [
+        (Duration::from_millis(200), 20),
+        (SECOND, 20),
+        (2 * SECOND, 20),
+        (10 * SECOND, 12),
+        (MINUTE, 12),
+        (60 * MINUTE, 12),
+        (30 * 24 * 60 * MINUTE, 11),
+    ] {
+        let mint = Mint::default().then_always(Answer::Lives(lives));
+        let (jwts, _) = engine(&mint);
+        for _ in 0..1_000 {
+            text(&jwts).await.unwrap();
+            advance(lives / 100).await;
+        }
+        assert!((10..=most).contains(&mint.asked()), "{} renewals in ten of {lives:?}", mint.asked());
     }
-    assert!((10..=13).contains(&mint.asked()), "{} renewals in ten minutes", mint.asked());
 }
 
 #[tokio::test(start_paused = true)]
@@ -157,6 +261,54 @@ async fn r3_the_same_jwt_again_is_served_to_its_end_and_then_asked_for_now_and_t
         advance(Duration::from_millis(100)).await;
     }
     assert!((5..=12).contains(&mint.asked()), "{} calls in two", mint.asked());
+}
+
+/// How long after their token came engines renew it, with a request every so often.
+async fn renewals(policy: &RenewalPolicy, fleet: usize) -> Vec<Duration> {
+    let engines: Vec<_> = (0..fleet)
+        .map(|_| {
+            let mint = Mint::default();
+            (Renewing::with_policy(mint.clone(), policy.clone().with_clock(clock())), mint)
+        })
+        .collect();
+    for (jwts, _) in &engines {
+        jwts.prefetch().await.unwrap();
+    }
+    advance(47_900 * MILLI).await;
+    for _ in 0..=62 {
+        for (jwts, _) in &engines {
+            text(jwts).await.unwrap();
+        }
+        settle().await;
+        advance(100 * MILLI).await;
+    }
+    engines.iter().map(|(_, mint)| *mint.pauses().first().expect("a renewal")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn r6_a_fleet_that_was_started_at_once_does_not_renew_at_once() {
+    // The window is six seconds: by default they begin up to 1.2 earlier, and with all of the jitter up to 6.
+    for (policy, widest, most) in
+        [(RenewalPolicy::new(), 1_200, 60), (RenewalPolicy::new().with_jitter(1.0), 6_000, 25)]
+    {
+        let mut renewals = renewals(&policy, 300).await;
+        renewals.sort();
+        let (first, last) = (renewals[0], renewals[299]);
+        assert!(first >= (54_000 - widest) * MILLI && last <= 54_100 * MILLI, "{first:?} to {last:?}");
+        assert!(last - first >= widest * MILLI * 9 / 10, "{first:?} to {last:?}");
+        let peak = renewals.chunk_by(|one, next| one == next).map(<[_]>::len).max();
+        assert!(peak <= Some(most), "{peak:?} in a tenth of a second");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r6_without_jitter_all_renew_in_time_and_nonsense_is_no_more_than_all_of_it() {
+    for jitter in [0.0, -0.0, -1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
+        let renewals = renewals(&RenewalPolicy::new().with_jitter(jitter), 20).await;
+        assert!(renewals.iter().all(|after| *after == 54_000 * MILLI), "{jitter}: {renewals:?}");
+    }
+    let renewals = renewals(&RenewalPolicy::new().with_jitter(1e300), 20).await;
+    assert!(renewals.iter().all(|after| (48_000 * MILLI..=54_000 * MILLI).contains(after)), "{renewals:?}");
 }
 
 #[tokio::test(start_paused = true)]
