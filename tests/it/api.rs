@@ -6,7 +6,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::Semaphore;
 use tower::{Service, service_fn};
-use tower_selam::BoxError;
+use tower_selam::{BoxError, RequestAuth};
 
 use crate::support::{Body, MODELS};
 
@@ -72,7 +72,7 @@ impl Api {
             let api = api.clone();
             async move {
                 let (parts, body) = request.into_parts();
-                let bearer = parts.headers["authorization"].to_str()?.to_owned();
+                let bearer = parts.headers.get("authorization").map_or(Ok(""), |value| value.to_str())?;
                 let mut others = parts.headers.clone();
                 others.remove("authorization");
                 let head = format!("{} {} {:?} {others:?}", parts.method, parts.uri, parts.version);
@@ -93,4 +93,13 @@ impl Api {
 
 pub(crate) fn request() -> Request<Body> {
     Request::post(MODELS).body(Full::from("the body")).unwrap()
+}
+
+/// With a choice of its own.
+pub(crate) fn request_with(choice: Option<RequestAuth>) -> Request<Body> {
+    let mut request = request();
+    if let Some(choice) = choice {
+        request.extensions_mut().insert(choice);
+    }
+    request
 }

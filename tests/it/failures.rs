@@ -146,6 +146,24 @@ async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn w3_who_comes_while_the_next_renewal_runs_waits_for_it() {
+    let mint = Mint::default().taking(SECOND).then(Answer::Fails(None));
+    let (jwts, _) = engine(&mint);
+    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    advance(SECOND).await;
+    let callers: Vec<_> = (0..10)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { text(&jwts).await })
+        })
+        .collect();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap(), "token-2");
+    }
+    assert_eq!(mint.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn w3_the_first_failure_after_a_success_is_the_first_again() {
     let mint = (0..4).fold(Mint::default(), |mint, _| mint.then(Answer::Fails(None)));
     let mint = mint.then(Answer::Lives(SECOND)).then_always(Answer::Fails(None));
