@@ -112,7 +112,7 @@ impl<C: Credential> Shared<C> {
 
     /// The credential and until when it may be used without asking again; or what to wait for.
     pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
-        let version = self.source.version();
+        let version = self.version();
         let mut state = self.state();
         let now = self.clock.now();
         let (answer, start) = state.core.demand(now, lasting, version);
@@ -155,7 +155,7 @@ impl<C: Credential> Shared<C> {
         fingerprint: Fingerprint,
         insist: bool,
     ) -> (Rejection, Option<Landing>) {
-        let version = self.source.version();
+        let version = self.version();
         let mut state = self.state();
         let now = self.clock.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
@@ -207,7 +207,7 @@ impl<C: Credential> Shared<C> {
 
     /// Takes in how a renewal ended, and tells those who wait.
     fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: &Sender) {
-        let version = self.source.version();
+        let version = self.version();
         let (outcome, cause) = match ended {
             Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), None),
             Some(Err(error)) => {
@@ -231,6 +231,11 @@ impl<C: Credential> Shared<C> {
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
+    }
+
+    /// The source's version; where asking for it panics, it has none.
+    fn version(&self) -> u64 {
+        catch_unwind(AssertUnwindSafe(|| self.source.version())).unwrap_or_default()
     }
 
     fn publish(&self, state: &State<C>, now: Time) {

@@ -18,13 +18,13 @@ use tokio::{
 use tokio_test::{assert_pending, assert_ready_err, task};
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, Renewing, SelamLayer, Token,
+    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing, SelamLayer, Token,
     source::{Fetched, Reason, Source, SourceError, source_fn},
 };
 
 use crate::{
     api::{Api, request},
-    mint::{Answer, Mint, SECOND, engine, settle, text},
+    mint::{Answer, Mint, SECOND, clock, engine, settle, text},
     support::{HANG, key},
 };
 
@@ -91,6 +91,40 @@ async fn f5_a_source_that_panics_before_its_future_is_an_error_as_well() {
     assert!(!format!("{error} {error:?}").contains("secret"));
     sleep(2 * SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "a-token");
+}
+
+/// Panics the first time it is asked for its version once so many have gone well.
+struct Moody(Mint, AtomicUsize);
+
+impl Source<Token> for Moody {
+    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        self.0.fetch(reason).await
+    }
+
+    fn version(&self) -> u64 {
+        assert!(self.1.fetch_sub(1, SeqCst) != 0, "no version");
+        0
+    }
+}
+
+#[test]
+fn f5_a_source_whose_version_panics_stops_nobody() {
+    for well in 0..6 {
+        let (tell, told) = channel();
+        thread::spawn(move || {
+            let (mint, clock) = (Mint::default(), clock());
+            let source = Moody(mint.clone(), AtomicUsize::new(well));
+            let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock.clone()));
+            let tokens = runtime().block_on(async {
+                let first = jwts.token().await.unwrap();
+                jwts.invalidate(&first);
+                [first, jwts.token().await.unwrap()]
+            });
+            tell.send((tokens.map(|token| token.expose_secret().to_owned()), mint.asked()))
+        });
+        let (tokens, asked) = told.recv_timeout(HANG).expect("the renewal ends");
+        assert_eq!((tokens, asked), (["token-1".to_owned(), "token-2".to_owned()], 2), "after {well}");
+    }
 }
 
 #[test]
