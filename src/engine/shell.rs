@@ -116,7 +116,7 @@ impl<C: Credential> Shared<C> {
         let mut state = self.state();
         let now = self.clock.now();
         let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
@@ -159,7 +159,7 @@ impl<C: Credential> Shared<C> {
         let mut state = self.state();
         let now = self.clock.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
         let landed = match rejection {
             Rejection::Renewing if !self.is_renewed_by_this_task() => {
@@ -181,10 +181,9 @@ impl<C: Credential> Shared<C> {
         Some((value, expires.map(|at| at.wall())))
     }
 
-    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>) -> Takeoff<C> {
-        let (land, landed) = watch::channel(None);
+    fn prepare(&self, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
-        state.flight = Some(Flight { landed, task: Arc::clone(&task) });
+        state.flight = Some(Flight { landed: land.subscribe(), task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
 
@@ -205,8 +204,8 @@ impl<C: Credential> Shared<C> {
         let _ = task.set(spawned.abort_handle());
     }
 
-    /// Takes in how a renewal ended, and tells those who wait.
-    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: &Sender) {
+    /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
+    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: Sender) {
         let version = self.version();
         let (outcome, cause) = match ended {
             Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), None),
@@ -220,17 +219,19 @@ impl<C: Credential> Shared<C> {
         let now = self.clock.now();
         let describe = |trouble, delay| describe(trouble, delay, cause);
         let again = state.core.finish(now, id, outcome, version, describe);
-        let result = match (&again, state.core.current(now), state.core.error()) {
-            (None, None, Some(error)) => Err(error.clone()),
+        if let Some(start) = again {
+            let takeoff = self.prepare(&mut state, start, land);
+            self.publish(&state, now);
+            drop(state);
+            return self.take_off(takeoff);
+        }
+        let result = match (state.core.current(now), state.core.error()) {
+            (None, Some(error)) => Err(error.clone()),
             _ => Ok(()),
         };
-        let takeoff = again.map(|start| self.prepare(&mut state, start));
         self.publish(&state, now);
         drop(state);
         land.send_replace(Some(result));
-        if let Some(takeoff) = takeoff {
-            self.take_off(takeoff);
-        }
     }
 
     /// The source's version; where asking for it panics, it has none.
@@ -287,7 +288,7 @@ impl<C: Credential> End<C> {
 
     fn end(&mut self, ended: Option<Result<Fetched<C>, SourceError>>) {
         if let (Some(land), Some(engine)) = (self.land.take(), self.engine.upgrade()) {
-            engine.land(self.id, ended, &land);
+            engine.land(self.id, ended, land);
         }
     }
 }

@@ -1,14 +1,25 @@
 //! An API in process that accepts one credential, and notes what it was sent.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tokio::sync::Semaphore;
-use tower::{Service, service_fn};
-use tower_selam::{BoxError, RequestAuth};
+use tower::{Layer, Service, service_fn};
+use tower_selam::{
+    BoxError, JwtLayer, RefreshLayer, Renewing, RequestAuth, Token,
+    authorize::Authorize,
+    source::{Reason, source_fn},
+};
 
-use crate::support::{Body, MODELS};
+use crate::support::{Body, MODELS, key};
 
 pub(crate) const INVALID_KEY: &str =
     r#"{"error":{"message":"Invalid API key provided.","code":"invalid_api_key"}}"#;
@@ -28,6 +39,7 @@ pub(crate) struct Api {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Received {
     pub(crate) bearer: String,
+    pub(crate) key: String,
     pub(crate) head: String,
     pub(crate) body: Vec<u8>,
 }
@@ -46,6 +58,13 @@ impl Api {
             received: Arc::default(),
             gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         }
+    }
+
+    /// How often each bearer was sent.
+    pub(crate) fn tally(&self) -> BTreeMap<String, usize> {
+        let mut tally = BTreeMap::new();
+        self.bearers().into_iter().for_each(|bearer| *tally.entry(bearer).or_default() += 1);
+        tally
     }
 
     /// The same API, whose answers wait for a permit each.
@@ -73,6 +92,7 @@ impl Api {
             async move {
                 let (parts, body) = request.into_parts();
                 let bearer = parts.headers.get("authorization").map_or(Ok(""), |value| value.to_str())?;
+                let key = parts.headers.get("x-api-key").map_or(Ok(""), |value| value.to_str())?.to_owned();
                 let mut others = parts.headers.clone();
                 others.remove("authorization");
                 let head = format!("{} {} {:?} {others:?}", parts.method, parts.uri, parts.version);
@@ -82,7 +102,7 @@ impl Api {
                 let body = collected.to_bytes().to_vec();
                 let bearer = bearer.trim_start_matches("Bearer ").to_owned();
                 let accepted = api.accepts.lock().unwrap().as_ref().is_none_or(|accepts| *accepts == bearer);
-                api.received.lock().unwrap().push(Received { bearer, head, body });
+                api.received.lock().unwrap().push(Received { bearer, key, head, body });
                 api.gate.acquire().await?.forget();
                 let (status, body) = if accepted { (200, "") } else { (401, api.refusal) };
                 Ok(Response::builder().status(status).body(Full::from(body))?)
@@ -102,4 +122,25 @@ pub(crate) fn request_with(choice: Option<RequestAuth>) -> Request<Body> {
         request.extensions_mut().insert(choice);
     }
     request
+}
+
+/// A source of `token-1`, `token-2`, …, and how often it was asked.
+pub(crate) fn counting() -> (Renewing<Token>, Arc<AtomicUsize>) {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&asked);
+    let source = source_fn(move |_: Reason<Token>| {
+        let number = counter.fetch_add(1, SeqCst) + 1;
+        async move {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            Ok::<_, BoxError>(Token::new(format!("token-{number}"))?)
+        }
+    });
+    (Renewing::new(source), asked)
+}
+
+pub(crate) fn stack<S: Clone>(
+    jwts: &Renewing<Token>,
+    inner: S,
+) -> <RefreshLayer as Layer<Authorize<S>>>::Service {
+    RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(inner))
 }

@@ -23,6 +23,7 @@ mod origins;
 mod reentry;
 mod refresh;
 mod renewal;
+mod replay;
 mod rotation;
 mod runtimes;
 mod secrets;
