@@ -52,6 +52,12 @@ impl Time {
     pub(crate) fn since(self, earlier: Self) -> Duration {
         self.mono.saturating_duration_since(earlier.mono)
     }
+
+    /// So much of the time since `earlier` the wall clock alone has seen.
+    pub(crate) fn unseen_since(self, earlier: Self) -> Duration {
+        let wall = self.wall.duration_since(earlier.wall).unwrap_or_default();
+        wall.saturating_sub(self.since(earlier))
+    }
 }
 
 impl Deadline {
@@ -62,6 +68,10 @@ impl Deadline {
 
     pub(crate) fn earlier(self, other: Self) -> Self {
         Self { wall: self.wall.min(other.wall), mono: self.mono.min(other.mono) }
+    }
+
+    pub(crate) fn later(self, other: Self) -> Self {
+        Self { wall: self.wall.max(other.wall), mono: self.mono.max(other.mono) }
     }
 
     /// So long before this one.

@@ -117,29 +117,46 @@ impl Supply {
         if need == Need::KeyAlone && self.key.is_none() {
             return Ok(Supplied::Ready(Credentials::beside()));
         }
-        // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
-        let jwt = demand(self.jwt(need))?;
-        let key = demand(self.key.as_ref())?;
-        let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
-            return Ok(match self.this.upgrade() {
-                Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
-                None => Supplied::Wait(Box::pin(pending())),
-            });
-        };
+        loop {
+            // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
+            let jwt = demand(self.jwt(need))?;
+            let key = demand(self.key.as_ref())?;
+            let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
+                return Ok(match self.this.upgrade() {
+                    Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
+                    None => Supplied::Wait(Box::pin(pending())),
+                });
+            };
 
-        let (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) =
-            (lease(self.jwt(need)), lease(self.key.as_ref()))
-        else {
-            return Ok(Supplied::Ready(self.make(need, key, jwt)));
+            let (credentials, made) = match (lease(self.jwt(need)), lease(self.key.as_ref())) {
+                (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) => {
+                    let credentials = self.make(need, key, jwt);
+                    let until = match (key_until, jwt_until) {
+                        (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
+                        (key, jwt) => key.or(jwt),
+                    };
+                    let epochs = [key_epoch, jwt_epoch];
+                    (credentials.clone(), Some(Made { credentials, epochs, until }))
+                }
+                _ => (self.make(need, key, jwt), None),
+            };
+            // Where the JWT is gone by now, it may have gone before the key came: they were never a pair.
+            if !self.has_still(credentials.jwt()) {
+                continue;
+            }
+            if let Some(made) = made {
+                self.shelf(need).store(Some(Arc::new(made)));
+            }
+            return Ok(Supplied::Ready(credentials));
+        }
+    }
+
+    /// Whether `jwt` is the one there is, where there is a key that may change beside it.
+    fn has_still(&self, jwt: Option<&Token>) -> bool {
+        let (Some(MaybeRenewing::Renewing(_)), Some(own), Some(jwt)) = (&self.key, &self.jwt, jwt) else {
+            return true;
         };
-        let credentials = self.make(need, key, jwt);
-        let until = match (key_until, jwt_until) {
-            (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
-            (key, jwt) => key.or(jwt),
-        };
-        let made = Made { credentials: credentials.clone(), epochs: [key_epoch, jwt_epoch], until };
-        self.shelf(need).store(Some(Arc::new(made)));
-        Ok(Supplied::Ready(credentials))
+        own.current().is_some_and(|current| current.secret.fingerprint() == jwt.secret.fingerprint())
     }
 
     async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
@@ -150,23 +167,11 @@ impl Supply {
             if let Some(jwt) = self.jwt(need) {
                 jwt.get().await?;
             }
-            match self.demand(need)? {
-                Supplied::Ready(credentials) => return Ok(credentials),
-                // One of them is due again. What there is will do, unless it was rejected meanwhile.
-                Supplied::Wait(_) => {
-                    if let Some(credentials) = self.current(need) {
-                        return Ok(credentials);
-                    }
-                }
+            // The one may have been refused while the other was awaited.
+            if let Supplied::Ready(credentials) = self.demand(need)? {
+                return Ok(credentials);
             }
         }
-    }
-
-    /// What there is, due or not.
-    fn current(&self, need: Need) -> Option<Credentials> {
-        let jwt = current(self.jwt(need))?;
-        let key = current(self.key.as_ref())?;
-        Some(self.make(need, key, jwt))
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
@@ -341,13 +346,6 @@ fn fixed<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
         None => Some(None),
         Some(MaybeRenewing::Fixed(credential)) => Some(Some(credential.clone())),
         Some(MaybeRenewing::Renewing(_)) => None,
-    }
-}
-
-fn current<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {
-    match part {
-        None => Some(None),
-        Some(part) => part.current().map(Some),
     }
 }
 

@@ -30,8 +30,14 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 /// After so long without a rejection, the next one counts as the first.
 const QUIET: Duration = Duration::from_secs(5 * 60);
 
+/// By less than this the machine's two clocks part while a renewal runs, unless it was suspended or one was set.
+const PARTED: Duration = Duration::from_secs(1);
+
 /// So often is looked whether a permanent failure may be over.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
+
+/// So much of a lifetime is not promised to anyone: some of it passes before a caller has the credential.
+const ON_THE_WAY: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Core<V, E> {
@@ -166,17 +172,13 @@ impl<V: Clone, E: Clone> Core<V, E> {
     ) -> (Answer<V, E>, Option<Start<V>>) {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
         let long_enough = lasting.is_zero() || held.schedule.expire.remaining(now) >= lasting;
-        if !long_enough && held.schedule.lifetime < lasting {
+        if !long_enough && held.schedule.lifetime < lasting.saturating_add(ON_THE_WAY) {
             return (Answer::TooShort, None);
         }
         // Who has seen a renewal fail does not wait for the next while there is one to serve.
         let must_wait = (held.schedule.wait.has_come(now) || held.suspect) && self.failure.is_none();
         if must_wait || !long_enough {
-            let value = held.value.clone();
-            return match self.wait_or_fail(now, version) {
-                (Answer::Fail(_), None) if long_enough => (Answer::Serve(value), None),
-                otherwise => otherwise,
-            };
+            return self.wait_or_fail(now, version);
         }
         let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew.has_come(now));
         let start = if due { self.start(now, version) } else { None };
@@ -282,9 +284,14 @@ impl<V: Clone, E: Clone> Core<V, E> {
         let running = self.running.take_if(|running| running.id == id)?;
         let aborted = std::mem::take(&mut self.aborted);
         let (trouble, retry_after) = match outcome {
-            Outcome::Fetched(offer) => {
+            Outcome::Fetched(mut offer) => {
                 let recheck = offer.recheck;
                 self.took = now.since(running.began);
+                // Suspended meanwhile, it may have been issued before that.
+                let unseen = now.unseen_since(running.began);
+                for lives in [&mut offer.stated, &mut offer.lifetime].into_iter().flatten() {
+                    *lives = lives.saturating_sub(unseen);
+                }
                 let stale = running.rejected == Some(offer.fingerprint);
                 match self.install(now, offer) {
                     Ok(()) => {
@@ -297,6 +304,9 @@ impl<V: Clone, E: Clone> Core<V, E> {
                         return if again { self.start(now, version) } else { None };
                     }
                     Err(Trouble::Rejected) if stale => return self.start(now, version),
+                    Err(Trouble::Unfit(Unfit::Expired)) if unseen >= PARTED => {
+                        return self.start(now, version);
+                    }
                     Err(trouble) => (trouble, recheck),
                 }
             }

@@ -131,7 +131,8 @@ impl Renewing<Token> {
         self.obtain(Duration::ZERO).await
     }
 
-    /// A token that does not expire for `time`; fetches another if the present one does.
+    /// A token that does not expire for `time`; fetches another if the present one does. Ask for a second less
+    /// than tokens live, at most.
     ///
     /// # Errors
     ///

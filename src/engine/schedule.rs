@@ -11,6 +11,12 @@ use crate::{
 /// An advisory window is at least so long: enough for one renewal before any was timed.
 const ONE_RENEWAL: Duration = Duration::from_secs(1);
 
+/// What lives no longer than this expires on its way to whoever waits for it.
+const TOO_BRIEF: Duration = Duration::from_millis(100);
+
+/// Another is not fetched sooner than this; for a lifetime below one second, sooner than the same part of that.
+const SPACING: Duration = Duration::from_millis(400);
+
 /// A credential as it came from its source.
 #[derive(Clone, Debug)]
 pub(super) struct Offer<V> {
@@ -62,7 +68,7 @@ impl Schedule {
         let lives = lifetime(offer, now, policy)?;
         let expire = now.after(lives.unwrap_or(LONG));
         let left = expire.remaining(now);
-        if left.is_zero() {
+        if left < TOO_BRIEF {
             return Err(Unfit::Expired);
         }
 
@@ -73,6 +79,9 @@ impl Schedule {
                 (whole / 10).min(policy.advisory).max(ONE_RENEWAL.max(took.saturating_mul(2))).min(whole / 2);
             let mandatory = (advisory / 10).min(policy.mandatory);
             renew = expire.before(advisory + advisory.mul_f64(policy.jitter * chance));
+            if !renew.has_come(now) {
+                renew = renew.later(now.after(SPACING.min(left.mul_f64(SPACING.as_secs_f64()))));
+            }
             wait = expire.before(mandatory);
         }
         if let Some(recheck) = offer.recheck {

@@ -128,11 +128,11 @@ impl<C: Credential> Shared<C> {
 
     /// The credential and until when it may be used without asking again; or what to wait for.
     pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
-        let version = self.source.version();
+        let version = self.version();
         let mut state = self.state();
         let now = self.clock.now();
         let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
@@ -171,11 +171,11 @@ impl<C: Credential> Shared<C> {
         fingerprint: Fingerprint,
         insist: bool,
     ) -> (Rejection, Option<Landing>) {
-        let version = self.source.version();
+        let version = self.version();
         let mut state = self.state();
         let now = self.clock.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
         let landed = match rejection {
             Rejection::Renewing if !self.is_renewed_by_this_task() => {
@@ -201,10 +201,9 @@ impl<C: Credential> Shared<C> {
         self.state().core.is_renewing()
     }
 
-    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>) -> Takeoff<C> {
-        let (land, landed) = watch::channel(None);
+    fn prepare(&self, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
-        state.flight = Some(Flight { landed, task: Arc::clone(&task) });
+        state.flight = Some(Flight { landed: land.subscribe(), task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
 
@@ -225,9 +224,9 @@ impl<C: Credential> Shared<C> {
         let _ = task.set(spawned.abort_handle());
     }
 
-    /// Takes in how a renewal ended, and tells those who wait.
-    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: &Sender) {
-        let version = self.source.version();
+    /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
+    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: Sender) {
+        let version = self.version();
         let (outcome, cause) = match ended {
             Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), None),
             Some(Err(error)) => {
@@ -240,20 +239,27 @@ impl<C: Credential> Shared<C> {
         let now = self.clock.now();
         let describe = |trouble, delay| describe(trouble, delay, cause);
         let again = state.core.finish(now, id, outcome, version, describe);
-        let result = match (&again, state.core.current(now), state.core.error()) {
-            (None, None, Some(error)) => Err(error.clone()),
+        if let Some(start) = again {
+            let takeoff = self.prepare(&mut state, start, land);
+            self.publish(&state, now);
+            drop(state);
+            return self.take_off(takeoff);
+        }
+        let result = match (state.core.current(now), state.core.error()) {
+            (None, Some(error)) => Err(error.clone()),
             _ => Ok(()),
         };
-        let takeoff = again.map(|start| self.prepare(&mut state, start));
         // Its task and its channel are larger than all else together.
         let over = if state.core.is_renewing() { None } else { state.flight.take() };
         self.publish(&state, now);
         drop(state);
         drop(over);
         land.send_replace(Some(result));
-        if let Some(takeoff) = takeoff {
-            self.take_off(takeoff);
-        }
+    }
+
+    /// The source's version; where asking for it panics, it has none.
+    fn version(&self) -> u64 {
+        catch_unwind(AssertUnwindSafe(|| self.source.version())).unwrap_or_default()
     }
 
     fn publish(&self, state: &State<C>, now: Time) {
@@ -305,7 +311,7 @@ impl<C: Credential> End<C> {
 
     fn end(&mut self, ended: Option<Result<Fetched<C>, SourceError>>) {
         if let (Some(land), Some(engine)) = (self.land.take(), self.engine.upgrade()) {
-            engine.land(self.id, ended, &land);
+            engine.land(self.id, ended, land);
         }
     }
 }
@@ -367,7 +373,7 @@ fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> Au
         Trouble::Failed => "the source failed",
         Trouble::Aborted => "its task was dropped, as runtimes do when they shut down",
         Trouble::Unfit(Unfit::Expired) => {
-            "what the source gave has already expired; if it is new, this machine's clock is ahead"
+            "what the source gave has expired or is about to; if it is new, this machine's clock is ahead"
         }
         Trouble::Unfit(Unfit::NoExpiry) => "what the source gave does not say when it expires",
         Trouble::Rejected => "the source gave what the API has refused",
@@ -379,4 +385,46 @@ fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> Au
         let _ = write!(detail, "; tried again in {delay:.1?} at the earliest");
     }
     AuthError::renewal(kind, detail, (!permanent).then_some(delay), cause.map(SourceError::into_cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::channel,
+        task::{Context, Waker},
+        thread,
+    };
+
+    use http::{Request, Response};
+    use tower::{Layer, Service, service_fn};
+
+    use super::*;
+    use crate::{ApiKey, BoxError, JwtLayer, Renewing, Token, source::source_fn};
+
+    #[test]
+    fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
+        let jwts =
+            Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a-token")?) }));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(jwts.prefetch()).unwrap();
+        let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
+        let mut service = JwtLayer::new(&jwts, ApiKey::new("sk-selam-x").unwrap()).layer(api);
+        let mut send = move || {
+            let mut context = Context::from_waker(Waker::noop());
+            let request = Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap();
+            pin!(service.call(request)).poll(&mut context).is_ready()
+        };
+        assert!(send(), "the first makes the set that the others share");
+
+        let (tell, told) = channel();
+        let held = jwts.0.state();
+        let reader = jwts.clone();
+        thread::spawn(move || {
+            let token = pin!(reader.token()).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+            tell.send((token, send())).unwrap();
+        });
+        let told = told.recv_timeout(Duration::from_secs(10));
+        drop(held);
+        assert_eq!(told.expect("nobody waits for the lock"), (true, true));
+    }
 }

@@ -10,18 +10,27 @@
 )]
 
 mod annotate;
+mod api;
+mod clocks;
 mod composition;
 mod environment;
 mod errors;
+mod failures;
 mod files;
 mod handshake;
 mod headers;
+mod mint;
 mod oauth;
 mod origins;
 mod redirects;
+mod reentry;
 mod refresh;
 mod renewal;
+mod replay;
+mod rotation;
+mod runtimes;
 mod secrets;
+mod sharing;
 #[cfg(feature = "sign")]
 mod sign;
 mod simulator;

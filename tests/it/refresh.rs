@@ -1,4 +1,4 @@
-//! J1 to J7, J9 and T1: what a 401 leads to.
+//! J1 to J6 and J9: what a 401 leads to.
 
 use std::{
     sync::{
@@ -8,110 +8,27 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use http::{Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, StreamBody};
-use tokio::sync::Semaphore;
-use tower::{Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn};
+use http_body_util::BodyExt;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, advance, sleep},
+};
+use tower::{
+    Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn,
+    util::BoxCloneSyncService,
+};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, BoxError, JwtLayer, RefreshLayer, Renewing, RequestAuth, SelamLayer, Token,
-    source::{Reason, source_fn},
+    ApiKey, ApiKeyLayer, BoxError, JwtLayer, MaybeRenewing, RefreshLayer, RenewalPolicy, Renewing,
+    RequestAuth, SelamLayer,
+    source::{Fetched, Reason, source_fn},
 };
 
-use crate::support::{Body, KEY, MODELS, key};
-
-const INVALID_KEY: &str = r#"{"error":{"message":"Invalid API key provided.","code":"invalid_api_key"}}"#;
-const INVALID_TOKEN: &str = r#"{"error":{"message":"The token is not valid.","code":"invalid_token"}}"#;
-
-/// An API that accepts one bearer or one key, and remembers what it was sent.
-#[derive(Clone)]
-struct Api {
-    accepts: Arc<Mutex<String>>,
-    refusal: &'static str,
-    received: Arc<Mutex<Vec<Received>>>,
-    /// Requests wait for it before they are answered.
-    gate: Arc<Semaphore>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-struct Received {
-    bearer: String,
-    head: String,
-    body: Vec<u8>,
-}
-
-impl Api {
-    fn accepting(credential: &str, refusal: &'static str) -> Self {
-        Self {
-            accepts: Arc::new(Mutex::new(format!("Bearer {credential}"))),
-            refusal,
-            received: Arc::default(),
-            gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
-        }
-    }
-
-    fn accept(&self, credential: &str) {
-        *self.accepts.lock().unwrap() = format!("Bearer {credential}");
-    }
-
-    fn bearers(&self) -> Vec<String> {
-        self.received.lock().unwrap().iter().map(|received| received.bearer.clone()).collect()
-    }
-
-    fn service<B>(
-        &self,
-    ) -> impl Service<Request<B>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<B>
-    where
-        B: http_body::Body<Data: Send, Error: std::fmt::Debug> + Send + 'static,
-    {
-        let api = self.clone();
-        service_fn(move |request: Request<B>| {
-            let api = api.clone();
-            async move {
-                let (parts, body) = request.into_parts();
-                let bearer = parts.headers["authorization"].to_str()?.to_owned();
-                let mut others = parts.headers.clone();
-                others.remove("authorization");
-                let head = format!("{} {} {:?} {others:?}", parts.method, parts.uri, parts.version);
-                let collected = body.collect().await.map_err(|error| format!("{error:?}"))?;
-                let trailers = collected.trailers().cloned();
-                let head = format!("{head} {trailers:?} {:?}", parts.extensions.get::<u8>());
-                let body = collected.to_bytes().to_vec();
-                let accepted = *api.accepts.lock().unwrap() == bearer;
-                let bearer = bearer.trim_start_matches("Bearer ").to_owned();
-                api.received.lock().unwrap().push(Received { bearer, head, body });
-                api.gate.acquire().await?.forget();
-                let (status, body) = if accepted { (200, "") } else { (401, api.refusal) };
-                Ok(Response::builder().status(status).body(Full::from(body))?)
-            }
-        })
-    }
-}
-
-/// A source of `token-1`, `token-2`, …, and how often it was asked.
-fn counting() -> (Renewing<Token>, Arc<AtomicUsize>) {
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&asked);
-    let source = source_fn(move |_: Reason<Token>| {
-        let number = counter.fetch_add(1, SeqCst) + 1;
-        async move {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            Ok::<_, BoxError>(Token::new(format!("token-{number}"))?)
-        }
-    });
-    (Renewing::new(source), asked)
-}
-
-fn stack<S: Clone>(
-    jwts: &Renewing<Token>,
-    inner: S,
-) -> <RefreshLayer as Layer<tower_selam::authorize::Authorize<S>>>::Service {
-    RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(inner))
-}
-
-fn request() -> Request<Body> {
-    Request::post(MODELS).body(Full::from("the body")).unwrap()
-}
+use crate::{
+    api::{Api, INVALID_KEY, INVALID_TOKEN, counting, request, stack},
+    mint::{Answer, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    support::{Body, KEY, MODELS, key},
+};
 
 #[tokio::test(start_paused = true)]
 async fn j1_a_late_401_for_an_older_token_is_replayed_with_the_newer() {
@@ -119,9 +36,8 @@ async fn j1_a_late_401_for_an_older_token_is_replayed_with_the_newer() {
     let api = Api::accepting("token-2", INVALID_TOKEN);
     let first = jwts.token().await.unwrap();
     let slow = Arc::new(Semaphore::new(0));
-    let late = Api { gate: Arc::clone(&slow), ..api.clone() };
-    let call = tokio::spawn(stack(&jwts, late.service()).oneshot(request()));
-    tokio::time::sleep(Duration::from_millis(1)).await;
+    let call = tokio::spawn(stack(&jwts, api.gated(&slow).service()).oneshot(request()));
+    sleep(Duration::from_millis(1)).await;
     jwts.invalidate(&first);
     jwts.token().await.unwrap();
     slow.add_permits(2);
@@ -136,12 +52,120 @@ async fn j2_a_thousand_refusals_at_once_cause_one_renewal() {
     let (jwts, asked) = counting();
     jwts.prefetch().await.unwrap();
     let api = Api::accepting("token-2", INVALID_TOKEN);
+    let gate = Arc::new(Semaphore::new(0));
+    let gated = api.gated(&gate);
     let calls: Vec<_> =
-        (0..1_000).map(|_| tokio::spawn(stack(&jwts, api.service()).oneshot(request()))).collect();
+        (0..1_000).map(|_| tokio::spawn(stack(&jwts, gated.service()).oneshot(request()))).collect();
+    settle().await;
+    assert_eq!(api.bearers().len(), 1_000, "all are on their way");
+    gate.add_permits(2_000);
     for call in calls {
         assert_eq!(call.await.unwrap().unwrap().status(), StatusCode::OK);
     }
     assert_eq!(asked.load(SeqCst), 2);
+    let sent = [("token-1", 1_000), ("token-2", 1_000)].map(|(bearer, times)| (bearer.to_owned(), times));
+    assert_eq!(api.tally(), sent.into());
+}
+
+/// A renewal that takes a second begins in the advisory window of `token-1`, and while it runs the API refuses
+/// that: what becomes of the request, of another that comes in the meantime, and after how long.
+async fn refused_while_renewing(mint: &Mint, accepts: &str) -> (Api, Duration) {
+    let (jwts, _) = engine(mint);
+    jwts.prefetch().await.unwrap();
+    advance(54 * SECOND).await;
+    mint.takes(SECOND);
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    settle().await;
+    let api = Api::accepting(accepts, INVALID_TOKEN);
+    let began = Instant::now();
+    let refused = tokio::spawn(stack(&jwts, api.service()).oneshot(request()));
+    sleep(SECOND / 2).await;
+    assert_eq!((api.bearers(), jwts.current().is_none()), (vec!["token-1".to_owned()], true));
+    let another = tokio::spawn(stack(&jwts, api.service()).oneshot(request()));
+    for call in [refused, another] {
+        assert_eq!(call.await.unwrap().unwrap().status(), StatusCode::OK);
+    }
+    (api, began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn j3_a_renewal_begun_before_the_rejection_does_not_bring_back_what_was_rejected() {
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Same("token-1", 2 * MINUTE));
+    let (api, time) = refused_while_renewing(&mint, "token-3").await;
+    assert_eq!(api.bearers(), ["token-1", "token-3", "token-3"]);
+    assert_eq!(mint.reasons(), ["first", "expiring token-1", "rejected token-1"], "once more, at once");
+    assert_eq!(time.as_secs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn j3_a_renewal_begun_before_the_rejection_that_brings_another_is_enough() {
+    let mint = Mint::default();
+    let (api, time) = refused_while_renewing(&mint, "token-2").await;
+    assert_eq!(api.bearers(), ["token-1", "token-2", "token-2"]);
+    assert_eq!(
+        (mint.reasons(), time.as_secs()),
+        (vec!["first".to_owned(), "expiring token-1".to_owned()], 1)
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn j3_a_renewal_begun_after_the_rejection_that_brings_the_same_is_a_failure() {
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then_always(Answer::Same("token-1", MINUTE));
+    let (jwts, _) = engine(&mint);
+    let api = Api::accepting("token-2", INVALID_TOKEN);
+    let mut service = stack(&jwts, api.service());
+    let response = service.ready().await.unwrap().call(request()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED, "there is no other");
+    for _ in 0..10 {
+        let error = service.ready().await.unwrap().call(request()).await.unwrap_err();
+        assert!(error.to_string().contains("what the API has refused"), "{error}");
+    }
+    assert_eq!((api.bearers(), mint.asked()), (vec!["token-1".to_owned()], 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn j3_a_renewal_begun_after_the_rejection_is_joined() {
+    let mint = Mint::default();
+    let (jwts, _) = engine(&mint);
+    jwts.prefetch().await.unwrap();
+    mint.takes(SECOND);
+    let (api, gate) = (Api::accepting("token-2", INVALID_TOKEN), Arc::new(Semaphore::new(0)));
+    let late = tokio::spawn(stack(&jwts, api.gated(&gate).service()).oneshot(request()));
+    let first = tokio::spawn(stack(&jwts, api.service()).oneshot(request()));
+    sleep(SECOND / 2).await;
+    gate.add_permits(2);
+    sleep(SECOND / 4).await;
+    assert_eq!(mint.asked(), 2, "the late one waits for the renewal that runs");
+    for call in [first, late] {
+        assert_eq!(call.await.unwrap().unwrap().status(), StatusCode::OK);
+    }
+    assert_eq!(api.bearers(), ["token-1", "token-1", "token-2", "token-2"]);
+    assert_eq!(mint.reasons(), ["first", "rejected token-1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn j3_a_key_that_was_read_before_the_rejection_is_read_again() {
+    // Looking again takes a second, and the file is replaced only after that has begun.
+    let reads = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&reads);
+    let source = source_fn(move |_: Reason<ApiKey>| {
+        let number = counter.fetch_add(1, SeqCst) + 1;
+        async move {
+            let key = ApiKey::new(if number < 3 { "sk-selam-old" } else { "sk-selam-new" })?;
+            sleep(if number == 1 { Duration::ZERO } else { SECOND }).await;
+            Ok::<_, BoxError>(Fetched::new(key).with_recheck_after(5 * SECOND))
+        }
+    });
+    let keys = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock()));
+    keys.prefetch().await.unwrap();
+    advance(5 * SECOND).await;
+    keys.api_key().await.unwrap();
+    settle().await;
+    assert_eq!(reads.load(SeqCst), 2, "it is looking again");
+    let api = Api::accepting("sk-selam-new", INVALID_KEY);
+    let service = RefreshLayer::new().layer(ApiKeyLayer::bearer(&keys).layer(api.service()));
+    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
+    assert_eq!((api.bearers(), reads.load(SeqCst)), (vec!["sk-selam-old".into(), "sk-selam-new".into()], 3));
 }
 
 #[tokio::test(start_paused = true)]
@@ -159,9 +183,35 @@ async fn j4_j5_the_second_401_goes_up_and_renewals_are_limited() {
         assert_eq!(response.status(), StatusCode::UNAUTHORIZED, "requests still answer");
     }
     assert_eq!(asked.load(SeqCst), 2, "the breaker holds");
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    sleep(Duration::from_secs(2)).await;
     service.ready().await.unwrap().call(request()).await.unwrap();
     assert_eq!(asked.load(SeqCst), 3, "and lets one through after a while");
+}
+
+#[tokio::test(start_paused = true)]
+async fn j5_renewals_of_what_is_always_refused_are_spaced_ever_wider_and_every_request_is_answered() {
+    let (jwts, asked) = counting();
+    let api = Api::accepting("none of them", INVALID_TOKEN);
+    let service = stack(&jwts, api.service());
+    for _ in 0..5_000 {
+        let response = service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+        sleep(SECOND / 10).await;
+    }
+    // After 1, 2, 4, 8, 16, 32 and then every 60 seconds; and one for each five minutes that a token lives.
+    let renewals = asked.load(SeqCst);
+    assert!((10..=18).contains(&renewals), "{renewals} in eight minutes");
+    let sends = api.bearers().len();
+    assert!(sends > 5_000 && sends < 5_000 + renewals, "{sends} sends");
+
+    // After five minutes without a refusal they are spaced as at first.
+    sleep(301 * SECOND).await;
+    for (pause, renews) in [(0, 2), (1, 1), (0, 0), (2, 1)] {
+        sleep(pause * SECOND).await;
+        let before = asked.load(SeqCst);
+        service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(asked.load(SeqCst) - before, renews, "after {pause} seconds");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -183,97 +233,68 @@ async fn j6_invalid_api_key_blames_the_key_which_is_replayed_only_if_it_changed(
         "the key is the same"
     );
     "sk-selam-new".clone_into(&mut held.lock().unwrap());
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    sleep(Duration::from_secs(2)).await;
     let _ = service.oneshot(request()).await.unwrap();
-    let sent: Vec<_> = api.received.lock().unwrap().iter().map(|sent| sent.head.contains("new")).collect();
-    assert_eq!(sent.len(), 3, "once more, with the new key");
+    let sent: Vec<_> = api.received.lock().unwrap().iter().map(|sent| sent.key.clone()).collect();
+    assert_eq!(sent, ["sk-selam-old", "sk-selam-old", "sk-selam-new"], "once more, with the new key");
     assert_eq!(asked.load(SeqCst), 1, "the JWT is not to blame");
     assert_eq!(keys.api_key().await.unwrap().expose_secret(), "sk-selam-new");
 }
 
 #[tokio::test(start_paused = true)]
-async fn j6_a_key_that_was_rotated_is_read_again() {
-    let api = Api::accepting("sk-selam-new", INVALID_KEY);
-    let reads = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&reads);
-    let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
-        let text = if counter.fetch_add(1, SeqCst) == 0 { "sk-selam-old" } else { "sk-selam-new" };
-        async move { Ok::<_, BoxError>(ApiKey::new(text)?) }
-    }));
-    let service = RefreshLayer::new().layer(ApiKeyLayer::bearer(keys).layer(api.service()));
-    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
-    assert_eq!(api.bearers(), ["sk-selam-old", "sk-selam-new"]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn j7_what_is_sent_again_is_what_was_sent() {
-    let (jwts, _) = counting();
-    jwts.prefetch().await.unwrap();
-    let api = Api::accepting("token-2", INVALID_TOKEN);
-    let mut request = Request::put("https://api.selamgpt.com/v1/models?a=b")
-        .version(http::Version::HTTP_2)
-        .header("x-many", "one")
-        .header("x-other", "three")
-        .header("x-many", "two")
-        .extension(7_u8)
-        .body(Body::from("the body"))
-        .unwrap();
-    request.headers_mut().append("x-many", "four".parse().unwrap());
-    stack(&jwts, api.service()).oneshot(request).await.unwrap();
-    let received = api.received.lock().unwrap();
-    let [first, second] = &received[..] else { panic!("{received:?}") };
-    assert_eq!((&first.head, &first.body), (&second.head, &second.body));
-    assert_eq!(second.body, b"the body");
-    assert!(second.head.contains("Some(7)"), "{}", second.head);
-}
-
-#[tokio::test(start_paused = true)]
-async fn j7_a_stream_is_kept_and_sent_again_up_to_its_limit() {
-    for (limit, sends) in [(10, 2), (9, 1), (0, 1)] {
-        let (jwts, asked) = counting();
-        jwts.prefetch().await.unwrap();
-        let api = Api::accepting("token-2", INVALID_TOKEN);
-        let frames =
-            ["01234", "56789"].map(|data| Ok::<_, BoxError>(http_body::Frame::data(Bytes::from(data))));
-        let trailers = http::HeaderMap::from_iter([("x-sum".parse().unwrap(), "1".parse().unwrap())]);
-        let frames = frames.into_iter().chain([Ok(http_body::Frame::trailers(trailers))]);
-        let body = StreamBody::new(tokio_stream(frames));
-        let service = RefreshLayer::buffered(limit).layer(JwtLayer::new(&jwts, key()).layer(api.service()));
-        let response = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
-        let received = std::mem::take(&mut *api.received.lock().unwrap());
-        assert_eq!(received.len(), sends, "limit {limit}");
-        assert!(received.iter().all(|sent| sent.body == b"0123456789" && sent.head.contains("x-sum")));
-        assert_eq!(response.status() == StatusCode::OK, sends == 2);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        assert_eq!(asked.load(SeqCst), 2, "the token is renewed all the same");
-    }
-}
-
-/// Items as a stream.
-fn tokio_stream<I: Iterator>(items: I) -> impl futures_core::Stream<Item = I::Item> {
-    let mut items = Box::new(items);
-    struct Items<F>(F);
-    impl<T, F: FnMut() -> Option<T> + Unpin> futures_core::Stream for Items<F> {
-        type Item = T;
-        fn poll_next(
-            mut self: std::pin::Pin<&mut Self>,
-            _: &mut std::task::Context<'_>,
-        ) -> std::task::Poll<Option<T>> {
-            std::task::Poll::Ready((self.0)())
+async fn j6_what_is_not_at_fault_is_left_alone() {
+    const MISSING: &str = r#"{"error":{"message":"Missing API key.","code":"missing_api_key"}}"#;
+    // What the API says, whether the key is from a source; how often JWT, key and API are asked.
+    for (refusal, renewing, expected) in [
+        (MISSING, true, (1, 1, 1)),
+        (INVALID_KEY, false, (1, 0, 1)),
+        (INVALID_KEY, true, (1, 2, 2)),
+        (INVALID_TOKEN, true, (2, 1, 2)),
+        ("", true, (2, 1, 2)),
+    ] {
+        for halves in [false, true] {
+            let ((jwts, asked), reads) = (counting(), Arc::new(AtomicUsize::new(0)));
+            let counter = Arc::clone(&reads);
+            let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+                let number = counter.fetch_add(1, SeqCst) + 1;
+                async move { Ok::<_, BoxError>(ApiKey::new(format!("sk-selam-{number}"))?) }
+            }));
+            let key = || if renewing { MaybeRenewing::from(&keys) } else { key().into() };
+            let api = Api::accepting("none of them", refusal);
+            let service = if halves {
+                let inner = ApiKeyLayer::beside_jwt(key()).layer(api.service());
+                BoxCloneSyncService::new(
+                    RefreshLayer::new().layer(JwtLayer::beside_api_key(&jwts).layer(inner)),
+                )
+            } else {
+                BoxCloneSyncService::new(
+                    RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(api.service())),
+                )
+            };
+            let response = service.oneshot(request()).await.unwrap();
+            assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            assert_eq!(body, refusal, "the 401 as it came");
+            let asked = (asked.load(SeqCst), reads.load(SeqCst), api.bearers().len());
+            assert_eq!(asked, expected, "{refusal}, key from a source: {renewing}, halves: {halves}");
         }
     }
-    Items(move || items.next())
 }
 
 #[tokio::test(start_paused = true)]
-async fn j7_without_replay_the_401_goes_up_intact_and_the_token_is_renewed() {
-    let (jwts, _) = counting();
-    let api = Api::accepting("token-2", INVALID_TOKEN);
-    let service = RefreshLayer::without_replay().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
-    let response = service.clone().oneshot(request()).await.unwrap();
-    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
-    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), INVALID_TOKEN);
-    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
+async fn j6_a_key_that_was_rotated_is_read_again_and_where_it_goes_alone_any_401_blames_it() {
+    for refusal in [INVALID_KEY, INVALID_TOKEN, ""] {
+        let api = Api::accepting("sk-selam-new", refusal);
+        let reads = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&reads);
+        let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+            let text = if counter.fetch_add(1, SeqCst) == 0 { "sk-selam-old" } else { "sk-selam-new" };
+            async move { Ok::<_, BoxError>(ApiKey::new(text)?) }
+        }));
+        let service = RefreshLayer::new().layer(ApiKeyLayer::bearer(keys).layer(api.service()));
+        assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
+        assert_eq!(api.bearers(), ["sk-selam-old", "sk-selam-new"]);
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -367,7 +388,7 @@ async fn t3_a_call_dropped_while_it_waits_sends_nothing_and_the_renewal_goes_on(
     let mut waiting = tokio_test::task::spawn(service.ready().await.unwrap().call(request()));
     assert!(waiting.poll().is_pending());
     drop(waiting);
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    sleep(Duration::from_secs(1)).await;
     assert!(api.bearers().is_empty());
     assert_eq!((jwts.current().unwrap().expose_secret(), asked.load(SeqCst)), ("token-1", 1));
 }
@@ -380,7 +401,7 @@ async fn h5_the_whole_stack_replays_a_rotation_and_sends_one_set_at_a_time() {
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
     assert_eq!(layer.layer(api.service()).oneshot(request()).await.unwrap().status(), StatusCode::OK);
     api.accept("token-3");
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    sleep(Duration::from_secs(2)).await;
     let stream = layer.without_replay().layer(api.service());
     assert!(stream.clone().oneshot(request()).await.unwrap_err().auth().is_some());
     assert_eq!(stream.oneshot(request()).await.unwrap().status(), StatusCode::OK);

@@ -1,106 +1,23 @@
-//! R1 to R6, F1 to F7 and W1 to W3: the engine, seen by those who want a token. Time is paused.
+//! R1 to R3 and R6: when a token is renewed, seen by those who want one. Time is paused.
 
 use std::{
-    collections::VecDeque,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, UNIX_EPOCH},
 };
 
-use tokio::time::{advance, sleep};
+use tokio::time::{Instant, advance, sleep};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BoxError, RenewalPolicy, Renewing, TestClock, Token,
-    source::{Fetched, Reason, Source, SourceError, source_fn},
+    ApiKey, AuthErrorKind, BoxError, RenewalPolicy, Renewing, Token,
+    source::{Reason, source_fn},
 };
 
-const MINUTE: Duration = Duration::from_secs(60);
-const SECOND: Duration = Duration::from_secs(1);
-
-/// A source that counts how often it is asked, and answers from a script: a token that lives a minute when
-/// that is at its end.
-#[derive(Clone, Default)]
-struct Mint {
-    asked: Arc<AtomicUsize>,
-    takes: Arc<Mutex<Duration>>,
-    script: Arc<Mutex<VecDeque<Answer>>>,
-    reasons: Arc<Mutex<Vec<String>>>,
-    version: Arc<AtomicUsize>,
-}
-
-#[derive(Clone)]
-enum Answer {
-    Lives(Duration),
-    Same(&'static str, Duration),
-    Fails(Option<Duration>),
-    Refused,
-    Panics,
-    Hangs,
-}
-
-impl Mint {
-    fn then(self, answer: Answer) -> Self {
-        self.script.lock().unwrap().push_back(answer);
-        self
-    }
-
-    fn taking(self, time: Duration) -> Self {
-        *self.takes.lock().unwrap() = time;
-        self
-    }
-
-    fn asked(&self) -> usize {
-        self.asked.load(SeqCst)
-    }
-}
-
-impl Source<Token> for Mint {
-    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
-        let number = self.asked.fetch_add(1, SeqCst) + 1;
-        self.reasons.lock().unwrap().push(match reason {
-            Reason::First => "first".to_owned(),
-            Reason::Expiring(token) => format!("expiring {}", token.expose_secret()),
-            Reason::Rejected(token) => format!("rejected {}", token.expose_secret()),
-            _ => "other".to_owned(),
-        });
-        let takes = *self.takes.lock().unwrap();
-        sleep(takes).await;
-        let answer = self.script.lock().unwrap().pop_front().unwrap_or(Answer::Lives(MINUTE));
-        let token = |text: String, lives| Ok(Fetched::new(Token::new(text)?).with_lifetime(lives));
-        match answer {
-            Answer::Lives(lives) => token(format!("token-{number}"), lives),
-            Answer::Same(text, lives) => token(text.to_owned(), lives),
-            Answer::Fails(None) => Err(SourceError::transient("out of order")),
-            Answer::Fails(Some(wait)) => Err(SourceError::transient("busy").with_retry_after(wait)),
-            Answer::Refused => Err(SourceError::permanent("the login has ended")),
-            Answer::Panics => panic!("sk-selam-a-secret-in-a-panic"),
-            Answer::Hangs => std::future::pending().await,
-        }
-    }
-
-    fn version(&self) -> u64 {
-        self.version.load(SeqCst) as u64
-    }
-}
-
-/// No jitter, and a wall clock that goes with tokio's.
-fn engine(mint: &Mint) -> (Renewing<Token>, TestClock) {
-    let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
-    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock.clone());
-    (Renewing::with_policy(mint.clone(), policy), clock)
-}
-
-async fn text(jwts: &Renewing<Token>) -> Result<String, AuthErrorKind> {
-    jwts.token().await.map(|token| token.expose_secret().to_owned()).map_err(|error| error.kind())
-}
-
-/// Lets the tasks that are ready run.
-async fn settle() {
-    for _ in 0..20 {
-        tokio::task::yield_now().await;
-    }
-}
+use crate::{
+    mint::{Answer, Busy, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    support::jwt_claiming,
+};
 
 #[tokio::test(start_paused = true)]
 async fn r1_the_old_token_is_served_while_the_renewal_runs_beside() {
@@ -111,14 +28,14 @@ async fn r1_the_old_token_is_served_while_the_renewal_runs_beside() {
     advance(Duration::from_millis(53_900)).await;
     assert_eq!((text(&jwts).await.unwrap(), mint.asked()), ("token-1".into(), 1));
     advance(Duration::from_millis(200)).await;
-    let began = tokio::time::Instant::now();
+    let began = Instant::now();
     for _ in 0..100 {
         assert_eq!(text(&jwts).await.unwrap(), "token-1");
     }
     assert_eq!(began.elapsed(), Duration::ZERO, "nobody waited");
     sleep(Duration::from_millis(201)).await;
     assert_eq!((text(&jwts).await.unwrap(), mint.asked()), ("token-2".into(), 2));
-    assert_eq!(*mint.reasons.lock().unwrap(), ["first", "expiring token-1"]);
+    assert_eq!(mint.reasons(), ["first", "expiring token-1"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -130,6 +47,99 @@ async fn r1_in_the_mandatory_window_callers_wait() {
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
     advance(MINUTE).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-3", "and when it has expired");
+}
+
+const MILLI: Duration = Duration::from_millis(1);
+
+/// How long before the end of its token an engine renews it beside, and how long before callers wait for that.
+struct Windows {
+    first: Answer,
+    lives: Duration,
+    takes: Duration,
+    policy: RenewalPolicy,
+    advisory: Duration,
+    mandatory: Duration,
+}
+
+impl Windows {
+    fn new(lives: Duration, advisory: Duration, mandatory: Duration) -> Self {
+        let (takes, policy) = (Duration::from_millis(1), RenewalPolicy::new());
+        Self { first: Answer::Lives(lives), lives, takes, policy, advisory, mandatory }
+    }
+
+    /// What a caller gets that comes so long before the end, and whether it waited.
+    async fn at(&self, before: Duration) -> (&'static str, usize) {
+        let mint = Mint::default().taking(self.takes).then(self.first.clone());
+        let policy = self.policy.clone().with_jitter(0.0).with_clock(clock());
+        let jwts = Renewing::with_policy(mint.clone(), policy);
+        let first = jwts.token().await.unwrap();
+        advance(self.lives - before).await;
+        let began = Instant::now();
+        let second = jwts.token().await.unwrap();
+        settle().await;
+        let waited = began.elapsed() >= self.takes;
+        assert_eq!(waited, first.expose_secret() != second.expose_secret(), "the old one is served at once");
+        (if waited { "waits" } else { "served" }, mint.asked())
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r1_r2_the_windows_scale_to_the_lifetime() {
+    let ms = |count: u32| count * MILLI;
+    let day = 24 * 60 * MINUTE;
+    let (hour, policy) = (60 * MINUTE, RenewalPolicy::new);
+    // Of sixty seconds, thirty are left: out of a cache.
+    let cached = jwt_claiming(r#"{"iat":1899999970,"exp":1900000030.001}"#);
+    for windows in [
+        Windows::new(SECOND, ms(500), ms(50)),
+        Windows::new(5 * SECOND, SECOND, ms(100)),
+        Windows::new(MINUTE, 6 * SECOND, ms(600)),
+        Windows::new(20 * MINUTE, 2 * MINUTE, 10 * SECOND),
+        Windows::new(hour, 5 * MINUTE, 10 * SECOND),
+        Windows::new(30 * day, 5 * MINUTE, 10 * SECOND),
+        // Enough for a renewal that takes as long as the last one did.
+        Windows { takes: 5 * SECOND, ..Windows::new(MINUTE, 10 * SECOND, SECOND) },
+        Windows { takes: 25 * SECOND, ..Windows::new(MINUTE, 30 * SECOND, 3 * SECOND) },
+        Windows { policy: policy().with_advisory_window(MINUTE), ..Windows::new(hour, MINUTE, 6 * SECOND) },
+        Windows { policy: policy().with_mandatory_window(SECOND), ..Windows::new(hour, 5 * MINUTE, SECOND) },
+        Windows { first: Answer::Bare(cached), ..Windows::new(30 * SECOND, 6 * SECOND, ms(600)) },
+    ] {
+        let Windows { lives, advisory, mandatory, .. } = windows;
+        assert_eq!(
+            windows.at(advisory + ms(1)).await,
+            ("served", 1),
+            "{lives:?}: before the advisory window"
+        );
+        assert_eq!(windows.at(advisory).await, ("served", 2), "{lives:?}: in it");
+        assert_eq!(windows.at(mandatory + ms(1)).await, ("served", 2), "{lives:?}: at its end");
+        assert_eq!(windows.at(mandatory).await, ("waits", 2), "{lives:?}: in the mandatory window");
+        assert_eq!(windows.at(Duration::ZERO).await, ("waits", 2), "{lives:?}: expired");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r1_a_renewal_that_ran_beside_is_waited_for_once_the_window_is_mandatory() {
+    let mint = Mint::default();
+    let (jwts, _) = engine(&mint);
+    jwts.prefetch().await.unwrap();
+    mint.takes(6 * SECOND);
+    advance(54 * SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    settle().await;
+    advance(Duration::from_millis(5_399)).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    advance(Duration::from_millis(1)).await;
+    let began = Instant::now();
+    let callers: Vec<_> = (0..100)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { text(&jwts).await })
+        })
+        .collect();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap(), "token-2");
+    }
+    assert_eq!((began.elapsed().as_millis(), mint.asked()), (600, 2));
 }
 
 #[tokio::test]
@@ -145,14 +155,25 @@ async fn r1_a_fresh_token_allocates_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn r2_a_token_of_a_minute_is_renewed_about_once_a_minute() {
-    let mint = Mint::default();
-    let (jwts, _) = engine(&mint);
-    for _ in 0..6_000 {
-        text(&jwts).await.unwrap();
-        advance(Duration::from_millis(100)).await;
+async fn r2_a_token_is_renewed_about_once_in_its_lifetime_however_long_that_is() {
+    // Below ten seconds the advisory window is a second, and below two half of the lifetime.
+    for (lives, most) in [
+        (Duration::from_millis(200), 20),
+        (SECOND, 20),
+        (2 * SECOND, 20),
+        (10 * SECOND, 12),
+        (MINUTE, 12),
+        (60 * MINUTE, 12),
+        (30 * 24 * 60 * MINUTE, 11),
+    ] {
+        let mint = Mint::default().then_always(Answer::Lives(lives));
+        let (jwts, _) = engine(&mint);
+        for _ in 0..1_000 {
+            text(&jwts).await.unwrap();
+            advance(lives / 100).await;
+        }
+        assert!((10..=most).contains(&mint.asked()), "{} renewals in ten of {lives:?}", mint.asked());
     }
-    assert!((10..=13).contains(&mint.asked()), "{} renewals in ten minutes", mint.asked());
 }
 
 #[tokio::test(start_paused = true)]
@@ -162,10 +183,7 @@ async fn r3_the_same_an_older_or_an_expired_token_makes_no_hot_loop() {
         Answer::Same("older", SECOND),
         Answer::Same("expired", Duration::ZERO),
     ] {
-        let mut mint = Mint::default().then(Answer::Lives(MINUTE));
-        for _ in 0..1_000 {
-            mint = mint.then(answer.clone());
-        }
+        let mint = Mint::default().then(Answer::Lives(MINUTE)).then_always(answer);
         let (jwts, _) = engine(&mint);
         jwts.prefetch().await.unwrap();
         advance(Duration::from_millis(54_500)).await;
@@ -178,45 +196,119 @@ async fn r3_the_same_an_older_or_an_expired_token_makes_no_hot_loop() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn r4_a_token_without_an_expiry_is_not_for_ever() {
-    let source = || source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("opaque")?) });
-    let jwts = Renewing::new(source());
-    jwts.prefetch().await.unwrap();
-    assert!(jwts.expires_at().is_some());
-    let strict = Renewing::with_policy(source(), RenewalPolicy::new().require_expiry());
-    let error = strict.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
-    assert!(error.to_string().contains("does not say when it expires"), "{error}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn r4_no_lifetime_makes_it_panic() {
-    for lives in [Duration::ZERO, Duration::from_nanos(1), Duration::MAX] {
-        let (jwts, _) = engine(&Mint::default().then(Answer::Lives(lives)));
-        let _ = jwts.token().await;
-        assert!(jwts.expires_at().is_none_or(|at| at < UNIX_EPOCH + Duration::from_secs(3_000_000_000)));
+async fn r3_a_token_that_is_gone_before_it_can_be_sent_makes_no_hot_loop() {
+    for lives in [Duration::from_nanos(1), Duration::from_millis(1), Duration::from_millis(50)] {
+        let mint = Mint::default().then_always(Answer::Lives(lives));
+        let clock = clock();
+        let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(60) };
+        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        let error = jwts.token().await.unwrap_err();
+        assert_eq!((error.kind(), mint.asked()), (AuthErrorKind::RenewalFailed, 1), "{lives:?}");
+        assert!(error.to_string().contains("about to"), "{error}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn r5_no_jump_of_the_wall_clock_makes_a_storm_or_sends_an_expired_token() {
-    let mint = Mint::default();
-    let (jwts, clock) = engine(&mint);
-    assert_eq!(text(&jwts).await.unwrap(), "token-1");
-    clock.jump_back(60 * MINUTE);
-    assert_eq!(text(&jwts).await.unwrap(), "token-1");
-    advance(MINUTE + SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2", "though the wall clock says it is early");
-    clock.jump(60 * MINUTE);
-    for _ in 0..100 {
-        assert_eq!(text(&jwts).await.unwrap(), "token-3");
+async fn r3_a_token_for_its_whole_lifetime_makes_no_hot_loop() {
+    for lasting in [MINUTE, MINUTE - Duration::from_millis(1), MINUTE - SECOND / 2] {
+        let mint = Mint::default().then_always(Answer::Lives(MINUTE)).then(Answer::Refused);
+        let clock = clock();
+        let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(100) };
+        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        for _ in 0..10 {
+            if let Err(error) = jwts.token_valid_for(lasting).await {
+                assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
+            }
+        }
+        assert_eq!(mint.asked(), 1, "{lasting:?}");
     }
-    // Suspended for eight hours.
-    clock.jump(8 * 60 * MINUTE);
-    for _ in 0..100 {
-        assert_eq!(text(&jwts).await.unwrap(), "token-4");
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_tokens_that_are_old_when_they_come_make_no_hot_loop() {
+    // Of ten seconds, with the last one about to begin: by an issuer whose clock is behind, or out of a cache.
+    let (clock, asked) = (clock(), Arc::new(AtomicUsize::new(0)));
+    let (now, counter) = (clock.clone(), Arc::clone(&asked));
+    let source = source_fn(move |_: Reason<Token>| {
+        counter.fetch_add(1, SeqCst);
+        let now = now.now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        let claims = format!(r#"{{"iat":{},"exp":{}}}"#, now - 8.995, now + 1.005);
+        async move { Ok::<_, BoxError>(jwt_claiming(&claims)) }
+    });
+    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock);
+    let jwts = Renewing::with_policy(source, policy);
+    for _ in 0..400 {
+        jwts.token().await.unwrap();
+        advance(Duration::from_millis(10)).await;
     }
-    assert_eq!(mint.asked(), 4);
+    let asked = asked.load(SeqCst);
+    assert!((4..=11).contains(&asked), "{asked} calls in four seconds");
+}
+
+#[tokio::test(start_paused = true)]
+async fn r3_the_same_jwt_again_is_served_to_its_end_and_then_asked_for_now_and_then() {
+    let cached = jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#);
+    let mint = Mint::default().then_always(Answer::Bare(cached));
+    let (jwts, _) = engine(&mint);
+    for _ in 0..599 {
+        jwts.token().await.unwrap();
+        advance(Duration::from_millis(100)).await;
+    }
+    assert!((3..=7).contains(&mint.asked()), "{} calls in a minute", mint.asked());
+    advance(Duration::from_millis(100)).await;
+    for _ in 0..600 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        advance(Duration::from_millis(100)).await;
+    }
+    assert!((5..=12).contains(&mint.asked()), "{} calls in two", mint.asked());
+}
+
+/// How long after their token came engines renew it, with a request every so often.
+async fn renewals(policy: &RenewalPolicy, fleet: usize) -> Vec<Duration> {
+    let engines: Vec<_> = (0..fleet)
+        .map(|_| {
+            let mint = Mint::default();
+            (Renewing::with_policy(mint.clone(), policy.clone().with_clock(clock())), mint)
+        })
+        .collect();
+    for (jwts, _) in &engines {
+        jwts.prefetch().await.unwrap();
+    }
+    advance(47_900 * MILLI).await;
+    for _ in 0..=62 {
+        for (jwts, _) in &engines {
+            text(jwts).await.unwrap();
+        }
+        settle().await;
+        advance(100 * MILLI).await;
+    }
+    engines.iter().map(|(_, mint)| *mint.pauses().first().expect("a renewal")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn r6_a_fleet_that_was_started_at_once_does_not_renew_at_once() {
+    // The window is six seconds: by default they begin up to 1.2 earlier, and with all of the jitter up to 6.
+    for (policy, widest, most) in
+        [(RenewalPolicy::new(), 1_200, 60), (RenewalPolicy::new().with_jitter(1.0), 6_000, 25)]
+    {
+        let mut renewals = renewals(&policy, 300).await;
+        renewals.sort();
+        let (first, last) = (renewals[0], renewals[299]);
+        assert!(first >= (54_000 - widest) * MILLI && last <= 54_100 * MILLI, "{first:?} to {last:?}");
+        assert!(last - first >= widest * MILLI * 9 / 10, "{first:?} to {last:?}");
+        let peak = renewals.chunk_by(|one, next| one == next).map(<[_]>::len).max();
+        assert!(peak <= Some(most), "{peak:?} in a tenth of a second");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r6_without_jitter_all_renew_in_time_and_nonsense_is_no_more_than_all_of_it() {
+    for jitter in [0.0, -0.0, -1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
+        let renewals = renewals(&RenewalPolicy::new().with_jitter(jitter), 20).await;
+        assert!(renewals.iter().all(|after| *after == 54_000 * MILLI), "{jitter}: {renewals:?}");
+    }
+    let renewals = renewals(&RenewalPolicy::new().with_jitter(1e300), 20).await;
+    assert!(renewals.iter().all(|after| (48_000 * MILLI..=54_000 * MILLI).contains(after)), "{renewals:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -238,179 +330,6 @@ async fn r6_jitter_only_ever_makes_it_earlier() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn f1_f2_ten_thousand_callers_cause_one_renewal_and_share_its_error() {
-    for answer in [Answer::Lives(MINUTE), Answer::Fails(None)] {
-        let mint = Mint::default().taking(Duration::from_millis(50)).then(answer.clone());
-        let (jwts, _) = engine(&mint);
-        let callers: Vec<_> = (0..10_000)
-            .map(|_| {
-                let jwts = jwts.clone();
-                tokio::spawn(async move { jwts.token().await })
-            })
-            .collect();
-        let mut causes = std::collections::HashSet::new();
-        for caller in callers {
-            match caller.await.unwrap() {
-                Ok(token) => assert_eq!(token.expose_secret(), "token-1"),
-                Err(error) => {
-                    let cause = std::error::Error::source(&error).expect("a cause");
-                    causes.insert(std::ptr::from_ref(cause).cast::<()>().addr());
-                }
-            }
-        }
-        assert_eq!(mint.asked(), 1);
-        assert_eq!(causes.len(), usize::from(matches!(answer, Answer::Fails(_))), "one shared error");
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn f3_the_renewal_completes_when_its_callers_are_gone() {
-    let mint = Mint::default().taking(SECOND);
-    let (jwts, _) = engine(&mint);
-    for _ in 0..3 {
-        let waited = tokio::time::timeout(Duration::from_millis(100), jwts.token()).await;
-        assert!(waited.is_err(), "dropped while it waits");
-    }
-    sleep(SECOND).await;
-    assert_eq!(jwts.current().unwrap().expose_secret(), "token-1");
-    assert_eq!(mint.asked(), 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
-    let mint = Mint::default().then(Answer::Hangs);
-    let (jwts, _) = engine(&mint);
-    let began = tokio::time::Instant::now();
-    let error = jwts.token().await.unwrap_err();
-    assert_eq!(began.elapsed(), Duration::from_secs(30));
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
-    sleep(2 * SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2");
-}
-
-#[tokio::test(start_paused = true)]
-async fn f5_a_source_that_panics_is_an_error_and_the_next_call_works() {
-    let mint = Mint::default().then(Answer::Panics);
-    let (jwts, _) = engine(&mint);
-    let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
-    assert!(!format!("{error} {error:?}").contains("secret"));
-    sleep(2 * SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2");
-}
-
-#[test]
-fn f5_without_a_runtime_it_is_a_typed_error_and_another_runtime_takes_over() {
-    let jwts = Renewing::new(source_fn(|_: Reason<Token>| async {
-        tokio::task::yield_now().await;
-        Ok::<_, BoxError>(Token::new("a-token")?)
-    }));
-    let error = tokio_test::task::spawn(jwts.token()).poll();
-    assert!(
-        matches!(error, std::task::Poll::Ready(Err(error)) if error.kind() == AuthErrorKind::RenewalFailed)
-    );
-
-    // Its renewal is dropped with the runtime that ran it.
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let jwts = Renewing::new(Mint::default());
-    let first = runtime();
-    let _ = first.block_on(async { tokio::time::timeout(Duration::ZERO, jwts.token()).await });
-    drop(first);
-    assert_eq!(runtime().block_on(text(&jwts)).unwrap().split('-').next(), Some("token"));
-}
-
-#[tokio::test(start_paused = true)]
-async fn f6_the_last_handle_dropped_ends_the_task() {
-    let mint = Mint::default().then(Answer::Hangs);
-    let (jwts, _) = engine(&mint);
-    let _ = tokio::time::timeout(SECOND, jwts.token()).await;
-    assert_eq!(Arc::strong_count(&mint.asked), 2, "the engine has the other");
-    drop(jwts);
-    settle().await;
-    assert_eq!(Arc::strong_count(&mint.asked), 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn f7_a_source_that_asks_for_its_own_token_is_told_so() {
-    let slot: Arc<Mutex<Option<Renewing<Token>>>> = Arc::default();
-    let own = Arc::clone(&slot);
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
-        let own = own.lock().unwrap().clone().unwrap();
-        async move { own.token().await.map_err(BoxError::from) }
-    }));
-    *slot.lock().unwrap() = Some(jwts.clone());
-    let began = tokio::time::Instant::now();
-    let error = jwts.token().await.unwrap_err();
-    assert_eq!(began.elapsed(), Duration::ZERO, "no deadlock until a timeout");
-    let own = AuthError::find(std::error::Error::source(&error).unwrap()).unwrap().to_string();
-    assert!(own.contains("waits for the credential itself"), "{own}");
-    *slot.lock().unwrap() = None;
-}
-
-#[tokio::test(start_paused = true)]
-async fn w1_while_the_old_token_is_valid_no_request_fails_and_back_off_grows() {
-    let mut mint = Mint::default().then(Answer::Lives(60 * MINUTE));
-    for _ in 0..1_000 {
-        mint = mint.then(Answer::Fails(None));
-    }
-    let (jwts, _) = engine(&mint);
-    jwts.prefetch().await.unwrap();
-    advance(55 * MINUTE).await;
-    for _ in 0..290 {
-        assert_eq!(text(&jwts).await.unwrap(), "token-1");
-        advance(SECOND).await;
-    }
-    // 1, 2, 4, 8, 16, 32, 60, 60, … less up to a half each.
-    assert!((8..=16).contains(&mint.asked()), "{} calls", mint.asked());
-}
-
-#[tokio::test(start_paused = true)]
-async fn w1_retry_after_is_honoured() {
-    let mint = Mint::default().then(Answer::Fails(Some(MINUTE)));
-    let (jwts, _) = engine(&mint);
-    let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.retry_after(), Some(MINUTE));
-    advance(59 * SECOND).await;
-    assert_eq!((text(&jwts).await, mint.asked()), (Err(AuthErrorKind::RenewalFailed), 1));
-    advance(SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2");
-}
-
-#[tokio::test(start_paused = true)]
-async fn w2_after_a_permanent_failure_the_source_is_left_alone_until_it_changes() {
-    let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
-    let (jwts, _) = engine(&mint);
-    jwts.prefetch().await.unwrap();
-    advance(55 * SECOND).await;
-    for _ in 0..40 {
-        assert_eq!(text(&jwts).await.unwrap(), "token-1", "served to its end");
-        advance(Duration::from_millis(100)).await;
-    }
-    advance(MINUTE).await;
-    for _ in 0..100 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalRefused));
-        advance(MINUTE).await;
-    }
-    assert_eq!(mint.asked(), 2);
-    mint.version.store(1, SeqCst);
-    assert_eq!(text(&jwts).await.unwrap(), "token-3");
-}
-
-#[tokio::test(start_paused = true)]
-async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
-    let mint = Mint::default().then(Answer::Fails(None));
-    let (jwts, _) = engine(&mint);
-    for _ in 0..100 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
-    }
-    assert_eq!(mint.asked(), 1);
-    advance(SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2");
-    advance(MINUTE).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-3", "no back-off is left");
-}
-
-#[tokio::test(start_paused = true)]
 async fn an_invalidated_token_is_replaced_and_only_if_it_is_still_the_present_one() {
     let mint = Mint::default();
     let (jwts, _) = engine(&mint);
@@ -419,7 +338,7 @@ async fn an_invalidated_token_is_replaced_and_only_if_it_is_still_the_present_on
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
     jwts.invalidate(&first);
     assert_eq!((text(&jwts).await.unwrap(), mint.asked()), ("token-2".into(), 2));
-    assert_eq!(*mint.reasons.lock().unwrap(), ["first", "rejected token-1"]);
+    assert_eq!(mint.reasons(), ["first", "rejected token-1"]);
 }
 
 #[tokio::test(start_paused = true)]

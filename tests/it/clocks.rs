@@ -1,0 +1,304 @@
+//! R4 and R5: what tokens say of their lifetime, and clocks that jump. Time is paused.
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use http::{Request, Response, StatusCode};
+use tokio::time::{Instant, advance, sleep};
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_selam::{
+    ApiKey, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing, TestClock, Token,
+    source::{Fetched, Reason, source_fn},
+};
+
+use crate::{
+    api::request,
+    mint::{Answer, MINUTE, Mint, SECOND, clock, engine, text},
+    support::{Body, jwt_claiming, key, response},
+};
+
+#[tokio::test(start_paused = true)]
+async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
+    // The test's clock shows 1900000000. `None` is an error, and so is what says nothing where that is required.
+    let minutes = |count: u32| Some(count * MINUTE);
+    for (claims, lives, says) in [
+        (r#"{"exp":1900000060}"#, minutes(1), true),
+        (r#"{"exp":1900000060.0}"#, minutes(1), true),
+        (r#"{"exp":1.90000006e9}"#, minutes(1), true),
+        (r#"{"exp":1900000000.75}"#, Some(3 * SECOND / 4), true),
+        (r#"{"exp":1900000000}"#, None, true),
+        (r#"{"exp":1899999999}"#, None, true),
+        (r#"{"exp":0}"#, None, true),
+        (r#"{"exp":-0.0}"#, None, true),
+        (r#"{"exp":253402300799}"#, minutes(365 * 24 * 60), true),
+        (r#"{"exp":9223372036854775807}"#, minutes(5), false),
+        (r#"{"exp":9223372036854775808}"#, minutes(5), false),
+        (r#"{"exp":18446744073709551616}"#, minutes(5), false),
+        (r#"{"exp":1e400}"#, minutes(5), false),
+        (r#"{"exp":-1}"#, minutes(5), false),
+        (r#"{"exp":"1900000060"}"#, minutes(5), false),
+        (r#"{"exp":null}"#, minutes(5), false),
+        (r#"{"exp":[1900000060]}"#, minutes(5), false),
+        (r#"{"exp":true}"#, minutes(5), false),
+        (r#"{"exp":NaN}"#, minutes(5), false),
+        (r"{}", minutes(5), false),
+        ("", minutes(5), false),
+        // With the time of issue, which bounds the lifetime from above and never lengthens it.
+        (r#"{"iat":1899999990,"exp":1900000060}"#, minutes(1), true),
+        (r#"{"iat":1900000030,"exp":1900000060}"#, Some(30 * SECOND), true),
+        (r#"{"iat":1900000060,"exp":1900000060}"#, None, true),
+        (r#"{"iat":1900000070,"exp":1900000060}"#, minutes(1), true),
+        (r#"{"iat":"1900000000","exp":1900000060}"#, minutes(1), true),
+        (r#"{"iat":-9223372036854775808,"exp":1900000060}"#, minutes(1), true),
+        (r#"{"iat":1e400,"exp":1900000060}"#, minutes(1), true),
+        (r#"{"iat":1900000000}"#, minutes(5), false),
+    ] {
+        for strict in [false, true] {
+            let expected = lives.filter(|_| says || !strict);
+            let clock = clock();
+            let policy = RenewalPolicy::new().with_clock(clock.clone());
+            let policy = if strict { policy.require_expiry() } else { policy };
+            // There is one token, and never another.
+            let mint = Mint::default().then(Answer::Bare(jwt_claiming(claims))).then_always(Answer::Refused);
+            let jwts = Renewing::with_policy(mint.clone(), policy);
+            let fetched = jwts.token().await;
+            let Some(expected) = expected else {
+                let error = fetched.unwrap_err();
+                assert_eq!(error.kind(), AuthErrorKind::RenewalFailed, "{claims}");
+                let why = if says { "has expired or is about to" } else { "does not say when it expires" };
+                assert!(error.to_string().contains(why), "{claims}: {error}");
+                assert_eq!((jwts.expires_at(), mint.asked()), (None, 1), "{claims}");
+                continue;
+            };
+            fetched.unwrap();
+            assert_eq!(jwts.expires_at(), Some(clock.now() + expected), "{claims}");
+            advance(expected - Duration::from_millis(1)).await;
+            assert!(jwts.current().is_some(), "{claims}");
+            advance(Duration::from_millis(1)).await;
+            assert!(jwts.current().is_none(), "not for ever: {claims}");
+            assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalRefused), "{claims}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever() {
+    let year = 365 * 24 * 60 * MINUTE;
+    for (stated, lives) in [
+        (Duration::ZERO, None),
+        (Duration::from_nanos(1), None),
+        (2 * MINUTE, Some(2 * MINUTE)),
+        (10 * year, Some(year)),
+        (Duration::MAX, Some(year)),
+    ] {
+        let clock = clock();
+        // By its own word the token has expired an hour ago: this machine's clock is ahead.
+        let jwt = jwt_claiming(r#"{"exp":1899996400}"#);
+        let source = source_fn(move |_: Reason<Token>| {
+            let fetched = Fetched::new(jwt.clone()).with_lifetime(stated);
+            async move { Ok::<_, BoxError>(fetched) }
+        });
+        let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock.clone()));
+        let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
+        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RenewalFailed), "{stated:?}");
+        assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{stated:?}");
+    }
+    // A key lasts, unless its source knows better.
+    for (stated, lasts) in [(None, true), (Some(MINUTE), false), (Some(Duration::MAX), false)] {
+        let source = source_fn(move |_: Reason<ApiKey>| async move {
+            let fetched = Fetched::new(ApiKey::new("sk-selam-x")?);
+            Ok::<_, BoxError>(if let Some(stated) = stated { fetched.with_lifetime(stated) } else { fetched })
+        });
+        let keys = Renewing::new(source);
+        keys.prefetch().await.unwrap();
+        assert_eq!(keys.expires_at().is_none(), lasts, "{stated:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r4_whatever_lifetime_is_assumed_is_not_for_ever_either() {
+    let year = 365 * 24 * 60 * MINUTE;
+    for (assumed, lives) in [(Duration::ZERO, None), (MINUTE, Some(MINUTE)), (Duration::MAX, Some(year))] {
+        let clock = clock();
+        let policy = RenewalPolicy::new().with_clock(clock.clone()).with_assumed_lifetime(assumed);
+        let mint = Mint::default().then(Answer::Bare(Token::new("opaque").unwrap()));
+        let jwts = Renewing::with_policy(mint, policy);
+        let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
+        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RenewalFailed), "{assumed:?}");
+        assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{assumed:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r5_no_jump_of_the_wall_clock_makes_a_storm_or_sends_an_expired_token() {
+    let mint = Mint::default();
+    let (jwts, clock) = engine(&mint);
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    clock.jump_back(60 * MINUTE);
+    assert_eq!(text(&jwts).await.unwrap(), "token-1");
+    advance(MINUTE + SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-2", "though the wall clock says it is early");
+    clock.jump(60 * MINUTE);
+    for _ in 0..100 {
+        assert_eq!(text(&jwts).await.unwrap(), "token-3");
+    }
+    // Suspended for eight hours.
+    clock.jump(8 * 60 * MINUTE);
+    for _ in 0..100 {
+        assert_eq!(text(&jwts).await.unwrap(), "token-4");
+    }
+    assert_eq!(mint.asked(), 4);
+}
+
+/// A machine whose two clocks may be wrong, and an API that knows what time it is.
+#[derive(Clone)]
+struct Machine {
+    clock: TestClock,
+    began: Instant,
+    suspended: Arc<Mutex<Duration>>,
+    /// When each token was issued.
+    issued: Arc<Mutex<Vec<Duration>>>,
+    /// What was sent, and whether it had expired.
+    sent: Arc<Mutex<Vec<(usize, bool)>>>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let (suspended, issued, sent) = (Arc::default(), Arc::default(), Arc::default());
+        Self { clock: clock(), began: Instant::now(), suspended, issued, sent }
+    }
+
+    /// The time that has passed, whatever the machine's clocks say.
+    fn time(&self) -> Duration {
+        self.began.elapsed() + *self.suspended.lock().unwrap()
+    }
+
+    fn suspend(&self, time: Duration) {
+        *self.suspended.lock().unwrap() += time;
+        self.clock.jump(time);
+    }
+
+    /// An engine whose tokens live a minute from when they are asked for, and come a while later.
+    fn engine(&self, takes: Duration) -> Renewing<Token> {
+        let machine = self.clone();
+        let source = source_fn(move |_: Reason<Token>| {
+            let mut issued = machine.issued.lock().unwrap();
+            issued.push(machine.time());
+            let token = Token::new(format!("token-{}", issued.len()));
+            async move {
+                sleep(takes).await;
+                Ok::<_, BoxError>(Fetched::new(token?).with_lifetime(MINUTE))
+            }
+        });
+        let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(self.clock.clone());
+        Renewing::with_policy(source, policy)
+    }
+
+    fn api(
+        &self,
+    ) -> impl Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<>
+    {
+        let machine = self.clone();
+        service_fn(move |request: Request<Body>| {
+            let bearer = request.headers()["authorization"].to_str().unwrap();
+            let number: usize = bearer.strip_prefix("Bearer token-").unwrap().parse().unwrap();
+            let expired = machine.time() >= machine.issued.lock().unwrap()[number - 1] + MINUTE;
+            machine.sent.lock().unwrap().push((number, expired));
+            std::future::ready(Ok(response(if expired { 401 } else { 200 }, "")))
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r5_whatever_the_clocks_do_no_expired_token_is_sent_and_no_storm_breaks_out() {
+    const HOUR: Duration = Duration::from_secs(60 * 60);
+    type Event = (&'static str, fn(&Machine));
+    let events: [Event; 5] = [
+        ("suspended for eight hours", |machine| machine.suspend(8 * HOUR)),
+        ("suspended for half a minute", |machine| machine.suspend(MINUTE / 2)),
+        ("set back an hour", |machine| machine.clock.jump_back(HOUR)),
+        ("set forward an hour", |machine| machine.clock.jump(HOUR)),
+        ("set back an hour, then suspended for one", |machine| {
+            machine.clock.jump_back(HOUR);
+            machine.suspend(HOUR + MINUTE);
+        }),
+    ];
+    // While the first is awaited; while it is fresh; while its renewal runs beside; afterwards.
+    for (takes, at) in
+        [(200, 100), (200, 10_000), (200, 54_300), (200, 54_600), (5_800, 3_000), (5_800, 57_000)]
+    {
+        for (event, happen) in events {
+            let machine = Machine::new();
+            let jwts = machine.engine(Duration::from_millis(takes));
+            let stack = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(machine.api()));
+            let mut calls = Vec::new();
+            let send = |calls: &mut Vec<_>| calls.push(tokio::spawn(stack.clone().oneshot(request())));
+            let began = Instant::now();
+            let mut happened = false;
+            while began.elapsed() < 3 * MINUTE {
+                send(&mut calls);
+                sleep(Duration::from_millis(100)).await;
+                if !happened && began.elapsed() >= Duration::from_millis(at) {
+                    happened = true;
+                    happen(&machine);
+                    (0..100).for_each(|_| send(&mut calls));
+                }
+            }
+            let case = format!("{event}, at {at} with renewals of {takes}");
+            for call in calls {
+                let response = call.await.unwrap();
+                assert_eq!(response.expect(&case).status(), StatusCode::OK, "{case}");
+            }
+            let sent = machine.sent.lock().unwrap();
+            assert_eq!(sent.iter().filter(|(_, expired)| *expired).count(), 0, "{case}");
+            let asked = machine.issued.lock().unwrap().len();
+            assert!((3..=7).contains(&asked), "{case}: {asked} renewals in three minutes");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn r5_a_jwt_expires_in_time_by_a_clock_that_is_wrong() {
+    // It is 1900000000 on the issuer's clock, and ten hours less or more on the machine's.
+    const WRONG: Duration = Duration::from_secs(10 * 60 * 60);
+    let jwt = jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#);
+    let mint = Mint::default().then(Answer::Bare(jwt.clone()));
+    let (jwts, clock) = engine(&mint);
+    clock.jump_back(WRONG);
+    assert_eq!(text(&jwts).await.unwrap(), jwt.expose_secret());
+    advance(53 * SECOND).await;
+    assert_eq!((text(&jwts).await.unwrap().as_str(), mint.asked()), (jwt.expose_secret(), 1));
+    advance(7 * SECOND).await;
+    assert_eq!((jwts.current().map(|_| ()), text(&jwts).await.unwrap()), (None, "token-2".into()));
+
+    let mint = Mint::default().then_always(Answer::Bare(jwt));
+    let (jwts, clock) = engine(&mint);
+    clock.jump(WRONG);
+    let error = jwts.token().await.unwrap_err();
+    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert!(error.to_string().contains("this machine's clock is ahead"), "{error}");
+    for _ in 0..100 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    }
+    assert_eq!(mint.asked(), 1, "no storm");
+}
+
+#[tokio::test(start_paused = true)]
+async fn r5_a_jwt_that_came_before_the_machine_was_suspended_is_fetched_again() {
+    // The clock is wrong as well, so that the expiry alone would not tell.
+    let mint = Mint::default()
+        .taking(SECOND)
+        .then(Answer::Bare(jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#)));
+    let (jwts, clock) = engine(&mint);
+    clock.jump_back(600 * MINUTE);
+    let call = tokio::spawn({
+        let jwts = jwts.clone();
+        async move { text(&jwts).await }
+    });
+    advance(SECOND / 2).await;
+    clock.jump(480 * MINUTE);
+    assert_eq!(call.await.unwrap().unwrap(), "token-2");
+    assert_eq!((mint.asked(), mint.reasons()), (2, vec!["first".to_owned(); 2]));
+}

@@ -1,0 +1,203 @@
+//! W1 to W3: renewals that fail. Time is paused.
+
+use std::{sync::atomic::Ordering::SeqCst, time::Duration};
+
+use tokio::time::{advance, sleep};
+use tower::{Layer, Service, ServiceExt};
+use tower_selam::{AuthError, AuthErrorKind, JwtLayer, RefreshLayer};
+
+use crate::{
+    api::{Api, request},
+    mint::{Answer, MINUTE, Mint, SECOND, engine, settle, text},
+    support::key,
+};
+
+#[tokio::test(start_paused = true)]
+async fn w1_while_the_old_token_is_valid_no_request_fails_and_back_off_grows_with_jitter() {
+    let mut all = Vec::new();
+    for _ in 0..4 {
+        let mint = Mint::default().then(Answer::Lives(60 * MINUTE)).then_always(Answer::Fails(None));
+        let (jwts, _) = engine(&mint);
+        jwts.prefetch().await.unwrap();
+        advance(55 * MINUTE).await;
+        // To its very end, the mandatory window included.
+        for _ in 0..3_000 {
+            assert_eq!(text(&jwts).await.unwrap(), "token-1");
+            advance(SECOND / 10).await;
+        }
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        let pauses = mint.pauses().split_off(1);
+        assert!((7..=14).contains(&pauses.len()), "{pauses:?}");
+        for (pause, limit) in pauses.iter().zip([1, 2, 4, 8, 16, 32, 60].into_iter().chain([60; 9])) {
+            let limit = limit * SECOND;
+            assert!((limit / 2..=limit + SECOND / 4).contains(pause), "{pauses:?}");
+        }
+        all.push(pauses);
+    }
+    assert!(all[1..].iter().any(|pauses| pauses[4] != all[0][4]), "not all wait alike: {all:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn w1_after_a_failure_nobody_waits_for_the_next_renewal_while_there_is_a_token() {
+    let mint = Mint::default().taking(4 * SECOND).then(Answer::Lives(60 * MINUTE));
+    let mint = mint.then_always(Answer::Fails(None));
+    let (jwts, _) = engine(&mint);
+    jwts.prefetch().await.unwrap();
+    advance(55 * MINUTE).await;
+    // Every renewal takes four seconds, and the last ten are the mandatory window.
+    for _ in 0..299 {
+        let began = tokio::time::Instant::now();
+        assert_eq!(text(&jwts).await.unwrap(), "token-1");
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        sleep(SECOND).await;
+    }
+    assert!(mint.asked() > 5, "{}", mint.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn w1_retry_after_is_honoured() {
+    let mint = Mint::default().then(Answer::Fails(Some(MINUTE)));
+    let (jwts, _) = engine(&mint);
+    let error = jwts.token().await.unwrap_err();
+    assert_eq!(error.retry_after(), Some(MINUTE));
+    advance(59 * SECOND).await;
+    assert_eq!((text(&jwts).await, mint.asked()), (Err(AuthErrorKind::RenewalFailed), 1));
+    advance(SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn w1_retry_after_is_honoured_while_the_old_token_is_valid_and_within_reason() {
+    for (said, obeyed) in [(20 * SECOND, 20 * SECOND), (Duration::ZERO, SECOND), (Duration::MAX, 60 * MINUTE)]
+    {
+        let mint = Mint::default().then(Answer::Lives(1_000 * MINUTE)).then(Answer::Fails(Some(said)));
+        let (jwts, _) = engine(&mint);
+        jwts.prefetch().await.unwrap();
+        advance(996 * MINUTE).await;
+        for (pause, asked) in [(Duration::ZERO, 2), (obeyed - SECOND / 2, 2), (SECOND / 2, 3)] {
+            advance(pause).await;
+            if obeyed < MINUTE || asked == 2 && pause.is_zero() {
+                assert_eq!(text(&jwts).await.unwrap(), "token-1", "{said:?}");
+            } else {
+                let _ = text(&jwts).await;
+            }
+            settle().await;
+            assert_eq!(mint.asked(), asked, "{said:?}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn w2_after_a_permanent_failure_the_source_is_left_alone_until_it_changes() {
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
+    let (jwts, _) = engine(&mint);
+    jwts.prefetch().await.unwrap();
+    advance(55 * SECOND).await;
+    for _ in 0..40 {
+        assert_eq!(text(&jwts).await.unwrap(), "token-1", "served to its end");
+        advance(Duration::from_millis(100)).await;
+    }
+    advance(MINUTE).await;
+    for _ in 0..100 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalRefused));
+        advance(MINUTE).await;
+    }
+    assert_eq!(mint.asked(), 2);
+    mint.version.store(1, SeqCst);
+    assert_eq!(text(&jwts).await.unwrap(), "token-3");
+}
+
+#[tokio::test(start_paused = true)]
+async fn w2_a_change_is_noticed_within_a_second_while_the_old_token_is_valid() {
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
+    let (jwts, _) = engine(&mint);
+    let api = Api::accepting_all();
+    let service = JwtLayer::new(&jwts, key()).layer(api.service());
+    let send = || async { service.clone().oneshot(request()).await.map(|_| ()) };
+    send().await.unwrap();
+    advance(55 * SECOND).await;
+    for _ in 0..20 {
+        send().await.unwrap();
+        advance(SECOND / 10).await;
+    }
+    assert_eq!(mint.asked(), 2);
+    mint.version.store(1, SeqCst);
+    advance(SECOND).await;
+    send().await.unwrap();
+    settle().await;
+    send().await.unwrap();
+    let bearers = api.bearers();
+    assert_eq!((bearers.len(), bearers.iter().filter(|sent| *sent == "token-1").count()), (23, 22));
+    assert_eq!((bearers.last().unwrap().as_str(), mint.asked()), ("token-3", 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
+    let mint = Mint::default().then(Answer::Fails(None));
+    let (jwts, _) = engine(&mint);
+    for _ in 0..100 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    }
+    assert_eq!(mint.asked(), 1);
+    advance(SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-2");
+    advance(MINUTE).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-3", "no back-off is left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn w3_who_comes_while_the_next_renewal_runs_waits_for_it() {
+    let mint = Mint::default().taking(SECOND).then(Answer::Fails(None));
+    let (jwts, _) = engine(&mint);
+    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    advance(SECOND).await;
+    let callers: Vec<_> = (0..10)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { text(&jwts).await })
+        })
+        .collect();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap().unwrap(), "token-2");
+    }
+    assert_eq!(mint.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn w3_the_first_failure_after_a_success_is_the_first_again() {
+    let mint = (0..4).fold(Mint::default(), |mint, _| mint.then(Answer::Fails(None)));
+    let mint = mint.then(Answer::Lives(SECOND)).then_always(Answer::Fails(None));
+    let (jwts, _) = engine(&mint);
+    while mint.asked() < 8 {
+        let _ = text(&jwts).await;
+        advance(SECOND / 100).await;
+    }
+    let pauses = mint.pauses();
+    assert!(pauses[3] > 3 * SECOND, "the fourth: {pauses:?}");
+    assert!(pauses[5] <= SECOND + SECOND / 100, "the first again: {pauses:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn w2_w3_where_there_is_no_token_nothing_is_sent_and_nobody_is_asked_again() {
+    for (answer, kind) in [
+        (Answer::Fails(Some(MINUTE)), AuthErrorKind::RenewalFailed),
+        (Answer::Refused, AuthErrorKind::RenewalRefused),
+    ] {
+        let mint = Mint::default().then(answer);
+        let (jwts, _) = engine(&mint);
+        let api = Api::accepting_all();
+        let mut service = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
+        for _ in 0..100 {
+            let began = tokio::time::Instant::now();
+            let error = service.ready().await.unwrap().call(request()).await.unwrap_err();
+            assert_eq!(AuthError::find(&*error).unwrap().kind(), kind);
+            assert_eq!(began.elapsed(), Duration::ZERO, "at once");
+            advance(SECOND / 2).await;
+        }
+        assert_eq!((api.bearers().len(), mint.asked()), (0, 1));
+        mint.version.store(1, SeqCst);
+        advance(MINUTE).await;
+        service.ready().await.unwrap().call(request()).await.unwrap();
+        assert_eq!(api.bearers(), ["token-2"]);
+    }
+}

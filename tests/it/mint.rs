@@ -1,0 +1,153 @@
+//! A source of tokens that does what a test tells it to, and an engine over it.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, UNIX_EPOCH},
+};
+
+use tokio::time::{Instant, sleep};
+use tower_selam::{
+    AuthErrorKind, RenewalPolicy, Renewing, TestClock, Token,
+    source::{Fetched, Reason, Source, SourceError},
+};
+
+pub(crate) const MINUTE: Duration = Duration::from_secs(60);
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+
+/// A source that counts how often it is asked, and answers from a script: a token that lives a minute when
+/// that is at its end.
+#[derive(Clone, Default)]
+pub(crate) struct Mint {
+    pub(crate) asked: Arc<AtomicUsize>,
+    takes: Arc<Mutex<Duration>>,
+    script: Arc<Mutex<VecDeque<Answer>>>,
+    reasons: Arc<Mutex<Vec<String>>>,
+    times: Arc<Mutex<Vec<Instant>>>,
+    pub(crate) version: Arc<AtomicUsize>,
+}
+
+#[derive(Clone)]
+pub(crate) enum Answer {
+    Lives(Duration),
+    Same(&'static str, Duration),
+    /// With nothing said of it.
+    Bare(Token),
+    Fails(Option<Duration>),
+    Refused,
+    Panics,
+    Hangs,
+}
+
+impl Mint {
+    pub(crate) fn then(self, answer: Answer) -> Self {
+        self.script.lock().unwrap().push_back(answer);
+        self
+    }
+
+    /// The same answer so many times.
+    pub(crate) fn then_always(self, answer: Answer) -> Self {
+        self.script.lock().unwrap().extend(std::iter::repeat_n(answer, 1_000));
+        self
+    }
+
+    pub(crate) fn taking(self, time: Duration) -> Self {
+        self.takes(time);
+        self
+    }
+
+    /// How long it takes from now on.
+    pub(crate) fn takes(&self, time: Duration) {
+        *self.takes.lock().unwrap() = time;
+    }
+
+    pub(crate) fn asked(&self) -> usize {
+        self.asked.load(SeqCst)
+    }
+
+    /// Why it was asked, each time.
+    pub(crate) fn reasons(&self) -> Vec<String> {
+        self.reasons.lock().unwrap().clone()
+    }
+
+    /// How long after the one before it was asked, each time.
+    pub(crate) fn pauses(&self) -> Vec<Duration> {
+        self.times.lock().unwrap().windows(2).map(|pair| pair[1] - pair[0]).collect()
+    }
+}
+
+impl Source<Token> for Mint {
+    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        let number = self.asked.fetch_add(1, SeqCst) + 1;
+        self.times.lock().unwrap().push(Instant::now());
+        self.reasons.lock().unwrap().push(match reason {
+            Reason::First => "first".to_owned(),
+            Reason::Expiring(token) => format!("expiring {}", token.expose_secret()),
+            Reason::Rejected(token) => format!("rejected {}", token.expose_secret()),
+            _ => "other".to_owned(),
+        });
+        let takes = *self.takes.lock().unwrap();
+        sleep(takes).await;
+        let answer = self.script.lock().unwrap().pop_front().unwrap_or(Answer::Lives(MINUTE));
+        let token = |text: String, lives| Ok(Fetched::new(Token::new(text)?).with_lifetime(lives));
+        match answer {
+            Answer::Lives(lives) => token(format!("token-{number}"), lives),
+            Answer::Same(text, lives) => token(text.to_owned(), lives),
+            Answer::Bare(token) => Ok(Fetched::new(token)),
+            Answer::Fails(None) => Err(SourceError::transient("out of order")),
+            Answer::Fails(Some(wait)) => Err(SourceError::transient("busy").with_retry_after(wait)),
+            Answer::Refused => Err(SourceError::permanent("the login has ended")),
+            Answer::Panics => panic!("sk-selam-a-secret-in-a-panic"),
+            Answer::Hangs => std::future::pending().await,
+        }
+    }
+
+    fn version(&self) -> u64 {
+        self.version.load(SeqCst) as u64
+    }
+}
+
+/// The same source on a machine that is busy: time passes whenever the engine asks for its version, as it does
+/// before it answers a caller.
+pub(crate) struct Busy {
+    pub(crate) mint: Mint,
+    pub(crate) clock: TestClock,
+    pub(crate) passes: Duration,
+}
+
+impl Source<Token> for Busy {
+    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        self.mint.fetch(reason).await
+    }
+
+    fn version(&self) -> u64 {
+        self.clock.jump(self.passes);
+        self.mint.version()
+    }
+}
+
+/// A wall clock that goes with tokio's.
+pub(crate) fn clock() -> TestClock {
+    TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000))
+}
+
+/// No jitter, and a clock of the test's own.
+pub(crate) fn engine(mint: &Mint) -> (Renewing<Token>, TestClock) {
+    let clock = clock();
+    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock.clone());
+    (Renewing::with_policy(mint.clone(), policy), clock)
+}
+
+pub(crate) async fn text(jwts: &Renewing<Token>) -> Result<String, AuthErrorKind> {
+    jwts.token().await.map(|token| token.expose_secret().to_owned()).map_err(|error| error.kind())
+}
+
+/// Lets the tasks that are ready run.
+pub(crate) async fn settle() {
+    for _ in 0..20 {
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,131 @@
+//! H5: the key and the JWT of one request were there together, while both are replaced.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use http::{Request, Response};
+use tokio::{sync::Semaphore, task::yield_now};
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_selam::{
+    ApiKey, BoxError, JwtLayer, Renewing, Token,
+    source::{Reason, Source, source_fn},
+};
+
+use crate::{
+    mint::settle,
+    support::{Body, MODELS, get, response},
+};
+
+type Sent = Arc<Mutex<Vec<(u64, u64)>>>;
+
+/// A source of the numbers 1, 2, 3, …, each of which waits for a permit.
+fn numbers<C: tower_selam::Credential>(
+    gate: &Arc<Semaphore>,
+    make: fn(String) -> C,
+) -> impl Source<C> + use<C> {
+    let (gate, last) = (Arc::clone(gate), AtomicU64::new(0));
+    source_fn(move |_: Reason<C>| {
+        let (gate, number) = (Arc::clone(&gate), last.fetch_add(1, SeqCst) + 1);
+        async move {
+            gate.acquire().await?.forget();
+            Ok::<_, BoxError>(make(number.to_string()))
+        }
+    })
+}
+
+fn keys(gate: &Arc<Semaphore>) -> Renewing<ApiKey> {
+    Renewing::new(numbers(gate, |text| ApiKey::new(text).unwrap()))
+}
+
+fn jwts(gate: &Arc<Semaphore>) -> Renewing<Token> {
+    Renewing::new(numbers(gate, |text| Token::new(text).unwrap()))
+}
+
+fn open() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(Semaphore::MAX_PERMITS))
+}
+
+fn closed() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(0))
+}
+
+/// An API that notes the number of the key and of the JWT it was sent.
+fn noting(
+    sent: &Sent,
+) -> impl Service<Request<()>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<> {
+    let sent = Arc::clone(sent);
+    service_fn(move |request: Request<()>| {
+        let number = |name: &str, scheme| {
+            let value = request.headers()[name].to_str().unwrap();
+            value.strip_prefix(scheme).unwrap().parse::<u64>().unwrap()
+        };
+        sent.lock().unwrap().push((number("x-api-key", ""), number("authorization", "Bearer ")));
+        std::future::ready(Ok(response(200, "")))
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 6)]
+async fn h5_every_pair_that_is_sent_was_a_pair_while_both_rotate_under_load() {
+    let (keys, jwts, sent) = (keys(&open()), jwts(&open()), Sent::default());
+    keys.prefetch().await.unwrap();
+    jwts.prefetch().await.unwrap();
+    let stack = JwtLayer::new(&jwts, &keys).layer(noting(&sent));
+    let ended = Arc::new(AtomicBool::new(false));
+    let load: Vec<_> = (0..8)
+        .map(|_| {
+            let (stack, ended) = (stack.clone(), Arc::clone(&ended));
+            tokio::spawn(async move {
+                while !ended.load(SeqCst) {
+                    stack.clone().oneshot(get(MODELS)).await.unwrap();
+                    yield_now().await;
+                }
+            })
+        })
+        .collect();
+
+    // First the key and then the JWT, so that the one's number is the other's, or one more.
+    for _ in 0..500 {
+        let key = keys.api_key().await.unwrap();
+        keys.invalidate(&key);
+        while keys.api_key().await.unwrap().expose_secret() == key.expose_secret() {}
+        jwts.invalidate(&jwts.token().await.unwrap());
+        jwts.token().await.unwrap();
+    }
+    ended.store(true, SeqCst);
+    for task in load {
+        task.await.unwrap();
+    }
+    let sent = sent.lock().unwrap();
+    let strange: Vec<_> = sent.iter().filter(|(key, jwt)| key != jwt && *key != jwt + 1).collect();
+    assert!(strange.is_empty(), "{} of {}: {strange:?}", strange.len(), sent.len());
+    assert!(sent.iter().any(|(key, _)| *key > 1), "the load saw a rotation");
+}
+
+#[tokio::test(start_paused = true)]
+async fn h5_a_request_that_waits_for_a_jwt_is_not_sent_with_the_key_it_found_before() {
+    let (key_gate, jwt_gate) = (closed(), closed());
+    let (keys, jwts, sent) = (keys(&key_gate), jwts(&jwt_gate), Sent::default());
+    key_gate.add_permits(1);
+    keys.prefetch().await.unwrap();
+    let stack = JwtLayer::new(&jwts, &keys).layer(noting(&sent));
+    let request = tokio::spawn(stack.oneshot(get(MODELS)));
+    settle().await;
+
+    // The second key comes, and is refused before the JWT is there.
+    keys.invalidate(&keys.current().unwrap());
+    key_gate.add_permits(1);
+    settle().await;
+    keys.invalidate(&keys.current().unwrap());
+    jwt_gate.add_permits(1);
+    settle().await;
+    assert!(sent.lock().unwrap().is_empty(), "nothing is sent with a key that is gone");
+
+    key_gate.add_permits(1);
+    tokio::time::timeout(Duration::from_secs(1), request).await.unwrap().unwrap().unwrap();
+    assert_eq!(*sent.lock().unwrap(), [(3, 1)]);
+}

@@ -1,0 +1,233 @@
+//! F1 to F4: one renewal for all who want a token, whoever of them leaves and however long it takes.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::Barrier,
+    time::{Instant, sleep},
+};
+use tokio_test::{assert_pending, assert_ready_ok, task};
+use tower::{Layer, ServiceExt};
+use tower_selam::{
+    AuthErrorKind, BoxError, JwtLayer, RenewalPolicy, Renewing, Token,
+    source::{Fetched, Reason, source_fn},
+};
+
+use crate::{
+    api::{Api, request},
+    mint::{Answer, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    support::key,
+};
+
+#[tokio::test(start_paused = true)]
+async fn f1_f2_ten_thousand_callers_cause_one_renewal_and_share_its_error() {
+    for answer in [Answer::Lives(MINUTE), Answer::Fails(None)] {
+        let mint = Mint::default().taking(Duration::from_millis(50)).then(answer.clone());
+        let (jwts, _) = engine(&mint);
+        let callers: Vec<_> = (0..10_000)
+            .map(|_| {
+                let jwts = jwts.clone();
+                tokio::spawn(async move { jwts.token().await })
+            })
+            .collect();
+        let mut causes = HashSet::new();
+        for caller in callers {
+            match caller.await.unwrap() {
+                Ok(token) => assert_eq!(token.expose_secret(), "token-1"),
+                Err(error) => {
+                    let cause = std::error::Error::source(&error).expect("a cause");
+                    causes.insert(std::ptr::from_ref(cause).cast::<()>().addr());
+                }
+            }
+        }
+        assert_eq!(mint.asked(), 1);
+        assert_eq!(causes.len(), usize::from(matches!(answer, Answer::Fails(_))), "one shared error");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn f3_the_renewal_completes_when_its_callers_are_gone() {
+    let mint = Mint::default().taking(SECOND);
+    let (jwts, _) = engine(&mint);
+    for _ in 0..3 {
+        let waited = tokio::time::timeout(Duration::from_millis(100), jwts.token()).await;
+        assert!(waited.is_err(), "dropped while it waits");
+    }
+    sleep(SECOND).await;
+    assert_eq!(jwts.current().unwrap().expose_secret(), "token-1");
+    assert_eq!(mint.asked(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
+    let mint = Mint::default().then(Answer::Hangs);
+    let (jwts, _) = engine(&mint);
+    let began = Instant::now();
+    let error = jwts.token().await.unwrap_err();
+    assert_eq!(began.elapsed(), Duration::from_secs(30));
+    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    sleep(2 * SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
+    let mint = Mint::default().taking(SECOND).then_always(Answer::Fails(None));
+    let policy = RenewalPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
+    let jwts = Renewing::with_policy(mint.clone(), policy);
+    let callers: Vec<_> = (0..100)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { text(&jwts).await })
+        })
+        .collect();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap(), Err(AuthErrorKind::RenewalFailed));
+    }
+    assert_eq!(mint.asked(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn f1_callers_on_many_threads_cause_one_renewal() {
+    for _ in 0..50 {
+        let mint = Mint::default();
+        let jwts = Renewing::new(mint.clone());
+        let start = Arc::new(Barrier::new(64));
+        let callers: Vec<_> = (0..64)
+            .map(|_| {
+                let (jwts, start) = (jwts.clone(), Arc::clone(&start));
+                tokio::spawn(async move {
+                    start.wait().await;
+                    text(&jwts).await
+                })
+            })
+            .collect();
+        for caller in callers {
+            assert_eq!(caller.await.unwrap().unwrap(), "token-1");
+        }
+        assert_eq!(mint.asked(), 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn f1_ten_thousand_requests_through_a_layer_cause_one_renewal_and_are_sent_once_each() {
+    let mint = Mint::default().taking(SECOND);
+    let (jwts, _) = engine(&mint);
+    let api = Api::accepting_all();
+    let service = JwtLayer::new(&jwts, key()).layer(api.service());
+    let calls: Vec<_> = (0..10_000).map(|_| tokio::spawn(service.clone().oneshot(request()))).collect();
+    settle().await;
+    assert!(api.bearers().is_empty(), "nothing is sent without a token");
+    for call in calls {
+        call.await.unwrap().unwrap();
+    }
+    let sent = api.bearers();
+    assert_eq!((sent.len(), sent.iter().all(|bearer| bearer == "token-1"), mint.asked()), (10_000, true, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn f3_whoever_leaves_the_others_get_the_token() {
+    // The first of three causes the renewal; each of them, two of them, or all leave.
+    for leave in [[true, false, false], [false, true, false], [true, true, false], [true, true, true]] {
+        let mint = Mint::default().taking(SECOND);
+        let (jwts, _) = engine(&mint);
+        let mut callers: Vec<_> = leave.iter().map(|_| task::spawn(jwts.token())).collect();
+        for caller in &mut callers {
+            assert_pending!(caller.poll());
+        }
+        sleep(SECOND / 2).await;
+        let mut leave = leave.iter();
+        callers.retain(|_| !leave.next().unwrap());
+        sleep(SECOND / 2).await;
+        settle().await;
+        for caller in &mut callers {
+            assert!(caller.is_woken());
+            assert_eq!(assert_ready_ok!(caller.poll()).expose_secret(), "token-1");
+        }
+        assert_eq!((jwts.current().unwrap().expose_secret(), mint.asked()), ("token-1", 1));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn f3_a_refresh_token_that_was_rotated_is_kept_when_nobody_waits_any_more() {
+    // Each refresh token is good once, and the next comes with the answer.
+    let (next, spent) = (Arc::new(Mutex::new(1)), Arc::new(Mutex::new(Vec::new())));
+    let (held, server) = (Arc::clone(&next), Arc::clone(&spent));
+    let source = source_fn(move |_: Reason<Token>| {
+        let (held, server) = (Arc::clone(&held), Arc::clone(&server));
+        async move {
+            let refresh = *held.lock().unwrap();
+            server.lock().unwrap().push(refresh);
+            sleep(SECOND).await;
+            *held.lock().unwrap() = refresh + 1;
+            let token = Token::new(format!("of-refresh-token-{refresh}"))?;
+            Ok::<_, BoxError>(Fetched::new(token).with_lifetime(MINUTE))
+        }
+    });
+    let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock()));
+    for number in 1..4 {
+        let _ = tokio::time::timeout(SECOND / 2, jwts.token()).await.unwrap_err();
+        sleep(SECOND).await;
+        assert_eq!(jwts.current().unwrap().expose_secret(), format!("of-refresh-token-{number}"));
+        sleep(MINUTE).await;
+    }
+    assert_eq!((*next.lock().unwrap(), &*spent.lock().unwrap()), (4, &vec![1, 2, 3]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
+    // Says when it is dropped.
+    struct Told(Arc<AtomicUsize>);
+    impl Drop for Told {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, SeqCst);
+        }
+    }
+    let (asked, dropped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (counter, tell) = (Arc::clone(&asked), Arc::clone(&dropped));
+    let source = source_fn(move |_: Reason<Token>| {
+        let (number, told) = (counter.fetch_add(1, SeqCst) + 1, Told(Arc::clone(&tell)));
+        async move {
+            let _told = told;
+            // The first would answer after a minute.
+            sleep(if number == 1 { MINUTE } else { SECOND }).await;
+            let fetched = Fetched::new(Token::new(format!("token-{number}"))?);
+            Ok::<_, BoxError>(fetched.with_lifetime(10 * MINUTE))
+        }
+    });
+    let policy = RenewalPolicy::new().with_clock(clock()).with_timeout(5 * SECOND);
+    let jwts = Renewing::with_policy(source, policy);
+    let began = Instant::now();
+    // Their own deadlines end them alone.
+    let brief: Vec<_> = (1..5).map(|time| tokio::time::timeout(time * SECOND, jwts.token())).collect();
+    let patient: Vec<_> = (0..100)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { jwts.token().await })
+        })
+        .collect();
+    for caller in brief {
+        assert!(caller.await.is_err(), "its own deadline");
+        assert_eq!((asked.load(SeqCst), dropped.load(SeqCst)), (1, 0));
+    }
+    let mut causes = HashSet::new();
+    for caller in patient {
+        let error = caller.await.unwrap().unwrap_err();
+        assert_eq!((error.kind(), began.elapsed()), (AuthErrorKind::RenewalFailed, 5 * SECOND));
+        let cause = std::error::Error::source(&error).expect("a cause");
+        assert!(cause.to_string().contains("did not answer within 5s"), "{cause}");
+        causes.insert(std::ptr::from_ref(cause).cast::<()>().addr());
+    }
+    assert_eq!((causes.len(), dropped.load(SeqCst)), (1, 1));
+    sleep(2 * SECOND).await;
+    assert_eq!(text(&jwts).await.unwrap(), "token-2");
+    sleep(2 * MINUTE).await;
+    assert_eq!((text(&jwts).await.unwrap().as_str(), asked.load(SeqCst)), ("token-2", 2));
+}
