@@ -96,7 +96,7 @@ where
 async fn main() -> Result<(), BoxError> {
     let tls = HttpsConnectorBuilder::new();
     let (layer, tls, server) = if std::env::var_os(env::SELAM_API_KEY).is_some() {
-        (SelamLayer::from_env()?, tls.with_native_roots()?, None)
+        (SelamLayer::builder().allow_insecure_loopback().build_with_env()?, tls.with_native_roots()?, None)
     } else {
         let simulator = Simulator::new();
         let server = Server::tls(&simulator).await?;
@@ -106,7 +106,8 @@ async fn main() -> Result<(), BoxError> {
             .build()?;
         (layer, tls.with_tls_config(trusting(&server)?), Some(server))
     };
-    let client = Client::builder(TokioExecutor::new()).build(tls.https_only().enable_all_versions().build());
+    let client =
+        Client::builder(TokioExecutor::new()).build(tls.https_or_http().enable_all_versions().build());
     println!("API      {}{}", layer.base_url(), if server.is_some() { " (a simulator)" } else { "" });
 
     let mut named = Chat::named(&layer, client.clone())?;

@@ -51,7 +51,7 @@ async fn main() -> Result<(), BoxError> {
     // reqwest leaves the choice of it to the program.
     let _ = rustls::crypto::ring::default_provider().install_default();
     if std::env::var_os(env::SELAM_API_KEY).is_some() {
-        let layer = SelamLayer::from_env()?;
+        let layer = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
         println!("API       {}\n", layer.base_url());
         let client = openai(layer, reqwest::Client::builder())?;
         answer(&client).await?;

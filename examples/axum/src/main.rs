@@ -164,8 +164,8 @@ async fn main() -> Result<(), BoxError> {
     let real = std::env::var_os(env::SELAM_API_KEY).is_some();
     let (layer, app) = if real {
         let tls =
-            HttpsConnectorBuilder::new().with_native_roots()?.https_only().enable_all_versions().build();
-        let layer = SelamLayer::from_env()?;
+            HttpsConnectorBuilder::new().with_native_roots()?.https_or_http().enable_all_versions().build();
+        let layer = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
         let app = router(&layer, Client::builder(TokioExecutor::new()).build(tls))?;
         (layer, app)
     } else {
