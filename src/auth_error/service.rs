@@ -7,7 +7,7 @@ use tower_service::Service;
 use super::{ResponseFuture, collect::Bounds};
 use crate::{BoxError, bounds::AuthErrorRoom};
 
-/// Makes a 401 or 403 an [`AuthError`]. Made by [`AuthErrorLayer`](super::AuthErrorLayer); see the
+/// Makes a 401 or 403 an [`AuthError`](crate::AuthError). Made by [`AuthErrorLayer`](super::AuthErrorLayer); see the
 /// [module docs](super).
 #[derive(Clone, Copy, Debug)]
 pub struct MapAuthError<S> {
