@@ -7,14 +7,21 @@ use std::{
     time::Duration,
 };
 
+use http::{Request, Response, StatusCode};
+use tokio::time::{Instant, sleep};
+use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
-    ApiKey, RenewalPolicy, Renewing, SelamLayer, TestClock,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing,
+    SelamLayer, TestClock, Token,
+    auth_error::InspectedBody,
     source::{EnvSource, FileSource, Reason, Source},
 };
 
 use crate::{
+    api::{Api, INVALID_KEY, INVALID_TOKEN, request},
     environment::{CASE, run, tell},
-    support::{MODELS, get, send, values},
+    mint::clock,
+    support::{Body, MODELS, get, jwt_claiming, key, send, values},
 };
 
 /// A directory of one test's own, gone afterwards.
@@ -153,6 +160,201 @@ async fn k1_a_rejected_key_is_read_again_at_once() {
     fs::write(&file, "sk-selam-two").unwrap();
     keys.invalidate(&first);
     assert_eq!(keys.api_key().await.unwrap().expose_secret(), "sk-selam-two");
+}
+
+const EVERY: Duration = Duration::from_millis(10);
+
+/// Sends a request every ten milliseconds for so long: what each was sent with. Every one is answered with 200.
+async fn load(service: &Stack, api: &Api, time: Duration) -> Vec<String> {
+    let before = api.bearers().len();
+    let began = Instant::now();
+    while began.elapsed() < time {
+        assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), StatusCode::OK);
+        // Paused time does not go on while a file is being read.
+        sleep(EVERY).await;
+    }
+    api.bearers().split_off(before)
+}
+
+type Stack = BoxCloneSyncService<Request<Body>, Response<InspectedBody<Body>>, BoxError>;
+
+/// An engine over the file, with a clock that goes with paused time, in a stack.
+fn watched(file: &Path, api: &Api) -> Stack {
+    let policy = RenewalPolicy::new().with_clock(clock());
+    let keys = Renewing::<ApiKey>::with_policy(FileSource::new(file), policy);
+    BoxCloneSyncService::new(RefreshLayer::new().layer(ApiKeyLayer::bearer(keys).layer(api.service())))
+}
+
+/// The same of a JWT, beside a key that is fixed.
+fn watched_jwt(file: &Path, api: &Api) -> Stack {
+    let policy = RenewalPolicy::new().with_clock(clock());
+    let jwts = Renewing::<Token>::with_policy(FileSource::new(file), policy);
+    BoxCloneSyncService::new(RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(api.service())))
+}
+
+/// After how many of the requests the other credential was there; afterwards it stays.
+fn turned(sent: &[String], old: &str, new: &str) -> usize {
+    let at = sent.iter().position(|bearer| bearer != old).unwrap_or(sent.len());
+    assert!(sent[at..].iter().all(|bearer| bearer == new), "{sent:?}");
+    at
+}
+
+fn replace(file: &Path, content: &[u8]) {
+    let beside = file.with_extension("next");
+    fs::write(&beside, content).unwrap();
+    fs::rename(&beside, file).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn k1_under_load_a_new_key_is_there_within_a_second() {
+    // One reading of the file, and the request that began it.
+    const WITHIN: usize = 102;
+    for (name, content) in [
+        ("bare", &b"sk-selam-two"[..]),
+        ("with a line end", b"sk-selam-two\n"),
+        ("with the other line end", b"sk-selam-two\r\n"),
+        ("with a byte order mark", b"\xef\xbb\xbfsk-selam-two\r\n"),
+    ] {
+        // In every part of the second that passes between two readings.
+        for phase in [0, 10, 330, 980, 990] {
+            let directory = Directory::new();
+            let file = directory.file();
+            fs::write(&file, "sk-selam-one").unwrap();
+            let api = Api::accepting_all();
+            let service = watched(&file, &api);
+            let time = Duration::from_millis(2_000 + phase);
+            assert_eq!(
+                turned(&load(&service, &api, time).await, "sk-selam-one", "never"),
+                (200 + phase as usize / 10)
+            );
+            if phase % 20 == 0 {
+                replace(&file, content);
+            } else {
+                fs::write(&file, content).unwrap();
+            }
+            let sent = load(&service, &api, Duration::from_millis(2_500)).await;
+            let after = turned(&sent, "sk-selam-one", "sk-selam-two");
+            assert!(after <= WITHIN, "{name}, at {phase}: after {after} requests");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn k1_under_load_the_last_good_key_is_kept_for_as_long_as_there_is_none() {
+    type Break = (&'static str, fn(&Path));
+    let breaks: [Break; 7] = [
+        ("truncated", |file| fs::write(file, "").unwrap()),
+        ("deleted", |file| fs::remove_file(file).unwrap()),
+        ("no text", |file| fs::write(file, b"\xff\xfe").unwrap()),
+        ("two lines", |file| fs::write(file, "sk-selam-two\nsk-selam-three\n").unwrap()),
+        ("half of a byte order mark", |file| fs::write(file, b"\xef\xbbsk-selam-two").unwrap()),
+        ("endless", |file| fs::write(file, [b'a'; 70_000]).unwrap()),
+        ("a directory", |file| {
+            fs::remove_file(file).unwrap();
+            fs::create_dir(file).unwrap();
+        }),
+    ];
+    for (name, happen) in breaks {
+        let directory = Directory::new();
+        let file = directory.file();
+        fs::write(&file, "sk-selam-one").unwrap();
+        let api = Api::accepting_all();
+        let service = watched(&file, &api);
+        load(&service, &api, Duration::from_millis(500)).await;
+        happen(&file);
+        // Longer than any back-off.
+        let sent = load(&service, &api, Duration::from_secs(100)).await;
+        assert_eq!(turned(&sent, "sk-selam-one", "never"), 10_000, "{name}");
+        let _ = fs::remove_dir(&file);
+        replace(&file, b"sk-selam-two");
+        let sent = load(&service, &api, Duration::from_millis(2_500)).await;
+        let after = turned(&sent, "sk-selam-one", "sk-selam-two");
+        assert!(after <= 102, "{name}: after {after} requests");
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test(start_paused = true)]
+async fn k1_under_load_a_secret_volume_is_followed_from_one_version_to_the_next() {
+    use std::os::unix::fs::symlink;
+
+    let directory = Directory::new();
+    let at = |name: &str| directory.0.join(name);
+    let publish = |version: u32| {
+        let name = format!("..{version}");
+        fs::create_dir(at(&name)).unwrap();
+        fs::write(at(&name).join("key"), format!("sk-selam-{version}")).unwrap();
+        symlink(&name, at("..data_tmp")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        // As the kubelet does: the old version goes at once.
+        let _ = fs::remove_dir_all(at(&format!("..{}", version - 1)));
+    };
+    publish(1);
+    symlink("..data/key", at("key")).unwrap();
+    let api = Api::accepting_all();
+    let service = watched(&at("key"), &api);
+    load(&service, &api, Duration::from_millis(770)).await;
+    for version in 2..10 {
+        publish(version);
+        let sent = load(&service, &api, Duration::from_millis(1_770)).await;
+        let after = turned(&sent, &format!("sk-selam-{}", version - 1), &format!("sk-selam-{version}"));
+        assert!(after <= 102, "version {version}: after {after} requests");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn k1_after_a_401_the_file_is_read_again_at_once_for_a_key_and_for_a_jwt() {
+    for jwt in [false, true] {
+        let directory = Directory::new();
+        let file = directory.file();
+        fs::write(&file, "an-old-one").unwrap();
+        let refusal = if jwt { INVALID_TOKEN } else { INVALID_KEY };
+        let api = Api::accepting("an-old-one", refusal);
+        let service = if jwt { watched_jwt(&file, &api) } else { watched(&file, &api) };
+        load(&service, &api, EVERY).await;
+        // The API knows first.
+        api.accept("a-new-one");
+        let refused = service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(api.bearers(), ["an-old-one", "an-old-one"], "the file has no other");
+        sleep(Duration::from_millis(500)).await;
+        // A key is used on, and what the API says of it goes up; a JWT that was refused is not sent again.
+        for sends in 3..10 {
+            let answered = service.clone().oneshot(request()).await;
+            assert_eq!(answered.is_err(), jwt, "{answered:?}");
+            assert_eq!(api.bearers().len(), if jwt { 2 } else { sends });
+        }
+        let before = api.bearers().len();
+        replace(&file, b"a-new-one\n");
+        sleep(Duration::from_secs(1)).await;
+        // The file is looked at beside, or because of the 401.
+        let answered = service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(answered.status(), StatusCode::OK, "JWT: {jwt}");
+        let sent = api.bearers().split_off(before);
+        assert_eq!(sent.last().unwrap(), "a-new-one");
+        assert!(sent.len() <= if jwt { 1 } else { 2 }, "{sent:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn k1_what_stands_in_the_file_counts_even_if_it_expires_sooner() {
+    let directory = Directory::new();
+    let file = directory.file();
+    let until = |exp: u32| jwt_claiming(&format!(r#"{{"exp":{exp}}}"#)).expose_secret().to_owned();
+    let (long, short) = (until(1_900_003_600), until(1_900_000_060));
+    fs::write(&file, &long).unwrap();
+    let api = Api::accepting_all();
+    let service = watched_jwt(&file, &api);
+    load(&service, &api, Duration::from_millis(500)).await;
+    replace(&file, short.as_bytes());
+    let sent = load(&service, &api, Duration::from_secs(2)).await;
+    assert!(turned(&sent, &long, &short) <= 102);
+    // It expires, and nothing else comes: an error, and not the token that lives longer.
+    sleep(Duration::from_secs(60)).await;
+    let before = api.bearers().len();
+    let error = service.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(api.bearers().len(), before);
 }
 
 #[test]

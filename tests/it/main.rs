@@ -37,4 +37,5 @@ mod simulator;
 mod subjects;
 mod support;
 mod tower_contract;
+mod waiting;
 mod wire;
