@@ -14,6 +14,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::runtime::Handle;
+
 pub use self::policy::RenewalPolicy;
 use self::shell::Shared;
 pub(crate) use self::shell::{Demand, Landing, on_behalf, wait};
@@ -242,8 +244,15 @@ impl<C: Credential> MaybeRenewing<C> {
         }
     }
 
-    /// Tells the credential there is from any other; `None` when there is none.
+    /// Tells the credential there is from any other; `None` when there is none. Has another looked for if it is time to:
+    /// whoever waits for a change may be the only one who asks.
     pub(crate) fn version(&self) -> Option<u64> {
+        if let Self::Renewing(renewing) = self
+            && Handle::try_current().is_ok()
+            && renewing.fresh().is_none()
+        {
+            let _ = renewing.0.demand(Duration::ZERO);
+        }
         self.current().map(|credential| credential.secret().fingerprint().number())
     }
 

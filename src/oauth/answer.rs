@@ -14,6 +14,8 @@ use crate::{
     source::{Fetched, SourceError},
 };
 
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 const REDIRECT: &str = "redirects are not followed: give the URL that it leads to";
 const NOT_JSON: &str = "the answer is no JSON object with an `access_token` and a `token_type`";
 const NOT_BEARER: &str = "the token is not of the type `Bearer`";
@@ -152,11 +154,12 @@ impl fmt::Debug for OAuthError {
 
 impl StdError for OAuthError {}
 
-/// A successful answer ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)).
+/// A successful answer ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)). What has to be there
+/// may be missing: then the refresh token is to be kept all the same.
 #[derive(Deserialize)]
 struct Success {
-    access_token: Zeroizing<String>,
-    token_type: String,
+    access_token: Option<Zeroizing<String>>,
+    token_type: Option<String>,
     expires_in: Option<Value>,
     refresh_token: Option<Zeroizing<String>>,
 }
@@ -171,26 +174,28 @@ pub(super) struct Granted {
 /// Reads the answer to a request with these secrets in it.
 pub(super) fn read<'a>(
     answer: &Answer,
-    secrets: impl Iterator<Item = &'a str>,
+    secrets: impl IntoIterator<Item = &'a str>,
 ) -> Result<Granted, OAuthError> {
     if answer.status.is_redirection() {
         return Err(OAuthError::new(answer, REDIRECT));
     }
-    if answer.status != StatusCode::OK {
+    if !answer.status.is_success() {
         let fields = ErrorBody::read(&answer.body, &Redactor::masking(secrets));
         return Err(OAuthError::with_fields(answer, "", fields));
     }
-    let Ok(Success { access_token, token_type, expires_in, refresh_token }) =
-        serde_json::from_slice(&answer.body)
+    let body = answer.body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&answer.body);
+    let Ok(Success { access_token, token_type, expires_in, refresh_token }) = serde_json::from_slice(body)
     else {
         return Err(OAuthError::new(answer, NOT_JSON));
     };
-    let fetched = if token_type.eq_ignore_ascii_case("bearer") {
-        // `ConfigError` says what is wrong and not what was there.
-        let token = Token::new(&**access_token);
-        token.map_err(|error| OAuthError::new(answer, format!("in `access_token`: {error}")))
-    } else {
-        Err(OAuthError::new(answer, NOT_BEARER))
+    let fetched = match (access_token, token_type) {
+        (Some(token), Some(kind)) if kind.eq_ignore_ascii_case("bearer") => {
+            // `ConfigError` says what is wrong and not what was there.
+            let token = Token::new(&**token);
+            token.map_err(|error| OAuthError::new(answer, format!("in `access_token`: {error}")))
+        }
+        (Some(_), Some(_)) => Err(OAuthError::new(answer, NOT_BEARER)),
+        _ => Err(OAuthError::new(answer, NOT_JSON)),
     };
     let fetched = fetched.map(|token| match expires_in.as_ref().and_then(seconds) {
         Some(lifetime) => Fetched::new(token).with_lifetime(lifetime),
@@ -227,7 +232,7 @@ mod tests {
     fn answered(status: u16, body: &str) -> Result<Granted, OAuthError> {
         let status = StatusCode::from_u16(status).unwrap();
         let body = Zeroizing::new(body.as_bytes().to_vec());
-        read(&Answer { status, headers: HeaderMap::new(), body }, ["the-secret"].into_iter())
+        read(&Answer { status, headers: HeaderMap::new(), body }, ["the-secret"])
     }
 
     #[test]
@@ -271,8 +276,12 @@ mod tests {
             r#"{"access_token":"a","token_type":"Bearer"} more"#,
             r#"{"access_token":"a","access_token":"b","token_type":"Bearer"}"#,
         ] {
-            assert_eq!(granted(body).err().unwrap().0.detail, NOT_JSON, "{body}");
+            let error = granted(body).and_then(|granted| granted.fetched).err().unwrap();
+            assert_eq!(error.0.detail, NOT_JSON, "{body}");
         }
+        assert!(
+            granted("\u{feff}{\"access_token\":\"a\",\"token_type\":\"Bearer\"}").unwrap().fetched.is_ok()
+        );
         assert!(granted(r#"{"access_token":"a","token_type":"bEARER"}"#).unwrap().fetched.is_ok());
         let mac = granted(r#"{"access_token":"a","token_type":"mac"}"#).unwrap();
         assert_eq!(mac.fetched.err().unwrap().0.detail, NOT_BEARER);
@@ -283,6 +292,8 @@ mod tests {
         for body in [
             r#"{"access_token":"not a token","token_type":"Bearer","refresh_token":"next"}"#,
             r#"{"access_token":"a","token_type":"N_A","refresh_token":"next"}"#,
+            r#"{"access_token":"a","refresh_token":"next"}"#,
+            r#"{"token_type":"Bearer","refresh_token":"next"}"#,
         ] {
             let granted = granted(body).unwrap();
             assert!(granted.fetched.is_err());
@@ -332,7 +343,7 @@ mod tests {
         #[test]
         fn k3_no_answer_makes_it_panic(status in 100u16..1000, body in "\\PC{0,60}|\\{\"access_token\":\"[ -~]{0,9}\",\"token_type\":\"Bearer\",\"expires_in\":[-+0-9eE.]{1,25}\\}") {
             match answered(status, &body) {
-                Ok(granted) => prop_assert!(status == 200 || granted.fetched.is_err()),
+                Ok(granted) => prop_assert!((200..300).contains(&status) || granted.fetched.is_err()),
                 Err(error) => { let _ = SourceError::from(error); }
             }
         }

@@ -1,7 +1,7 @@
 use std::{borrow::Cow, fmt, sync::Arc};
 
 use bytes::Bytes;
-use form_urlencoded::Serializer;
+use form_urlencoded::{Serializer, byte_serialize};
 use http::{
     HeaderValue, Method as HttpMethod, Request,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE},
@@ -15,7 +15,7 @@ use super::{
     refresh::Rotation,
 };
 use crate::{
-    ApiKey, ConfigError, ConfigErrorKind, MaybeRenewing, Token,
+    ApiKey, AuthErrorKind, ConfigError, ConfigErrorKind, MaybeRenewing, Token,
     engine::wait,
     error::{Place, Subject},
     secret::Credential,
@@ -211,7 +211,8 @@ impl OAuthSource {
     async fn ask(&self, used: &Used, refresh: Option<&RefreshToken>) -> Result<Granted, Trouble> {
         let answer = self.0.endpoint.client.send(self.request(used, refresh)).await;
         let answer = answer.map_err(|error| Trouble::Failed(error.into()))?;
-        answer::read(&answer, self.secrets(used, refresh)).map_err(Trouble::Refused)
+        let secrets = self.secrets(used, refresh);
+        answer::read(&answer, secrets.iter().map(|secret| &***secret)).map_err(Trouble::Refused)
     }
 
     /// What renews itself and goes into the request.
@@ -276,19 +277,26 @@ impl OAuthSource {
         form
     }
 
-    /// What must not be shown of the request.
-    fn secrets<'a>(
-        &'a self,
-        used: &'a Used,
-        refresh: Option<&'a RefreshToken>,
-    ) -> impl Iterator<Item = &'a str> {
-        let secret = match &self.0.endpoint.auth.0 {
-            Method::Basic { secret, .. } | Method::Post { secret, .. } => Some(&***secret),
-            _ => None,
+    /// What must not be shown of the request: its secrets as they are, and in each form that they are sent in.
+    fn secrets(&self, used: &Used, refresh: Option<&RefreshToken>) -> Vec<Zeroizing<String>> {
+        let Parts { endpoint, parameters, .. } = &*self.0;
+        let (basic, secret) = match &endpoint.auth.0 {
+            Method::Basic { id, secret } => (Method::basic(id, secret), Some(&***secret)),
+            Method::Post { secret, .. } => (None, Some(&***secret)),
+            _ => (None, None),
         };
         let key = used.key.iter().map(|key| key.value.expose_secret());
         let tokens = used.tokens.iter().map(|token| token.value.expose_secret());
-        secret.into_iter().chain(key).chain(tokens).chain(refresh.map(RefreshToken::expose_secret))
+        // Whatever a program adds may be a password; what these three say is no secret.
+        let added =
+            parameters.iter().filter(|(name, _)| !matches!(&**name, "scope" | "audience" | "resource"));
+        let raw = secret.into_iter().chain(key).chain(tokens).chain(refresh.map(RefreshToken::expose_secret));
+        let raw = raw.chain(added.map(|(_, value)| &**value));
+        let encoded = basic.and_then(|value| Some(value.to_str().ok()?.strip_prefix("Basic ")?.to_owned()));
+        raw.flat_map(|secret| [secret.to_owned(), byte_serialize(secret.as_bytes()).collect()])
+            .chain(encoded)
+            .map(Zeroizing::new)
+            .collect()
     }
 }
 
@@ -356,6 +364,7 @@ impl<C: Credential> Sent<C> {
         match from.get().await {
             Ok(value) => Ok(Self { from: from.clone(), value }),
             Err(error) => Err(Trouble::Failed(match error.retry_after() {
+                _ if error.kind() == AuthErrorKind::RenewalRefused => SourceError::permanent(error),
                 Some(time) => SourceError::transient(error).with_retry_after(time),
                 None => SourceError::transient(error),
             })),

@@ -45,7 +45,11 @@ impl RefreshToken {
     /// A short, non-reversible name for logs.
     #[must_use]
     pub fn id(&self) -> KeyId {
-        Fingerprint::of(self.0.as_bytes()).id()
+        self.fingerprint().id()
+    }
+
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(self.0.as_bytes())
     }
 }
 

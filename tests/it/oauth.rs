@@ -15,7 +15,11 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
-use tokio::{sync::Notify, task::JoinSet, time::advance};
+use tokio::{
+    sync::Notify,
+    task::JoinSet,
+    time::{advance, sleep},
+};
 use tower::{BoxError, Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
     ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RenewalPolicy, Renewing, SelamLayer, TestClock, Token,
@@ -24,10 +28,13 @@ use tower_selam::{
         TokenType,
     },
     simulator::{Server, Simulator, TokenFault},
-    source::{Reason, source_fn},
+    source::{FileSource, Reason, source_fn},
 };
 
-use crate::support::{BOTH, Body, Fed, KEY, https, key};
+use crate::{
+    files::Directory,
+    support::{BOTH, Body, Fed, KEY, https, key},
+};
 
 const URL: &str = "https://api.selamgpt.com/oauth/token";
 const SECOND: Duration = Duration::from_secs(1);
@@ -548,12 +555,14 @@ async fn k2_a_login_during_an_exchange_is_not_overwritten_by_it() {
     store.replace(login.clone());
     waiting.await.unwrap().unwrap();
     settle().await;
-    assert_eq!(store.current().id(), login.id());
-
+    // What the old login brought is dropped, and the new one spent at once.
+    assert!(!simulator.is_refresh_token_valid(login.expose_secret()));
+    assert!(simulator.is_refresh_token_valid(store.current().expose_secret()));
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
+    simulator.revoke_refresh_tokens();
+    store.replace(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     advance(2 * MINUTE).await;
     jwts.token().await.unwrap();
-    assert!(!simulator.is_refresh_token_valid(login.expose_secret()), "spent in its turn");
-    assert_eq!(simulator.reused_refresh_tokens(), 0);
 }
 
 /// A store whose parts fail when they are told to.
@@ -864,6 +873,127 @@ async fn f5_a_client_or_a_store_that_panics_fails_and_the_next_exchange_works() 
     let store = Panicking(AtomicBool::new(false));
     let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), store));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn w2_k1_a_key_file_that_is_mended_after_a_refusal_is_read_again() {
+    let simulator = Simulator::new();
+    let directory = Directory::new();
+    std::fs::write(directory.file(), "sk-selam-wrong").unwrap();
+    let keys: Renewing<ApiKey> = Renewing::new(FileSource::new(directory.file()));
+    let auth = ClientAuth::api_key(&keys);
+    let jwts = engine(OAuthSource::client_credentials(endpoint(&simulator).with_client_auth(auth)));
+    // As `SELAM_API_KEY_FILE` and `SELAM_TOKEN_URL` have it.
+    let layer = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build().unwrap();
+    let selam = layer.layer(simulator.clone());
+    let request = || Request::get("https://api.selamgpt.com/v1/models").body(Body::default()).unwrap();
+    let error = selam.clone().oneshot(request()).await.unwrap_err();
+    assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::RenewalRefused);
+
+    std::fs::write(directory.file(), simulator.issue_key()).unwrap();
+    let mut tries = 0;
+    while let Err(error) = selam.clone().oneshot(request()).await {
+        tries += 1;
+        assert!(tries < 10, "{error:?}");
+        sleep(SECOND / 2).await;
+    }
+    assert_eq!(simulator.token_requests(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn k2_a_refresh_token_is_kept_though_its_answer_is_refused() {
+    let scripted =
+        Scripted::default().then(200, r#"{"access_token":"a.b","expires_in":60,"refresh_token":"second"}"#);
+    let store = MemoryStore::new(RefreshToken::new("first").unwrap());
+    let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), store.clone()));
+    let _ = jwts.token().await;
+    settle().await;
+    advance(MINUTE).await;
+    let _ = jwts.token().await;
+    scripted.last(|asked| {
+        assert!(asked.form().contains(&"refresh_token=second".to_owned()), "{:?}", asked.form())
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn k2_what_was_spent_is_not_spent_again_though_the_store_has_it_still() {
+    let scripted = Scripted::default()
+        .then(200, r#"{"access_token":"t1","token_type":"Bearer","expires_in":60,"refresh_token":"second"}"#)
+        .then(400, r#"{"error":"invalid_grant"}"#);
+    let shelf = Shelf::default();
+    shelf.put("first");
+    let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), shelf.clone()));
+    jwts.token().await.unwrap();
+    // the store could not save "second": it holds "first" still
+    shelf.put("first");
+    advance(2 * MINUTE).await;
+    let _ = jwts.token().await;
+    let spent: Vec<_> = scripted.asked.lock().unwrap().iter().map(|asked| asked.form()[1].clone()).collect();
+    assert_eq!(spent.iter().filter(|s| *s == "refresh_token=first").count(), 1, "{spent:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn k2_what_was_fetched_for_an_old_login_is_not_handed_to_the_new_one() {
+    let simulator = Simulator::new();
+    simulator.set_token_lifetime(10 * MINUTE);
+    let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
+    simulator.inject_token_fault(TokenFault::Slow(40 * SECOND));
+    assert!(jwts.token().await.is_err(), "timeout");
+    advance(15 * SECOND).await;
+    settle().await;
+    let before = simulator.token_requests();
+    // somebody else logs in
+    let login = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
+    store.replace(login.clone());
+    jwts.token().await.unwrap();
+    assert_eq!(simulator.token_requests(), before + 1, "the old login's token was handed out");
+    assert!(!simulator.is_refresh_token_valid(login.expose_secret()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn s2_an_echo_of_the_basic_header_is_masked() {
+    let basic = BASE64_STANDARD.encode("my-service:s3cr3t-canary");
+    let body: &'static str = Box::leak(
+        format!(r#"{{"error":"invalid_client","error_description":"not understood: Basic {basic}"}}"#)
+            .into_boxed_str(),
+    );
+    let scripted = Scripted::default().then(401, body);
+    let auth = ClientAuth::client_secret_basic("my-service", "s3cr3t-canary").unwrap();
+    let jwts = engine(OAuthSource::client_credentials(scripted.endpoint().with_client_auth(auth)));
+    let error = jwts.token().await.unwrap_err();
+    let said = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!said.contains(&basic), "{said}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn s2_an_echo_of_the_form_is_masked() {
+    let secret = "pa~ss wo*rd~x";
+    let encoded: String = form_urlencoded::byte_serialize(secret.as_bytes()).collect();
+    let body: &'static str = Box::leak(
+        format!(r#"{{"error":"invalid_client","error_description":"bad body client_secret={encoded}"}}"#)
+            .into_boxed_str(),
+    );
+    let scripted = Scripted::default().then(401, body);
+    let auth = ClientAuth::client_secret_post("my-service", secret).unwrap();
+    let jwts = engine(OAuthSource::client_credentials(scripted.endpoint().with_client_auth(auth)));
+    let error = jwts.token().await.unwrap_err();
+    let said = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!said.contains(&encoded), "{said}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn s2_an_echo_of_a_parameter_is_masked() {
+    let scripted = Scripted::default()
+        .then(400, r#"{"error":"invalid_request","error_description":"wrong password hunter2-canary"}"#);
+    let jwts = engine(
+        OAuthSource::client_credentials(scripted.endpoint())
+            .with_parameter("password", "hunter2-canary")
+            .unwrap(),
+    );
+    let error = jwts.token().await.unwrap_err();
+    let said = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!said.contains("hunter2-canary"), "{said}");
 }
 
 #[test]
