@@ -1,9 +1,6 @@
 //! What is written into a request, and how a request may choose it.
 
-use std::{
-    fmt,
-    sync::{Arc, Weak},
-};
+use std::{fmt, sync::Arc};
 
 use http::{Extensions, HeaderMap, HeaderValue, Uri, request::Parts};
 
@@ -12,7 +9,7 @@ use crate::{
     error::AuthError,
     plan::{Head, Plan, Rules},
     secret::Secret,
-    supply::Supply,
+    supply::Sources,
 };
 
 /// One consistent set of credentials and the headers it goes into. Cheap to clone; `Debug` shows ids alone.
@@ -45,7 +42,7 @@ struct Set {
     /// For requests that want the key without the JWT.
     key_alone: Option<Credentials>,
     /// Where it came from, if another can come from there.
-    supply: Weak<Supply>,
+    sources: Option<Arc<Sources>>,
 }
 
 /// Which set it is.
@@ -113,8 +110,7 @@ impl Credentials {
             Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
             Form::Key | Form::JwtHalf => None,
         };
-        let supply = Weak::new();
-        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone, supply }))
+        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone, sources: None }))
     }
 
     /// Stands in for the JWT's half where only the layer beside it is wanted.
@@ -122,16 +118,16 @@ impl Credentials {
         Self::new(Form::JwtHalf, Slot::Yield, Slot::Yield, None, None)
     }
 
-    /// Made by `supply`. For a set that was just made.
-    pub(crate) fn supplied_by(mut self, supply: Weak<Supply>) -> Self {
+    /// Made of what comes from `sources`. For a set that was just made.
+    pub(crate) fn supplied_by(mut self, sources: Arc<Sources>) -> Self {
         if let Some(set) = Arc::get_mut(&mut self.0) {
-            set.supply = supply;
+            set.sources = Some(sources);
         }
         self
     }
 
-    pub(crate) fn supply(&self) -> Option<Arc<Supply>> {
-        self.0.supply.upgrade()
+    pub(crate) fn sources(&self) -> Option<&Arc<Sources>> {
+        self.0.sources.as_ref()
     }
 
     /// The key, where there is one.

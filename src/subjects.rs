@@ -27,6 +27,12 @@ const CAPACITY: usize = 131_072;
 const EXPECTED: usize = 1_024;
 const IDLE: Duration = Duration::from_secs(15 * 60);
 
+/// So many more than there is room for may be fetched at once, and an eighth.
+const MARGIN: usize = 64;
+
+/// Room is looked for once in so many milliseconds.
+const CLEARING: u64 = 1_000;
+
 /// In each such part of the idle time, those who are idle are looked for once.
 const SWEEPS: u32 = 4;
 
@@ -81,7 +87,8 @@ impl fmt::Debug for Subject {
 ///
 /// As many users as the [capacity](Self::with_capacity) says are remembered, and who has not come for the
 /// [idle time](Self::with_idle_time) is forgotten: a user who comes back then waits once more. One whose token is being
-/// fetched is not forgotten, so that there is one renewal at a time for each.
+/// fetched is not forgotten, so that there is one renewal at a time for each; when there is no room for others, their
+/// requests fail with [`RenewalFailed`](crate::AuthErrorKind::RenewalFailed) until there is.
 ///
 /// ```
 /// use http::{Request, Response};
@@ -124,6 +131,8 @@ struct Subjects {
     began: Time,
     /// When idle ones were last looked for, in milliseconds since the beginning.
     swept: AtomicU64,
+    /// When room was last looked for.
+    cleared: AtomicU64,
 }
 
 type SourceOf = dyn Fn(&Subject) -> Arc<dyn DynSource<Token>> + Send + Sync;
@@ -145,7 +154,7 @@ impl Lifecycle<Subject, Arc<Entry>> for Renewals {
     type RequestState = ();
 
     fn is_pinned(&self, _: &Subject, entry: &Arc<Entry>) -> bool {
-        Arc::strong_count(entry) > 1 || entry.tokens.is_renewing()
+        Arc::strong_count(entry) > 1 || entry.is_needed()
     }
 }
 
@@ -173,6 +182,7 @@ impl PerSubject {
             idle,
             began,
             swept: AtomicU64::new(0),
+            cleared: AtomicU64::new(0),
         }))
     }
 
@@ -203,7 +213,11 @@ impl PerSubject {
     /// The subject's tokens, for use without HTTP: to [`prefetch`](Renewing::prefetch) at a login, say.
     #[must_use]
     pub fn of_subject(&self, subject: &Subject) -> Renewing<Token> {
-        self.entry(subject).tokens.clone()
+        match self.entry(subject) {
+            Some(entry) => entry.tokens.clone(),
+            // No room: good for who asks, and for nobody else.
+            None => self.0.make(subject).tokens.clone(),
+        }
     }
 
     /// Forgets a subject, after a logout or a new login: its next request has a token fetched anew, from a new source.
@@ -240,20 +254,19 @@ impl PerSubject {
         self.0.entries.peek(subject)
     }
 
-    /// The same; if nothing is known yet, it is from now on.
-    pub(crate) fn entry(&self, subject: &Subject) -> Arc<Entry> {
+    /// The same; if nothing is known yet, it is from now on. `None` when there is no room: those whose token is being
+    /// fetched are not forgotten for others.
+    pub(crate) fn entry(&self, subject: &Subject) -> Option<Arc<Entry>> {
         if let Some(entry) = self.find(subject) {
-            return entry;
+            return Some(entry);
         }
         self.sweep();
-        let now = self.0.millis();
-        let Subjects { entries, source_of, policy, .. } = &*self.0;
-        let made = entries.get_or_insert_with::<_, Infallible>(subject, || {
-            let tokens = Renewing::of(source_of(subject), Arc::clone(policy));
-            Ok(Arc::new(Entry { tokens, used: AtomicU64::new(now), supply: ArcSwapOption::empty() }))
-        });
-        match made {
-            Ok(entry) => entry,
+        if self.0.is_overfull() {
+            return None;
+        }
+        let entry = self.0.entries.get_or_insert_with::<_, Infallible>(subject, || Ok(self.0.make(subject)));
+        match entry {
+            Ok(entry) => Some(entry),
             Err(never) => match never {},
         }
     }
@@ -279,11 +292,31 @@ impl PerSubject {
 }
 
 impl Subjects {
+    fn make(&self, subject: &Subject) -> Arc<Entry> {
+        let tokens = Renewing::of((self.source_of)(subject), Arc::clone(&self.policy));
+        Arc::new(Entry { tokens, used: AtomicU64::new(self.millis()), supply: ArcSwapOption::empty() })
+    }
+
+    /// Whether there are more than there is room for, as none of them can be forgotten. Those that can be are.
+    fn is_overfull(&self) -> bool {
+        let room = self.capacity.saturating_add(self.capacity / 8).saturating_add(MARGIN);
+        if self.entries.len() < room {
+            return false;
+        }
+        // It looks at all of them, so not for each who comes.
+        let (now, last) = (self.millis(), self.cleared.load(Relaxed));
+        if now.saturating_sub(last) < CLEARING && last != 0 {
+            return true;
+        }
+        self.cleared.store(now.max(1), Relaxed);
+        self.entries.retain(|_, entry| entry.is_needed());
+        self.entries.len() >= room
+    }
+
     fn forget_idle(&self) {
         let (now, idle) = (self.millis(), millis(self.idle));
-        self.entries.retain(|_, entry| {
-            now.saturating_sub(entry.used.load(Relaxed)) < idle || entry.tokens.is_renewing()
-        });
+        self.entries
+            .retain(|_, entry| now.saturating_sub(entry.used.load(Relaxed)) < idle || entry.is_needed());
     }
 
     fn millis(&self) -> u64 {
@@ -296,6 +329,10 @@ fn millis(time: Duration) -> u64 {
 }
 
 impl Entry {
+    fn is_needed(&self) -> bool {
+        self.tokens.is_renewing()
+    }
+
     pub(crate) fn tokens(&self) -> &Renewing<Token> {
         &self.tokens
     }

@@ -12,6 +12,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crate::{
@@ -26,18 +27,27 @@ use crate::{
 
 const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
 
+const FULL: &str = "tokens of as many users as there is room for are being fetched";
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Makes [`Credentials`] of a key and a JWT.
 pub(crate) struct Supply {
     form: Form,
     /// The key goes as `X-API-Key` when it goes alone.
     as_header: bool,
-    key: Option<MaybeRenewing<ApiKey>>,
-    jwt: Option<MaybeRenewing<Token>>,
+    sources: Arc<Sources>,
     whole: Shelf,
     key_alone: Shelf,
     /// Which layer made it, where it is one user's.
     owner: u64,
     this: Weak<Self>,
+}
+
+/// Where the key and the JWT of a set come from. A set that was sent keeps them, so that what is refused of it can be
+/// renewed whatever has become of the layer's own by then.
+pub(crate) struct Sources {
+    key: Option<MaybeRenewing<ApiKey>>,
+    jwt: Option<MaybeRenewing<Token>>,
 }
 
 /// What a request needs.
@@ -84,8 +94,7 @@ impl Supply {
         Arc::new_cyclic(|this| Self {
             form,
             as_header,
-            key,
-            jwt,
+            sources: Arc::new(Sources { key, jwt }),
             whole: Shelf::empty(),
             key_alone: Shelf::empty(),
             owner,
@@ -107,20 +116,20 @@ impl Supply {
         if let Some(made) = self.whole.load().as_deref() {
             return Some(made.credentials.clone());
         }
-        let key = self.key.as_ref().and_then(MaybeRenewing::current);
-        let jwt = self.jwt.as_ref().and_then(MaybeRenewing::current);
+        let key = self.sources.key.as_ref().and_then(MaybeRenewing::current);
+        let jwt = self.sources.jwt.as_ref().and_then(MaybeRenewing::current);
         (key.is_some() || jwt.is_some()).then(|| self.make(Need::All, key, jwt))
     }
 
     /// The set, or what to wait for; starts renewals if need be.
     pub(crate) fn demand(&self, need: Need) -> Result<Supplied, AuthError> {
-        if need == Need::KeyAlone && self.key.is_none() {
+        if need == Need::KeyAlone && self.sources.key.is_none() {
             return Ok(Supplied::Ready(Credentials::beside()));
         }
         loop {
             // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
             let jwt = demand(self.jwt(need))?;
-            let key = demand(self.key.as_ref())?;
+            let key = demand(self.sources.key.as_ref())?;
             let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
                 return Ok(match self.this.upgrade() {
                     Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
@@ -128,7 +137,7 @@ impl Supply {
                 });
             };
 
-            let (credentials, made) = match (lease(self.jwt(need)), lease(self.key.as_ref())) {
+            let (credentials, made) = match (lease(self.jwt(need)), lease(self.sources.key.as_ref())) {
                 (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) => {
                     let credentials = self.make(need, key, jwt);
                     let until = match (key_until, jwt_until) {
@@ -153,7 +162,9 @@ impl Supply {
 
     /// Whether `jwt` is the one there is, where there is a key that may change beside it.
     fn has_still(&self, jwt: Option<&Token>) -> bool {
-        let (Some(MaybeRenewing::Renewing(_)), Some(own), Some(jwt)) = (&self.key, &self.jwt, jwt) else {
+        let (Some(MaybeRenewing::Renewing(_)), Some(own), Some(jwt)) =
+            (&self.sources.key, &self.sources.jwt, jwt)
+        else {
             return true;
         };
         own.current().is_some_and(|current| current.secret.fingerprint() == jwt.secret.fingerprint())
@@ -161,7 +172,7 @@ impl Supply {
 
     async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
         loop {
-            if let Some(key) = &self.key {
+            if let Some(key) = &self.sources.key {
                 key.get().await?;
             }
             if let Some(jwt) = self.jwt(need) {
@@ -175,17 +186,62 @@ impl Supply {
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
-        let made = match (self.form, key, jwt) {
+        self.set(need, key, jwt).supplied_by(Arc::clone(&self.sources))
+    }
+
+    fn set(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
+        match (self.form, key, jwt) {
             (Form::Pair, Some(key), Some(jwt)) => Credentials::key_and_jwt(key, jwt),
             (Form::KeyHalf, Some(key), _) if need == Need::All => Credentials::key_beside_jwt(key),
             (Form::Key, Some(key), _) if self.as_header => Credentials::header(key),
             (_, Some(key), _) => Credentials::bearer(key),
             (_, None, Some(jwt)) => Credentials::jwt_beside_key(jwt),
             (_, None, None) => Credentials::beside(),
-        };
-        made.supplied_by(self.this.clone())
+        }
     }
 
+    pub(crate) fn form(&self) -> Form {
+        self.form
+    }
+
+    pub(crate) fn owner(&self) -> u64 {
+        self.owner
+    }
+
+    /// The set, if none of it is ever another.
+    pub(crate) fn fixed(&self) -> Option<Credentials> {
+        let (key, jwt) = (fixed(self.sources.key.as_ref())?, fixed(self.sources.jwt.as_ref())?);
+        Some(self.set(Need::All, key, jwt))
+    }
+
+    fn jwt(&self, need: Need) -> Option<&MaybeRenewing<Token>> {
+        self.sources.jwt.as_ref().filter(|_| need == Need::All)
+    }
+
+    #[inline]
+    fn epochs(&self, need: Need) -> [Epoch; 2] {
+        let epoch = |jwt: &MaybeRenewing<Token>| jwt.epoch();
+        let key = self.sources.key.as_ref().map(MaybeRenewing::epoch).unwrap_or_default();
+        [key, self.jwt(need).map(epoch).unwrap_or_default()]
+    }
+
+    #[inline]
+    fn has_come(&self, until: Deadline) -> bool {
+        let now = self.sources.jwt.as_ref().and_then(MaybeRenewing::now);
+        let now = now.or_else(|| self.sources.key.as_ref().and_then(MaybeRenewing::now));
+        now.is_none_or(|now| until.has_come(now))
+    }
+
+    #[inline]
+    fn shelf(&self, need: Need) -> &Shelf {
+        match need {
+            Need::All => &self.whole,
+            Need::KeyAlone => &self.key_alone,
+        }
+    }
+}
+
+impl Sources {
     /// The API refused `sent`; whether its `part` can be another by now, and what to wait for until then.
     pub(crate) fn reject(&self, part: Part, sent: &Credentials) -> (Rejection, Option<Landing>) {
         let ignored = (Rejection::Ignored, None);
@@ -210,46 +266,6 @@ impl Supply {
             Part::Jwt => self.jwt.as_ref().and_then(MaybeRenewing::current).is_some_and(|jwt| {
                 Some(jwt.secret.fingerprint()) != sent.jwt().map(|sent| sent.secret.fingerprint())
             }),
-        }
-    }
-
-    pub(crate) fn form(&self) -> Form {
-        self.form
-    }
-
-    pub(crate) fn owner(&self) -> u64 {
-        self.owner
-    }
-
-    /// The set, if none of it is ever another.
-    pub(crate) fn fixed(&self) -> Option<Credentials> {
-        let (key, jwt) = (fixed(self.key.as_ref())?, fixed(self.jwt.as_ref())?);
-        Some(self.make(Need::All, key, jwt))
-    }
-
-    fn jwt(&self, need: Need) -> Option<&MaybeRenewing<Token>> {
-        self.jwt.as_ref().filter(|_| need == Need::All)
-    }
-
-    #[inline]
-    fn epochs(&self, need: Need) -> [Epoch; 2] {
-        let epoch = |jwt: &MaybeRenewing<Token>| jwt.epoch();
-        let key = self.key.as_ref().map(MaybeRenewing::epoch).unwrap_or_default();
-        [key, self.jwt(need).map(epoch).unwrap_or_default()]
-    }
-
-    #[inline]
-    fn has_come(&self, until: Deadline) -> bool {
-        let now = self.jwt.as_ref().and_then(MaybeRenewing::now);
-        let now = now.or_else(|| self.key.as_ref().and_then(MaybeRenewing::now));
-        now.is_none_or(|now| until.has_come(now))
-    }
-
-    #[inline]
-    fn shelf(&self, need: Need) -> &Shelf {
-        match need {
-            Need::All => &self.whole,
-            Need::KeyAlone => &self.key_alone,
         }
     }
 }
@@ -289,15 +305,18 @@ impl Supplies {
     pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Arc<Supply>, AuthError> {
         match (self.find(need, subject)?, subject) {
             (Some(supply), _) => Ok(supply),
-            (None, Some(subject)) => Ok(self.make(&self.tokens.entry(subject))),
+            (None, Some(subject)) => match self.tokens.entry(subject) {
+                Some(entry) => Ok(self.make(&entry)),
+                None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, FULL, Some(AGAIN), None)),
+            },
             (None, None) => Ok(Arc::clone(&self.key_alone)),
         }
     }
 
     fn make(&self, entry: &Entry) -> Arc<Supply> {
         entry.supply(self.number, |jwt| {
-            let Supply { form, as_header, key, .. } = &*self.key_alone;
-            Supply::owned(self.number, *form, *as_header, key.clone(), Some(jwt.into()))
+            let Supply { form, as_header, sources, .. } = &*self.key_alone;
+            Supply::owned(self.number, *form, *as_header, sources.key.clone(), Some(jwt.into()))
         })
     }
 
@@ -319,7 +338,7 @@ impl Supplies {
 impl fmt::Debug for Supplies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Supplies")
-            .field("key", &self.key_alone.key)
+            .field("key", &self.key_alone.sources.key)
             .field("tokens", &self.tokens)
             .finish_non_exhaustive()
     }
@@ -358,6 +377,7 @@ fn lease<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<(Option<C>, E
 
 impl fmt::Debug for Supply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Supply").field("key", &self.key).field("jwt", &self.jwt).finish_non_exhaustive()
+        let Sources { key, jwt } = &*self.sources;
+        f.debug_struct("Supply").field("key", key).field("jwt", jwt).finish_non_exhaustive()
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
-    supply::{Part, Supply},
+    supply::{Part, Sources},
 };
 
 pin_project! {
@@ -69,7 +69,7 @@ struct Refusal<B: Body> {
 pub(crate) struct Blamed {
     part: Part,
     sent: Credentials,
-    supply: Arc<Supply>,
+    sources: Arc<Sources>,
 }
 
 impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> ResponseFuture<F, S, R, ReqBody, ResBody> {
@@ -222,21 +222,21 @@ impl Blamed {
             AuthErrorKind::MissingApiKey => None,
             _ => with(Part::Jwt).or_else(|| with(Part::Key)),
         }?;
-        Some(Self { part, sent: sent.clone(), supply: sent.supply()? })
+        Some(Self { part, sent: sent.clone(), sources: Arc::clone(sent.sources()?) })
     }
 
     /// Rejects it: how, and what to wait for.
     pub(crate) fn reject(&self) -> (Rejection, Option<Landing>) {
-        self.supply.reject(self.part, &self.sent)
+        self.sources.reject(self.part, &self.sent)
     }
 
     fn has_other(&self) -> bool {
-        self.supply.has_other(self.part, &self.sent)
+        self.sources.has_other(self.part, &self.sent)
     }
 }
 
 fn renews(sent: &Credentials) -> bool {
-    sent.supply().is_some()
+    sent.sources().is_some()
 }
 
 impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug

@@ -322,6 +322,83 @@ async fn send_token(tokens: &PerSubject, subject: &Subject) -> Result<Token, Aut
     tokens.of_subject(subject).token().await
 }
 
+/// What becomes of a request that is refused after another layer, or others, have taken its place: its status, and how
+/// often the token was fetched.
+async fn refused_late(same_user: bool, capacity: usize) -> (u16, usize) {
+    let (tokens, asked) = mint(Duration::ZERO);
+    let tokens = tokens.with_capacity(capacity);
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let slow_api = service_fn({
+        let gate = Arc::clone(&gate);
+        move |request: Request<Body>| {
+            let gate = Arc::clone(&gate);
+            async move {
+                let revoked = request.headers()["authorization"] == "Bearer jwt-of-one-1";
+                if revoked {
+                    let _ = gate.acquire().await.unwrap();
+                }
+                Ok::<_, Infallible>(response(if revoked { 401 } else { 200 }, ""))
+            }
+        }
+    });
+    let fast_api = service_fn(|_: Request<Body>| ready(Ok::<_, Infallible>(response(200, ""))));
+    let a = SelamLayer::builder().with_api_key(key()).with_jwt(&tokens).build().unwrap();
+    let b = SelamLayer::builder().with_api_key(key()).with_jwt(&tokens).build().unwrap();
+    let ask = |name: &str| {
+        let mut request = Request::get(MODELS).body(Body::default()).unwrap();
+        request.extensions_mut().insert(Subject::new(name));
+        request
+    };
+    let first = tokio::spawn(a.layer(slow_api).oneshot(ask("one")));
+    settle().await;
+    if same_user {
+        // another layer over the same tokens, for the same user
+        assert_eq!(b.layer(fast_api).oneshot(ask("one")).await.unwrap().status(), 200);
+    } else {
+        for n in 0..8 {
+            assert_eq!(a.layer(fast_api).oneshot(ask(&format!("other-{n}"))).await.unwrap().status(), 200);
+        }
+    }
+    gate.add_permits(10);
+    let status = first.await.unwrap().map_or(401, |response| response.status().as_u16());
+    (status, times(&asked, "one"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn j2_a_second_layer_over_the_same_tokens_takes_no_renewal_away() {
+    assert_eq!(refused_late(true, 100).await, (200, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn j2_a_request_of_one_who_is_forgotten_meanwhile_is_renewed_and_sent_again_all_the_same() {
+    assert_eq!(refused_late(false, 2).await.0, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_who_wait_for_a_source_that_hangs_are_bounded_and_make_room_when_it_ends() {
+    let (tokens, _) = mint(20 * SECOND);
+    let tokens = tokens.with_capacity(10);
+    let layer = JwtLayer::new(&tokens, key());
+    let (client, _sent) = tower_test::mock::pair::<Request<()>, Response<Body>>();
+    let service = layer.layer(client);
+    let mut refused = 0;
+    for user in 0..5_000 {
+        let mut call = tokio_test::task::spawn(service.clone().oneshot(of(&format!("user-{user}"))));
+        if let std::task::Poll::Ready(result) = call.poll() {
+            let error = result.unwrap_err();
+            let error = AuthError::find(&*error).unwrap();
+            assert_eq!((error.kind(), error.retry_after()), (AuthErrorKind::RenewalFailed, Some(SECOND)));
+            refused += 1;
+        }
+    }
+    assert!(tokens.len() < 80, "{}", tokens.len());
+    assert_eq!(refused + tokens.len(), 5_000);
+
+    sleep(21 * SECOND).await;
+    let late = tokio_test::task::spawn(service.oneshot(of("late"))).poll().is_pending();
+    assert!(late && tokens.len() <= 11, "{}", tokens.len());
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_does_not_come_for_a_while_is_forgotten_and_who_does_is_not() {
     let (tokens, asked) = mint(Duration::ZERO);
