@@ -394,6 +394,10 @@ impl<V: Clone, E: Clone> Core<V, E> {
         Some((&held.value, held.schedule.expires.then_some(held.schedule.expire)))
     }
 
+    pub(super) fn is_running(&self, id: u64) -> bool {
+        self.running.as_ref().is_some_and(|running| running.id == id)
+    }
+
     pub(super) fn is_renewing(&self) -> bool {
         self.running.is_some()
     }

@@ -15,7 +15,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    runtime::Handle as Timers,
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
     RenewalPolicy,
@@ -30,6 +34,9 @@ use crate::{
     source::{DynSource, Fetched, Reason, SourceError},
     sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
 };
+
+/// Who waits for a renewal gives it so much longer than it has itself.
+const MARGIN: Duration = Duration::from_secs(1);
 
 const OWN_SOURCE: &str = "the source of this credential waits for the credential itself; have it send its \
      requests with `RequestAuth::Anonymous` or `RequestAuth::ApiKey`";
@@ -58,8 +65,15 @@ struct Flight {
     task: Arc<OnceLock<AbortHandle>>,
 }
 
-/// How a renewal ended for those who waited: nothing while it runs.
-pub(crate) type Landing = watch::Receiver<Option<Result<(), AuthError>>>;
+/// A renewal that is running, for those who wait for it.
+#[derive(Clone)]
+pub(crate) struct Landing {
+    /// How it ended: nothing while it runs.
+    told: watch::Receiver<Option<Result<(), AuthError>>>,
+    /// It has ended by itself after this time, if its runtime is driven.
+    limit: Duration,
+    abandon: Arc<dyn Fn() + Send + Sync>,
+}
 
 /// What a caller has to do.
 pub(crate) enum Demand<C> {
@@ -201,9 +215,16 @@ impl<C: Credential> Shared<C> {
         self.state().core.is_renewing()
     }
 
-    fn prepare(&self, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
+    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
-        state.flight = Some(Flight { landed: land.subscribe(), task: Arc::clone(&task) });
+        let (engine, id) = (Arc::downgrade(self), start.id);
+        let abandon = Arc::new(move || {
+            if let Some(engine) = engine.upgrade() {
+                engine.abandon(id);
+            }
+        });
+        let landed = Landing { told: land.subscribe(), limit: self.limit, abandon };
+        state.flight = Some(Flight { landed, task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
 
@@ -255,6 +276,25 @@ impl<C: Credential> Shared<C> {
         drop(state);
         drop(over);
         land.send_replace(Some(result));
+    }
+
+    /// Gives a renewal up that has not ended in its time: its runtime is there, and nobody drives it.
+    fn abandon(&self, id: u64) {
+        let version = self.version();
+        let mut state = self.state();
+        if !state.core.is_running(id) {
+            return;
+        }
+        let now = self.clock.now();
+        let _ = state
+            .core
+            .finish(now, id, Outcome::Aborted, version, |trouble, delay| describe(trouble, delay, None));
+        let flight = state.flight.take();
+        self.publish(&state, now);
+        drop(state);
+        if let Some(task) = flight.as_ref().and_then(|flight| flight.task.get()) {
+            task.abort();
+        }
     }
 
     /// The source's version; where asking for it panics, it has none.
@@ -322,12 +362,28 @@ impl<C: Credential> Drop for End<C> {
     }
 }
 
-/// Waits until a renewal has ended. One whose task was dropped has ended without a word.
-pub(crate) async fn wait(mut landed: Landing) -> Result<(), AuthError> {
-    match landed.wait_for(Option::is_some).await {
-        Ok(result) => result.clone().unwrap_or(Ok(())),
-        Err(_) => Ok(()),
-    }
+/// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
+/// drives: it would have ended by now.
+pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
+    let Landing { mut told, limit, abandon } = landing;
+    let ended = async {
+        match told.wait_for(Option::is_some).await {
+            Ok(result) => result.clone().unwrap_or(Ok(())),
+            Err(_) => Ok(()),
+        }
+    };
+    // There is no asking a runtime whether it has timers.
+    let timer = || catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
+    let Some(timer) = Timers::try_current().ok().and_then(|_| timer()) else { return ended.await };
+    let (mut timer, mut ended) = (pin!(timer), pin!(ended));
+    poll_fn(|cx| match ended.as_mut().poll(cx) {
+        Poll::Pending => timer.as_mut().poll(cx).map(|()| {
+            abandon();
+            Ok(())
+        }),
+        ready => ready,
+    })
+    .await
 }
 
 /// Asks the source, for so long and whatever it does.

@@ -241,3 +241,39 @@ async fn f6_between_renewals_an_engine_has_no_task() {
     sleep(3_600 * SECOND).await;
     assert_eq!(mint.asked(), 1, "nobody asks, so nothing is renewed");
 }
+
+/// `first` lives, and nobody drives it: the timeout of the renewal that it runs does not come either.
+#[test]
+fn f4_f5_a_runtime_that_nobody_drives_holds_up_no_other() {
+    let runtime = |paused| Builder::new_current_thread().enable_all().start_paused(paused).build().unwrap();
+    let (first, second) = (runtime(false), runtime(true));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let source = source_fn({
+        let asked = Arc::clone(&asked);
+        move |_: Reason<Token>| {
+            let number = asked.fetch_add(1, SeqCst) + 1;
+            async move {
+                tokio::task::yield_now().await;
+                Ok::<_, BoxError>(Token::new(format!("token-{number}"))?)
+            }
+        }
+    });
+    let jwts = Renewing::new(source);
+    first.block_on(async {
+        let mut call = task::spawn(jwts.token());
+        assert!(call.poll().is_pending());
+    });
+    let began = second.block_on(async { tokio::time::Instant::now() });
+    let token = second.block_on(async { tokio::time::timeout(60 * SECOND, jwts.token()).await });
+    assert_eq!(token.unwrap().unwrap().expose_secret(), "token-1");
+    let waited = second.block_on(async { began.elapsed() });
+    assert_eq!(waited, 31 * SECOND, "its time, and a second");
+
+    // What comes of the first changes nothing.
+    first.block_on(async {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert_eq!((jwts.current().unwrap().expose_secret(), asked.load(SeqCst)), ("token-1", 1));
+}
