@@ -31,4 +31,5 @@ mod sharing;
 mod simulator;
 mod support;
 mod tower_contract;
+mod waiting;
 mod wire;

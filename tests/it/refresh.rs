@@ -14,10 +14,7 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, advance, sleep},
 };
-use tower::{
-    Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn,
-    util::BoxCloneSyncService,
-};
+use tower::{Layer, Service, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
     ApiKey, ApiKeyLayer, BoxError, JwtLayer, MaybeRenewing, RefreshLayer, RenewalPolicy, Renewing,
     RequestAuth, SelamLayer,
@@ -360,37 +357,6 @@ async fn j9_sends_do_not_multiply_over_or_under_a_retry() {
     let response = stack(&jwts, under.layer(flaky)).oneshot(request()).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!((sends.load(SeqCst), asked.load(SeqCst)), (4, 2));
-}
-
-#[tokio::test(start_paused = true)]
-async fn t1_a_slow_renewal_pins_no_permit() {
-    let (jwts, _) = counting();
-    let api = Api::accepting("token-1", INVALID_TOKEN);
-    let limited = ServiceBuilder::new().layer(ConcurrencyLimitLayer::new(1)).service(api.service());
-    let mut service = stack(&jwts, limited);
-    let mut waiting = tokio_test::task::spawn(service.ready().await.unwrap().call(request()));
-    assert!(waiting.poll().is_pending());
-    // The key alone needs no JWT, and the one permit there is.
-    let mut alone = request();
-    alone.extensions_mut().insert(RequestAuth::ApiKey);
-    let answered = tokio::time::timeout(Duration::from_millis(10), async {
-        service.ready().await.unwrap().call(alone).await
-    });
-    assert_eq!(answered.await.unwrap().unwrap().status(), StatusCode::UNAUTHORIZED);
-    assert_eq!(waiting.await.unwrap().status(), StatusCode::OK);
-}
-
-#[tokio::test(start_paused = true)]
-async fn t3_a_call_dropped_while_it_waits_sends_nothing_and_the_renewal_goes_on() {
-    let (jwts, asked) = counting();
-    let api = Api::accepting("token-1", INVALID_TOKEN);
-    let mut service = stack(&jwts, api.service());
-    let mut waiting = tokio_test::task::spawn(service.ready().await.unwrap().call(request()));
-    assert!(waiting.poll().is_pending());
-    drop(waiting);
-    sleep(Duration::from_secs(1)).await;
-    assert!(api.bearers().is_empty());
-    assert_eq!((jwts.current().unwrap().expose_secret(), asked.load(SeqCst)), ("token-1", 1));
 }
 
 #[tokio::test(start_paused = true)]

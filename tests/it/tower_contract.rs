@@ -6,11 +6,13 @@ use http::{Request, Response};
 use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceBuilder, limit::ConcurrencyLimitLayer, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, RequestAuth, Selam, SelamLayer,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, MaybeRenewing,
+    RenewalPolicy, Renewing, RequestAuth, Selam, SelamLayer, Token,
     auth_error::{self, AnnotateAuthError, AnnotateFuture, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
     refresh::{self, CloneBody, NoReplay, Refresh},
     selam,
+    source::EnvSource,
 };
 use tower_test::mock;
 
@@ -188,6 +190,12 @@ fn t2_auto_traits_are_those_of_what_is_within() {
     assert_eq!(has!(ApiKeyLayer), [true; 4]);
     assert_eq!(has!(JwtLayer), [true; 4]);
     assert_eq!(has!(SelamLayer), [true; 4]);
+    assert_eq!(has!(Renewing<ApiKey>), [true; 4]);
+    assert_eq!(has!(MaybeRenewing<Token>), [true; 4]);
+    assert_eq!(has!(RenewalPolicy), [true; 4]);
+    let jwts: Renewing<Token> = Renewing::new(EnvSource::jwt());
+    fn is_send<T: Send>(_: &T) {}
+    is_send(&(jwts.token(), jwts.prefetch(), jwts.token_valid_for(std::time::Duration::ZERO)));
 }
 
 #[test]
