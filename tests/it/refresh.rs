@@ -12,7 +12,7 @@ use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use tokio::{
     sync::Semaphore,
-    time::{Instant, advance, sleep},
+    time::{Instant, Sleep, advance, sleep},
 };
 use tower::{Layer, Service, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
@@ -314,10 +314,11 @@ async fn a_403_is_never_sent_again_nor_is_anything_with_credentials_of_its_own()
 struct Again {
     status: StatusCode,
     left: usize,
+    pause: Duration,
 }
 
 impl<B> tower::retry::Policy<Request<Body>, Response<B>, BoxError> for Again {
-    type Future = std::future::Ready<()>;
+    type Future = Sleep;
 
     fn retry(
         &mut self,
@@ -326,7 +327,7 @@ impl<B> tower::retry::Policy<Request<Body>, Response<B>, BoxError> for Again {
     ) -> Option<Self::Future> {
         let again = self.left > 0 && result.as_ref().is_ok_and(|response| response.status() == self.status);
         self.left = self.left.saturating_sub(1);
-        again.then(|| std::future::ready(()))
+        again.then(|| sleep(self.pause))
     }
 
     fn clone_request(&mut self, request: &Request<Body>) -> Option<Request<Body>> {
@@ -339,11 +340,24 @@ async fn j9_sends_do_not_multiply_over_or_under_a_retry() {
     // Over: each attempt after the first finds a token that was just renewed, which is not renewed again.
     let (jwts, asked) = counting();
     let api = Api::accepting("none of them", INVALID_TOKEN);
-    let over = tower::retry::RetryLayer::new(Again { status: StatusCode::UNAUTHORIZED, left: 2 });
+    let over = tower::retry::RetryLayer::new(Again {
+        status: StatusCode::UNAUTHORIZED,
+        left: 2,
+        pause: Duration::ZERO,
+    });
     let response = over.layer(stack(&jwts, api.service())).oneshot(request()).await.unwrap();
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
     assert_eq!(api.bearers(), ["token-1", "token-2", "token-2", "token-2"]);
     assert_eq!(asked.load(SeqCst), 2);
+
+    // With pauses as long as the breaker's, each attempt may have its own renewal: it sends twice, and not more.
+    let (jwts, asked) = counting();
+    let api = Api::accepting("none of them", INVALID_TOKEN);
+    let over = Again { status: StatusCode::UNAUTHORIZED, left: 2, pause: 5 * SECOND };
+    let over = tower::retry::RetryLayer::new(over);
+    over.layer(stack(&jwts, api.service())).oneshot(request()).await.unwrap();
+    assert_eq!(api.bearers(), ["token-1", "token-2", "token-2", "token-3", "token-3", "token-4"]);
+    assert_eq!(asked.load(SeqCst), 4);
 
     // Under: what is about the service is the retry's, what is about the token is ours.
     let (jwts, asked) = counting();
@@ -353,7 +367,11 @@ async fn j9_sends_do_not_multiply_over_or_under_a_retry() {
         let status = [503, 401, 503, 200, 500][answers.fetch_add(1, SeqCst).min(4)];
         async move { Ok::<_, BoxError>(Response::builder().status(status).body(Body::default())?) }
     });
-    let under = tower::retry::RetryLayer::new(Again { status: StatusCode::SERVICE_UNAVAILABLE, left: 2 });
+    let under = tower::retry::RetryLayer::new(Again {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        left: 2,
+        pause: Duration::ZERO,
+    });
     let response = stack(&jwts, under.layer(flaky)).oneshot(request()).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!((sends.load(SeqCst), asked.load(SeqCst)), (4, 2));
