@@ -1,4 +1,5 @@
-//! H5: the key and the JWT of one request were there together, while both are replaced.
+//! H5, J1 and J2 on many threads: while keys and JWTs are replaced, the two of one request were there together, and
+//! each rotation costs one renewal.
 
 use std::{
     sync::{
@@ -8,15 +9,16 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response};
+use http::{Request, Response, StatusCode};
 use tokio::{sync::Semaphore, task::yield_now};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_selam::{
-    ApiKey, BoxError, JwtLayer, Renewing, Token,
+    ApiKey, BoxError, JwtLayer, RenewalPolicy, Renewing, Token,
     source::{Reason, Source, source_fn},
 };
 
 use crate::{
+    api::{INVALID_TOKEN, request, stack},
     mint::settle,
     support::{Body, MODELS, get, response},
 };
@@ -128,4 +130,69 @@ async fn h5_a_request_that_waits_for_a_jwt_is_not_sent_with_the_key_it_found_bef
     key_gate.add_permits(1);
     tokio::time::timeout(Duration::from_secs(1), request).await.unwrap().unwrap().unwrap();
     assert_eq!(*sent.lock().unwrap(), [(3, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_than_two_sends() {
+    const ROTATIONS: u64 = 200;
+    // The API refuses what was issued before this one.
+    let (floor, issued) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(0)));
+    let counter = Arc::clone(&issued);
+    let source = source_fn(move |_: Reason<Token>| {
+        let number = counter.fetch_add(1, SeqCst) + 1;
+        async move {
+            yield_now().await;
+            Ok::<_, BoxError>(Token::new(number.to_string())?)
+        }
+    });
+    let policy = RenewalPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
+    let jwts = Renewing::with_policy(source, policy);
+    jwts.prefetch().await.unwrap();
+    let ended = Arc::new(AtomicBool::new(false));
+    let load: Vec<_> = (0..8)
+        .map(|_| {
+            let (jwts, ended) = (jwts.clone(), Arc::clone(&ended));
+            let (floor, accepted_from) = (Arc::clone(&floor), Arc::clone(&floor));
+            tokio::spawn(async move {
+                let sends = Arc::new(AtomicU64::new(0));
+                let counter = Arc::clone(&sends);
+                let api = service_fn(move |request: Request<Body>| {
+                    counter.fetch_add(1, SeqCst);
+                    let bearer = request.headers()["authorization"].to_str().unwrap();
+                    let number: u64 = bearer.strip_prefix("Bearer ").unwrap().parse().unwrap();
+                    let accepted = number >= accepted_from.load(SeqCst);
+                    let answer = if accepted { response(200, "") } else { response(401, INVALID_TOKEN) };
+                    async move {
+                        // Some refusals come when the renewal for the others is over.
+                        for _ in 0..number % 5 {
+                            yield_now().await;
+                        }
+                        Ok::<_, BoxError>(answer)
+                    }
+                });
+                let service = stack(&jwts, api);
+                while !ended.load(SeqCst) {
+                    let (before, rotation) = (sends.load(SeqCst), floor.load(SeqCst));
+                    let status = service.clone().oneshot(request()).await.unwrap().status();
+                    let sends = sends.load(SeqCst) - before;
+                    assert!((1..=2).contains(&sends), "{sends} sends");
+                    // A second rotation may come while it is on its way.
+                    assert!(status == StatusCode::OK || floor.load(SeqCst) > rotation, "{status}");
+                    yield_now().await;
+                }
+            })
+        })
+        .collect();
+    for _ in 0..ROTATIONS {
+        let next = issued.load(SeqCst) + 1;
+        floor.store(next, SeqCst);
+        while jwts.current().is_none_or(|token| token.expose_secret() != next.to_string()) {
+            yield_now().await;
+        }
+    }
+    ended.store(true, SeqCst);
+    for task in load {
+        task.await.unwrap();
+    }
+    assert_eq!(issued.load(SeqCst), ROTATIONS + 1);
 }
