@@ -48,7 +48,8 @@
 //! `reqwest-retry` goes before it. Then each try has a credential that is fresh when it is made, however long the
 //! wait was; a 401 is renewed, and sent once more, within one try; and what comes up instead is an error of a
 //! middleware's, which `reqwest-retry` takes as final. The other way round the old credential is tried again and again,
-//! and the whole of it once more after a 401.
+//! and the whole of it once more after a 401. What a middleware further in makes of an error of a voice agent's handshake is
+//! shown by its words alone, with the credentials masked.
 //!
 //! # Errors
 //!
@@ -58,6 +59,7 @@
 
 use std::{
     convert::Infallible,
+    error::Error as StdError,
     fmt,
     future::poll_fn,
     mem,
@@ -73,9 +75,10 @@ use bytes::Bytes;
 use http::{Extensions, Request, Response};
 use tower_layer::Layer;
 use tower_service::Service;
+use zeroize::Zeroizing;
 
 use super::reqwest::{Shown, TryCloneBody, from_http, scrubbed};
-use crate::{AuthError, BoxError, SelamLayer};
+use crate::{AuthError, BoxError, SelamLayer, error::Redactor};
 
 type SendFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -100,7 +103,10 @@ impl<L> AuthMiddleware<L> {
     /// The layers are put around each request anew: what counts across requests, like a limit of how many are
     /// sent at once, has to be shared by the layer itself.
     #[must_use]
-    pub fn with_layers(layers: L) -> Self {
+    pub fn with_layers(layers: L) -> Self
+    where
+        L: for<'a> Layers<'a>,
+    {
         Self { layers }
     }
 }
@@ -181,20 +187,51 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
     fn call(&mut self, request: Request<B>) -> NextFuture<'a> {
         let Self { next, extensions } = self.clone();
         let shown = Shown::of(&request);
+        let of_request = request.extensions().clone();
+        let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
         NextFuture(Box::pin(async move {
             let request = request.map_err(scrubbed)?;
             let mut seen = extensions.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            seen.extend(of_request);
             let result = next.run(request, &mut seen).await;
             *extensions.lock().unwrap_or_else(PoisonError::into_inner) = seen;
             match result {
                 Ok(response) => Ok(shown.to_http(response)),
                 Err(Error::Reqwest(error)) => Err(Error::Reqwest(scrubbed(error))),
-                Err(error) => Err(error),
+                Err(error) => Err(without_query(shown, query.as_ref(), error)),
             }
         }))
     }
 }
+
+/// A middleware further in may have wrapped an error of the client's, with its URL; of a handshake, that has the
+/// credentials in its query. Then its words are kept, and not the error.
+fn without_query(shown: Shown, query: Option<&Zeroizing<String>>, error: Error) -> Error {
+    let Shown::WithoutQuery = shown else { return error };
+    if let Some(found) = AuthError::find(&error) {
+        return found.clone().into();
+    }
+    let mut said = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        said = format!("{said}: {error}");
+        cause = error.source();
+    }
+    Error::middleware(Said(Redactor::masking(query.map(|query| query.as_str())).text(said)))
+}
+
+/// What a middleware's error said.
+#[derive(Debug)]
+struct Said(String);
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl StdError for Said {}
 
 impl fmt::Debug for NextService<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

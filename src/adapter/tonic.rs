@@ -162,6 +162,7 @@ use crate::{
         collect::{Inspect, Inspected},
     },
     authorize::{self, Authorize, Policy, Sent, Undecided},
+    bounds::CloneClient,
     error::{Redactor, grpc_message},
     refresh::{self, Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody},
 };
@@ -262,7 +263,7 @@ impl<S> SelamGrpc<S> {
 
 impl<S, B> Service<Request<Body>> for SelamGrpc<S>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
+    S: Service<Request<Body>, Response = Response<B>> + CloneClient,
     S::Error: Into<BoxError>,
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
@@ -304,7 +305,7 @@ type Refreshed<F, S, B> = refresh::ResponseFuture<
 
 impl<S, B> Future for ResponseFuture<S::Future, S, B>
 where
-    S: Service<Request<Body>, Response = Response<B>> + Clone,
+    S: Service<Request<Body>, Response = Response<B>> + CloneClient,
     S::Error: Into<BoxError>,
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,

@@ -29,6 +29,15 @@ impl<S> Authorize<S> {
     inner_accessors!();
 }
 
+impl<S: Clone> Authorize<S> {
+    /// The instance that is ready may hold a permit, which others can use while this request waits, or is not sent.
+    #[cold]
+    fn give_back(&mut self) {
+        let unready = self.inner.clone();
+        drop(mem::replace(&mut self.inner, unready));
+    }
+}
+
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Authorize<S>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>> + CloneClient,
@@ -48,12 +57,13 @@ where
         match self.policy.authorize(&mut request) {
             Ok(Authorized::Now(credentials)) => ResponseFuture::sent(self.inner.call(request), credentials),
             Ok(Authorized::Later(waiting)) => {
-                // The instance that is ready may hold a permit, which others can use while this one waits.
-                let unready = self.inner.clone();
-                drop(mem::replace(&mut self.inner, unready));
+                self.give_back();
                 ResponseFuture::waiting(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
             }
-            Err(error) => ResponseFuture::refused(error),
+            Err(error) => {
+                self.give_back();
+                ResponseFuture::refused(error)
+            }
         }
     }
 }

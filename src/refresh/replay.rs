@@ -16,6 +16,7 @@ use http_body::{Body, Frame, SizeHint};
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot send a request with the body `{B}` again",
     label = "the body is not `Clone`, or no body at all",
+    note = "for reqwest's body: `.with_replay(TryCloneBody)` of `tower_selam::adapter::reqwest`",
     note = "keep what is sent of it up to a limit by `.buffered(limit)`, or send no request again by \
             `.without_replay()`: `SelamLayer` and `RefreshLayer` have both"
 )]

@@ -220,6 +220,35 @@ async fn a_limit_inside_is_not_used_up_by_those_who_wait_and_one_outside_is() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_rate_limit_inside_under_a_buffer_counts_what_is_sent() {
+    let (client, seen) = api(&[]);
+    let layer = SelamLayer::builder().with_api_key(key()).build().unwrap();
+    let service = ServiceBuilder::new().layer(layer).buffer(8).rate_limit(2, SECOND).service(client);
+    let mut refused = request();
+    *refused.uri_mut() = "http://api.selamgpt.com/".parse().unwrap();
+    service.clone().oneshot(refused).await.unwrap_err();
+    let began = tokio::time::Instant::now();
+    for _ in 0..4 {
+        service.clone().oneshot(request()).await.unwrap();
+    }
+    assert_eq!(seen.lock().unwrap().len(), 4);
+    let took = began.elapsed();
+    assert!(took >= SECOND && took < 2 * SECOND, "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_refused_gives_its_permit_back() {
+    let layer = SelamLayer::builder().with_api_key(key()).build().unwrap();
+    let service = ServiceBuilder::new().layer(layer).layer(ConcurrencyLimitLayer::new(1)).service(api(&[]).0);
+    let mut holder = service.clone();
+    let mut refused = request();
+    *refused.uri_mut() = "http://api.selamgpt.com/".parse().unwrap();
+    holder.ready().await.unwrap().call(refused).await.unwrap_err();
+    assert!(task::spawn(service.oneshot(request())).poll().is_ready(), "though `holder` lives");
+    drop(holder);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_load_shed_over_the_limit_sheds_what_is_sent_and_not_what_waits() {
     let jwts = tokens(3 * SECOND);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();

@@ -1,15 +1,16 @@
 //! `adapter::reqwest_middleware`.
 
 use std::{
+    fmt,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use http::{Extensions, StatusCode};
+use http::{Extensions, Request, StatusCode};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware, Error, Middleware, Next};
 use tower::{ServiceBuilder, timeout::TimeoutLayer};
 use tower_selam::{
@@ -295,4 +296,84 @@ async fn o4_nothing_reaches_another_origin() {
         assert_eq!(response.status().as_u16(), status);
         assert_eq!(elsewhere.simulator.requests(), 1);
     }
+}
+
+/// Wraps what went wrong further in, as `reqwest-retry` does.
+struct Wraps;
+
+#[derive(Debug)]
+struct Wrapped(Error);
+
+impl fmt::Display for Wrapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tried in vain: {}", self.0)
+    }
+}
+
+impl std::error::Error for Wrapped {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+#[async_trait]
+impl Middleware for Wraps {
+    async fn handle(
+        &self,
+        request: reqwest::Request,
+        extensions: &mut Extensions,
+        next: Next<'_>,
+    ) -> Result<reqwest::Response, Error> {
+        next.run(request, extensions).await.map_err(|error| Error::middleware(Wrapped(error)))
+    }
+}
+
+#[tokio::test]
+async fn s2_what_a_middleware_further_in_wraps_of_a_handshake_shows_no_credential() {
+    let world = plain().await;
+    let jwt = world.jwt();
+    let layer = world.builder().with_jwt(jwt.clone()).build().unwrap();
+    let client = ClientBuilder::new(client(&world)).with(AuthMiddleware::new(layer)).with(Wraps).build();
+    world.simulator.inject(Fault::Stall);
+    let request = handshake(client.as_ref(), &world.url("audio/agent?voice=mekdes"));
+    let request = request.timeout(Duration::from_millis(100)).build().unwrap();
+    let request = reqwest_middleware::RequestBuilder::from_parts(client.clone(), request);
+    let error = in_time(request.with_extension(RequestAuth::VoiceAgent).send()).await.unwrap_err();
+    let said = shown(&error);
+    assert!(!said.contains(&world.key) && !said.contains(jwt.expose_secret()), "{said}");
+    assert!(said.contains("tried in vain") && said.contains("/v1/audio/agent"), "{said}");
+}
+
+/// Notes what it finds in the extensions.
+struct Finds(Arc<Mutex<Option<Subject>>>);
+
+#[async_trait]
+impl Middleware for Finds {
+    async fn handle(
+        &self,
+        request: reqwest::Request,
+        extensions: &mut Extensions,
+        next: Next<'_>,
+    ) -> Result<reqwest::Response, Error> {
+        *self.0.lock().unwrap() = extensions.get().cloned();
+        next.run(request, extensions).await
+    }
+}
+
+#[tokio::test]
+async fn h4_what_a_layer_puts_into_the_extensions_reaches_the_middlewares_further_in() {
+    let world = plain().await;
+    let seen = Arc::new(Mutex::new(None));
+    let layers = ServiceBuilder::new()
+        .layer(world.builder().build().unwrap().with_replay(TryCloneBody))
+        .map_request(|mut request: Request<reqwest::Body>| {
+            request.extensions_mut().insert(Subject::new("user-7"));
+            request
+        });
+    let client = ClientBuilder::new(client(&world))
+        .with(AuthMiddleware::with_layers(layers))
+        .with(Finds(Arc::clone(&seen)))
+        .build();
+    in_time(client.post(world.url("chat/completions")).body(CHAT).send()).await.unwrap();
+    assert_eq!(*seen.lock().unwrap(), Some(Subject::new("user-7")));
 }
