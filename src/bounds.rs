@@ -6,9 +6,9 @@ use crate::AuthError;
 
 /// A client that is `Clone`: a request that waits for a credential, or is sent again, takes a clone of it.
 #[diagnostic::on_unimplemented(
-    message = "the client `{Self}` is not `Clone`",
+    message = "the client `{Self}` is not `Clone`: put it behind tower's `buffer`",
     label = "a request that waits for a credential takes a clone of the client",
-    note = "put it behind tower's `buffer`, which is: `ServiceBuilder::new().layer(…).buffer(64).service(client)`"
+    note = "`ServiceBuilder::new().layer(…).buffer(64).service(client)`"
 )]
 pub trait CloneClient: Clone {}
 
@@ -18,7 +18,7 @@ impl<S: Clone> CloneClient for S {}
 /// A client's error in which an [`AuthError`] has room: a `BoxError`, [`Error`](crate::Error), or whatever else is
 /// `From<AuthError>`.
 #[diagnostic::on_unimplemented(
-    message = "the client's error `{Self}` has no room for an `AuthError`",
+    message = "the client's error `{Self}` has no room for an `AuthError`: make some by `map_err(Error::Inner)`",
     label = "the layer cannot return its own errors as this",
     note = "make room right over the client: `ServiceBuilder::new().layer(…).map_err(tower_selam::Error::Inner)\
             .service(client)`; `SelamLayer` does it by itself",

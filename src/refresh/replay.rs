@@ -14,7 +14,7 @@ use http_body::{Body, Frame, SizeHint};
 /// How a request's body is had a second time. Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`];
 /// for a client with a body type of its own, by you.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot send a request with the body `{B}` again",
+    message = "`{Self}` cannot send a request with the body `{B}` again: use `.buffered(limit)` or `.without_replay()`",
     label = "the body is not `Clone`, or no body at all",
     note = "for reqwest's body: `.with_replay(TryCloneBody)` of `tower_selam::adapter::reqwest`",
     note = "keep what is sent of it up to a limit by `.buffered(limit)`, or send no request again by \

@@ -1,5 +1,6 @@
 use std::{
     fmt,
+    future::poll_fn,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -37,6 +38,49 @@ impl<S, R> Selam<S, R> {
     /// The client within.
     pub fn into_inner(self) -> S {
         self.0.into_inner().into_inner().into_inner().0
+    }
+}
+
+impl<S, R> Selam<S, R> {
+    /// Sends a request by a clone of the stack, when that is ready: what tower's `ServiceExt::oneshot` does, except that the
+    /// compiler says what to do where the client does not fit.
+    ///
+    /// ```
+    /// use http::Request;
+    /// use tower::Layer;
+    /// use tower_selam::{ApiKey, SelamLayer, simulator::Simulator};
+    ///
+    /// # tokio_test::block_on(async {
+    /// let client = Simulator::new();
+    /// let layer = SelamLayer::builder().with_api_key(ApiKey::new(client.issue_key())?).build()?;
+    /// let chat = layer.base_url().endpoint("chat/completions")?;
+    /// let selam = layer.layer(client);
+    /// let question = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#.to_owned();
+    /// assert_eq!(selam.send(Request::post(chat).body(question)?).await?.status(), 200);
+    /// # Ok::<(), tower_selam::BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Auth`] when the API refused, or nothing was sent; [`Error::Inner`] when the client failed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the request, and leaves a renewal that it waits for running.
+    pub async fn send<ReqBody, ResBody>(
+        &self,
+        request: Request<ReqBody>,
+    ) -> Result<Response<ResBody>, Error<S::Error>>
+    where
+        S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+        R: Replay<ReqBody> + Clone,
+        ResBody: Body,
+        ResBody::Error: Into<BoxError>,
+    {
+        let mut selam = self.clone();
+        poll_fn(|cx| selam.poll_ready(cx)).await?;
+        selam.call(request).await
     }
 }
 

@@ -160,7 +160,7 @@ impl World {
 mod tests {
     use std::error::Error as _;
 
-    use tower_selam::AuthErrorKind;
+    use tower_selam::{AuthErrorKind, simulator::Fault};
 
     use super::*;
 
@@ -192,6 +192,22 @@ mod tests {
         world.simulator.expire_jwts();
         answer(&client).await.unwrap();
         assert_eq!(world.simulator.requests(), 3);
+    }
+
+    /// O4: what async-openai's own client would follow, key and all.
+    #[tokio::test]
+    async fn o4_a_redirect_to_another_origin_is_not_followed() {
+        let (world, other) = (world().await, world().await);
+        let key = world.simulator.issue_key();
+        let client = world.client(ApiKey::new(&*key).unwrap(), None).unwrap();
+        for status in [301, 302, 307, 308] {
+            let away = other.base_url.endpoint("chat/completions").unwrap().to_string();
+            let away = http::Response::builder().status(status).header("location", away);
+            world.simulator.inject(Fault::Answer(away.body(bytes::Bytes::new()).unwrap()));
+            client.chat().create(question(false).unwrap()).await.unwrap_err();
+        }
+        assert_eq!((world.simulator.requests(), other.simulator.requests()), (4, 0));
+        assert_eq!(world.simulator.received()[3].headers["authorization"], format!("Bearer {key}"));
     }
 
     #[tokio::test]
