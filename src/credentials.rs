@@ -8,7 +8,8 @@ use crate::{
     ApiKey, Origins, Token,
     error::AuthError,
     plan::{Head, Plan, Rules},
-    secret::Secret,
+    secret::{self, Secret},
+    shards::Shards,
     supply::Sources,
 };
 
@@ -124,6 +125,30 @@ impl Credentials {
             set.sources = Some(sources);
         }
         self
+    }
+
+    /// A copy for each of a few threads, which then do not wait for one another's reference counts.
+    pub(crate) fn sharded(&self) -> Shards<Self> {
+        Shards::new(|| self.apart())
+    }
+
+    /// A copy that shares nothing which is counted when it is sent.
+    fn apart(&self) -> Self {
+        let Set { form, authorization, x_api_key, api_key, jwt, key_alone, sources } = &*self.0;
+        let apart = |slot: &Slot| match slot {
+            Slot::Write(value) => Slot::Write(secret::apart(value)),
+            Slot::Remove => Slot::Remove,
+            Slot::Yield => Slot::Yield,
+        };
+        Self(Arc::new(Set {
+            form: *form,
+            authorization: apart(authorization),
+            x_api_key: apart(x_api_key),
+            api_key: api_key.clone(),
+            jwt: jwt.clone(),
+            key_alone: key_alone.as_ref().map(Self::apart),
+            sources: sources.clone(),
+        }))
     }
 
     pub(crate) fn sources(&self) -> Option<&Arc<Sources>> {

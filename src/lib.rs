@@ -101,6 +101,7 @@ pub mod refresh;
 mod scrub;
 mod secret;
 pub mod selam;
+mod shards;
 #[cfg(feature = "test-util")]
 pub mod simulator;
 pub mod source;

@@ -129,7 +129,6 @@ impl Origins {
     }
 
     /// What a request to `uri` with these headers may have.
-    #[inline]
     pub(crate) fn admit(&self, uri: &Uri, headers: &HeaderMap) -> Result<Admission, AuthError> {
         let admission = self.admit_uri(uri)?;
         if headers.contains_key(HOST) && admission == Admission::Write {
@@ -154,14 +153,20 @@ impl Origins {
         }
     }
 
+    /// Whether `uri` is spelled just as an allowed origin usually is. One that is not may be allowed too.
     #[inline]
+    pub(crate) fn spell(&self, uri: &Uri) -> bool {
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return false };
+        let as_written =
+            |origin: &Origin| origin.scheme.as_str() == scheme && origin.authority == authority.as_str();
+        self.allowed.iter().any(as_written)
+    }
+
     fn admit_uri(&self, uri: &Uri) -> Result<Admission, AuthError> {
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
             return self.admit_relative(uri);
         };
-        let as_written =
-            |origin: &Origin| origin.scheme.as_str() == scheme && origin.authority == authority.as_str();
-        if self.allowed.iter().any(as_written) {
+        if self.spell(uri) {
             return Ok(Admission::Write);
         }
         self.admit_other(scheme, authority.as_str())
@@ -324,6 +329,7 @@ impl Scheme {
         }
     }
 
+    #[inline]
     fn as_str(self) -> &'static str {
         match self {
             Self::Https => "https",

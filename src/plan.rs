@@ -4,7 +4,7 @@
 
 use http::{
     Extensions, HeaderMap, HeaderName, HeaderValue, Method, Uri,
-    header::{AUTHORIZATION, CONNECTION, REFERER},
+    header::{AUTHORIZATION, CONNECTION, HOST, REFERER},
 };
 
 use crate::{
@@ -64,8 +64,37 @@ enum Action {
     Leave,
 }
 
+/// Writes `credentials` into a request that has no header which says where it goes, nor one that is taken off.
+/// `false`: it has, or there is no room for more, and a [`Plan`] is to be made.
+///
+/// For a request without a choice of its own, to an origin that is allowed as it is spelled, the usual one: what a `Plan`
+/// would come to, at less cost.
+#[inline]
+pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
+    let (authorization, x_api_key) = (credentials.authorization(), credentials.x_api_key());
+    let both = matches!((authorization, x_api_key), (Slot::Write(_), Slot::Write(_)));
+    let minds_ours = if_absent || !both;
+    // One look at each name costs less than a few look-ups: a request has few.
+    let is_minded = |name: &HeaderName| {
+        *name == HOST || *name == CONNECTION || minds_ours && (*name == AUTHORIZATION || *name == X_API_KEY)
+    };
+    if headers.keys().any(is_minded) {
+        return false;
+    }
+    if let Slot::Write(value) = authorization
+        && headers.try_insert(AUTHORIZATION, value.clone()).is_err()
+    {
+        return false;
+    }
+    if let Slot::Write(value) = x_api_key
+        && headers.try_insert(X_API_KEY.clone(), value.clone()).is_err()
+    {
+        return false;
+    }
+    true
+}
+
 impl Plan {
-    #[inline]
     pub(crate) fn new(rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
         if let Some(choice) = head.extensions.get::<RequestAuth>() {
             return Self::chosen(choice, rules, head);
@@ -102,7 +131,6 @@ impl Plan {
     }
 
     /// Writes `credentials` if they may go there.
-    #[inline]
     fn send(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
         match (rules.origins.admit(head.uri, head.headers)?, credentials) {
             (Admission::Write, Some(credentials)) => Ok(Self::of(Action::Write(credentials.clone()))),
@@ -123,7 +151,6 @@ impl Plan {
         })
     }
 
-    #[inline]
     fn of(action: Action) -> Self {
         Self { action, uri: None, drop_referer: false, keep_theirs: false }
     }
@@ -146,7 +173,6 @@ impl Plan {
         if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
     }
 
-    #[inline]
     pub(crate) fn apply(&self, headers: &mut HeaderMap) -> Result<(), AuthError> {
         match &self.action {
             Action::Write(credentials) => return write(headers, credentials, self.keep_theirs),
@@ -168,7 +194,6 @@ impl Plan {
 
     /// The URI to send the request to, where it is another than the request came with, and the credentials
     /// that go along.
-    #[inline]
     pub(crate) fn into_parts(self) -> (Option<Box<Uri>>, Option<Credentials>) {
         match self.action {
             Action::Write(credentials) | Action::Query(credentials) => (self.uri, Some(credentials)),
@@ -189,7 +214,6 @@ fn unavailable(detail: &'static str) -> AuthError {
     AuthError::local(AuthErrorKind::CredentialUnavailable, detail)
 }
 
-#[inline]
 fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) -> Result<(), AuthError> {
     put(headers, &AUTHORIZATION, credentials.authorization(), keep_theirs)?;
     put(headers, &X_API_KEY, credentials.x_api_key(), keep_theirs)?;
@@ -199,7 +223,6 @@ fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) 
     Ok(())
 }
 
-#[inline]
 fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot, keep_theirs: bool) -> Result<(), AuthError> {
     match slot {
         Slot::Write(value) => {

@@ -21,9 +21,13 @@ use crate::{
     credentials::Form,
     engine::{Demand, Epoch, Landing, Rejection},
     secret::Credential,
+    shards::Shards,
     subjects::Entry,
     sync::ArcSwapOption,
 };
+
+/// Owner of what is no single user's.
+const EVERYBODY: u64 = 0;
 
 const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
 
@@ -38,7 +42,7 @@ pub(crate) struct Supply {
     sources: Arc<Sources>,
     whole: Shelf,
     key_alone: Shelf,
-    /// Which layer made it, where it is one user's.
+    /// Which layer made it, where it is one user's; or [`EVERYBODY`].
     owner: u64,
     this: Weak<Self>,
 }
@@ -61,7 +65,7 @@ type Shelf = ArcSwapOption<Made>;
 
 /// A set and what it was made of.
 struct Made {
-    credentials: Credentials,
+    credentials: Shards<Credentials>,
     epochs: [Epoch; 2],
     until: Option<Deadline>,
 }
@@ -81,7 +85,7 @@ impl Supply {
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
-        Self::owned(0, form, as_header, key, jwt)
+        Self::owned(EVERYBODY, form, as_header, key, jwt)
     }
 
     fn owned(
@@ -108,13 +112,13 @@ impl Supply {
         let made = self.shelf(need).load();
         let made = made.as_deref()?;
         let fresh = made.epochs == self.epochs(need) && made.until.is_none_or(|until| !self.has_come(until));
-        fresh.then(|| made.credentials.clone())
+        fresh.then(|| made.credentials.local().clone())
     }
 
     /// What there is, fresh or not.
     pub(crate) fn last(&self) -> Option<Credentials> {
         if let Some(made) = self.whole.load().as_deref() {
-            return Some(made.credentials.clone());
+            return Some(made.credentials.local().clone());
         }
         let key = self.sources.key.as_ref().and_then(MaybeRenewing::current);
         let jwt = self.sources.jwt.as_ref().and_then(MaybeRenewing::current);
@@ -145,7 +149,12 @@ impl Supply {
                         (key, jwt) => key.or(jwt),
                     };
                     let epochs = [key_epoch, jwt_epoch];
-                    (credentials.clone(), Some(Made { credentials, epochs, until }))
+                    let shards = match self.owner {
+                        EVERYBODY => credentials.sharded(),
+                        // One user's requests are few, and users are many.
+                        _ => Shards::single(credentials.clone()),
+                    };
+                    (credentials, Some(Made { credentials: shards, epochs, until }))
                 }
                 _ => (self.make(need, key, jwt), None),
             };

@@ -157,14 +157,11 @@ use tower_service::Service;
 
 use crate::{
     AuthError, AuthErrorKind, BoxError, ConfigError, Credentials, SelamLayer,
-    auth_error::{
-        Bounds, End, InspectedBody,
-        collect::{Inspect, Inspected},
-    },
+    auth_error::{Bounds, Inspect, Stopped},
     authorize::{self, Authorize, Policy, Sent, Undecided},
     bounds::CloneClient,
     error::{Redactor, grpc_message},
-    refresh::{self, Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody},
+    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -279,7 +276,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        ResponseFuture { inspect: Inspect::new(self.stack.call(request), self.bounds) }
+        ResponseFuture { inspect: Inspect::new(self.stack.send(request), self.bounds) }
     }
 }
 
@@ -291,11 +288,11 @@ pin_project! {
         B: http_body::Body,
     {
         #[pin]
-        inspect: Inspect<Refreshed<F, S, B>, InspectedBody<B>>,
+        inspect: Inspect<Refreshed<F, S, B>, B>,
     }
 }
 
-type Refreshed<F, S, B> = refresh::ResponseFuture<
+type Refreshed<F, S, B> = Replaying<
     authorize::ResponseFuture<HttpStatusFuture<F>, HttpStatus<S>, Body>,
     Authorize<HttpStatus<S>>,
     ReplayRequests,
@@ -314,26 +311,20 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
-            Inspected::Passed(response) => {
-                let (mut parts, body) = response.into_parts();
-                parts.extensions.remove::<Undecided>();
-                let sent = parts.extensions.remove::<Sent>();
-                return Poll::Ready(match body.into_unread() {
-                    Some(body) => Ok(Response::from_parts(parts, ResponseBody { body, sent })),
-                    // Only a 401 is read, and that is not passed.
-                    None => Err(AuthError::local(AuthErrorKind::Unauthorized, "").into()),
-                });
-            }
-            Inspected::Refused(read, end) => (read, end),
-        };
-        let source = match end {
-            End::Failed(error) => Some(error.into()),
-            End::Complete { .. } | End::OutOfBounds => None,
-        };
-        let sent = read.parts.extensions.get::<Sent>().cloned().map(Sent::joined);
-        let error = read.error(source);
-        Poll::Ready(Err(refused(error, read.parts.headers, sent.as_ref())))
+        let response =
+            ready!(self.project().inspect.poll(cx)).map_err(|stopped| match stopped.flatten() {
+                Stopped::Failed(status) => status,
+                Stopped::Refused(read) => {
+                    let http::response::Parts { headers, extensions, .. } = &read.collect.parts;
+                    let (headers, sent) =
+                        (headers.clone(), extensions.get::<Sent>().cloned().map(Sent::joined));
+                    refused(read.into_error(), headers, sent.as_ref())
+                }
+            })?;
+        let (mut parts, body) = response.into_parts();
+        parts.extensions.remove::<Undecided>();
+        let sent = parts.extensions.remove::<Sent>();
+        Poll::Ready(Ok(Response::from_parts(parts, ResponseBody { body, sent })))
     }
 }
 

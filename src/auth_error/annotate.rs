@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::collect::{Bounds, End, Inspect, Inspected};
+use super::collect::{Bounds, End, Inspect, Stopped};
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -67,13 +67,14 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
-            Inspected::Passed(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
-            Inspected::Refused(read, end) => (read, end),
+        let mut read = match ready!(self.project().inspect.poll(cx)) {
+            Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
+            Err(Stopped::Failed(error)) => return Poll::Ready(Err(error)),
+            Err(Stopped::Refused(read)) => read,
         };
-        let error = read.error(None);
-        read.parts.extensions.insert(error);
-        Poll::Ready(Ok(read.into_response(end)))
+        let error = read.collect.error(None);
+        read.collect.parts.extensions.insert(error);
+        Poll::Ready(Ok(read.into_response()))
     }
 }
 
@@ -112,15 +113,6 @@ impl<B: Body> InspectedBody<B> {
     #[inline]
     pub(crate) fn unread(body: B) -> Self {
         Self { content: Content::Unread { body } }
-    }
-
-    /// The body within, if none of it was read.
-    #[inline]
-    pub(crate) fn into_unread(self) -> Option<B> {
-        match self.content {
-            Content::Unread { body } => Some(body),
-            Content::Read { .. } => None,
-        }
     }
 
     pub(super) fn read(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<B>>) -> Self {

@@ -57,10 +57,27 @@ pin_project! {
     }
 }
 
-/// What a response was.
-pub(crate) enum Inspected<B: Body> {
-    Passed(Response<B>),
-    Refused(Box<Collect<B>>, End<B::Error>),
+/// What comes instead of a response that passes: one type of response on the way of all that do, so that none is moved into
+/// another.
+pub(crate) enum Stopped<E, B: Body> {
+    Failed(E),
+    Refused(Box<Read<B>>),
+}
+
+impl<E, B: Body> Stopped<Stopped<E, B>, B> {
+    /// Where one who reads refusals stands around another.
+    pub(crate) fn flatten(self) -> Stopped<E, B> {
+        match self {
+            Self::Failed(stopped) => stopped,
+            Self::Refused(read) => Stopped::Refused(read),
+        }
+    }
+}
+
+/// A 401 or 403 whose body was read.
+pub(crate) struct Read<B: Body> {
+    pub(crate) collect: Collect<B>,
+    pub(crate) end: End<B::Error>,
 }
 
 impl<F, B> Inspect<F, B> {
@@ -75,30 +92,61 @@ where
     F: Future<Output = Result<Response<B>, E>>,
     B: Body,
 {
-    type Output = Result<Inspected<B>, E>;
+    type Output = Result<Response<B>, Stopped<E, B>>;
 
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        loop {
-            match state.as_mut().project() {
-                StateProj::Response { response, bounds } => {
-                    let response = ready!(response.poll(cx))?;
-                    if !is_auth_status(response.status()) {
-                        return Poll::Ready(Ok(Inspected::Passed(response)));
-                    }
-                    let collect = Some(Collect::new(response, *bounds));
-                    state.set(State::Body { collect });
-                }
-                StateProj::Body { collect } => {
-                    let Some(reading) = collect else { return Poll::Pending };
-                    let end = ready!(reading.poll(cx));
-                    if let Some(read) = collect.take() {
-                        return Poll::Ready(Ok(Inspected::Refused(read, end)));
-                    }
-                }
-            }
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let StateProj::Response { response, .. } = self.as_mut().project().state.project() else {
+            return self.poll_body(cx);
+        };
+        match response.poll(cx).map_err(Stopped::Failed) {
+            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => self.read(response, cx),
+            polled => polled,
         }
+    }
+}
+
+type Polled<E, B> = Poll<Result<Response<B>, Stopped<E, B>>>;
+
+impl<F, B: Body> Inspect<F, B> {
+    #[cold]
+    fn read<E>(mut self: Pin<&mut Self>, response: Response<B>, cx: &mut Context<'_>) -> Polled<E, B> {
+        let mut state = self.as_mut().project().state;
+        if let StateProj::Response { bounds, .. } = state.as_mut().project() {
+            let collect = Some(Collect::new(response, *bounds));
+            state.set(State::Body { collect });
+        }
+        self.poll_body(cx)
+    }
+
+    #[cold]
+    fn poll_body<E>(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<E, B> {
+        let StateProj::Body { collect } = self.project().state.project() else { return Poll::Pending };
+        let Some(reading) = collect else { return Poll::Pending };
+        let end = ready!(reading.poll(cx));
+        match collect.take() {
+            Some(collect) => Poll::Ready(Err(Stopped::Refused(Box::new(Read { collect: *collect, end })))),
+            None => Poll::Pending,
+        }
+    }
+}
+
+impl<B: Body> Read<B> {
+    /// The error that the response makes.
+    pub(crate) fn into_error(mut self) -> AuthError
+    where
+        B::Error: Into<BoxError>,
+    {
+        let source = match self.end {
+            End::Failed(error) => Some(error.into()),
+            End::Complete { .. } | End::OutOfBounds => None,
+        };
+        self.collect.error(source)
+    }
+
+    /// The response as it came.
+    pub(crate) fn into_response(self) -> Response<InspectedBody<B>> {
+        self.collect.into_response(self.end)
     }
 }
 

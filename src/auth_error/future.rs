@@ -1,14 +1,14 @@
 use std::{
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use http::Response;
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::collect::{Bounds, End, Inspect, Inspected};
+use super::collect::{Bounds, Inspect, Stopped};
 use crate::{BoxError, bounds::AuthErrorRoom};
 
 pin_project! {
@@ -38,15 +38,10 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (mut read, end) = match ready!(self.project().inspect.poll(cx))? {
-            Inspected::Passed(response) => return Poll::Ready(Ok(response)),
-            Inspected::Refused(read, end) => (read, end),
-        };
-        let source = match end {
-            End::Failed(error) => Some(error.into()),
-            End::Complete { .. } | End::OutOfBounds => None,
-        };
-        Poll::Ready(Err(read.error(source).into()))
+        self.project().inspect.poll(cx).map_err(|stopped| match stopped {
+            Stopped::Failed(error) => error,
+            Stopped::Refused(read) => read.into_error().into(),
+        })
     }
 }
 

@@ -39,12 +39,12 @@
 //! key cannot get it printed. Layers that retry or time out go on either side.
 
 mod annotate;
-pub(crate) mod collect;
+mod collect;
 mod future;
 mod layer;
 mod service;
 
-pub(crate) use self::collect::{Bounds, Collect, End};
+pub(crate) use self::collect::{Bounds, Collect, End, Inspect, Read, Stopped};
 pub use self::{
     annotate::{AnnotateAuthError, AnnotateFuture, InspectedBody},
     future::ResponseFuture,

@@ -68,7 +68,7 @@ struct Later<S, B> {
 
 impl<F, S, B> ResponseFuture<F, S, B> {
     #[inline]
-    pub(super) fn sent(response: F, credentials: Option<Credentials>) -> Self {
+    pub(crate) fn sent(response: F, credentials: Option<Credentials>) -> Self {
         Self { state: State::Sent { response, credentials } }
     }
 
@@ -97,13 +97,14 @@ where
         loop {
             match state.as_mut().project() {
                 StateProj::Sent { response, credentials } => {
-                    let mut response = ready!(response.poll(cx))?;
-                    if (is_auth_status(response.status()) || is_undecided(&response))
+                    let mut polled = response.poll(cx);
+                    if let Poll::Ready(Ok(response)) = &mut polled
+                        && is_remembered(response)
                         && let Some(credentials) = credentials.take()
                     {
-                        remember(&mut response, credentials);
+                        remember(response, credentials);
                     }
-                    return Poll::Ready(Ok(response));
+                    return polled;
                 }
                 StateProj::Credentials { later, waiting } => {
                     let credentials = Some(ready!(waiting.as_mut().poll(cx))?);
@@ -127,9 +128,10 @@ where
     }
 }
 
+/// Whether layers outside need to know what was sent: others pass as they are.
 #[inline]
-fn is_undecided<B>(response: &Response<B>) -> bool {
-    response.extensions().get::<Undecided>().is_some()
+pub(crate) fn is_remembered<B>(response: &Response<B>) -> bool {
+    is_auth_status(response.status()) || response.extensions().get::<Undecided>().is_some()
 }
 
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.

@@ -6,7 +6,8 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
     credentials::Form,
     origin::Admission,
-    plan::{Head, Plan, Rules, X_API_KEY},
+    plan::{Head, Plan, Rules, X_API_KEY, write_usual},
+    shards::Shards,
     supply::{Need, Supplied, Supplies, Supply, Waiting},
 };
 
@@ -26,17 +27,22 @@ pub(crate) struct Policy {
 pub(crate) enum Provider {
     /// Every request brings its own.
     Nothing,
-    Fixed(Credentials),
+    Fixed(Shards<Credentials>),
     Renewing(Arc<Supply>),
     PerSubject(Arc<Supplies>),
 }
 
-/// What became of a request.
-pub(super) enum Authorized {
-    /// It may be sent, with these credentials.
-    Now(Option<Credentials>),
+/// Why a request is not sent, not yet or not at all.
+pub(crate) enum Unsent {
     /// It may be sent once there are credentials.
-    Later(Waiting),
+    Waits(Waiting),
+    Refused(AuthError),
+}
+
+impl From<AuthError> for Unsent {
+    fn from(error: AuthError) -> Self {
+        Self::Refused(error)
+    }
 }
 
 impl Provider {
@@ -54,7 +60,7 @@ impl Provider {
         };
         let supply = Supply::new(form, as_header, key, jwt);
         match supply.fixed() {
-            Some(credentials) => Self::Fixed(credentials),
+            Some(credentials) => Self::Fixed(credentials.sharded()),
             None => Self::Renewing(supply),
         }
     }
@@ -69,13 +75,41 @@ impl Policy {
         Self { provider, origins: Origins::selam(), if_absent: false, require_choice: false }
     }
 
+    /// Writes credentials into a request that may be sent: which, if any.
     #[inline]
-    pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Authorized, AuthError> {
+    pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
+        match self.authorize_usual(request) {
+            Some(credentials) => Ok(Some(credentials)),
+            None => self.authorize_any(request),
+        }
+    }
+
+    /// The usual request: with the credentials that are at hand, to an origin spelled as usual, and nothing in it that
+    /// asks for anything else. What was written; `None` where it is another, or they are not at hand.
+    #[inline]
+    fn authorize_usual<B>(&self, request: &mut Request<B>) -> Option<Credentials> {
+        let extensions = request.extensions();
+        let chooses = !extensions.is_empty()
+            && (extensions.get::<RequestAuth>().is_some() || extensions.get::<Subject>().is_some());
+        if chooses || self.require_choice || !self.origins.spell(request.uri()) {
+            return None;
+        }
+        let credentials = match &self.provider {
+            Provider::Fixed(credentials) => credentials.local().clone(),
+            Provider::Renewing(supply) => supply.fresh(Need::All)?,
+            Provider::PerSubject(_) | Provider::Nothing => return None,
+        };
+        write_usual(request.headers_mut(), &credentials, self.if_absent).then_some(credentials)
+    }
+
+    /// Writes credentials into any request that may be sent: which, if any.
+    fn authorize_any<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
         match &self.provider {
-            Provider::Nothing => self.write(request, None).map(Authorized::Now),
+            Provider::Nothing => self.write(request, None).map_err(Unsent::Refused),
             Provider::Fixed(credentials) => {
+                let credentials = credentials.local();
                 self.refuse_subject(request, credentials.form())?;
-                self.write(request, Some(credentials)).map(Authorized::Now)
+                self.write(request, Some(credentials)).map_err(Unsent::Refused)
             }
             Provider::Renewing(supply) => {
                 self.refuse_subject(request, supply.form())?;
@@ -85,14 +119,17 @@ impl Policy {
         }
     }
 
-    #[inline]
-    fn authorize_from<B>(&self, supply: &Supply, request: &mut Request<B>) -> Result<Authorized, AuthError> {
+    fn authorize_from<B>(
+        &self,
+        supply: &Supply,
+        request: &mut Request<B>,
+    ) -> Result<Option<Credentials>, Unsent> {
         let Some(need) = self.need(request) else {
             // Its own, or none: ours are not sent, but must not leave with it either.
-            return self.write(request, supply.last().as_ref()).map(Authorized::Now);
+            return self.write(request, supply.last().as_ref()).map_err(Unsent::Refused);
         };
         match supply.fresh(need) {
-            Some(credentials) => self.write(request, Some(&credentials)).map(Authorized::Now),
+            Some(credentials) => self.write(request, Some(&credentials)).map_err(Unsent::Refused),
             None => self.authorize_stale(supply, need, request),
         }
     }
@@ -101,16 +138,16 @@ impl Policy {
         &self,
         supplies: &Supplies,
         request: &mut Request<B>,
-    ) -> Result<Authorized, AuthError> {
+    ) -> Result<Option<Credentials>, Unsent> {
         let subject = request.extensions().get::<Subject>();
         let Some(need) = self.need(request) else {
-            return self.write(request, supplies.last(subject).as_ref()).map(Authorized::Now);
+            return self.write(request, supplies.last(subject).as_ref()).map_err(Unsent::Refused);
         };
         let supply = match supplies.find(need, subject)? {
             Some(supply) => supply,
             // Nobody is remembered for a request that is refused or goes without.
             None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
-                return self.write(request, supplies.last(subject).as_ref()).map(Authorized::Now);
+                return self.write(request, supplies.last(subject).as_ref()).map_err(Unsent::Refused);
             }
             None => supplies.of(need, subject)?,
         };
@@ -135,7 +172,6 @@ impl Policy {
     }
 
     /// A JWT that is the same for all is not what a request wants that names a user.
-    #[inline]
     fn refuse_subject<B>(&self, request: &Request<B>, form: Form) -> Result<(), AuthError> {
         // The half with the key leaves that to the layer beside it.
         if request.extensions().is_empty() || form == Form::KeyHalf {
@@ -154,25 +190,24 @@ impl Policy {
         supply: &Supply,
         need: Need,
         request: &mut Request<B>,
-    ) -> Result<Authorized, AuthError> {
+    ) -> Result<Option<Credentials>, Unsent> {
         // What is refused, or goes without, has nothing to wait for.
         if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub {
-            return self.write(request, supply.last().as_ref()).map(Authorized::Now);
+            return self.write(request, supply.last().as_ref()).map_err(Unsent::Refused);
         }
         if self.if_absent && brings(request.headers(), supply.form()) {
-            return Ok(Authorized::Now(None));
+            return Ok(None);
         }
         if let Provider::PerSubject(supplies) = &self.provider {
             supplies.sweep();
         }
         match supply.demand(need)? {
-            Supplied::Ready(credentials) => self.write(request, Some(&credentials)).map(Authorized::Now),
-            Supplied::Wait(waiting) => Ok(Authorized::Later(waiting)),
+            Supplied::Ready(credentials) => self.write(request, Some(&credentials)).map_err(Unsent::Refused),
+            Supplied::Wait(waiting) => Err(Unsent::Waits(waiting)),
         }
     }
 
     /// What the request needs of ours.
-    #[inline]
     fn need<B>(&self, request: &Request<B>) -> Option<Need> {
         match request.extensions().get::<RequestAuth>() {
             None if self.require_choice => None,
@@ -182,7 +217,6 @@ impl Policy {
         }
     }
 
-    #[inline]
     fn write<B>(
         &self,
         request: &mut Request<B>,

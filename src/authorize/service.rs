@@ -9,9 +9,12 @@ use tower_service::Service;
 
 use super::{
     ResponseFuture,
-    policy::{Authorized, Policy},
+    policy::{Policy, Unsent},
 };
-use crate::bounds::{AuthErrorRoom, CloneClient};
+use crate::{
+    Credentials,
+    bounds::{AuthErrorRoom, CloneClient},
+};
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
 /// [`JwtLayer`](super::JwtLayer); see the [module docs](super).
@@ -27,6 +30,12 @@ impl<S> Authorize<S> {
     }
 
     inner_accessors!();
+
+    /// Writes credentials into a request that may be sent now: which, if any.
+    #[inline]
+    pub(crate) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
+        self.policy.authorize(request)
+    }
 }
 
 impl<S: Clone> Authorize<S> {
@@ -35,6 +44,21 @@ impl<S: Clone> Authorize<S> {
     fn give_back(&mut self) {
         let unready = self.inner.clone();
         drop(mem::replace(&mut self.inner, unready));
+    }
+
+    /// A request that is not sent, not yet or not at all.
+    #[cold]
+    pub(crate) fn unsent<B>(&mut self, request: Request<B>, unsent: Unsent) -> ResponseFuture<S::Future, S, B>
+    where
+        S: Service<Request<B>>,
+    {
+        self.give_back();
+        match unsent {
+            Unsent::Waits(waiting) => {
+                ResponseFuture::waiting(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
+            }
+            Unsent::Refused(error) => ResponseFuture::refused(error),
+        }
     }
 }
 
@@ -54,16 +78,9 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        match self.policy.authorize(&mut request) {
-            Ok(Authorized::Now(credentials)) => ResponseFuture::sent(self.inner.call(request), credentials),
-            Ok(Authorized::Later(waiting)) => {
-                self.give_back();
-                ResponseFuture::waiting(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
-            }
-            Err(error) => {
-                self.give_back();
-                ResponseFuture::refused(error)
-            }
+        match self.authorize(&mut request) {
+            Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
+            Err(unsent) => self.unsent(request, unsent),
         }
     }
 }

@@ -1,7 +1,7 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::{Arc, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody},
+    auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped},
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
@@ -29,11 +29,61 @@ pin_project! {
         ResBody: Body,
     {
         #[pin]
-        state: State<F, S, R::Body, ResBody>,
-        kept: Option<(HeadCopy, R::Kept)>,
-        replay: R,
-        spare: Option<Spare<S>>,
+        replaying: Replaying<F, S, R, ReqBody, ResBody>,
     }
+}
+
+impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> ResponseFuture<F, S, R, ReqBody, ResBody> {
+    #[inline]
+    pub(super) fn new(replaying: Replaying<F, S, R, ReqBody, ResBody>) -> Self {
+        Self { replaying }
+    }
+}
+
+impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    type Output = Result<Response<InspectedBody<ResBody>>, S::Error>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(match ready!(self.project().replaying.poll(cx)) {
+            Ok(response) => Ok(response.map(InspectedBody::unread)),
+            Err(Stopped::Refused(read)) => Ok(read.into_response()),
+            Err(Stopped::Failed(error)) => Err(error),
+        })
+    }
+}
+
+impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
+    for ResponseFuture<F, S, R, ReqBody, ResBody>
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+pin_project! {
+    /// The same, before it is known what becomes of a 401 that goes up.
+    pub(crate) struct Replaying<F, S, R, ReqBody, ResBody>
+    where
+        R: Replay<ReqBody>,
+        ResBody: Body,
+    {
+        #[pin]
+        state: State<F, S, R::Body, ResBody>,
+        again: Again<S, R, ReqBody>,
+    }
+}
+
+/// What it takes to send a request again.
+pub(crate) struct Again<S, R: Replay<ReqBody>, ReqBody> {
+    pub(super) kept: Option<(HeadCopy, R::Kept)>,
+    pub(super) replay: R,
+    pub(super) spare: Option<Spare<S>>,
 }
 
 pin_project! {
@@ -61,7 +111,6 @@ type Renewal = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 struct Refusal<B: Body> {
     collect: Box<Collect<B>>,
     end: Option<End<B::Error>>,
-    sent: Sent,
     blamed: Option<Blamed>,
 }
 
@@ -72,112 +121,114 @@ pub(crate) struct Blamed {
     sources: Arc<Sources>,
 }
 
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> ResponseFuture<F, S, R, ReqBody, ResBody> {
+impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> Replaying<F, S, R, ReqBody, ResBody> {
     #[inline]
-    pub(super) fn new(
-        response: F,
-        kept: Option<(HeadCopy, R::Kept)>,
-        replay: R,
-        spare: Option<Spare<S>>,
-    ) -> Self {
-        Self { state: State::First { response }, kept, replay, spare }
+    pub(crate) fn new(response: F, again: Again<S, R, ReqBody>) -> Self {
+        Self { state: State::First { response }, again }
     }
 }
 
-impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
+impl<S, R, ReqBody, ResBody> Future for Replaying<S::Future, S, R, ReqBody, ResBody>
 where
     S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody>,
     ResBody: Body,
 {
-    type Output = Result<Response<InspectedBody<ResBody>>, S::Error>;
+    type Output = Result<Response<ResBody>, Stopped<S::Error, ResBody>>;
 
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let StateProj::First { response, .. } = self.as_mut().project().state.project() else {
+            return self.poll_again(cx);
+        };
+        match response.poll(cx).map_err(Stopped::Failed) {
+            Poll::Ready(Ok(response)) if can_be_renewed(&response) => self.refused(response, cx),
+            polled => polled,
+        }
+    }
+}
+
+impl<S, R, ReqBody, ResBody> Replaying<S::Future, S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    #[cold]
+    fn refused(
+        mut self: Pin<&mut Self>,
+        response: Response<ResBody>,
+        cx: &mut Context<'_>,
+    ) -> Poll<<Self as Future>::Output> {
+        self.as_mut().project().state.set(State::Reading { refusal: Some(Refusal::new(response)) });
+        self.poll_again(cx)
+    }
+
+    #[cold]
+    fn poll_again(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProj::First { response } => {
-                    let response = ready!(response.poll(cx))?;
-                    match Refusal::of(response) {
-                        Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
-                        Err(refusal) => this.state.set(State::Reading { refusal: Some(refusal) }),
-                    }
-                }
+                StateProj::First { .. } => return Poll::Pending,
                 StateProj::Reading { refusal: reading } => {
                     let Some(refusal) = reading else { return Poll::Pending };
                     ready!(refusal.poll_read(cx));
                     let (rejection, landed) = refusal.reject();
                     let Some(refusal) = reading.take() else { return Poll::Pending };
-                    match (rejection, landed) {
-                        _ if this.kept.is_none() => return Poll::Ready(Ok(refusal.into_response())),
-                        (Rejection::Superseded, _) => {
-                            let renewal = Box::pin(std::future::ready(()));
-                            this.state.set(State::Renewing { refusal: Some(refusal), renewal });
-                        }
-                        (_, Some(landed)) => {
-                            // Whether it succeeded shows in what there is afterwards.
-                            let renewal = Box::pin(async move {
-                                let _ = wait(landed).await;
-                            });
-                            this.state.set(State::Renewing { refusal: Some(refusal), renewal });
-                        }
-                        (_, None) => return Poll::Ready(Ok(refusal.into_response())),
-                    }
+                    let renewal: Renewal = match (rejection, landed) {
+                        _ if this.again.kept.is_none() => return Poll::Ready(Err(refusal.stop())),
+                        (Rejection::Superseded, _) => Box::pin(std::future::ready(())),
+                        // Whether it succeeded shows in what there is afterwards.
+                        (_, Some(landed)) => Box::pin(async move {
+                            let _ = wait(landed).await;
+                        }),
+                        (_, None) => return Poll::Ready(Err(refusal.stop())),
+                    };
+                    this.state.set(State::Renewing { refusal: Some(refusal), renewal });
                 }
                 StateProj::Renewing { refusal, renewal } => {
                     ready!(renewal.as_mut().poll(cx));
                     let Some(refusal) = refusal.take() else { return Poll::Pending };
-                    let other = refusal.has_other();
-                    let again = this
-                        .kept
-                        .take()
-                        .filter(|_| other)
-                        .and_then(|(head, kept)| head.into_request(this.replay.again(kept)?));
-                    let spare = this
-                        .spare
-                        .as_ref()
-                        .and_then(|spare| spare.get())
-                        .map(|spare| spare.lock().unwrap_or_else(PoisonError::into_inner).clone());
-                    match (spare, again) {
-                        (Some(spare), Some(request)) => {
-                            let again = Some(Box::new((spare, request)));
-                            this.state.set(State::Readiness { again });
-                        }
-                        _ => return Poll::Ready(Ok(refusal.into_response())),
+                    let again = if refusal.has_other() { this.again.take() } else { None };
+                    match again {
+                        Some(again) => this.state.set(State::Readiness { again: Some(Box::new(again)) }),
+                        None => return Poll::Ready(Err(refusal.stop())),
                     }
                 }
                 StateProj::Readiness { again } => {
                     let Some(waiting) = again else { return Poll::Pending };
-                    ready!(waiting.0.poll_ready(cx))?;
+                    ready!(waiting.0.poll_ready(cx)).map_err(Stopped::Failed)?;
                     let Some((mut service, request)) = again.take().map(|again| *again) else {
                         return Poll::Pending;
                     };
                     let response = service.call(request);
                     this.state.set(State::Second { response });
                 }
-                StateProj::Second { response } => {
-                    return response.poll(cx).map_ok(|response| response.map(InspectedBody::unread));
-                }
+                StateProj::Second { response } => return response.poll(cx).map_err(Stopped::Failed),
             }
         }
     }
 }
 
+impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
+    /// The request as it was, and a service to send it with; `None` if either cannot be had.
+    fn take(&mut self) -> Option<(S, Request<R::Body>)> {
+        let (head, body) = self.kept.take()?;
+        let request = head.into_request(self.replay.again(body)?)?;
+        Some((self.spare.take()?.service()?, request))
+    }
+}
+
+/// Whether it is a 401 on what can be another.
+#[inline]
+fn can_be_renewed<B>(response: &Response<B>) -> bool {
+    response.status() == StatusCode::UNAUTHORIZED
+        && response.extensions().get::<Sent>().is_some_and(|sent| sent.parts().any(renews))
+}
+
 impl<B: Body> Refusal<B> {
-    /// The response back, if there is nothing to be renewed about it.
-    #[inline]
-    fn of(response: Response<B>) -> Result<Response<B>, Box<Self>> {
-        if response.status() != StatusCode::UNAUTHORIZED {
-            return Ok(response);
-        }
-        match response.extensions().get::<Sent>().filter(|sent| sent.parts().any(renews)).cloned() {
-            None => Ok(response),
-            Some(sent) => {
-                let collect = Collect::new(response, Bounds::default());
-                Err(Box::new(Self { collect, end: None, sent, blamed: None }))
-            }
-        }
+    fn new(response: Response<B>) -> Box<Self> {
+        Box::new(Self { collect: Collect::new(response, Bounds::default()), end: None, blamed: None })
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -189,17 +240,20 @@ impl<B: Body> Refusal<B> {
 
     /// Rejects what is at fault: how, and what to wait for.
     fn reject(&mut self) -> (Rejection, Option<Landing>) {
+        let sent = self.collect.parts.extensions.get::<Sent>().cloned();
         let kind = self.collect.error(None).kind();
+        self.blamed = sent.as_ref().and_then(|sent| Blamed::of(sent, kind));
         // The layer that reads the error for the caller needs it as well.
-        self.collect.parts.extensions.insert(self.sent.clone());
-
-        self.blamed = Blamed::of(&self.sent, kind);
+        if let Some(sent) = sent {
+            self.collect.parts.extensions.insert(sent);
+        }
         self.blamed.as_ref().map_or((Rejection::Ignored, None), Blamed::reject)
     }
 
-    /// The 401 as it came.
-    fn into_response(self) -> Response<InspectedBody<B>> {
-        self.collect.into_response(self.end.unwrap_or(End::OutOfBounds))
+    /// It goes up.
+    fn stop<E>(self) -> Stopped<E, B> {
+        let Self { collect, end, .. } = self;
+        Stopped::Refused(Box::new(Read { collect: *collect, end: end.unwrap_or(End::OutOfBounds) }))
     }
 
     fn has_other(&self) -> bool {
@@ -237,12 +291,4 @@ impl Blamed {
 
 fn renews(sent: &Credentials) -> bool {
     sent.sources().is_some()
-}
-
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
-    for ResponseFuture<F, S, R, ReqBody, ResBody>
-{
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
 }

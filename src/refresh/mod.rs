@@ -67,6 +67,7 @@ mod service;
 
 #[cfg(feature = "tonic")]
 pub(crate) use self::future::Blamed;
+pub(crate) use self::future::{Again, Replaying};
 pub use self::{
     future::ResponseFuture,
     layer::RefreshLayer,

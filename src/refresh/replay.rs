@@ -8,7 +8,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::HeaderMap;
+use http::{HeaderMap, Request};
 use http_body::{Body, Frame, SizeHint};
 
 /// How a request's body is had a second time. Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`];
@@ -35,6 +35,13 @@ pub trait Replay<B> {
 
     /// The same body again, byte by byte; `None` when it cannot be had. Never another, nor an empty one.
     fn again(&self, kept: Self::Kept) -> Option<Self::Body>;
+
+    /// [`once`](Self::once) for a whole request, which need not be taken apart where the body stays as it is.
+    #[doc(hidden)]
+    #[inline]
+    fn once_of(&self, request: Request<B>) -> Request<Self::Body> {
+        request.map(|body| self.once(body))
+    }
 }
 
 /// Clones the body.
@@ -60,6 +67,11 @@ impl<B: Clone> Replay<B> for CloneBody {
     fn again(&self, kept: B) -> Option<B> {
         Some(kept)
     }
+
+    #[inline]
+    fn once_of(&self, request: Request<B>) -> Request<B> {
+        request
+    }
 }
 
 /// Sends nothing again.
@@ -82,6 +94,11 @@ impl<B> Replay<B> for NoReplay {
 
     fn again(&self, kept: Infallible) -> Option<B> {
         match kept {}
+    }
+
+    #[inline]
+    fn once_of(&self, request: Request<B>) -> Request<B> {
+        request
     }
 }
 

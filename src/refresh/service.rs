@@ -1,6 +1,6 @@
 use std::{
     fmt,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
 };
 
@@ -8,25 +8,31 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
-use super::{CloneBody, Replay, ResponseFuture, copy::HeadCopy};
-use crate::{auth_error::InspectedBody, bounds::CloneClient};
+use super::{
+    CloneBody, Replay, ResponseFuture,
+    copy::HeadCopy,
+    future::{Again, Replaying},
+};
+use crate::{auth_error::InspectedBody, bounds::CloneClient, shards::Shards};
 
 /// Renews what the API refused and sends the request once more. Made by
 /// [`RefreshLayer`](super::RefreshLayer); see the [module docs](super).
 pub struct Refresh<S, R = CloneBody> {
     inner: S,
     replay: R,
-    spare: Spare<S>,
+    spares: Spares<S>,
     /// Nothing within renews, so nothing is kept.
     idle: bool,
 }
 
+type Spares<S> = Arc<Shards<Spare<S>>>;
+
 /// A clone of the service within, which refused requests clone in turn: so the others need not.
-pub(super) type Spare<S> = Arc<OnceLock<Mutex<S>>>;
+pub(super) struct Spare<S>(Arc<OnceLock<Mutex<S>>>);
 
 impl<S, R> Refresh<S, R> {
     pub(crate) fn new(inner: S, replay: R) -> Self {
-        Self { inner, replay, spare: Spare::default(), idle: false }
+        Self { inner, replay, spares: spares(), idle: false }
     }
 
     pub(crate) fn with_idle(mut self, idle: bool) -> Self {
@@ -41,14 +47,60 @@ impl<S, R> Refresh<S, R> {
 
     /// The service within, to be changed.
     pub fn get_mut(&mut self) -> &mut S {
-        // What is changed is not what the spare is a clone of.
-        self.spare = Spare::default();
+        // What is changed is not what the spares are clones of.
+        self.spares = spares();
         &mut self.inner
     }
 
     /// The service within, without this one.
     pub fn into_inner(self) -> S {
         self.inner
+    }
+}
+
+impl<S: Clone, R: Clone> Refresh<S, R> {
+    /// Sends a request as the service within gets it, with what it takes to send it again.
+    #[inline]
+    pub(crate) fn keep<ReqBody, T>(
+        &mut self,
+        request: Request<ReqBody>,
+        send: impl FnOnce(&mut S, Request<R::Body>, Again<S, R, ReqBody>) -> T,
+    ) -> T
+    where
+        R: Replay<ReqBody>,
+    {
+        let replay = self.replay.clone();
+        if self.idle {
+            let request = replay.once_of(request);
+            return send(&mut self.inner, request, Again { kept: None, replay, spare: None });
+        }
+        let (parts, body) = request.into_parts();
+        let (body, kept) = replay.keep(body);
+        let request = Request::from_parts(parts, body);
+        let kept = kept.map(|body| (HeadCopy::of(&request), body));
+        let again = Again { kept, replay, spare: Some(self.spare()) };
+        send(&mut self.inner, request, again)
+    }
+
+    #[inline]
+    fn spare(&self) -> Spare<S> {
+        let spare = self.spares.local();
+        spare.fill(&self.inner);
+        spare.clone()
+    }
+
+    /// What `call` does, for a stack that makes an error of a 401 that goes up.
+    #[inline]
+    pub(crate) fn send<ReqBody, ResBody>(
+        &mut self,
+        request: Request<ReqBody>,
+    ) -> Replaying<S::Future, S, R, ReqBody, ResBody>
+    where
+        S: Service<Request<R::Body>, Response = Response<ResBody>>,
+        R: Replay<ReqBody>,
+        ResBody: Body,
+    {
+        self.keep(request, |inner, request, again| Replaying::new(inner.call(request), again))
     }
 }
 
@@ -69,30 +121,46 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        let (parts, body) = request.into_parts();
-        if self.idle {
-            let request = Request::from_parts(parts, self.replay.once(body));
-            return ResponseFuture::new(self.inner.call(request), None, self.replay.clone(), None);
-        }
-        let (body, kept) = self.replay.keep(body);
-        let request = Request::from_parts(parts, body);
-        let kept = kept.map(|body| (HeadCopy::of(&request), body));
-        let _ = self.spare.get_or_init(|| Mutex::new(self.inner.clone()));
-        let spare = Arc::clone(&self.spare);
-        ResponseFuture::new(self.inner.call(request), kept, self.replay.clone(), Some(spare))
+        ResponseFuture::new(self.send(request))
     }
 }
 
-/// The spare is shared: it is a template, never called.
+/// The spares are shared: they are templates, never called.
 impl<S: Clone, R: Clone> Clone for Refresh<S, R> {
     fn clone(&self) -> Self {
-        let Self { inner, replay, spare, idle } = self;
-        Self { inner: inner.clone(), replay: replay.clone(), spare: Arc::clone(spare), idle: *idle }
+        let Self { inner, replay, spares, idle } = self;
+        Self { inner: inner.clone(), replay: replay.clone(), spares: Arc::clone(spares), idle: *idle }
     }
 }
 
 impl<S: fmt::Debug, R: fmt::Debug> fmt::Debug for Refresh<S, R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Refresh").field("inner", &self.inner).field("replay", &self.replay).finish()
+    }
+}
+
+fn spares<S>() -> Spares<S> {
+    Arc::new(Shards::new(|| Spare(Arc::default())))
+}
+
+impl<S: Clone> Spare<S> {
+    #[inline]
+    fn fill(&self, service: &S) {
+        if self.0.get().is_none() {
+            let _ = self.0.set(Mutex::new(service.clone()));
+        }
+    }
+
+    /// A service to send a request again with.
+    pub(super) fn service(&self) -> Option<S> {
+        let spare = self.0.get()?;
+        Some(spare.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+impl<S> Clone for Spare<S> {
+    #[inline]
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
     }
 }

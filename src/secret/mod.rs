@@ -2,6 +2,8 @@
 //!
 //! An [`ApiKey`] or a [`Token`] owns one buffer, `Bearer <secret>`, from which both header values are cut
 //! without a copy. Cloning a header value counts a reference; when the last one drops, the buffer is wiped.
+//! Threads that count at once wait for one another, so what many requests share is [copied](apart) for each of a few
+//! threads.
 
 mod api_key;
 mod credential;
@@ -139,6 +141,22 @@ fn check(secret: &str) -> Result<(), ConfigErrorKind> {
         return Err(ConfigErrorKind::Quoted);
     }
     Ok(())
+}
+
+/// A copy with a buffer and a count of its own, wiped like the first.
+pub(crate) fn apart(value: &HeaderValue) -> HeaderValue {
+    // So far from others that no thread's counting disturbs the next.
+    #[repr(align(128))]
+    struct Apart(Zeroizing<Vec<u8>>);
+
+    impl AsRef<[u8]> for Apart {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    let buffer = Zeroizing::new(value.as_bytes().to_vec());
+    sensitive(Bytes::from_owner(Apart(buffer))).unwrap_or_else(|_| value.clone())
 }
 
 fn sensitive(bytes: Bytes) -> Result<HeaderValue, ConfigErrorKind> {

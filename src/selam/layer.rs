@@ -76,6 +76,7 @@ impl<S, R: Clone> Layer<S> for SelamLayer<R> {
         let authorize = Authorize::new(WrapError(inner), Arc::clone(&self.policy));
         // What never changes need not be kept for a second time.
         let idle = !self.policy.provider.renews();
-        Selam(self.errors.layer(Refresh::new(authorize, self.replay.clone()).with_idle(idle)))
+        let stack = Refresh::new(authorize, self.replay.clone()).with_idle(idle);
+        Selam::new(stack, self.errors.0)
     }
 }

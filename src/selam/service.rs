@@ -2,7 +2,7 @@ use std::{
     fmt,
     future::poll_fn,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use http::{Request, Response};
@@ -11,33 +11,39 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    AuthError, AuthErrorKind, BoxError, Error,
-    auth_error::{self, InspectedBody, MapAuthError},
-    authorize::{self, Authorize},
+    BoxError, Credentials, Error,
+    auth_error::{Bounds, Inspect, Stopped},
+    authorize::{self, Authorize, is_remembered},
     bounds::CloneClient,
-    refresh::{self, CloneBody, Refresh, Replay},
+    refresh::{Again, CloneBody, Refresh, Replay, Replaying},
 };
 
 /// Sends authenticated requests. Made by [`SelamLayer`](super::SelamLayer); see the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct Selam<S, R = CloneBody>(pub(super) Stack<S, R>);
-
-pub(super) type Stack<S, R> = MapAuthError<Refresh<Authorize<WrapError<S>>, R>>;
+pub struct Selam<S, R = CloneBody> {
+    stack: Refresh<Authorize<WrapError<S>>, R>,
+    /// What is read of a 401 or 403, as [`AuthErrorLayer`](crate::AuthErrorLayer) reads it.
+    bounds: Bounds,
+}
 
 impl<S, R> Selam<S, R> {
+    pub(super) fn new(stack: Refresh<Authorize<WrapError<S>>, R>, bounds: Bounds) -> Self {
+        Self { stack, bounds }
+    }
+
     /// The client within.
     pub fn get_ref(&self) -> &S {
-        &self.0.get_ref().get_ref().get_ref().0
+        &self.stack.get_ref().get_ref().0
     }
 
     /// The client within.
     pub fn get_mut(&mut self) -> &mut S {
-        &mut self.0.get_mut().get_mut().get_mut().0
+        &mut self.stack.get_mut().get_mut().0
     }
 
     /// The client within.
     pub fn into_inner(self) -> S {
-        self.0.into_inner().into_inner().into_inner().0
+        self.stack.into_inner().into_inner().0
     }
 }
 
@@ -97,12 +103,23 @@ where
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(cx)
+        self.stack.poll_ready(cx)
     }
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        ResponseFuture { response: self.0.call(request) }
+        let Self { stack, bounds } = self;
+        let bounds = *bounds;
+        stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
+            Ok(sent) => {
+                let response = authorize.get_mut().0.call(request);
+                ResponseFuture { state: State::Sent { response, sent, again: Some(again), bounds } }
+            }
+            Err(unsent) => {
+                let response = authorize.unsent(request, unsent);
+                ResponseFuture { state: State::layers(response, again, bounds) }
+            }
+        })
     }
 }
 
@@ -115,14 +132,55 @@ pin_project! {
         ResBody: Body,
     {
         #[pin]
-        response: auth_error::ResponseFuture<
-            refresh::ResponseFuture<Authorized<F, S, R::Body>, Authorize<WrapError<S>>, R, ReqBody, ResBody>,
-            InspectedBody<ResBody>,
-        >,
+        state: State<F, S, R, ReqBody, ResBody>,
     }
 }
 
-type Authorized<F, S, B> = authorize::ResponseFuture<WrapErrorFuture<F>, WrapError<S>, B>;
+pin_project! {
+    #[project = StateProj]
+    enum State<F, S, R, ReqBody, ResBody>
+    where
+        R: Replay<ReqBody>,
+        ResBody: Body,
+    {
+        // The client's response is awaited. Most concern none of the layers, so that one look does for all of them.
+        Sent {
+            #[pin]
+            response: F,
+            sent: Option<Credentials>,
+            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+            bounds: Bounds,
+        },
+        // This one concerns the layers, or the request waits.
+        Layers { layers: Pin<Box<Layers<F, S, R, ReqBody, ResBody>>> },
+    }
+}
+
+/// The future that the layers make, one around the other.
+type Layers<F, S, R, ReqBody, ResBody> = Inspect<
+    Replaying<
+        Authorized<F, S, <R as Replay<ReqBody>>::Body, ResBody>,
+        Authorize<WrapError<S>>,
+        R,
+        ReqBody,
+        ResBody,
+    >,
+    ResBody,
+>;
+
+type Authorized<F, S, ReqBody, ResBody> =
+    authorize::ResponseFuture<WrapErrorFuture<F, ResBody>, WrapError<S>, ReqBody>;
+
+impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> State<F, S, R, ReqBody, ResBody> {
+    #[cold]
+    fn layers(
+        response: Authorized<F, S, R::Body, ResBody>,
+        again: Again<Authorize<WrapError<S>>, R, ReqBody>,
+        bounds: Bounds,
+    ) -> Self {
+        Self::Layers { layers: Box::pin(Inspect::new(Replaying::new(response, again), bounds)) }
+    }
+}
 
 impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
 where
@@ -134,12 +192,47 @@ where
     type Output = Result<S::Response, Error<S::Error>>;
 
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (parts, body) = ready!(self.project().response.poll(cx))?.into_parts();
-        Poll::Ready(match body.into_unread() {
-            Some(body) => Ok(Response::from_parts(parts, body)),
-            // Only a 401 is read, and the layer outside has made an error of that.
-            None => Err(AuthError::local(AuthErrorKind::Unauthorized, "").into()),
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let StateProj::Sent { response, .. } = self.as_mut().project().state.project() else {
+            return self.poll_layers(cx);
+        };
+        match response.poll(cx) {
+            Poll::Ready(Ok(response)) if is_remembered(&response) => self.answered(response, cx),
+            polled => polled.map_err(Error::Inner),
+        }
+    }
+}
+
+impl<S, R, ReqBody, ResBody> ResponseFuture<S::Future, S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+    ResBody::Error: Into<BoxError>,
+{
+    #[cold]
+    fn answered(
+        mut self: Pin<&mut Self>,
+        response: Response<ResBody>,
+        cx: &mut Context<'_>,
+    ) -> Poll<<Self as Future>::Output> {
+        let mut state = self.as_mut().project().state;
+        if let StateProj::Sent { sent, again, bounds, .. } = state.as_mut().project()
+            && let Some(again) = again.take()
+        {
+            let (sent, bounds) = (sent.take(), *bounds);
+            let response = WrapErrorFuture::Answered { response: Some(Box::new(response)) };
+            state.set(State::layers(authorize::ResponseFuture::sent(response, sent), again, bounds));
+        }
+        self.poll_layers(cx)
+    }
+
+    #[cold]
+    fn poll_layers(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
+        let StateProj::Layers { layers } = self.project().state.project() else { return Poll::Pending };
+        layers.as_mut().poll(cx).map_err(|stopped| match stopped.flatten() {
+            Stopped::Failed(error) => error,
+            Stopped::Refused(read) => read.into_error().into(),
         })
     }
 }
@@ -156,13 +249,13 @@ impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
 #[derive(Clone, Debug)]
 pub(super) struct WrapError<S>(pub(super) S);
 
-impl<S, R> Service<R> for WrapError<S>
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for WrapError<S>
 where
-    S: Service<R>,
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
 {
     type Response = S::Response;
     type Error = Error<S::Error>;
-    type Future = WrapErrorFuture<S::Future>;
+    type Future = WrapErrorFuture<S::Future, ResBody>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
@@ -170,26 +263,34 @@ where
     }
 
     #[inline]
-    fn call(&mut self, request: R) -> Self::Future {
-        WrapErrorFuture { future: self.0.call(request) }
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        WrapErrorFuture::Client { response: self.0.call(request) }
     }
 }
 
 pin_project! {
-    pub(super) struct WrapErrorFuture<F> {
-        #[pin]
-        future: F,
+    #[project = WrapErrorProj]
+    pub(super) enum WrapErrorFuture<F, B> {
+        Client { #[pin] response: F },
+        // The client has answered, and what the layers do about it is yet to come.
+        Answered { response: Option<Box<Response<B>>> },
     }
 }
 
-impl<F, T, E> Future for WrapErrorFuture<F>
+impl<F, B, E> Future for WrapErrorFuture<F, B>
 where
-    F: Future<Output = Result<T, E>>,
+    F: Future<Output = Result<Response<B>, E>>,
 {
-    type Output = Result<T, Error<E>>;
+    type Output = Result<Response<B>, Error<E>>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(ready!(self.project().future.poll(cx)).map_err(Error::Inner))
+        match self.project() {
+            WrapErrorProj::Client { response } => response.poll(cx).map_err(Error::Inner),
+            WrapErrorProj::Answered { response } => match response.take() {
+                Some(response) => Poll::Ready(Ok(*response)),
+                None => Poll::Pending,
+            },
+        }
     }
 }

@@ -1,0 +1,111 @@
+//! One of a thing for each of a few threads, so that threads that use it at once do not wait for one another's reference
+//! counts: [`Shards`].
+
+use std::{
+    cell::Cell,
+    sync::{
+        LazyLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::available_parallelism,
+};
+
+/// More threads than this share.
+const MOST: usize = 16;
+
+/// As many as there are threads that can run at once, rounded up to a power of two.
+static COUNT: LazyLock<usize> = LazyLock::new(|| {
+    available_parallelism().map_or(1, |threads| threads.get().next_power_of_two().min(MOST))
+});
+
+static NEXT: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// One more than the thread's number; zero until it has one.
+    static NUMBER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// As many of a thing as threads can run at once. Threads get theirs by turns, and keep it.
+#[derive(Clone, Debug)]
+pub(crate) struct Shards<T> {
+    first: T,
+    /// One less than a power of two.
+    others: Box<[T]>,
+}
+
+impl<T> Shards<T> {
+    pub(crate) fn new(mut make: impl FnMut() -> T) -> Self {
+        Self { first: make(), others: (1..*COUNT).map(|_| make()).collect() }
+    }
+
+    /// One for all threads.
+    pub(crate) fn single(only: T) -> Self {
+        Self { first: only, others: Box::default() }
+    }
+
+    /// The present thread's.
+    #[inline]
+    pub(crate) fn local(&self) -> &T {
+        // A single one asks for no number.
+        if self.others.is_empty() { &self.first } else { self.of(number()) }
+    }
+
+    #[inline]
+    fn of(&self, thread: usize) -> &T {
+        match thread & self.others.len() {
+            0 => &self.first,
+            at => self.others.get(at - 1).unwrap_or(&self.first),
+        }
+    }
+}
+
+/// The present thread's number: the first thread that asks has the first.
+#[inline]
+fn number() -> usize {
+    match NUMBER.get() {
+        0 => enumerate(),
+        number => number - 1,
+    }
+}
+
+#[cold]
+fn enumerate() -> usize {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    NUMBER.set(number.wrapping_add(1));
+    number
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn threads_get_theirs_by_turns_and_keep_it() {
+        let mut made = 0;
+        let shards = Shards::new(|| {
+            made += 1;
+            made
+        });
+        assert_eq!(made, *COUNT);
+        assert!((0..3 * made).map(|thread| *shards.of(thread)).eq((1..=made).cycle().take(3 * made)));
+
+        let ask = || (number(), *shards.local(), *shards.local());
+        let asked: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(ask)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for (at, (thread, one, again)) in asked.iter().enumerate() {
+            assert_eq!((one, again), (shards.of(*thread), one));
+            assert!(asked[..at].iter().all(|(other, ..)| other != thread), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn a_single_one_is_everybodys() {
+        let shards = Shards::single(7);
+        let others = thread::scope(|scope| scope.spawn(|| *shards.local()).join().unwrap());
+        assert_eq!((*shards.local(), others), (7, 7));
+    }
+}
