@@ -22,13 +22,12 @@ pub type Body = Full<Bytes>;
 
 /// A chat request, as a program builds one.
 pub fn request() -> Request<Body> {
-    let headers =
-        [("content-type", "application/json"), ("accept", "application/json"), ("user-agent", "benches/1.0")];
-    let mut request = Request::post("https://api.selamgpt.com/v1/chat/completions");
-    for (name, value) in headers {
-        request = request.header(name, HeaderValue::from_static(value));
-    }
-    request.body(Body::from(QUESTION)).expect("a request")
+    Request::post("https://api.selamgpt.com/v1/chat/completions")
+        .header("content-type", "application/json")
+        .header("accept", "application/json")
+        .header("user-agent", "benches/1.0")
+        .body(Body::from(QUESTION))
+        .expect("a request")
 }
 
 /// The bare service. The compiler does not see that it looks at nothing.
