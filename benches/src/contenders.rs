@@ -3,7 +3,9 @@
 use std::{
     convert::Infallible,
     fmt,
+    hint::black_box,
     sync::{Arc, Mutex, RwLock},
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -24,6 +26,7 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 pub const BARE: &str = "bare service";
 pub const ONE_HEADER: &str = "by hand, 1 header";
 pub const TWO_HEADERS: &str = "by hand, 2 headers";
+pub const PRIVATE_HEADERS: &str = "by hand, 2 headers, bytes of its own for each clone";
 
 /// One row of a table.
 pub struct Contender {
@@ -43,12 +46,20 @@ pub enum Target {
 }
 
 /// A service, whatever its type.
-pub trait Serve {
+pub trait Serve: Send {
     /// Builds so many requests, and has each answered.
     fn round_trips(&mut self, requests: usize);
 
     /// Has these requests answered.
     fn answers(&mut self, requests: Vec<Request<Body>>);
+
+    /// The same, each by a clone of the service that is made for it.
+    fn answers_by_clones(&mut self, requests: Vec<Request<Body>>);
+
+    /// Makes so many clones and drops them.
+    fn clones(&self, number: usize);
+
+    fn clone_service(&self) -> Box<dyn Serve>;
 
     fn service_bytes(&self) -> usize;
 
@@ -59,7 +70,7 @@ struct Served<S>(S);
 
 impl<S, R> Serve for Served<S>
 where
-    S: Service<Request<Body>, Response = Response<R>>,
+    S: Service<Request<Body>, Response = Response<R>> + Clone + Send + 'static,
 {
     fn round_trips(&mut self, requests: usize) {
         for _ in 0..requests {
@@ -69,6 +80,20 @@ where
 
     fn answers(&mut self, requests: Vec<Request<Body>>) {
         requests.into_iter().for_each(|request| answer(&mut self.0, request));
+    }
+
+    fn answers_by_clones(&mut self, requests: Vec<Request<Body>>) {
+        requests.into_iter().for_each(|request| answer(&mut self.0.clone(), request));
+    }
+
+    fn clones(&self, number: usize) {
+        for _ in 0..number {
+            drop(black_box(black_box(&self.0).clone()));
+        }
+    }
+
+    fn clone_service(&self) -> Box<dyn Serve> {
+        Box::new(Self(self.0.clone()))
     }
 
     fn service_bytes(&self) -> usize {
@@ -104,7 +129,25 @@ impl fmt::Debug for Contender {
     }
 }
 
+/// Where it is among them.
+///
+/// # Panics
+///
+/// When it is not.
+#[must_use]
+pub fn position(contenders: &[Contender], name: &str) -> usize {
+    contenders.iter().position(|contender| contender.name == name).expect("a contender of that name")
+}
+
 impl Target {
+    #[must_use]
+    pub fn times(self) -> f64 {
+        match self {
+            Self::Times(times) | Self::TimesOr(times, _) => times,
+        }
+    }
+
+    #[must_use]
     pub fn is_met(self, value: f64, floor: f64) -> bool {
         match self {
             Self::Times(times) => value <= floor * times,
@@ -283,9 +326,52 @@ pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
     ]
 }
 
+/// Two headers by hand, whose bytes each clone of the service copies: no two threads share them.
+#[must_use]
+pub fn private_headers() -> Contender {
+    let (bearer, key) = (sensitive(&format!("Bearer {JWT}")), sensitive(KEY));
+    let own = HeaderName::from_static("x-api-key");
+    contender(PRIVATE_HEADERS, TWO_HEADERS, PrivateHeaders { bearer, own, key, inner: service_fn(client) })
+}
+
+struct PrivateHeaders<S> {
+    bearer: HeaderValue,
+    own: HeaderName,
+    key: HeaderValue,
+    inner: S,
+}
+
+impl<S: Service<Request<Body>>> Service<Request<Body>> for PrivateHeaders<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        request.headers_mut().insert(AUTHORIZATION, self.bearer.clone());
+        request.headers_mut().insert(self.own.clone(), self.key.clone());
+        self.inner.call(request)
+    }
+}
+
+impl<S: Clone> Clone for PrivateHeaders<S> {
+    fn clone(&self) -> Self {
+        let copy = |value: &HeaderValue| {
+            let mut value = HeaderValue::from_bytes(value.as_bytes()).expect("it was one");
+            value.set_sensitive(true);
+            value
+        };
+        let Self { bearer, own, key, inner } = self;
+        Self { bearer: copy(bearer), own: own.clone(), key: copy(key), inner: inner.clone() }
+    }
+}
+
 fn contender<S, R>(name: &'static str, floor: &'static str, service: S) -> Contender
 where
-    S: Service<Request<Body>, Response = Response<R>> + 'static,
+    S: Service<Request<Body>, Response = Response<R>> + Clone + Send + 'static,
 {
     Contender { name, floor, target: None, service: Box::new(Served(service)) }
 }

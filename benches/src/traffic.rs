@@ -14,20 +14,44 @@ use http_body_util::Full;
 use tower::Service;
 
 pub const KEY: &str = "sk-selam-0123456789abcdef0123456789abcdef";
-pub const JWT: &str = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJiZW5jaG1hcmsifQ.c2lnbmF0dXJlLW9mLWEtYmVuY2htYXJr";
+/// `{"alg":"ES256","typ":"JWT"}`, claims of an issuer, a user and an hour, and what stands for a signature.
+pub const JWT: &str = "eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCJ9.\
+    eyJpc3MiOiJodHRwczovL2xvZ2luLmV4YW1wbGUiLCJzdWIiOiJ1c2VyLTAwMDAwMCIsImF1ZCI6Imh0dHBzOi8vYXBpLnNlbGFtZ3B0LmNvbSIs\
+    ImlhdCI6MTkwMDAwMDAwMCwiZXhwIjoxOTAwMDAzNjAwfQ.\
+    kIjo2qTEwIV7BEC_jE8Y7s-xhiJAkuqdM5ReGbCKc_I1laxrlV3CCfebzHiXBmBderuI5jVewzZ6Wc2tl21cxw";
 
 const QUESTION: &str = r#"{"model":"selam-turbo","messages":[{"role":"user","content":"Selam!"}]}"#;
 
 pub type Body = Full<Bytes>;
 
-/// A chat request, as a program builds one.
+const URL: &str = "https://api.selamgpt.com/v1/chat/completions";
+const HEADERS: [(&str, &str); 3] =
+    [("content-type", "application/json"), ("accept", "application/json"), ("user-agent", "benches/1.0")];
+
+/// A chat request, as a program builds one: header values from text, a body that is a constant.
 pub fn request() -> Request<Body> {
-    Request::post("https://api.selamgpt.com/v1/chat/completions")
-        .header("content-type", "application/json")
-        .header("accept", "application/json")
-        .header("user-agent", "benches/1.0")
+    let [content_type, accept, agent] = HEADERS;
+    Request::post(URL)
+        .header(content_type.0, content_type.1)
+        .header(accept.0, accept.1)
+        .header(agent.0, agent.1)
         .body(Body::from(QUESTION))
         .expect("a request")
+}
+
+/// The same of constants: nothing in it allocates when it is cloned.
+pub fn request_of_constants() -> Request<Body> {
+    let mut request = Request::post(URL);
+    for (name, value) in HEADERS {
+        request = request.header(name, HeaderValue::from_static(value));
+    }
+    request.body(Body::from(QUESTION)).expect("a request")
+}
+
+/// The same with a body that was made for it.
+pub fn request_of_owned() -> Request<Body> {
+    let (head, _) = request().into_parts();
+    Request::from_parts(head, Body::from(QUESTION.as_bytes().to_vec()))
 }
 
 /// The bare service. The compiler does not see that it looks at nothing.

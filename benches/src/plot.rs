@@ -1,0 +1,10 @@
+//! Plots.
+
+#[derive(Debug)]
+pub struct Pair {
+    pub name: &'static str,
+    pub one: f64,
+    pub two: f64,
+    pub ratio: f64,
+}
+pub fn contention(_: &[Pair], _: f64) {}
