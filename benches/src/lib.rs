@@ -1,6 +1,7 @@
 //! What the benches share: the requests, the contenders with their floors, interleaved rounds, tables and plots.
 
 pub mod contenders;
+pub mod issuer;
 pub mod plot;
 pub mod rounds;
 pub mod table;

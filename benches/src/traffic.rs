@@ -14,10 +14,11 @@ use http_body_util::Full;
 use tower::Service;
 
 pub const KEY: &str = "sk-selam-0123456789abcdef0123456789abcdef";
-/// `{"alg":"ES256","typ":"JWT"}`, claims of an issuer, a user and an hour, and what stands for a signature.
+/// `{"alg":"ES256","typ":"JWT"}`, claims of an issuer, a user and an id, and what stands for a signature. When it expires is
+/// said by whoever issues it.
 pub const JWT: &str = "eyJhbGciOiJFUzI1NiIsInR5cCI6IkpXVCJ9.\
-    eyJpc3MiOiJodHRwczovL2xvZ2luLmV4YW1wbGUiLCJzdWIiOiJ1c2VyLTAwMDAwMCIsImF1ZCI6Imh0dHBzOi8vYXBpLnNlbGFtZ3B0LmNvbSIs\
-    ImlhdCI6MTkwMDAwMDAwMCwiZXhwIjoxOTAwMDAzNjAwfQ.\
+    eyJpc3MiOiJodHRwczovL2xvZ2luLmV4YW1wbGUiLCJzdWIiOiJ1c2VyLTAwMDAwMCIsImF1ZCI6Imh0dHBzOi8vYXBpLnNlbGFt\
+    Z3B0LmNvbSIsImp0aSI6IjAxMjM0NTY3ODlhYmNkZWYwMTIzNDU2Nzg5YWJjZGVmIn0.\
     kIjo2qTEwIV7BEC_jE8Y7s-xhiJAkuqdM5ReGbCKc_I1laxrlV3CCfebzHiXBmBderuI5jVewzZ6Wc2tl21cxw";
 
 const QUESTION: &str = r#"{"model":"selam-turbo","messages":[{"role":"user","content":"Selam!"}]}"#;
