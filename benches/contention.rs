@@ -109,15 +109,19 @@ fn main() {
     println!("\nThe target is {TARGET} x, or what the bare service reaches where that is less: {bare:.2} x.");
 
     if is_given("--plot") {
-        let bars: Vec<_> = (contenders.iter().enumerate())
+        let pairs: Vec<_> = contenders
+            .iter()
+            .enumerate()
+            .filter(|(_, contender)| contender.floor != ONE_HEADER)
             .map(|(at, contender)| plot::Pair {
                 name: contender.name,
+                is_ours: contender.target.is_some(),
                 one: samples.median(at * WAYS) / 1e6,
                 two: samples.median(at * WAYS + 1) / 1e6,
-                ratio: scaling(at),
+                times: scaling(at),
             })
             .collect();
-        plot::contention(&bars, bare);
+        plot::contention(&pairs, bare);
     }
 }
 

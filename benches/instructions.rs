@@ -13,21 +13,19 @@
 //! building of the request, which would hide a growth.
 
 use std::{
-    collections::BTreeMap,
     env, fs,
-    path::Path,
     process::{Command, ExitCode},
 };
 
 use benches::{
     contenders::{BARE, Contender, contenders},
+    record,
     table::{Table, verdict},
 };
 use tokio::runtime::Builder;
 
 const REQUESTS: usize = 2_000;
 const GROWTH: f64 = 1.05;
-const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.txt");
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -53,7 +51,7 @@ fn main() -> ExitCode {
     let counted: Vec<Counted> = contenders.into_iter().map(Counted::count).collect();
     show(&counted);
     if arguments.iter().any(|argument| argument == "--update") {
-        record(&counted);
+        keep(&counted);
         println!("\nRecorded in benches/instructions.txt.");
         return ExitCode::SUCCESS;
     }
@@ -140,7 +138,7 @@ fn show(counted: &[Counted]) {
     table.print();
 }
 
-fn record(counted: &[Counted]) {
+fn keep(counted: &[Counted]) {
     let mut lines = String::from(
         "# Instructions of a request that is built already, and how many times its floor's they are.\n\
          # The ratios are compared: the counts are another compiler's elsewhere. Made by `benches/instructions.sh --update`",
@@ -148,9 +146,9 @@ fn record(counted: &[Counted]) {
     lines += &format!(",\n# with {}.\n", compiler());
     for one in counted {
         let ratio = one.answered / floor(counted, one).answered;
-        lines += &format!("{:<34}{:>8.0}{ratio:>8.3}\n", one.contender.name, one.answered);
+        lines += &record::line(one.contender.name, one.answered, ratio);
     }
-    fs::write(RECORD, lines).expect("benches/instructions.txt is written");
+    fs::write(record::PATH, lines).expect("benches/instructions.txt is written");
 }
 
 /// As it calls itself, without the commit.
@@ -160,29 +158,19 @@ fn compiler() -> String {
     version.unwrap_or_default().split(" (").next().unwrap_or_default().trim().to_owned()
 }
 
-fn recorded() -> BTreeMap<String, f64> {
-    let lines = fs::read_to_string(Path::new(RECORD)).unwrap_or_default();
-    let ratio = |line: &str| {
-        let (rest, ratio) = line.rsplit_once(char::is_whitespace)?;
-        let (name, _) = rest.trim_end().rsplit_once(char::is_whitespace)?;
-        Some((name.trim_end().to_owned(), ratio.parse().ok()?))
-    };
-    lines.lines().filter(|line| !line.starts_with('#')).filter_map(ratio).collect()
-}
-
 fn compare(counted: &[Counted]) -> ExitCode {
-    let recorded = recorded();
+    let recorded = record::read();
     let mut failed = false;
     println!();
     for one in counted.iter().filter(|one| one.contender.target.is_some()) {
         let name = one.contender.name;
         let ratio = one.answered / floor(counted, one).answered;
-        match recorded.get(name) {
+        match recorded.iter().find(|recorded| recorded.name == name).map(|recorded| recorded.times_floor) {
             Some(before) if ratio > before * GROWTH => {
                 println!("{name}: {ratio:.3} x its floor, recorded is {before:.3} x: grown by more than 5 %");
                 failed = true;
             }
-            Some(before) if ratio * GROWTH < *before => {
+            Some(before) if ratio * GROWTH < before => {
                 println!(
                     "{name}: {ratio:.3} x its floor, recorded is {before:.3} x: record it with --update"
                 );

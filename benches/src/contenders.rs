@@ -26,7 +26,7 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 pub const BARE: &str = "bare service";
 pub const ONE_HEADER: &str = "by hand, 1 header";
 pub const TWO_HEADERS: &str = "by hand, 2 headers";
-pub const PRIVATE_HEADERS: &str = "by hand, 2 headers, bytes of its own for each clone";
+pub const PRIVATE_HEADERS: &str = "by hand, bytes of each clone's own";
 
 /// One row of a table.
 pub struct Contender {
@@ -103,6 +103,14 @@ where
     fn future_bytes(&self) -> usize {
         size_of::<S::Future>()
     }
+}
+
+/// The service, without its type.
+pub fn served<S, R>(service: S) -> Box<dyn Serve>
+where
+    S: Service<Request<Body>, Response = Response<R>> + Clone + Send + 'static,
+{
+    Box::new(Served(service))
 }
 
 /// Counted by name: see the bench `instructions`.
@@ -373,7 +381,7 @@ fn contender<S, R>(name: &'static str, floor: &'static str, service: S) -> Conte
 where
     S: Service<Request<Body>, Response = Response<R>> + Clone + Send + 'static,
 {
-    Contender { name, floor, target: None, service: Box::new(Served(service)) }
+    Contender { name, floor, target: None, service: served(service) }
 }
 
 impl Contender {

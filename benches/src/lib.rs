@@ -3,6 +3,7 @@
 pub mod contenders;
 pub mod issuer;
 pub mod plot;
+pub mod record;
 pub mod rounds;
 pub mod table;
 pub mod traffic;
