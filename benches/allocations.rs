@@ -1,0 +1,79 @@
+//! Heap allocations and bytes per request, and the sizes of services and futures.
+//!
+//! ```console
+//! $ cargo bench -p benches --bench allocations
+//! ```
+//!
+//! Two kinds of requests: one whose header values and body are constants, and one whose header values and body were made
+//! from text and bytes, as most programs make them. The latter share memory from their first clone on, and that clone
+//! allocates: it is what a layer that keeps a copy has to do without. It fails when a layer allocates for the former.
+
+use std::process::ExitCode;
+
+use allocation_counter::{AllocationInfo, measure};
+use benches::{
+    contenders::{BARE, Contender, contenders, position},
+    table::{Table, verdict},
+    traffic::{Body, request, request_of_constants, request_of_owned},
+};
+use http::Request;
+use tokio::runtime::Builder;
+
+const REQUESTS: u64 = 64;
+const LARGER: usize = 128;
+
+fn main() -> ExitCode {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut contenders = contenders(&runtime);
+    let _entered = runtime.enter();
+    let inner = contenders[position(&contenders, BARE)].service.future_bytes();
+
+    println!("\nHeap allocations per request, and sizes in bytes\n");
+    let mut table = Table::new(&[
+        "",
+        "constants",
+        "bytes",
+        "from text",
+        "bytes",
+        "owned body too",
+        "bytes",
+        "target",
+        "",
+        "service",
+        "future",
+        "more than inner",
+        "target",
+        "",
+    ]);
+    let mut allocated = false;
+    for contender in &mut contenders {
+        let counted = [request_of_constants, request, request_of_owned].map(|build| count(contender, build));
+        let larger = contender.service.future_bytes().saturating_sub(inner);
+        let is_ours = contender.target.is_some();
+        allocated |= is_ours && counted[0].count_total > 0;
+        let cells = counted.iter().flat_map(|counted| {
+            [counted.count_total, counted.bytes_total]
+                .map(|number| format!("{:.1}", number as f64 / REQUESTS as f64))
+        });
+        let judge = |met| if is_ours { verdict(met) } else { String::new() };
+        let target = |target: &str| if is_ours { target.to_owned() } else { String::new() };
+        table.row([contender.name.to_owned()].into_iter().chain(cells).chain([
+            target("0"),
+            judge(counted.iter().all(|counted| counted.count_total == 0)),
+            contender.service.service_bytes().to_string(),
+            contender.service.future_bytes().to_string(),
+            larger.to_string(),
+            target(&format!("<= {LARGER}")),
+            judge(larger <= LARGER),
+        ]));
+    }
+    table.print();
+    if allocated { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// What is allocated to answer requests that are there already, once the first few have been.
+fn count(contender: &mut Contender, build: fn() -> Request<Body>) -> AllocationInfo {
+    contender.service.answers((0..REQUESTS).map(|_| build()).collect());
+    let requests = (0..REQUESTS).map(|_| build()).collect();
+    measure(|| contender.service.answers(requests))
+}
