@@ -295,6 +295,49 @@ mod metrics {
         }
     }
 
+    /// In headers, in trailers, and by a proxy that speaks HTTP.
+    #[cfg(feature = "tonic")]
+    #[tokio::test]
+    async fn refusals_in_grpc_are_counted_once_too() {
+        use ::tonic::body::Body;
+        use http_body_util::{BodyExt, Empty};
+        use tower_selam::adapter::tonic::SelamGrpcLayer;
+
+        for (http, headers, trailers, kind) in [
+            (200, Some("16"), None, "unauthorized"),
+            (200, Some("7"), None, "forbidden"),
+            (200, None, Some("16"), "unauthorized"),
+            (200, None, Some("7"), "forbidden"),
+            (401, None, None, "unauthorized"),
+            (200, None, Some("0"), ""),
+        ] {
+            let recorder = Recorder::default();
+            let _guard = ::metrics::set_default_local_recorder(&recorder);
+            let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
+            let layer = SelamGrpcLayer::new(selam, &"https://api.selamgpt.com".parse().unwrap()).unwrap();
+            let status = |status: &str| {
+                http::HeaderMap::from_iter([("grpc-status".parse().unwrap(), status.parse().unwrap())])
+            };
+            let channel = service_fn(move |_: Request<Body>| {
+                let end = trailers.map(|trailers| Ok(status(trailers)));
+                let mut response = Response::new(Body::new(Empty::new().with_trailers(ready(end))));
+                *response.status_mut() = http.try_into().unwrap();
+                response.headers_mut().extend(headers.map(status).unwrap_or_default());
+                ready(Ok::<_, BoxError>(response))
+            });
+            let request = Request::post("/selam.Chat/Complete").body(Body::empty()).unwrap();
+            if let Ok(response) = layer.layer(channel).oneshot(request).await {
+                assert_eq!(recorder.all(), [(info(KEY), 1.0)]);
+                let _ = response.into_body().collect().await;
+            }
+            let mut all = vec![(info(KEY), 1.0)];
+            if !kind.is_empty() {
+                all.insert(0, (format!("tower_selam_auth_errors_total{{code=none,kind={kind}}}"), 1.0));
+            }
+            assert_eq!(recorder.all(), all);
+        }
+    }
+
     #[tokio::test]
     async fn requests_that_are_not_sent_are_counted_by_kind() {
         let failing = |permanent: bool| {
