@@ -207,6 +207,7 @@ async fn replays_are_counted_by_what_came_of_them() {
 #[tokio::test]
 async fn refusals_in_grpc_are_counted_once_too() {
     use ::tonic::body::Body;
+    use http::Response;
     use http_body_util::{BodyExt, Empty};
     use tower_selam::adapter::tonic::SelamGrpcLayer;
 
