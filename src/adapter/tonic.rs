@@ -161,6 +161,7 @@ use crate::{
     authorize::{self, Authorize, Policy, Sent, Undecided},
     bounds::CloneClient,
     error::{Redactor, grpc_message},
+    event,
     refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying},
 };
 
@@ -424,6 +425,7 @@ fn refused_in_trailers(status: StatusCode, trailers: HeaderMap, sent: Option<Sen
 /// The status that the server gave, without the credentials that it may echo.
 #[cold]
 fn refused(error: AuthError, mut headers: HeaderMap, sent: Option<&Credentials>) -> Status {
+    event::refused_by_api(&error, sent);
     let redactor = Redactor::new(sent);
     let message = match grpc_message(&headers) {
         Some(message) => redactor.text(message),

@@ -67,14 +67,12 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut read = match ready!(self.project().inspect.poll(cx)) {
+        let read = match ready!(self.project().inspect.poll(cx)) {
             Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
             Err(Stopped::Failed(error)) => return Poll::Ready(Err(error)),
             Err(Stopped::Refused(read)) => read,
         };
-        let error = read.collect.error(None);
-        read.collect.parts.extensions.insert(error);
-        Poll::Ready(Ok(read.into_response()))
+        Poll::Ready(Ok(read.into_annotated()))
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::InspectedBody;
-use crate::{AuthError, BoxError, authorize::Sent, error::is_auth_status};
+use crate::{AuthError, BoxError, Credentials, authorize::Sent, error::is_auth_status, event};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,12 +141,19 @@ impl<B: Body> Read<B> {
             End::Failed(error) => Some(error.into()),
             End::Complete { .. } | End::OutOfBounds => None,
         };
-        self.collect.error(source)
+        self.collect.refusal(source)
     }
 
     /// The response as it came.
     pub(crate) fn into_response(self) -> Response<InspectedBody<B>> {
         self.collect.into_response(self.end)
+    }
+
+    /// The response as it came, with the error that it makes in its extensions.
+    pub(crate) fn into_annotated(mut self) -> Response<InspectedBody<B>> {
+        let error = self.collect.refusal(None);
+        self.collect.parts.extensions.insert(error);
+        self.into_response()
     }
 }
 
@@ -252,9 +259,27 @@ impl<B: Body> Collect<B> {
 
     /// The error that the response makes; `source` is what broke its body off.
     pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
-        let body = self.body();
-        let Parts { status, headers, extensions, .. } = &mut self.parts;
-        let sent = extensions.remove::<Sent>().map(Sent::joined);
-        AuthError::read(*status, headers, &body, sent.as_ref(), source)
+        let sent = self.take_sent();
+        self.read(sent.as_ref(), source)
+    }
+
+    /// The same for a response that goes up: whoever watches is told, once.
+    pub(crate) fn refusal(&mut self, source: Option<BoxError>) -> AuthError {
+        let sent = self.take_sent();
+        let error = self.read(sent.as_ref(), source);
+        // A layer further in has told it.
+        if self.parts.extensions.get::<AuthError>().is_none() {
+            event::refused_by_api(&error, sent.as_ref());
+        }
+        error
+    }
+
+    fn take_sent(&mut self) -> Option<Credentials> {
+        self.parts.extensions.remove::<Sent>().map(Sent::joined)
+    }
+
+    fn read(&self, sent: Option<&Credentials>, source: Option<BoxError>) -> AuthError {
+        let Parts { status, headers, .. } = &self.parts;
+        AuthError::read(*status, headers, &self.body(), sent, source)
     }
 }

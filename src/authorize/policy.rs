@@ -5,6 +5,7 @@ use http::{HeaderMap, Request, header::AUTHORIZATION};
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
     credentials::Form,
+    event,
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY, write_usual},
     shards::Shards,
@@ -53,6 +54,7 @@ impl Provider {
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<Jwts>,
     ) -> Self {
+        event::key_given(key.as_ref());
         let jwt = match jwt {
             Some(Jwts::PerSubject(tokens)) => return Self::PerSubject(Supplies::new(form, key, tokens)),
             Some(Jwts::Shared(jwt)) => Some(jwt),

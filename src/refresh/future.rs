@@ -17,6 +17,7 @@ use crate::{
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
+    event,
     supply::{Part, Sources},
 };
 
@@ -204,7 +205,11 @@ where
                     let response = service.call(request);
                     this.state.set(State::Second { response });
                 }
-                StateProj::Second { response } => return response.poll(cx).map_err(Stopped::Failed),
+                StateProj::Second { response } => {
+                    let second = ready!(response.poll(cx));
+                    event::sent_again(second.as_ref().ok().map(Response::status));
+                    return Poll::Ready(second.map_err(Stopped::Failed));
+                }
             }
         }
     }

@@ -11,6 +11,7 @@
 
 mod annotate;
 mod api;
+mod choose_auth;
 mod clocks;
 mod composition;
 mod environment;
@@ -19,6 +20,7 @@ mod failures;
 mod files;
 mod handshake;
 mod headers;
+mod inbound;
 mod mint;
 mod oauth;
 mod origins;
@@ -36,6 +38,7 @@ mod sign;
 mod simulator;
 mod subjects;
 mod support;
+mod telemetry;
 mod tower_contract;
 mod waiting;
 mod wire;

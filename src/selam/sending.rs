@@ -1,0 +1,181 @@
+//! What the stack and its twin in annotate mode have in common: the layers that write credentials and renew them, and the
+//! future that goes past them where they have nothing to do.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use http::{Request, Response};
+use http_body::Body;
+use pin_project_lite::pin_project;
+use tower_service::Service;
+
+use crate::{
+    Credentials, Error,
+    auth_error::{Bounds, Inspect, Stopped},
+    authorize::{self, Authorize, is_remembered},
+    bounds::CloneClient,
+    refresh::{Again, Refresh, Replay, Replaying},
+};
+
+/// All but the layer that reads errors.
+pub(super) type Stack<S, R> = Refresh<Authorize<WrapError<S>>, R>;
+
+pin_project! {
+    /// A request on its way.
+    #[project = SendingProj]
+    pub(super) enum Sending<F, S, R, ReqBody, ResBody>
+    where
+        R: Replay<ReqBody>,
+        ResBody: Body,
+    {
+        // The client's response is awaited. Most concern none of the layers, so that one look does for all of them.
+        Client {
+            #[pin]
+            response: F,
+            sent: Option<Credentials>,
+            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+            bounds: Bounds,
+        },
+        // This one concerns the layers, or the request waits.
+        Layers { layers: Pin<Box<Layers<F, S, R, ReqBody, ResBody>>> },
+    }
+}
+
+/// The future that the layers make, one around the other.
+type Layers<F, S, R, ReqBody, ResBody> = Inspect<
+    Replaying<
+        Authorized<F, S, <R as Replay<ReqBody>>::Body, ResBody>,
+        Authorize<WrapError<S>>,
+        R,
+        ReqBody,
+        ResBody,
+    >,
+    ResBody,
+>;
+
+type Authorized<F, S, ReqBody, ResBody> =
+    authorize::ResponseFuture<WrapErrorFuture<F, ResBody>, WrapError<S>, ReqBody>;
+
+impl<S, R, ReqBody, ResBody> Sending<S::Future, S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    #[inline]
+    pub(super) fn new(stack: &mut Stack<S, R>, request: Request<ReqBody>, bounds: Bounds) -> Self
+    where
+        R: Clone,
+    {
+        stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
+            Ok(sent) => {
+                let response = authorize.get_mut().0.call(request);
+                Self::Client { response, sent, again: Some(again), bounds }
+            }
+            Err(unsent) => Self::layers(authorize.unsent(request, unsent), again, bounds),
+        })
+    }
+
+    #[cold]
+    fn layers(
+        response: Authorized<S::Future, S, R::Body, ResBody>,
+        again: Again<Authorize<WrapError<S>>, R, ReqBody>,
+        bounds: Bounds,
+    ) -> Self {
+        Self::Layers { layers: Box::pin(Inspect::new(Replaying::new(response, again), bounds)) }
+    }
+
+    /// The response, or what `stop` makes of that which comes instead.
+    #[inline]
+    pub(super) fn poll_or<E>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> E,
+    ) -> Poll<Result<Response<ResBody>, E>> {
+        let SendingProj::Client { response, .. } = self.as_mut().project() else {
+            return self.poll_layers(cx).map_err(stop);
+        };
+        match response.poll(cx) {
+            Poll::Ready(Ok(response)) if is_remembered(&response) => {
+                self.as_mut().answered(response);
+                self.poll_layers(cx).map_err(stop)
+            }
+            polled => polled.map_err(|error| stop(Stopped::Failed(Error::Inner(error)))),
+        }
+    }
+
+    /// Hands a response to the layers.
+    #[cold]
+    fn answered(mut self: Pin<&mut Self>, response: Response<ResBody>) {
+        if let SendingProj::Client { sent, again, bounds, .. } = self.as_mut().project()
+            && let Some(again) = again.take()
+        {
+            let (sent, bounds) = (sent.take(), *bounds);
+            let response = WrapErrorFuture::Answered { response: Some(Box::new(response)) };
+            self.set(Self::layers(authorize::ResponseFuture::sent(response, sent), again, bounds));
+        }
+    }
+
+    #[cold]
+    fn poll_layers(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Response<ResBody>, Stopped<Error<S::Error>, ResBody>>> {
+        match self.project() {
+            SendingProj::Layers { layers } => layers.as_mut().poll(cx).map_err(Stopped::flatten),
+            SendingProj::Client { .. } => Poll::Pending,
+        }
+    }
+}
+
+/// Makes the client's error `Error::Inner`, next to which an `AuthError` has room.
+#[derive(Clone, Debug)]
+pub(super) struct WrapError<S>(pub(super) S);
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for WrapError<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+{
+    type Response = S::Response;
+    type Error = Error<S::Error>;
+    type Future = WrapErrorFuture<S::Future, ResBody>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(cx).map_err(Error::Inner)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        WrapErrorFuture::Client { response: self.0.call(request) }
+    }
+}
+
+pin_project! {
+    #[project = WrapErrorProj]
+    pub(super) enum WrapErrorFuture<F, B> {
+        Client { #[pin] response: F },
+        // The client has answered, and what the layers do about it is yet to come.
+        Answered { response: Option<Box<Response<B>>> },
+    }
+}
+
+impl<F, B, E> Future for WrapErrorFuture<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = Result<Response<B>, Error<E>>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project() {
+            WrapErrorProj::Client { response } => response.poll(cx).map_err(Error::Inner),
+            WrapErrorProj::Answered { response } => match response.take() {
+                Some(response) => Poll::Ready(Ok(*response)),
+                None => Poll::Pending,
+            },
+        }
+    }
+}
