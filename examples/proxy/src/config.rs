@@ -1,0 +1,329 @@
+//! What the proxy is told, by flags and by the environment: [`Config`].
+
+use std::{
+    ffi::OsString,
+    fmt,
+    net::{SocketAddr, ToSocketAddrs},
+    path::PathBuf,
+};
+
+use lexopt::{Arg, Parser, ValueExt};
+use tower_selam::{
+    ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, MaybeRenewing, Renewing, SelamLayer, SelamLayerBuilder,
+    Token, env,
+    source::FileSource,
+};
+
+use crate::rules::{self, Rule};
+
+/// What `--help` says.
+pub const HELP: &str = "\
+A backend proxy for SelamAPI: callers have a token of yours, the API key stays here.
+
+Usage: proxy [OPTIONS]
+
+Serving
+  --listen ADDRESS:PORT       where callers are served; port 0 takes a free one, and
+                              the line `listening on http://…` tells which
+                              [default: 127.0.0.1:8080]
+  --client-token-file FILE    who may call: one `name:token` a line, `#` begins a comment.
+                              Read again when it changes. Callers send their token as
+                              `Authorization: Bearer`, `X-API-Key` or `api-key`.
+                              Without it, the proxy listens on loopback addresses only
+  --allow METHOD:PATH         what may be called, else 403; may be repeated. METHOD may be
+                              `*`. PATH is one path, or with `/*` at its end all below it:
+                              POST:/v1/chat/completions, GET:/v1/*, '*:/v1/audio/*'
+
+The API
+  --base-url URL              where `/v1` of the proxy leads
+                              [SELAM_BASE_URL, default: https://api.selamgpt.com/v1]
+  --ca FILE                   trust these certificate authorities (PEM) as well as the
+                              system's
+  --allow-insecure-loopback   let the API and the token endpoint be plain http on this
+                              machine, for tests
+
+Credentials (of each, one; a flag counts more than the environment)
+  --api-key-file FILE         the API key, read again when it is rotated
+                              [SELAM_API_KEY_FILE, or SELAM_API_KEY: the key itself]
+  --api-key-env VARIABLE      the API key in a variable of another name
+  --jwt-file FILE             a JWT to send beside the key, read again when it is renewed
+                              [SELAM_JWT_FILE, or SELAM_JWT: the JWT itself]
+  --jwt-env VARIABLE          the JWT in a variable of another name
+  --token-url URL             an OAuth 2.0 token endpoint that JWTs come from, asked as
+                              SELAM_CLIENT_ID with SELAM_CLIENT_SECRET, else with the key
+                              [SELAM_TOKEN_URL]
+  --jwt-path PREFIX           send the JWT to this path and what is below it only, and the
+                              key alone elsewhere; may be repeated
+
+  There is no flag for a key or a JWT itself: every user of the machine sees a program's
+  arguments.
+
+Also
+  --log LEVEL                 what goes to standard error: off, error, warn, info, debug
+                              [default: info, a line for each request]
+  -h, --help                  this
+
+  GET /healthz                200 while the proxy serves; for everybody
+  GET /metrics                for Prometheus; needs a client's token unless the proxy
+                              listens on a loopback address
+
+SIGTERM ends it: what runs has 30 seconds to finish. Exit code 2: bad configuration.
+";
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Command {
+    Help,
+    Serve(Box<Config>),
+}
+
+/// How to serve.
+#[derive(Debug)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub client_token_file: Option<PathBuf>,
+    /// Everything, when there is none.
+    pub allow: Vec<Rule>,
+    pub ca: Option<PathBuf>,
+    pub log: tracing::level_filters::LevelFilter,
+    /// These paths get JWT and key, the others the key alone; all get both, when there is none.
+    pub jwt_paths: Vec<String>,
+    /// Whether there is a JWT to send.
+    pub has_jwt: bool,
+    pub allow_insecure_loopback: bool,
+    base_url: Option<String>,
+    api_key: Option<Place>,
+    jwt: Option<Place>,
+}
+
+/// Where a flag says that a credential is.
+#[derive(Clone, Debug, PartialEq)]
+enum Place {
+    File(PathBuf),
+    Variable(String),
+    /// Of a JWT.
+    Endpoint(String),
+}
+
+/// What is wrong with the configuration, and where: one line, without any secret.
+#[derive(Debug, PartialEq)]
+pub struct Error(String);
+
+impl Error {
+    pub fn new(said: impl Into<String>) -> Self {
+        Self(said.into())
+    }
+
+    /// What is wrong with what a flag was given.
+    pub fn of_flag(flag: &str, said: impl fmt::Display) -> Self {
+        Self(format!("{flag}: {said}"))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Command {
+    /// Reads the arguments, without the program's name; `is_set` tells whether an environment variable is.
+    ///
+    /// # Errors
+    ///
+    /// At the first argument that makes no sense.
+    pub fn parse(
+        arguments: impl IntoIterator<Item = OsString>,
+        is_set: impl Fn(&str) -> bool,
+    ) -> Result<Self, Error> {
+        let mut config = Config {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            client_token_file: None,
+            allow: Vec::new(),
+            ca: None,
+            log: tracing::level_filters::LevelFilter::INFO,
+            jwt_paths: Vec::new(),
+            has_jwt: false,
+            allow_insecure_loopback: false,
+            base_url: None,
+            api_key: None,
+            jwt: None,
+        };
+        let mut parser = Parser::from_args(arguments);
+        let mut given: Vec<String> = Vec::new();
+        while let Some(argument) = parser.next().map_err(|error| Error::new(error.to_string()))? {
+            let flag = match argument {
+                Arg::Short('h') => return Ok(Self::Help),
+                Arg::Long(name) => format!("--{name}"),
+                Arg::Short(_) => return Err(Error::new(format!("{}; see --help", argument.unexpected()))),
+                // It may be a secret that lost its flag.
+                Arg::Value(_) => return Err(Error::new("an argument belongs to no flag; see --help")),
+            };
+            let repeats = matches!(&*flag, "--allow" | "--jwt-path");
+            if !repeats && given.contains(&flag) {
+                return Err(Error::of_flag(&flag, "is given twice"));
+            }
+            let mut value = || match parser.value() {
+                Ok(value) if value.is_empty() => Err(Error::of_flag(&flag, "is empty")),
+                Ok(value) => Ok(value),
+                Err(_) => Err(Error::of_flag(&flag, "needs a value")),
+            };
+            let text = |value: OsString| value.string().map_err(|_| Error::of_flag(&flag, "is not valid Unicode"));
+            match &*flag {
+                "--help" => return Ok(Self::Help),
+                "--listen" => config.listen = address(&text(value()?)?)?,
+                "--client-token-file" => config.client_token_file = Some(value()?.into()),
+                "--allow" => {
+                    let rule = Rule::parse(&text(value()?)?).map_err(|said| Error::of_flag(&flag, said))?;
+                    config.allow.push(rule);
+                }
+                "--base-url" => config.base_url = Some(text(value()?)?),
+                "--ca" => config.ca = Some(value()?.into()),
+                "--allow-insecure-loopback" => config.allow_insecure_loopback = true,
+                "--api-key-file" => one(&mut config.api_key, &flag, Place::File(value()?.into()))?,
+                "--api-key-env" => one(&mut config.api_key, &flag, Place::Variable(text(value()?)?))?,
+                "--jwt-file" => one(&mut config.jwt, &flag, Place::File(value()?.into()))?,
+                "--jwt-env" => one(&mut config.jwt, &flag, Place::Variable(text(value()?)?))?,
+                "--token-url" => one(&mut config.jwt, &flag, Place::Endpoint(text(value()?)?))?,
+                "--jwt-path" => {
+                    let prefix = text(value()?)?;
+                    rules::check_prefix(&prefix).map_err(|said| Error::of_flag(&flag, said))?;
+                    config.jwt_paths.push(prefix);
+                }
+                "--log" => {
+                    config.log = text(value()?)?
+                        .parse()
+                        .map_err(|_| Error::of_flag(&flag, "is none of off, error, warn, info, debug"))?;
+                }
+                "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
+                    return Err(Error::of_flag(
+                        &flag,
+                        "a secret is no argument, as every user of the machine sees those; see --help",
+                    ));
+                }
+                _ => return Err(Error::new(format!("{flag} is not a flag; see --help"))),
+            }
+            given.push(flag);
+        }
+        let jwts = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
+        config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(&is_set);
+        config.check()?;
+        Ok(Self::Serve(Box::new(config)))
+    }
+}
+
+impl Config {
+    /// What no flag is to blame for alone.
+    fn check(&self) -> Result<(), Error> {
+        if self.client_token_file.is_none() && !self.is_local() {
+            return Err(Error::of_flag(
+                "--listen",
+                format!(
+                    "{} is not a loopback address: say who may call by --client-token-file FILE",
+                    self.listen
+                ),
+            ));
+        }
+        if !self.jwt_paths.is_empty() && !self.has_jwt {
+            return Err(Error::of_flag(
+                "--jwt-path",
+                format!(
+                    "there is no JWT: set {}, {} or {}",
+                    env::SELAM_JWT,
+                    env::SELAM_JWT_FILE,
+                    env::SELAM_TOKEN_URL
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether nobody but this machine's own programs can reach the proxy.
+    pub fn is_local(&self) -> bool {
+        self.listen.ip().to_canonical().is_loopback()
+    }
+
+    /// The layers, with the credentials and the base URL that the flags name, or else the environment.
+    ///
+    /// `builder` has the client that asks the token endpoint.
+    ///
+    /// # Errors
+    ///
+    /// When a credential is missing or no good.
+    pub fn layer(&self, mut builder: SelamLayerBuilder) -> Result<SelamLayer, Error> {
+        if self.allow_insecure_loopback {
+            builder = builder.allow_insecure_loopback();
+        }
+        if let Some(url) = &self.base_url {
+            let parsed = if self.allow_insecure_loopback {
+                BaseUrl::allow_insecure_loopback(url)
+            } else {
+                BaseUrl::new(url)
+            };
+            builder = builder.with_base_url(parsed.map_err(|error| refused(Some("--base-url"), &error))?);
+        }
+        if let Some(place) = &self.api_key {
+            builder = builder.with_api_key(load("--api-key-file", place, ApiKey::from_env_var)?);
+        }
+        match &self.jwt {
+            Some(Place::Endpoint(url)) => builder = builder.with_token_url(url),
+            Some(place) => builder = builder.with_jwt(load("--jwt-file", place, Token::from_env_var)?),
+            None => {}
+        }
+        builder.build_with_env().map_err(|error| {
+            let by_flag = matches!(self.jwt, Some(Place::Endpoint(_))) && error.env_var().is_none();
+            refused(by_flag.then_some("--token-url"), &error)
+        })
+    }
+}
+
+/// What is wrong with what the library was given, and what to do about it where that is not plain.
+fn refused(flag: Option<&str>, error: &ConfigError) -> Error {
+    let hint = match (error.kind(), error.env_var()) {
+        (ConfigErrorKind::Missing, Some(env::SELAM_API_KEY)) => {
+            "; or name a file with it by SELAM_API_KEY_FILE or --api-key-file"
+        }
+        (ConfigErrorKind::NotHttps, _) => "; --allow-insecure-loopback lets it be http on this machine",
+        _ => "",
+    };
+    let said = format!("{error}{hint}");
+    match flag {
+        Some(flag) => Error::of_flag(flag, said),
+        None => Error(said),
+    }
+}
+
+fn load<C: Credential>(
+    flag: &str,
+    place: &Place,
+    from_variable: fn(&str) -> Result<C, ConfigError>,
+) -> Result<MaybeRenewing<C>, Error> {
+    match place {
+        Place::File(path) => {
+            let source = FileSource::new(path);
+            // A file that is no good is better known now.
+            source.read().map_err(|error| refused(Some(flag), &error))?;
+            Ok(MaybeRenewing::Renewing(Renewing::new(source)))
+        }
+        Place::Variable(name) | Place::Endpoint(name) => {
+            from_variable(name).map(MaybeRenewing::Fixed).map_err(|error| refused(None, &error))
+        }
+    }
+}
+
+fn address(value: &str) -> Result<SocketAddr, Error> {
+    let wrong = |said: &dyn fmt::Display| Error::of_flag("--listen", format!("{value:?} {said}"));
+    match value.to_socket_addrs() {
+        Ok(mut addresses) => addresses.next().ok_or_else(|| wrong(&"has no address")),
+        Err(_) => Err(wrong(&"is not ADDRESS:PORT, as 127.0.0.1:8080 is")),
+    }
+}
+
+fn one(slot: &mut Option<Place>, flag: &str, place: Place) -> Result<(), Error> {
+    match slot.replace(place) {
+        None => Ok(()),
+        Some(_) => Err(Error::of_flag(flag, "is given beside another flag of the same meaning")),
+    }
+}
