@@ -93,6 +93,7 @@ pub mod env;
 mod error;
 mod event;
 mod handshake;
+pub mod inbound;
 pub mod oauth;
 mod origin;
 mod plan;

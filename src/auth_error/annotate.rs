@@ -71,8 +71,7 @@ where
             Inspected::Passed(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
             Inspected::Refused(read, end) => (read, end),
         };
-        let error = read.error(None);
-        read.parts.extensions.insert(error);
+        read.annotate();
         Poll::Ready(Ok(read.into_response(end)))
     }
 }
@@ -105,6 +104,8 @@ enum Rest<B: Body> {
     Trailers(http::HeaderMap),
     Error(B::Error),
     Body(Pin<Box<B>>),
+    /// What was inspected before, by a layer further in.
+    Inspected(Pin<Box<InspectedBody<B>>>),
     Nothing,
 }
 
@@ -124,10 +125,19 @@ impl<B: Body> InspectedBody<B> {
     }
 
     pub(super) fn read(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<B>>) -> Self {
+        Self::of(chunks, end, Rest::Body(body))
+    }
+
+    /// What was read of a body that a layer further in had inspected.
+    pub(super) fn read_again(chunks: Vec<Bytes>, end: End<B::Error>, body: Pin<Box<Self>>) -> Self {
+        Self::of(chunks, end, Rest::Inspected(body))
+    }
+
+    fn of(chunks: Vec<Bytes>, end: End<B::Error>, unread: Rest<B>) -> Self {
         let rest = match end {
             End::Complete { trailers } => trailers.map_or(Rest::Nothing, Rest::Trailers),
             End::Failed(error) => Rest::Error(error),
-            End::OutOfBounds => Rest::Body(body),
+            End::OutOfBounds => unread,
         };
         Self { content: Content::Read { chunks: chunks.into(), rest } }
     }
@@ -148,13 +158,15 @@ impl<B: Body> Body for InspectedBody<B> {
         if let Some(chunk) = chunks.pop_front() {
             return Poll::Ready(Some(Ok(Frame::data(chunk))));
         }
-        if let Rest::Body(body) = rest {
-            return body.as_mut().poll_frame(cx).map_ok(to_bytes);
+        match rest {
+            Rest::Body(body) => return body.as_mut().poll_frame(cx).map_ok(to_bytes),
+            Rest::Inspected(body) => return body.as_mut().poll_frame(cx),
+            Rest::Trailers(_) | Rest::Error(_) | Rest::Nothing => {}
         }
         Poll::Ready(match std::mem::replace(rest, Rest::Nothing) {
             Rest::Trailers(trailers) => Some(Ok(Frame::trailers(trailers))),
             Rest::Error(error) => Some(Err(error)),
-            Rest::Body(_) | Rest::Nothing => None,
+            Rest::Body(_) | Rest::Inspected(_) | Rest::Nothing => None,
         })
     }
 
@@ -166,6 +178,7 @@ impl<B: Body> Body for InspectedBody<B> {
                     && match rest {
                         Rest::Nothing => true,
                         Rest::Body(body) => body.is_end_stream(),
+                        Rest::Inspected(body) => body.is_end_stream(),
                         Rest::Trailers(_) | Rest::Error(_) => false,
                     }
             }
@@ -181,6 +194,7 @@ impl<B: Body> Body for InspectedBody<B> {
         let rest = match rest {
             Rest::Nothing | Rest::Trailers(_) => SizeHint::with_exact(0),
             Rest::Body(body) => body.size_hint(),
+            Rest::Inspected(body) => body.size_hint(),
             // More was announced, or nobody knows: the body broke off.
             Rest::Error(_) => SizeHint::new(),
         };

@@ -192,6 +192,12 @@ impl<B: Body> Collect<B> {
         Response::from_parts(parts, InspectedBody::read(chunks, end, body))
     }
 
+    /// Puts the error that the response makes into its extensions.
+    pub(crate) fn annotate(&mut self) {
+        let error = self.error(None);
+        self.parts.extensions.insert(error);
+    }
+
     /// What was read, as far as it is within bounds.
     pub(crate) fn body(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(self.read.min(self.bounds.size));
@@ -208,5 +214,13 @@ impl<B: Body> Collect<B> {
         let Parts { status, headers, extensions, .. } = &mut self.parts;
         let sent = extensions.remove::<Sent>().map(Sent::joined);
         AuthError::read(*status, headers, &body, sent.as_ref(), source)
+    }
+}
+
+impl<B: Body> Collect<InspectedBody<B>> {
+    /// The response as it came, whose body a layer further in may have read before.
+    pub(crate) fn into_response_once_more(self, end: End<B::Error>) -> Response<InspectedBody<B>> {
+        let Self { parts, chunks, body, .. } = self;
+        Response::from_parts(parts, InspectedBody::read_again(chunks, end, body))
     }
 }

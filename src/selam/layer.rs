@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use tower_layer::Layer;
 
-use super::{Selam, SelamLayerBuilder, service::WrapError};
+use super::{AnnotatedSelamLayer, Selam, SelamLayerBuilder, service::WrapError};
 use crate::{
     AuthErrorLayer, BaseUrl, ConfigError,
     authorize::{Authorize, Policy},
@@ -62,6 +62,13 @@ impl<R> SelamLayer<R> {
         SelamLayer { errors, replay, policy, base_url }
     }
 
+    /// The same stack in annotate mode, for proxies: a 401 or 403 passes as it came, with the
+    /// [`AuthError`](crate::AuthError) in its extensions, after a renewal and a replay had their chance.
+    #[must_use]
+    pub fn annotated(self) -> AnnotatedSelamLayer<R> {
+        AnnotatedSelamLayer(self)
+    }
+
     /// Where the API lives, to make the URIs of requests from.
     #[must_use]
     pub fn base_url(&self) -> &BaseUrl {
@@ -69,13 +76,20 @@ impl<R> SelamLayer<R> {
     }
 }
 
+impl<R: Clone> SelamLayer<R> {
+    /// All but the layer that reads errors.
+    pub(super) fn refresh<S>(&self, inner: S) -> Refresh<Authorize<WrapError<S>>, R> {
+        let authorize = Authorize::new(WrapError(inner), Arc::clone(&self.policy));
+        // What never changes need not be kept for a second time.
+        let idle = !self.policy.provider.renews();
+        Refresh::new(authorize, self.replay.clone()).with_idle(idle)
+    }
+}
+
 impl<S, R: Clone> Layer<S> for SelamLayer<R> {
     type Service = Selam<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        let authorize = Authorize::new(WrapError(inner), Arc::clone(&self.policy));
-        // What never changes need not be kept for a second time.
-        let idle = !self.policy.provider.renews();
-        Selam(self.errors.layer(Refresh::new(authorize, self.replay.clone()).with_idle(idle)))
+        Selam(self.errors.layer(self.refresh(inner)))
     }
 }

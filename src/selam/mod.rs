@@ -30,12 +30,17 @@
 //! # Ok::<(), tower_selam::ConfigError>(())
 //! # }).unwrap();
 //! ```
+//!
+//! A proxy wants the API's own words to reach its caller: [`SelamLayer::annotated`] is the same stack in annotate mode, as
+//! [`AnnotateAuthErrorLayer`](crate::AnnotateAuthErrorLayer) has it.
 
+mod annotated;
 mod builder;
 mod layer;
 mod service;
 
 pub use self::{
+    annotated::{AnnotatedFuture, AnnotatedSelam, AnnotatedSelamLayer},
     builder::SelamLayerBuilder,
     layer::SelamLayer,
     service::{ResponseFuture, Selam},

@@ -1,6 +1,6 @@
 //! E6: the response goes on as it was, with the error in its extensions.
 
-use std::{io, time::Duration};
+use std::{future::ready, io, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
@@ -9,10 +9,14 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, auth_error::InspectedBody,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, Renewing, SelamLayer,
+    Token,
+    auth_error::InspectedBody,
+    simulator::{Fault, JwtAlgorithm, Simulator},
+    source::{Reason, source_fn},
 };
 
-use crate::support::{Fed, KEY, MODELS, get, key};
+use crate::support::{CHAT, Fed, KEY, MODELS, get, key};
 
 type Frame = io::Result<http_body::Frame<Bytes>>;
 
@@ -31,9 +35,8 @@ fn data(text: &str) -> Frame {
 
 async fn annotated<B: Body>(response: Response<B>) -> Response<InspectedBody<B>> {
     let mut response = Some(response);
-    let api = service_fn(move |_: Request<()>| {
-        std::future::ready(Ok::<_, BoxError>(response.take().expect("one request")))
-    });
+    let api =
+        service_fn(move |_: Request<()>| ready(Ok::<_, BoxError>(response.take().expect("one request"))));
     AnnotateAuthErrorLayer::new().with_body_limit(64).layer(api).oneshot(get(MODELS)).await.unwrap()
 }
 
@@ -153,4 +156,148 @@ async fn e6_the_body_keeps_an_echo_that_the_error_masks() {
     assert_eq!(error.message(), Some("bad key [redacted]"));
     assert!(!format!("{response:?}").contains(KEY));
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), echo);
+}
+
+/// A simulator, and the stack in annotate mode over it with JWTs that renew themselves.
+fn renewing() -> (Simulator, tower_selam::selam::AnnotatedSelam<Simulator>) {
+    let simulator = Simulator::new();
+    let minting = simulator.clone();
+    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+        let jwt = minting.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(600));
+        async { Ok::<_, BoxError>(Token::new(jwt)?) }
+    }));
+    let key = ApiKey::new(simulator.issue_key()).unwrap();
+    let layer = SelamLayer::builder().with_api_key(key).with_jwt(jwts).build().unwrap().annotated();
+    let selam = layer.layer(simulator.clone());
+    (simulator, selam)
+}
+
+fn chat() -> Request<String> {
+    Request::post("https://api.selamgpt.com/v1/chat/completions").body(CHAT.to_owned()).unwrap()
+}
+
+#[tokio::test]
+async fn e6_the_stack_renews_and_sends_again_before_anything_goes_up() {
+    let (simulator, selam) = renewing();
+    assert_eq!(selam.send(chat()).await.unwrap().status(), 200);
+    simulator.expire_jwts();
+    let response = selam.send(chat()).await.unwrap();
+    assert_eq!((response.status().as_u16(), kind(&response)), (200, None));
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    assert!(body.windows(15).any(|text| text == b"You said: Selam"), "{body:?}");
+    assert_eq!(simulator.requests(), 3);
+}
+
+#[tokio::test]
+async fn e6_the_second_401_of_the_stack_goes_up_as_it_came() {
+    let (simulator, selam) = renewing();
+    let refusal = |n: u16| {
+        let response =
+            Response::builder().status(401).header("x-answer", n).header("www-authenticate", "Bearer");
+        Fault::Answer(
+            response.body(Bytes::from(format!(r#"{{"error":{{"code":"jwt_expired"}},"n":{n}}}"#))).unwrap(),
+        )
+    };
+    simulator.inject(refusal(1));
+    simulator.inject(refusal(2));
+    let response = selam.send(chat()).await.unwrap();
+    assert_eq!(simulator.requests(), 2);
+    assert_eq!((response.status().as_u16(), kind(&response)), (401, Some(AuthErrorKind::TokenRejected)));
+    assert_eq!(
+        (&response.headers()["x-answer"], &response.headers()["www-authenticate"]),
+        (&"2".parse().unwrap(), &"Bearer".parse().unwrap())
+    );
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, r#"{"error":{"code":"jwt_expired"},"n":2}"#);
+}
+
+/// Whichever layer has read of it, and however much.
+#[tokio::test]
+async fn e6_a_refusal_of_any_size_goes_through_the_stack_whole() {
+    for status in [401, 403] {
+        for size in [0, 1, 65_535, 65_536, 65_537, 1 << 20] {
+            let (simulator, selam) = renewing();
+            let sent = Bytes::from("x".repeat(size));
+            for _ in 0..2 {
+                let answer =
+                    Response::builder().status(status).header("content-length", size).body(sent.clone());
+                simulator.inject(Fault::Answer(answer.unwrap()));
+            }
+            let response = selam.send(chat()).await.unwrap();
+            assert_eq!(simulator.requests(), if status == 401 { 2 } else { 1 });
+            assert!(kind(&response).is_some());
+            assert_eq!(response.body().size_hint().exact(), Some(size as u64), "{status} of {size}");
+            assert_eq!(response.body().is_end_stream(), size == 0);
+            assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), sent);
+        }
+    }
+}
+
+/// It is read by the layer that renews, and then by the one that annotates.
+#[tokio::test(start_paused = true)]
+async fn e6_a_401_that_stalls_and_is_not_sent_again_goes_through_the_stack_as_it_comes() {
+    let (feed, response) = fed();
+    let mut response = Some(response);
+    let api =
+        service_fn(move |_: Request<()>| ready(Ok::<_, BoxError>(response.take().expect("one request"))));
+    let jwts = Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a.b.c")?) }));
+    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
+    let selam = layer.without_replay().annotated().layer(tower::buffer::Buffer::new(api, 1));
+    feed.send(data(INVALID)).unwrap();
+    let response = selam.send(get(MODELS)).await.unwrap();
+    assert_eq!(kind(&response), Some(AuthErrorKind::InvalidApiKey));
+    assert!(!response.body().is_end_stream());
+    let trailers = HeaderMap::from_iter([("x-trailer".parse().unwrap(), "1".parse().unwrap())]);
+    feed.send(data(" late")).unwrap();
+    feed.send(Ok(http_body::Frame::trailers(trailers.clone()))).unwrap();
+    drop(feed);
+    let body = response.into_body().collect().await.unwrap();
+    assert_eq!(body.trailers(), Some(&trailers));
+    assert_eq!(body.to_bytes(), format!("{INVALID} late"));
+}
+
+#[tokio::test]
+async fn e6_the_documented_errors_go_through_the_stack_with_the_bytes_that_the_api_sent() {
+    let simulator = Simulator::new();
+    let (revoked, limited) = (simulator.issue_key(), simulator.issue_limited_key());
+    simulator.revoke_key(&revoked);
+    for (key, path, expected) in [
+        (&revoked, "chat/completions", AuthErrorKind::InvalidApiKey),
+        (&limited, "images/generations", AuthErrorKind::InsufficientPermissions),
+    ] {
+        let request = |authorization: Option<String>| {
+            let request = Request::post(format!("https://api.selamgpt.com/v1/{path}"));
+            let request = authorization
+                .into_iter()
+                .fold(request, |request, value| request.header("authorization", value));
+            request.body(CHAT.to_owned()).unwrap()
+        };
+        let direct = simulator.clone().oneshot(request(Some(format!("Bearer {key}")))).await.unwrap();
+        let layer =
+            SelamLayer::builder().with_api_key(ApiKey::new(&**key).unwrap()).build().unwrap().annotated();
+        let response = layer.layer(simulator.clone()).send(request(None)).await.unwrap();
+        assert_eq!(kind(&response), Some(expected));
+        assert_eq!(response.status(), direct.status());
+        assert!(direct.headers().keys().all(|name| response.headers().contains_key(name)));
+        assert_eq!(response.headers().len(), direct.headers().len());
+        let direct = direct.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), direct);
+        assert!(!direct.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn e6_what_was_not_sent_is_an_error_of_the_stack() {
+    let (simulator, selam) = renewing();
+    let refused =
+        selam.send(Request::get("http://api.selamgpt.com/v1/models").body(String::new()).unwrap()).await;
+    assert_eq!(refused.unwrap_err().auth().unwrap().kind(), AuthErrorKind::OriginNotAllowed);
+
+    let none = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+        Err::<ApiKey, _>(BoxError::from("no key today"))
+    }));
+    let layer = SelamLayer::builder().with_api_key(none).build().unwrap().annotated();
+    let failed = layer.layer(simulator.clone()).send(chat()).await.unwrap_err();
+    assert_eq!(failed.auth().unwrap().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(simulator.requests(), 0);
 }

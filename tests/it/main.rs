@@ -19,6 +19,7 @@ mod failures;
 mod files;
 mod handshake;
 mod headers;
+mod inbound;
 mod mint;
 mod oauth;
 mod origins;
