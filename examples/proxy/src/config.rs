@@ -245,6 +245,12 @@ impl Config {
         self.listen.ip().to_canonical().is_loopback()
     }
 
+    /// Whether requests to this path get the JWT.
+    pub fn sends_jwt(&self, path: &str) -> bool {
+        let covers = |prefix: &String| rules::is_below(path, prefix);
+        self.has_jwt && (self.jwt_paths.is_empty() || self.jwt_paths.iter().any(covers))
+    }
+
     /// The layers, with the credentials and the base URL that the flags name, or else the environment.
     ///
     /// `builder` has the client that asks the token endpoint.

@@ -122,6 +122,26 @@ impl Watch {
 
     /// Counts the answer and goes along with its body.
     pub fn answered(mut self, response: Response) -> Response {
+        self.count(&response);
+        if response.body().is_end_stream() {
+            self.end = End::Complete;
+        }
+        response.map(|body| Body::new(Watched { body, watch: self }))
+    }
+
+    /// Counts the answer, of which there is more to come on the connection itself.
+    pub fn upgraded(mut self, response: &Response) -> Self {
+        self.count(response);
+        self
+    }
+
+    /// What went to the caller over the upgraded connection, when both sides are done.
+    pub fn hung_up(mut self, bytes: u64) {
+        self.bytes = bytes;
+        self.end = End::Complete;
+    }
+
+    fn count(&mut self, response: &Response) {
         let refusal = response.extensions().get::<Refusal>().copied();
         let status = response.status();
         let caller = self.caller();
@@ -138,10 +158,6 @@ impl Watch {
             counter!(REFUSALS, "reason" => refusal.name(), "caller" => caller).increment(1);
         }
         self.answer = Some((status, refusal));
-        if response.body().is_end_stream() {
-            self.end = End::Complete;
-        }
-        response.map(|body| Body::new(Watched { body, watch: self }))
     }
 
     /// A label that only the operator's own names can be.

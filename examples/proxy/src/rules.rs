@@ -146,6 +146,12 @@ pub fn check_prefix(prefix: &str) -> Result<(), String> {
     }
 }
 
+/// Whether `path` is `prefix` or below it.
+pub fn is_below(path: &str, prefix: &str) -> bool {
+    let rest = path.strip_prefix(prefix.trim_end_matches('/'));
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
