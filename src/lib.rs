@@ -83,6 +83,7 @@ pub mod auth_error;
 pub mod authorize;
 mod base_url;
 pub mod bounds;
+pub mod choose_auth;
 mod clock;
 pub mod composition {
     #![doc = include_str!("composition.md")]
@@ -113,6 +114,7 @@ pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},
     authorize::{ApiKeyLayer, JwtLayer},
     base_url::BaseUrl,
+    choose_auth::ChooseAuthLayer,
     credentials::{Credentials, RequestAuth},
     engine::{MaybeRenewing, RenewalPolicy, Renewing},
     error::{AuthError, AuthErrorKind, BoxError, ConfigError, ConfigErrorKind, Error, ErrorBody, RateLimit},

@@ -36,7 +36,7 @@ impl ConfigError {
     pub fn env_var(&self) -> Option<&str> {
         match &self.place {
             Place::EnvVar(name) => Some(name),
-            Place::Argument | Place::File(_) => None,
+            Place::Argument | Place::File(_) | Place::Number(_) => None,
         }
     }
 
@@ -45,7 +45,7 @@ impl ConfigError {
     pub fn file(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Argument | Place::EnvVar(_) => None,
+            Place::Argument | Place::EnvVar(_) | Place::Number(_) => None,
         }
     }
 }
@@ -141,6 +141,9 @@ pub enum ConfigErrorKind {
     NotAnObject,
     /// The claims have an `iat` or `exp`.
     ReservedClaim,
+    /// No plain path: one that begins with `/`, and has no empty segments, none of dots alone, and nothing
+    /// percent-encoded.
+    InvalidPath,
 }
 
 impl fmt::Display for ConfigErrorKind {
@@ -180,6 +183,7 @@ impl fmt::Display for ConfigErrorKind {
                 write!(f, "is {key}, but its algorithm signs with {needed}")
             }
             Self::NotAnObject => f.write_str("is not a JSON object, or is nested too deeply"),
+            Self::InvalidPath => f.write_str("is not a plain path such as /v1/audio"),
             Self::ReservedClaim => f.write_str("has an `iat` or `exp`, which the signer sets"),
         }
     }
@@ -197,6 +201,7 @@ pub(crate) enum Subject {
     ClientSecret,
     RefreshToken,
     Parameter,
+    PathPrefix,
     #[cfg(feature = "sign")]
     SigningKey,
     #[cfg(feature = "sign")]
@@ -215,6 +220,7 @@ impl fmt::Display for Subject {
             Self::ClientSecret => "client secret",
             Self::RefreshToken => "refresh token",
             Self::Parameter => "token request's parameter",
+            Self::PathPrefix => "path prefix",
             #[cfg(feature = "sign")]
             Self::SigningKey => "signing key",
             #[cfg(feature = "sign")]
@@ -229,6 +235,8 @@ pub(crate) enum Place {
     Argument,
     EnvVar(String),
     File(PathBuf),
+    /// In a list, counted from one.
+    Number(usize),
 }
 
 impl fmt::Display for Place {
@@ -237,6 +245,7 @@ impl fmt::Display for Place {
             Self::Argument => Ok(()),
             Self::EnvVar(name) => write!(f, " from the environment variable {name}"),
             Self::File(path) => write!(f, " from the file {}", path.display()),
+            Self::Number(number) => write!(f, " number {number}"),
         }
     }
 }

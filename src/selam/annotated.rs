@@ -33,20 +33,20 @@ use crate::{
 /// use http::Request;
 /// use http_body_util::BodyExt;
 /// use tower::Layer;
-/// use tower_selam::{ApiKey, AuthError, AuthErrorKind, SelamLayer, simulator::Simulator};
+/// use tower_selam::{ApiKey, AuthError, AuthErrorKind, ErrorBody, SelamLayer, simulator::Simulator};
 ///
 /// # tokio_test::block_on(async {
 /// let client = Simulator::new();
 /// let revoked = ApiKey::new("sk-selam-revoked")?;
 /// let layer = SelamLayer::builder().with_api_key(revoked).build()?.annotated();
-/// let models = layer.base_url().endpoint("models")?;
+/// let chat = layer.base_url().endpoint("chat/completions")?;
 ///
-/// let response = layer.layer(client).send(Request::get(models).body(String::new())?).await?;
+/// let response = layer.layer(client).send(Request::post(chat).body(String::new())?).await?;
 /// assert_eq!(response.status(), 401);
 /// let error: &AuthError = response.extensions().get().unwrap();
 /// assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey);
 /// let body = response.into_body().collect().await?.to_bytes();
-/// assert!(body.starts_with(br#"{"error":{"message":"Invalid API key provided."#));
+/// assert_eq!(ErrorBody::parse(&body).message(), Some("Invalid API key provided."));
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();
 /// ```

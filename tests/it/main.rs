@@ -11,6 +11,7 @@
 
 mod annotate;
 mod api;
+mod choose_auth;
 mod clocks;
 mod composition;
 mod environment;
