@@ -22,7 +22,7 @@ use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
 };
-use tracing_subscriber::fmt;
+use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// The exit code of bad configuration.
 const BAD_CONFIGURATION: u8 = 2;
@@ -45,12 +45,10 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn run(config: &Config) -> Result<(), Error> {
-    // Of other crates nothing is logged: some show what they send.
-    let ours = tracing_subscriber::filter::Targets::new()
-        .with_target("tower_selam", config.log)
-        .with_target("example_proxy", config.log);
-    let _ = ours;
-    fmt().with_writer(io::stderr).with_max_level(config.log).with_ansi(false).init();
+    // Nothing of other crates: some show what they send.
+    let ours = Targets::new().with_target("example_proxy", config.log).with_target("tower_selam", config.log);
+    let lines = fmt::layer().with_writer(io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(lines).with(ours).init();
 
     let counts = metrics::install()?;
     let ending = Ending::default();

@@ -15,10 +15,7 @@ use std::{
     time::Duration,
 };
 
-use axum::http::{
-    HeaderMap, HeaderName,
-    header::AUTHORIZATION,
-};
+use axum::http::{HeaderMap, HeaderName, header::AUTHORIZATION};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
@@ -35,7 +32,8 @@ const LIMIT: u64 = 1024 * 1024;
 const LONGEST_NAME: usize = 64;
 
 /// Headers that a token may come in, beside `Authorization`.
-const KEY_HEADERS: [HeaderName; 2] = [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
+const KEY_HEADERS: [HeaderName; 2] =
+    [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 /// A caller's name, for logs and metrics.
 pub type Name = Arc<str>;
@@ -106,7 +104,10 @@ fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
         let (scheme, token) = value.as_bytes().split_at_checked(b"bearer ".len())?;
         scheme.eq_ignore_ascii_case(b"bearer ").then_some(token.trim_ascii())
     });
-    let bare = KEY_HEADERS.iter().flat_map(|name| headers.get_all(name)).map(|value| value.as_bytes().trim_ascii());
+    let bare = KEY_HEADERS
+        .into_iter()
+        .flat_map(|name| headers.get_all(name))
+        .map(|value| value.as_bytes().trim_ascii());
     bearer.chain(bare).filter(|token| !token.is_empty())
 }
 
@@ -206,9 +207,13 @@ impl Display for BadLine {
         }
         match &self.fault {
             Fault::NoColon => f.write_str("is not name:token"),
-            Fault::BadName => write!(f, "the name is not 1 to {LONGEST_NAME} letters, digits, '-', '_' or '.'"),
+            Fault::BadName => {
+                write!(f, "the name is not 1 to {LONGEST_NAME} letters, digits, '-', '_' or '.'")
+            }
             Fault::NoToken(name) => write!(f, "the token of {name:?} is empty"),
-            Fault::BadToken(name) => write!(f, "the token of {name:?} has blanks or characters that are not ASCII"),
+            Fault::BadToken(name) => {
+                write!(f, "the token of {name:?} has blanks or characters that are not ASCII")
+            }
             Fault::SameName(name, first) => write!(f, "the name {name:?} is that of line {first}"),
             Fault::SameToken(name, first) => write!(f, "the token of {name:?} is that of line {first}"),
             Fault::Nobody => f.write_str("there is no name:token in it, so nobody could call"),
@@ -289,7 +294,9 @@ mod tests {
 
     #[test]
     fn a_file_is_read_whatever_wrote_it() {
-        let table = table("\u{feff}# who may call\r\n\r\nweb:s3cr3t\r\n  mobile : with:colon \n\nlast-one.2:x").unwrap();
+        let table =
+            table("\u{feff}# who may call\r\n\r\nweb:s3cr3t\r\n  mobile : with:colon \n\nlast-one.2:x")
+                .unwrap();
         assert_eq!(table.find(b"s3cr3t").as_deref(), Some("web"));
         assert_eq!(table.find(b"with:colon").as_deref(), Some("mobile"));
         assert_eq!(table.find(b"x").as_deref(), Some("last-one.2"));
@@ -342,7 +349,11 @@ mod tests {
         ] {
             assert_eq!(find(headers), web, "{headers:?}");
         }
-        for headers in [&[("authorization", "Bearer wrong")][..], &[("x-api-key", "wrong")], &[("authorization", "Bearer web:s3cr3t")]] {
+        for headers in [
+            &[("authorization", "Bearer wrong")][..],
+            &[("x-api-key", "wrong")],
+            &[("authorization", "Bearer web:s3cr3t")],
+        ] {
             assert_eq!(find(headers), Caller::Unknown, "{headers:?}");
         }
         for headers in [
@@ -375,6 +386,9 @@ mod tests {
         assert!(next.is_err() && table.borrow().find(b"second").is_some());
         std::fs::remove_file(&path).unwrap();
         let error = Callers::from_file(path.clone()).unwrap_err().to_string();
-        assert_eq!(error, format!("--client-token-file: {}: cannot be read: entity not found", path.display()));
+        assert_eq!(
+            error,
+            format!("--client-token-file: {}: cannot be read: entity not found", path.display())
+        );
     }
 }

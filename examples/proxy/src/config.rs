@@ -9,9 +9,8 @@ use std::{
 
 use lexopt::{Arg, Parser, ValueExt};
 use tower_selam::{
-    ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, MaybeRenewing, Renewing, SelamLayer, SelamLayerBuilder,
-    Token, env,
-    source::FileSource,
+    ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, MaybeRenewing, Renewing, SelamLayer,
+    SelamLayerBuilder, Token, env, source::FileSource,
 };
 
 use crate::rules::{self, Rule};
@@ -170,7 +169,8 @@ impl Command {
                 Ok(value) => Ok(value),
                 Err(_) => Err(Error::of_flag(&flag, "needs a value")),
             };
-            let text = |value: OsString| value.string().map_err(|_| Error::of_flag(&flag, "is not valid Unicode"));
+            let text =
+                |value: OsString| value.string().map_err(|_| Error::of_flag(&flag, "is not valid Unicode"));
             match &*flag {
                 "--help" => return Ok(Self::Help),
                 "--listen" => config.listen = address(&text(value()?)?)?,

@@ -47,7 +47,10 @@ pub fn install() -> Result<PrometheusHandle, config::Error> {
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
 
-    describe_counter!(REQUESTS, "Requests, by the class of the status that the caller got, and whose answer it was");
+    describe_counter!(
+        REQUESTS,
+        "Requests, by the class of the status that the caller got, and whose answer it was"
+    );
     describe_counter!(REFUSALS, "Requests that the proxy answered itself, by why");
     describe_counter!(BROKEN, "Requests that did not come to their end, by the side that left");
     describe_gauge!(RUNNING, "Requests, streams and upgraded connections that are under way");

@@ -24,7 +24,7 @@ use hyper_util::{client::legacy::Error as ClientError, rt::TokioIo};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{io::copy_bidirectional, time};
 use tokio_rustls::rustls::ClientConfig;
-use tower::{Layer, ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
+use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer,
     inbound::{StripCredentialsLayer, StripHopByHopLayer},
@@ -86,7 +86,7 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 pub fn router(config: &Config, metrics: PrometheusHandle, ending: Ending) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref())?;
     // Where tokens come from is asked on its own.
-    let token_client = upstream::client::<Body>(&tls, Versions::All);
+    let token_client = upstream::client(&tls);
     let layer = config.layer(SelamLayer::builder().with_token_client(token_client))?;
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
     let (stack, upgrading) = stacks(config, &layer, &tls, &via)?;
@@ -113,7 +113,12 @@ pub fn router(config: &Config, metrics: PrometheusHandle, ending: Ending) -> Res
 }
 
 /// What a request goes through on its way to the API, and its answer on the way back.
-fn stacks(config: &Config, layer: &SelamLayer, tls: &ClientConfig, via: &Arc<str>) -> Result<(Stack, Stack), config::Error> {
+fn stacks(
+    config: &Config,
+    layer: &SelamLayer,
+    tls: &ClientConfig,
+    via: &Arc<str>,
+) -> Result<(Stack, Stack), config::Error> {
     let choose = match &*config.jwt_paths {
         [] => None,
         prefixes => Some(
@@ -133,8 +138,8 @@ fn stacks(config: &Config, layer: &SelamLayer, tls: &ClientConfig, via: &Arc<str
         .map_request(move |request: Request| to_api(&base, &via, request))
         // Ours go on; a 401 renews them, and the request is sent once more.
         .layer(layer.clone().buffered(REPLAYED).annotated());
-    let stack = outside.clone().service(Upstream::new(tls));
-    let upgrading = outside.service(upstream::client(tls, Versions::Http1));
+    let stack = outside.clone().service(Upstream::new(tls, Versions::All));
+    let upgrading = outside.service(Upstream::new(tls, Versions::Http1));
     Ok((BoxCloneSyncService::new(stack), BoxCloneSyncService::new(upgrading)))
 }
 
@@ -169,7 +174,11 @@ async fn forward(State(proxy): State<Proxy>, request: Request) -> Response {
         drain(request);
         return watch.answered(refusal.into_response());
     }
-    if wants_upgrade(&request) { proxy.upgrade(watch, request).await } else { proxy.exchange(watch, request).await }
+    if wants_upgrade(&request) {
+        proxy.upgrade(watch, request).await
+    } else {
+        proxy.exchange(watch, request).await
+    }
 }
 
 impl Proxy {
@@ -212,7 +221,10 @@ impl Proxy {
     /// A request for another protocol on this connection: if the API agrees, the two connections become one.
     async fn upgrade(self, watch: Watch, mut request: Request) -> Response {
         let caller = hyper::upgrade::on(&mut request);
-        if self.voice_agent && rules::is_below(request.uri().path(), VOICE_AGENT) && is_websocket(request.headers()) {
+        if self.voice_agent
+            && rules::is_below(request.uri().path(), VOICE_AGENT)
+            && is_websocket(request.headers())
+        {
             request.extensions_mut().insert(RequestAuth::VoiceAgent);
         }
         let mut response = self.send(self.upgrading.clone(), request).await;
@@ -311,7 +323,8 @@ fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
 /// what is said then, nobody looks at.
 fn wants_upgrade(request: &Request) -> bool {
     let headers = request.headers();
-    let offers = || headers.get_all(UPGRADE).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let offers =
+        || headers.get_all(UPGRADE).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
     let is_http = |offer: &[u8]| {
         let offer = offer.trim_ascii().to_ascii_lowercase();
         [&b"h2"[..], b"http", b"tls"].iter().any(|prefix| offer.starts_with(prefix))

@@ -111,9 +111,12 @@ impl Refusal {
                 "loop_detected",
                 "The proxy's base URL leads back to the proxy.",
             ),
-            Self::NoUpstream => {
-                (StatusCode::BAD_GATEWAY, "api_error", "upstream_unavailable", "The API does not answer the proxy.")
-            }
+            Self::NoUpstream => (
+                StatusCode::BAD_GATEWAY,
+                "api_error",
+                "upstream_unavailable",
+                "The API does not answer the proxy.",
+            ),
             Self::NoCredential(_) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "api_error",
@@ -185,9 +188,12 @@ mod tests {
 
     #[test]
     fn a_503_says_when_to_come_back_in_whole_seconds() {
-        for (wait, expected) in
-            [(None, "30"), (Some(Duration::from_millis(1200)), "2"), (Some(Duration::from_millis(3)), "1"), (Some(Duration::ZERO), "1")]
-        {
+        for (wait, expected) in [
+            (None, "30"),
+            (Some(Duration::from_millis(1200)), "2"),
+            (Some(Duration::from_millis(3)), "1"),
+            (Some(Duration::ZERO), "1"),
+        ] {
             let response = Refusal::NoCredential(wait).into_response();
             assert_eq!(response.headers()[RETRY_AFTER], expected, "{wait:?}");
         }

@@ -29,7 +29,11 @@ pub enum BadPath {
 pub fn check(path: &str) -> Result<&str, BadPath> {
     match path.strip_prefix(ROOT) {
         Some(below) if below.is_empty() || below.starts_with('/') => {
-            if is_normal(path) { Ok(below) } else { Err(BadPath::NotNormal) }
+            if is_normal(path) {
+                Ok(below)
+            } else {
+                Err(BadPath::NotNormal)
+            }
         }
         _ => Err(BadPath::Elsewhere),
     }
@@ -42,7 +46,10 @@ fn is_normal(path: &str) -> bool {
         let last = segments.peek().is_none();
         // Some servers take off what follows a semicolon before they look for dots.
         let name = segment.split(';').next().unwrap_or(segment);
-        if (name.is_empty() && !(segment.is_empty() && last)) || matches!(name, "." | "..") || !is_plain(segment) {
+        if (name.is_empty() && !(segment.is_empty() && last))
+            || matches!(name, "." | "..")
+            || !is_plain(segment)
+        {
             return false;
         }
     }
@@ -101,7 +108,9 @@ impl Rule {
             _ if method.bytes().any(|byte| byte.is_ascii_lowercase()) => {
                 return Err(wrong(&"has a method that is not in capitals"));
             }
-            _ => Some(Method::from_bytes(method.as_bytes()).map_err(|_| wrong(&"has no method that is one"))?),
+            _ => {
+                Some(Method::from_bytes(method.as_bytes()).map_err(|_| wrong(&"has no method that is one"))?)
+            }
         };
         let (path, below) = match path.strip_suffix("/*") {
             Some(path) => (path, true),
@@ -141,7 +150,9 @@ pub fn allow(rules: &[Rule], method: &Method, path: &str) -> bool {
 pub fn check_prefix(prefix: &str) -> Result<(), String> {
     match check(prefix) {
         Ok(_) => Ok(()),
-        Err(BadPath::Elsewhere) => Err(format!("{prefix:?} is not below /v1, where all is that can be called")),
+        Err(BadPath::Elsewhere) => {
+            Err(format!("{prefix:?} is not below /v1, where all is that can be called"))
+        }
         Err(BadPath::NotNormal) => Err(format!("{prefix:?} is a path that no request can have")),
     }
 }
@@ -169,7 +180,9 @@ mod tests {
         ] {
             assert_eq!(check(path), Ok(below), "{path}");
         }
-        for path in ["/", "", "*", "/v2/models", "/v1x", "/V1/models", "/%761/models", "v1/models", "//v1/models"] {
+        for path in
+            ["/", "", "*", "/v2/models", "/v1x", "/V1/models", "/%761/models", "v1/models", "//v1/models"]
+        {
             assert_eq!(check(path), Err(BadPath::Elsewhere), "{path}");
         }
     }
@@ -177,9 +190,41 @@ mod tests {
     #[test]
     fn what_a_server_could_read_in_another_way_is_refused() {
         for below in [
-            "..", ".", "a/../b", "a/./b", "a/..", "../../admin", "a//b", "/", "//", "%2e%2e", "%2E.", "a/%2e",
-            "a%2fb", "a%2Fb", "a%5cb", "a\\b", "%61udio", "%2561", "a%00", "a%0a", "a%7f", "..;/x", ".;a", ";x", "%", "%2", "%zz",
-            "a\"b", "a<b", "a|b", "a^b", "a`b", "a{b}", "[a]", "é",
+            "..",
+            ".",
+            "a/../b",
+            "a/./b",
+            "a/..",
+            "../../admin",
+            "a//b",
+            "/",
+            "//",
+            "%2e%2e",
+            "%2E.",
+            "a/%2e",
+            "a%2fb",
+            "a%2Fb",
+            "a%5cb",
+            "a\\b",
+            "%61udio",
+            "%2561",
+            "a%00",
+            "a%0a",
+            "a%7f",
+            "..;/x",
+            ".;a",
+            ";x",
+            "%",
+            "%2",
+            "%zz",
+            "a\"b",
+            "a<b",
+            "a|b",
+            "a^b",
+            "a`b",
+            "a{b}",
+            "[a]",
+            "é",
         ] {
             assert_eq!(check(&format!("/v1/{below}")), Err(BadPath::NotNormal), "{below}");
         }
@@ -187,7 +232,8 @@ mod tests {
 
     #[test]
     fn a_rule_allows_one_path_or_what_is_below_it() {
-        let allows = |rule: &str, method: &Method, path: &str| Rule::parse(rule).unwrap().allows(method, path);
+        let allows =
+            |rule: &str, method: &Method, path: &str| Rule::parse(rule).unwrap().allows(method, path);
         assert!(allows("POST:/v1/chat/completions", &Method::POST, "/v1/chat/completions"));
         for (rule, method, path) in [
             ("POST:/v1/chat/completions", Method::GET, "/v1/chat/completions"),

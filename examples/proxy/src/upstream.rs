@@ -10,25 +10,23 @@ use std::{
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderMap, Request, Response, header::EXPECT},
+    http::{HeaderMap, Request, Response, Uri, header::EXPECT},
 };
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::{
-    client::legacy::{
-        Builder, Client, Error,
-        connect::HttpConnector,
-    },
-    rt::{TokioExecutor, TokioTimer},
+    client::legacy::{Builder, Client, Error, connect::HttpConnector},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
 };
-use tokio::{sync::watch, time};
+use tokio::{net::TcpStream, sync::watch, time};
 use tokio_rustls::rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, pem::PemObject},
 };
-use tower::{Service, timeout::Timeout};
+use tower::{Service, timeout::Timeout, util::BoxCloneSyncService};
+use tower_selam::{BoxError, refresh::ReplayBody};
 
 use crate::config;
 
@@ -52,7 +50,7 @@ const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 /// How long a body waits for `100 Continue` ([RFC 9110 section 10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
 const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
 
-type Connector = Timeout<HttpsConnector<HttpConnector>>;
+type Connector = BoxCloneSyncService<Uri, MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>;
 
 /// Who is trusted with the API's name: the system's authorities, and those in the file.
 ///
@@ -63,8 +61,11 @@ pub fn tls(ca: Option<&Path>) -> Result<ClientConfig, config::Error> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = ca {
-        let wrong = |said: &dyn std::fmt::Display| config::Error::of_flag("--ca", format!("{}: {said}", path.display()));
-        let content = std::fs::read(path).map_err(|error| wrong(&format_args!("cannot be read: {}", error.kind())))?;
+        let wrong = |said: &dyn std::fmt::Display| {
+            config::Error::of_flag("--ca", format!("{}: {said}", path.display()))
+        };
+        let content =
+            std::fs::read(path).map_err(|error| wrong(&format_args!("cannot be read: {}", error.kind())))?;
         let mut found = false;
         for certificate in CertificateDer::pem_slice_iter(&content) {
             let certificate = certificate.map_err(|_| wrong(&"is damaged PEM"))?;
@@ -93,12 +94,9 @@ pub enum Versions {
     Http1,
 }
 
-/// A plain client.
-pub fn client<B>(tls: &ClientConfig, versions: Versions) -> Client<Connector, B>
-where
-    B: http_body::Body<Data: Send> + Send,
-{
-    builder().build(connector(tls, versions))
+/// A plain client, for now and then a token.
+pub fn client(tls: &ClientConfig) -> Client<Connector, Body> {
+    builder().build(connector(tls, Versions::All))
 }
 
 fn builder() -> Builder {
@@ -124,30 +122,33 @@ fn connector(tls: &ClientConfig, versions: Versions) -> Connector {
         Versions::All => https.enable_all_versions().wrap_connector(http),
         Versions::Http1 => https.enable_http1().wrap_connector(http),
     };
-    Timeout::new(https, CONNECT_TIMEOUT)
+    BoxCloneSyncService::new(Timeout::new(https, CONNECT_TIMEOUT))
 }
 
 /// Clients for any number of requests at once. hyper-util's has one HTTP/2 connection to a server, and on that no more
 /// requests than the server allows; so there is another client for every hundred.
 #[derive(Clone, Debug)]
-pub struct Upstream<B> {
+pub struct Upstream {
     connector: Connector,
-    lanes: Arc<Mutex<Vec<Lane<B>>>>,
+    lanes: Arc<Mutex<Vec<Lane>>>,
 }
+
+/// What the layers make of a request's body.
+type Sent = ReplayBody<Body>;
 
 /// A client, and as many clones of `taken` as it has requests under way.
 #[derive(Clone, Debug)]
-struct Lane<B> {
-    client: Client<Connector, B>,
+struct Lane {
+    client: Client<Connector, Sent>,
     taken: Arc<()>,
 }
 
-impl<B: http_body::Body<Data: Send> + Send> Upstream<B> {
-    pub fn new(tls: &ClientConfig) -> Self {
-        Self { connector: connector(tls, Versions::All), lanes: Arc::default() }
+impl Upstream {
+    pub fn new(tls: &ClientConfig, versions: Versions) -> Self {
+        Self { connector: connector(tls, versions), lanes: Arc::default() }
     }
 
-    fn lane(&self) -> Lane<B> {
+    fn lane(&self) -> Lane {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         // The vector's own is one of them.
         if let Some(free) = lanes.iter().find(|lane| Arc::strong_count(&lane.taken) <= STREAMS) {
@@ -159,10 +160,7 @@ impl<B: http_body::Body<Data: Send> + Send> Upstream<B> {
     }
 }
 
-impl<B> Service<Request<B>> for Upstream<B>
-where
-    B: http_body::Body<Data: Send, Error: Into<tower_selam::BoxError>> + Send + Unpin + 'static,
-{
+impl Service<Request<Sent>> for Upstream {
     type Response = Response<Answer>;
     type Error = Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Error>> + Send>>;
@@ -171,7 +169,7 @@ where
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<Sent>) -> Self::Future {
         let Lane { client, taken } = self.lane();
         Box::pin(async move {
             let response = client.request(request).await?;
