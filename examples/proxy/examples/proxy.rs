@@ -47,7 +47,7 @@ fn main() -> ExitCode {
 async fn run(config: &Config) -> Result<(), Error> {
     // Nothing of other crates: some show what they send.
     let ours = Targets::new().with_target("example_proxy", config.log).with_target("tower_selam", config.log);
-    let lines = fmt::layer().with_writer(io::stderr).with_ansi(false);
+    let lines = fmt::layer().with_writer(io::stderr).with_ansi(false).with_target(false);
     tracing_subscriber::registry().with(lines).with(ours).init();
 
     let counts = metrics::install()?;

@@ -126,7 +126,7 @@ impl Watch {
     /// Counts the answer and goes along with its body.
     pub fn answered(mut self, response: Response) -> Response {
         self.count(&response);
-        if response.body().is_end_stream() {
+        if response.body().is_end_stream() || self.method == Method::HEAD {
             self.end = End::Complete;
         }
         response.map(|body| Body::new(Watched { body, watch: self }))
@@ -194,6 +194,7 @@ impl Drop for Watch {
             bytes = self.bytes,
             ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
             end,
+            "request"
         );
     }
 }
@@ -218,7 +219,8 @@ impl http_body::Body for Watched {
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 self.watch.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
-                if self.body.is_end_stream() {
+                // Nothing comes after trailers, and nobody may ask.
+                if frame.is_trailers() || self.body.is_end_stream() {
                     self.watch.end = End::Complete;
                 }
             }

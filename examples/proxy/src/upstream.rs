@@ -4,13 +4,13 @@ use std::{
     path::Path,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderMap, Request, Response, Uri, header::EXPECT},
+    http::{HeaderMap, Request, Response, StatusCode, Uri, header::EXPECT},
 };
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -49,6 +49,9 @@ const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 
 /// How long a body waits for `100 Continue` ([RFC 9110 section 10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
 const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a connection may stay open whose request was answered without its body.
+const UNWANTED_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Connector = BoxCloneSyncService<Uri, MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>;
 
@@ -214,12 +217,16 @@ pub fn await_continue(request: Request<Body>) -> Request<Body> {
     let (said, mut heard) = watch::channel(false);
     let mut request = request.map(|body| {
         let wait = async move {
-            let _ = time::timeout(CONTINUE_TIMEOUT, heard.wait_for(|said| *said)).await;
+            match time::timeout(CONTINUE_TIMEOUT, heard.wait_for(|said| *said)).await {
+                Ok(Ok(_)) | Err(_) => Wanted::Yes,
+                // Nobody listens for it any more.
+                Ok(Err(_)) => Wanted::No,
+            }
         };
-        Body::new(Waiting { wait: Some(Box::pin(wait)), body })
+        Body::new(Waiting::For { wanted: Box::pin(wait), body: Some(body) })
     });
     hyper::ext::on_informational(&mut request, move |response| {
-        if response.status() == 100 {
+        if response.status() == StatusCode::CONTINUE {
             said.send_replace(true);
         }
     });
@@ -230,9 +237,22 @@ pub fn expects_continue(headers: &HeaderMap) -> bool {
     headers.get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-struct Waiting {
-    wait: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    body: Body,
+/// Whether the API wants a body, or has answered without it.
+enum Wanted {
+    Yes,
+    No,
+}
+
+/// A body that waits until it is wanted.
+enum Waiting {
+    For {
+        wanted: Pin<Box<dyn Future<Output = Wanted> + Send>>,
+        body: Option<Body>,
+    },
+    Wanted(Body),
+    /// The API's connection ends when it likes to, with the answer whole; a caller that sends what it was not asked for
+    /// is not read any more.
+    Unwanted(Pin<Box<time::Sleep>>),
 }
 
 impl http_body::Body for Waiting {
@@ -243,18 +263,29 @@ impl http_body::Body for Waiting {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        if let Some(wait) = &mut self.wait {
-            std::task::ready!(wait.as_mut().poll(cx));
-            self.wait = None;
+        loop {
+            match &mut *self {
+                Self::For { wanted, body } => match (ready!(wanted.as_mut().poll(cx)), body.take()) {
+                    (Wanted::Yes, Some(body)) => *self = Self::Wanted(body),
+                    _ => *self = Self::Unwanted(Box::pin(time::sleep(UNWANTED_TIMEOUT))),
+                },
+                Self::Wanted(body) => return Pin::new(body).poll_frame(cx),
+                Self::Unwanted(sleep) => {
+                    ready!(sleep.as_mut().poll(cx));
+                    return Poll::Ready(Some(Err(axum::Error::new("the body was not wanted"))));
+                }
+            }
         }
-        Pin::new(&mut self.body).poll_frame(cx)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        matches!(self, Self::Wanted(body) if body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match self {
+            Self::For { body: Some(body), .. } | Self::Wanted(body) => body.size_hint(),
+            _ => SizeHint::default(),
+        }
     }
 }
