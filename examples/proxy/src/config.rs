@@ -152,7 +152,7 @@ impl Command {
         };
         let mut parser = Parser::from_args(arguments);
         let mut given: Vec<String> = Vec::new();
-        while let Some(argument) = parser.next().map_err(|error| Error::new(error.to_string()))? {
+        while let Some(argument) = parser.next().map_err(unexpected)? {
             let flag = match argument {
                 Arg::Short('h') => return Ok(Self::Help),
                 Arg::Long(name) => format!("--{name}"),
@@ -316,6 +316,14 @@ fn load<C: Credential>(
         Place::Variable(name) | Place::Endpoint(name) => {
             from_variable(name).map(MaybeRenewing::Fixed).map_err(|error| refused(None, &error))
         }
+    }
+}
+
+/// Without the value, which may be a secret that lost its flag.
+fn unexpected(error: lexopt::Error) -> Error {
+    match error {
+        lexopt::Error::UnexpectedValue { option, .. } => Error::of_flag(&option, "takes no value"),
+        _ => Error::new("an argument cannot be read; see --help"),
     }
 }
 

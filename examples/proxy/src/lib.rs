@@ -14,7 +14,8 @@
 //! ```
 //!
 //! The four in the middle are `tower_selam`'s: [`proxy`] puts them together. Beside the way: [`config`] has the flags and
-//! the environment, [`metrics`] what is counted and logged.
+//! the environment, [`metrics`] what is counted and logged, and [`usage`] what
+//! somebody should look at of that.
 
 pub mod callers;
 pub mod config;
@@ -24,3 +25,4 @@ pub mod reply;
 pub mod rules;
 pub mod server;
 pub mod upstream;
+pub mod usage;

@@ -28,17 +28,21 @@ const RUNNING: &str = "selam_proxy_requests_running";
 const SECONDS: &str = "selam_proxy_request_seconds";
 const LIMIT: &str = "selam_proxy_rate_limit";
 const REMAINING: &str = "selam_proxy_rate_limit_remaining";
+const UPTIME: &str = "selam_proxy_uptime_seconds";
 const RESET: &str = "selam_proxy_rate_limit_reset_seconds";
+
+/// A caller whose name is not known: for labels.
+const UNKNOWN: &str = "unknown";
 
 /// From a quick answer to a long stream.
 const BUCKETS: [f64; 10] = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0];
 
-/// Begins to count; the handle shows the counts.
+/// Begins to count.
 ///
 /// # Errors
 ///
 /// When something else in this process counts already.
-pub fn install() -> Result<PrometheusHandle, config::Error> {
+pub fn install() -> Result<Metrics, config::Error> {
     let wrong = |error: &dyn std::fmt::Display| config::Error::new(format!("metrics: {error}"));
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Full(SECONDS.to_owned()), &BUCKETS)
@@ -58,7 +62,15 @@ pub fn install() -> Result<PrometheusHandle, config::Error> {
     describe_gauge!(LIMIT, "Requests that the account may make in a window, as the API said last");
     describe_gauge!(REMAINING, "Requests that are left in the window, as the API said last");
     describe_gauge!(RESET, "Seconds from then to the end of the window, as the API said last");
+    describe_gauge!(UPTIME, "Seconds since the proxy began");
     gauge!(RUNNING).set(0.0);
+    // What counts up from nothing is not seen to rise.
+    for side in ["api", "caller"] {
+        counter!(BROKEN, "by" => side).absolute(0);
+    }
+    for refusal in [Refusal::MissingToken, Refusal::InvalidToken] {
+        counter!(REFUSALS, "reason" => refusal.name(), "caller" => UNKNOWN).absolute(0);
+    }
 
     let upkeep = handle.clone();
     tokio::spawn(async move {
@@ -68,7 +80,22 @@ pub fn install() -> Result<PrometheusHandle, config::Error> {
             upkeep.run_upkeep();
         }
     });
-    Ok(handle)
+    Ok(Metrics { handle, began: Instant::now() })
+}
+
+/// What was counted so far.
+#[derive(Clone)]
+pub struct Metrics {
+    handle: PrometheusHandle,
+    began: Instant,
+}
+
+impl Metrics {
+    /// In Prometheus' text format.
+    pub fn render(&self) -> String {
+        gauge!(UPTIME).set(self.began.elapsed().as_secs_f64());
+        self.handle.render()
+    }
 }
 
 /// What the API says of the account's rate limit.
@@ -165,7 +192,7 @@ impl Watch {
 
     /// A label that only the operator's own names can be.
     fn caller(&self) -> String {
-        self.caller.as_deref().unwrap_or("unknown").to_owned()
+        self.caller.as_deref().unwrap_or(UNKNOWN).to_owned()
     }
 }
 

@@ -21,7 +21,6 @@ use axum::{
 };
 use hyper::upgrade::OnUpgrade;
 use hyper_util::{client::legacy::Error as ClientError, rt::TokioIo};
-use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{io::copy_bidirectional, time};
 use tokio_rustls::rustls::ClientConfig;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
@@ -33,7 +32,7 @@ use tower_selam::{
 use crate::{
     callers::{Caller, Callers},
     config::{self, Config},
-    metrics::{self, Watch},
+    metrics::{self, Metrics, Watch},
     reply::Refusal,
     rules::{self, BadPath, Rule},
     server::Ending,
@@ -63,7 +62,7 @@ const FORWARDED_PREFIX: &str = "x-forwarded-";
 struct Proxy {
     callers: Callers,
     allow: Arc<[Rule]>,
-    metrics: PrometheusHandle,
+    metrics: Metrics,
     /// Whether everybody may read the metrics.
     open_metrics: bool,
     stack: Stack,
@@ -83,7 +82,7 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 /// # Errors
 ///
 /// When something in the configuration is no good.
-pub fn router(config: &Config, metrics: PrometheusHandle, ending: Ending) -> Result<Router, config::Error> {
+pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref())?;
     // Where tokens come from is asked on its own.
     let token_client = upstream::client(&tls);
