@@ -3,6 +3,7 @@ use std::{
     pin::Pin,
     sync::{Arc, PoisonError},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::{Request, Response, StatusCode};
@@ -13,12 +14,15 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody},
+    auth_error::{Bounds, Collect, End, InspectedBody, Timer},
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
     supply::{Part, Sources},
 };
+
+/// How long a client may take to let go of the body of a request that was refused.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pin_project! {
     /// Response future of [`Refresh`](super::Refresh). Dropping it drops the request, and leaves a renewal that
@@ -48,6 +52,8 @@ pin_project! {
         Reading { refusal: Option<Box<Refusal<ResBody>>> },
         // Another credential is awaited.
         Renewing { refusal: Option<Box<Refusal<ResBody>>>, renewal: Renewal },
+        // The client is awaited, which may still be sending the body.
+        LettingGo { refusal: Option<Box<Refusal<ResBody>>>, patience: Timer },
         // The service is awaited, to be called again.
         Readiness { again: Option<Box<(S, Request<B>)>> },
         // The second response is awaited, and goes up whatever it is.
@@ -128,12 +134,20 @@ where
                 StateProj::Renewing { refusal, renewal } => {
                     ready!(renewal.as_mut().poll(cx));
                     let Some(refusal) = refusal.take() else { return Poll::Pending };
-                    let other = refusal.has_other();
-                    let again = this
-                        .kept
-                        .take()
-                        .filter(|_| other)
-                        .and_then(|(head, kept)| head.into_request(this.replay.again(kept)?));
+                    if !refusal.has_other() {
+                        return Poll::Ready(Ok(refusal.into_response()));
+                    }
+                    this.state
+                        .set(State::LettingGo { refusal: Some(refusal), patience: Timer::new(PATIENCE) });
+                }
+                StateProj::LettingGo { refusal, patience } => {
+                    let kept = this.kept.as_mut().map(|(_, kept)| kept);
+                    if kept.is_some_and(|kept| this.replay.poll_kept(kept, cx).is_pending()) {
+                        ready!(patience.poll(cx));
+                    }
+                    let Some(refusal) = refusal.take() else { return Poll::Pending };
+                    let again =
+                        this.kept.take().and_then(|(head, kept)| head.into_request(this.replay.again(kept)?));
                     let spare = this
                         .spare
                         .as_ref()
