@@ -109,6 +109,7 @@ pub mod source;
 mod subjects;
 mod supply;
 mod sync;
+pub mod telemetry;
 
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},

@@ -78,7 +78,10 @@ use tower_service::Service;
 use zeroize::Zeroizing;
 
 use super::reqwest::{Shown, TryCloneBody, from_http, scrubbed};
-use crate::{AuthError, BoxError, SelamLayer, error::Redactor};
+use crate::{
+    AuthError, BoxError, SelamLayer,
+    error::{Redactor, with_causes},
+};
 
 type SendFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -212,13 +215,8 @@ fn without_query(shown: Shown, query: Option<&Zeroizing<String>>, error: Error) 
     if let Some(found) = AuthError::find(&error) {
         return found.clone().into();
     }
-    let mut said = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        said = format!("{said}: {error}");
-        cause = error.source();
-    }
-    Error::middleware(Said(Redactor::masking(query.map(|query| query.as_str())).text(said)))
+    let redactor = Redactor::masking(query.map(|query| query.as_str()));
+    Error::middleware(Said(redactor.text(with_causes(&error))))
 }
 
 /// What a middleware's error said.

@@ -164,6 +164,7 @@ use crate::{
     authorize::{self, Authorize, Policy, Sent, Undecided},
     bounds::CloneClient,
     error::{Redactor, grpc_message},
+    event,
     refresh::{self, Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody},
 };
 
@@ -433,6 +434,7 @@ fn refused_in_trailers(status: StatusCode, trailers: HeaderMap, sent: Option<Sen
 /// The status that the server gave, without the credentials that it may echo.
 #[cold]
 fn refused(error: AuthError, mut headers: HeaderMap, sent: Option<&Credentials>) -> Status {
+    event::refused_by_api(&error, sent);
     let redactor = Redactor::new(sent);
     let message = match grpc_message(&headers) {
         Some(message) => redactor.text(message),

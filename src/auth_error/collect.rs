@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::InspectedBody;
-use crate::{AuthError, BoxError, authorize::Sent, error::is_auth_status};
+use crate::{AuthError, BoxError, Credentials, authorize::Sent, error::is_auth_status, event};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,7 +195,7 @@ impl<B: Body> Collect<B> {
 
     /// Puts the error that the response makes into its extensions.
     pub(crate) fn annotate(&mut self) {
-        let error = self.error(None);
+        let error = self.refusal(None);
         self.parts.extensions.insert(error);
     }
 
@@ -211,10 +211,28 @@ impl<B: Body> Collect<B> {
 
     /// The error that the response makes; `source` is what broke its body off.
     pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
-        let body = self.body();
-        let Parts { status, headers, extensions, .. } = &mut self.parts;
-        let sent = extensions.remove::<Sent>().map(Sent::joined);
-        AuthError::read(*status, headers, &body, sent.as_ref(), source)
+        let sent = self.take_sent();
+        self.read(sent.as_ref(), source)
+    }
+
+    /// The same for a response that goes up: whoever watches is told, once.
+    pub(crate) fn refusal(&mut self, source: Option<BoxError>) -> AuthError {
+        let sent = self.take_sent();
+        let error = self.read(sent.as_ref(), source);
+        // A layer further in has told it.
+        if self.parts.extensions.get::<AuthError>().is_none() {
+            event::refused_by_api(&error, sent.as_ref());
+        }
+        error
+    }
+
+    fn take_sent(&mut self) -> Option<Credentials> {
+        self.parts.extensions.remove::<Sent>().map(Sent::joined)
+    }
+
+    fn read(&self, sent: Option<&Credentials>, source: Option<BoxError>) -> AuthError {
+        let Parts { status, headers, .. } = &self.parts;
+        AuthError::read(*status, headers, &self.body(), sent, source)
     }
 }
 

@@ -46,7 +46,7 @@ where
             End::Failed(error) => Some(error.into()),
             End::Complete { .. } | End::OutOfBounds => None,
         };
-        Poll::Ready(Err(read.error(source).into()))
+        Poll::Ready(Err(read.refusal(source).into()))
     }
 }
 

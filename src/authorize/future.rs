@@ -10,7 +10,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::policy::Policy;
-use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, supply::Waiting};
+use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, event, supply::Waiting};
 
 /// On a response that can yet turn out to be a refusal, in its trailers: the layers outside need to know what was
 /// sent.
@@ -80,6 +80,7 @@ impl<F, S, B> ResponseFuture<F, S, B> {
 
     #[cold]
     pub(super) fn refused(error: AuthError) -> Self {
+        event::not_sent(&error);
         Self { state: State::Refused { error } }
     }
 }
@@ -106,7 +107,7 @@ where
                     return Poll::Ready(Ok(response));
                 }
                 StateProj::Credentials { later, waiting } => {
-                    let credentials = Some(ready!(waiting.as_mut().poll(cx))?);
+                    let credentials = Some(ready!(waiting.as_mut().poll(cx)).inspect_err(event::not_sent)?);
                     let later = later.take();
                     state.set(State::Readiness { later, credentials });
                 }
@@ -117,7 +118,8 @@ where
                         return Poll::Pending;
                     };
                     let Later { mut service, mut request, policy } = *later;
-                    let credentials = policy.authorize_later(&mut request, &credentials)?;
+                    let credentials =
+                        policy.authorize_later(&mut request, &credentials).inspect_err(event::not_sent)?;
                     let response = service.call(request);
                     state.set(State::Sent { response, credentials });
                 }

@@ -5,6 +5,7 @@ use http::{HeaderMap, Request, header::AUTHORIZATION};
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
     credentials::Form,
+    event,
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY},
     supply::{Need, Supplied, Supplies, Supply, Waiting},
@@ -47,6 +48,7 @@ impl Provider {
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<Jwts>,
     ) -> Self {
+        event::key_given(key.as_ref());
         let jwt = match jwt {
             Some(Jwts::PerSubject(tokens)) => return Self::PerSubject(Supplies::new(form, key, tokens)),
             Some(Jwts::Shared(jwt)) => Some(jwt),

@@ -132,6 +132,23 @@ pub(super) enum Outcome<V> {
     Aborted,
 }
 
+/// What became of the end of a renewal.
+#[derive(Debug)]
+pub(super) enum Finish<V> {
+    /// It was not the one that is running: nothing.
+    Late,
+    /// It has to be repeated.
+    Again(Start<V>),
+    Over(Result<Brought, Trouble>),
+}
+
+/// What a renewal brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Brought {
+    Another,
+    TheSame,
+}
+
 /// What is to be said of a renewal that brought nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
@@ -270,9 +287,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
         }
     }
 
-    /// A renewal ended: how it went, in words made by `error`, and the next one if it has to be repeated.
-    ///
-    /// Does nothing when the renewal is not the one that is running.
+    /// A renewal ended: how it went, in words made by `error`.
     pub(super) fn finish(
         &mut self,
         now: Time,
@@ -280,8 +295,8 @@ impl<V: Clone, E: Clone> Core<V, E> {
         outcome: Outcome<V>,
         version: u64,
         error: impl FnOnce(Trouble, Duration) -> E,
-    ) -> Option<Start<V>> {
-        let running = self.running.take_if(|running| running.id == id)?;
+    ) -> Finish<V> {
+        let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
         let aborted = std::mem::take(&mut self.aborted);
         let (trouble, retry_after) = match outcome {
             Outcome::Fetched(mut offer) => {
@@ -294,38 +309,48 @@ impl<V: Clone, E: Clone> Core<V, E> {
                 }
                 let stale = running.rejected == Some(offer.fingerprint);
                 match self.install(now, offer) {
-                    Ok(()) => {
+                    Ok(brought) => {
                         self.failure = None;
                         // It may have been fetched before the rejection: once more.
                         let again = stale && self.held.as_ref().is_some_and(|held| held.suspect);
                         if let Some(held) = self.held.as_mut().filter(|_| !again) {
                             held.suspect = false;
                         }
-                        return if again { self.start(now, version) } else { None };
+                        return if again {
+                            self.again(now, version, Ok(brought))
+                        } else {
+                            Finish::Over(Ok(brought))
+                        };
                     }
-                    Err(Trouble::Rejected) if stale => return self.start(now, version),
-                    Err(Trouble::Unfit(Unfit::Expired)) if unseen >= PARTED => {
-                        return self.start(now, version);
+                    Err(trouble @ Trouble::Rejected) if stale => {
+                        return self.again(now, version, Err(trouble));
+                    }
+                    Err(trouble @ Trouble::Unfit(Unfit::Expired)) if unseen >= PARTED => {
+                        return self.again(now, version, Err(trouble));
                     }
                     Err(trouble) => (trouble, recheck),
                 }
             }
             Outcome::Failed { permanent, retry_after } => {
                 self.fail(now, Trouble::Failed, permanent.then_some(version), retry_after, error);
-                return None;
+                return Finish::Over(Err(Trouble::Failed));
             }
             // Another runtime may do better, once.
             Outcome::Aborted if !aborted => {
                 self.aborted = true;
-                return None;
+                return Finish::Over(Err(Trouble::Aborted));
             }
             Outcome::Aborted => (Trouble::Aborted, None),
         };
         self.fail(now, trouble, None, retry_after, error);
-        None
+        Finish::Over(Err(trouble))
     }
 
-    fn install(&mut self, now: Time, offer: Offer<V>) -> Result<(), Trouble> {
+    fn again(&mut self, now: Time, version: u64, ended: Result<Brought, Trouble>) -> Finish<V> {
+        self.start(now, version).map_or(Finish::Over(ended), Finish::Again)
+    }
+
+    fn install(&mut self, now: Time, offer: Offer<V>) -> Result<Brought, Trouble> {
         if self.rejected.contains(&offer.fingerprint) {
             return Err(Trouble::Rejected);
         }
@@ -342,11 +367,16 @@ impl<V: Clone, E: Clone> Core<V, E> {
             return Err(Trouble::Older);
         }
         let stale = schedule.renew.has_come(now);
-        let suspect = self.held.as_ref().is_some_and(|held| held.suspect && same(held));
+        let unchanged = self.held.as_ref().is_some_and(same);
+        let suspect = unchanged && self.held.as_ref().is_some_and(|held| held.suspect);
         let Offer { value, fingerprint, lasting, .. } = offer;
         self.held = Some(Held { value, fingerprint, schedule, lasting, suspect });
         self.refused = None;
-        if stale { Err(Trouble::Stale) } else { Ok(()) }
+        match (stale, unchanged) {
+            (true, _) => Err(Trouble::Stale),
+            (false, true) => Ok(Brought::TheSame),
+            (false, false) => Ok(Brought::Another),
+        }
     }
 
     fn fail(
@@ -392,6 +422,11 @@ impl<V: Clone, E: Clone> Core<V, E> {
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
         let held = self.usable(now)?;
         Some((&held.value, held.schedule.expires.then_some(held.schedule.expire)))
+    }
+
+    /// The one there is or was, as long as there is no other.
+    pub(super) fn last(&self) -> Option<&V> {
+        self.held.as_ref().map(|held| &held.value).or(self.refused.as_ref())
     }
 
     pub(super) fn is_running(&self, id: u64) -> bool {

@@ -23,13 +23,15 @@ use tokio::{
 
 use super::{
     RenewalPolicy,
-    core::{Answer, Core, Outcome, Rejection, Start, Trouble},
+    core::{Answer, Brought, Core, Finish, Outcome, Rejection, Start, Trouble},
     lease::{Epoch, Lease, Published},
     schedule::{Offer, Unfit},
 };
 use crate::{
     AuthError, AuthErrorKind,
     clock::{Clock, Time},
+    error::Subject,
+    event::{self, KeyInUse, Renewal},
     secret::{Credential, Fingerprint},
     source::{DynSource, Fetched, Reason, SourceError},
     sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
@@ -52,6 +54,7 @@ pub(super) struct Shared<C> {
     source: Arc<dyn DynSource<C>>,
     clock: Clock,
     limit: Duration,
+    in_use: KeyInUse,
 }
 
 struct State<C> {
@@ -115,7 +118,8 @@ impl<C: Credential> Shared<C> {
         let (clock, limit) = (policy.clock.clone(), policy.timeout);
         let core = Core::new(policy, fastrand::u64(..));
         let state = Mutex::new(State { core, flight: None });
-        Arc::new(Self { published: Published::new(), state, source, clock, limit })
+        let (published, in_use) = (Published::new(), KeyInUse::default());
+        Arc::new(Self { published, state, source, clock, limit, in_use })
     }
 
     /// The credential, if nothing has to be asked about it.
@@ -233,7 +237,7 @@ impl<C: Credential> Shared<C> {
         let Takeoff { start: Start { id, reason }, land, task } = takeoff;
         let end = End { engine: Arc::downgrade(self), id, land: Some(land) };
         let Ok(runtime) = Handle::try_current() else {
-            return end.with(Err(SourceError::transient(NO_RUNTIME)));
+            return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
         };
         let renewals = Renewals { engine: self.address(), on_behalf_of: RENEWING.try_with(Arc::clone).ok() };
         let (source, limit) = (Arc::clone(&self.source), self.limit);
@@ -246,36 +250,64 @@ impl<C: Credential> Shared<C> {
     }
 
     /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
-    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, SourceError>>, land: Sender) {
+    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failure>>, land: Sender) {
         let version = self.version();
-        let (outcome, cause) = match ended {
-            Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), None),
-            Some(Err(error)) => {
+        let (outcome, failed, cause) = match ended {
+            Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), Renewal::Failed, None),
+            Some(Err(Failure { how, error })) => {
                 let (permanent, retry_after) = (error.is_permanent(), error.retry_after());
-                (Outcome::Failed { permanent, retry_after }, Some(error))
+                (Outcome::Failed { permanent, retry_after }, how, Some(error))
             }
-            None => (Outcome::Aborted, None),
+            None => (Outcome::Aborted, Renewal::Aborted, None),
         };
         let mut state = self.state();
         let now = self.clock.now();
         let describe = |trouble, delay| describe(trouble, delay, cause);
-        let again = state.core.finish(now, id, outcome, version, describe);
-        if let Some(start) = again {
-            let takeoff = self.prepare(&mut state, start, land);
-            self.publish(&state, now);
-            drop(state);
-            return self.take_off(takeoff);
-        }
+        let over = match state.core.finish(now, id, outcome, version, describe) {
+            Finish::Again(start) => {
+                let takeoff = self.prepare(&mut state, start, land);
+                self.publish(&state, now);
+                drop(state);
+                return self.take_off(takeoff);
+            }
+            Finish::Over(how) => Some((how, failed)),
+            Finish::Late => None,
+        };
         let result = match (state.core.current(now), state.core.error()) {
             (None, Some(error)) => Err(error.clone()),
             _ => Ok(()),
         };
         // Its task and its channel are larger than all else together.
-        let over = if state.core.is_renewing() { None } else { state.flight.take() };
+        let flight = if state.core.is_renewing() { None } else { state.flight.take() };
         self.publish(&state, now);
         drop(state);
-        drop(over);
+        drop(flight);
+        // Before those who wait go on, so that they find it told.
+        if let Some((how, failed)) = over {
+            self.tell(how, failed);
+        }
         land.send_replace(Some(result));
+    }
+
+    /// Tells whoever watches how a renewal ended.
+    fn tell(&self, how: Result<Brought, Trouble>, failed: Renewal) {
+        let (last, error) = {
+            let state = self.state();
+            (state.core.last().cloned(), state.core.error().cloned())
+        };
+        let outcome = match how {
+            Ok(Brought::Another) => Renewal::Renewed,
+            Ok(Brought::TheSame) => Renewal::Unchanged,
+            Err(Trouble::Failed) => failed,
+            Err(Trouble::Aborted) => Renewal::Aborted,
+            Err(Trouble::Unfit(_) | Trouble::Rejected | Trouble::Older | Trouble::Stale) => Renewal::Unfit,
+        };
+        let secret = last.as_ref().map(|last| last.secret());
+        let id = secret.map(|secret| secret.fingerprint().id());
+        event::renewal_ended(C::SUBJECT, outcome, id, error.as_ref(), secret.map(|secret| secret.expose()));
+        if C::SUBJECT == Subject::ApiKey {
+            self.in_use.show(|| Some(self.state().core.last()?.secret().fingerprint().id()));
+        }
     }
 
     /// Gives a renewal up that has not ended in its time: its runtime is there, and nobody drives it.
@@ -286,12 +318,14 @@ impl<C: Credential> Shared<C> {
             return;
         }
         let now = self.clock.now();
-        let _ = state
-            .core
-            .finish(now, id, Outcome::Aborted, version, |trouble, delay| describe(trouble, delay, None));
+        let describe = |trouble, delay| describe(trouble, delay, None);
+        let finish = state.core.finish(now, id, Outcome::Aborted, version, describe);
         let flight = state.flight.take();
         self.publish(&state, now);
         drop(state);
+        if let Finish::Over(how) = finish {
+            self.tell(how, Renewal::Aborted);
+        }
         if let Some(task) = flight.as_ref().and_then(|flight| flight.task.get()) {
             task.abort();
         }
@@ -345,11 +379,11 @@ struct End<C: Credential> {
 }
 
 impl<C: Credential> End<C> {
-    fn with(mut self, fetched: Result<Fetched<C>, SourceError>) {
+    fn with(mut self, fetched: Result<Fetched<C>, Failure>) {
         self.end(Some(fetched));
     }
 
-    fn end(&mut self, ended: Option<Result<Fetched<C>, SourceError>>) {
+    fn end(&mut self, ended: Option<Result<Fetched<C>, Failure>>) {
         if let (Some(land), Some(engine)) = (self.land.take(), self.engine.upgrade()) {
             engine.land(self.id, ended, land);
         }
@@ -386,25 +420,45 @@ pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
     .await
 }
 
+/// Why nothing was fetched.
+struct Failure {
+    how: Renewal,
+    error: SourceError,
+}
+
+impl Failure {
+    fn of(how: Renewal, error: SourceError) -> Self {
+        Self { how, error }
+    }
+}
+
+impl From<SourceError> for Failure {
+    fn from(error: SourceError) -> Self {
+        Self::of(if error.is_permanent() { Renewal::Refused } else { Renewal::Failed }, error)
+    }
+}
+
 /// Asks the source, for so long and whatever it does.
 async fn fetch<C: Credential>(
     source: &dyn DynSource<C>,
     reason: Reason<C>,
     limit: Duration,
-) -> Result<Fetched<C>, SourceError> {
+) -> Result<Fetched<C>, Failure> {
     let fetching = async { source.fetch(reason).await };
     let mut fetching = pin!(fetching);
     let guarded = poll_fn(|cx| {
         let polled = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx)));
         // What it panicked with may be a secret.
-        polled.unwrap_or_else(|_| Poll::Ready(Err(SourceError::transient("the source panicked"))))
+        let panicked = || Failure::of(Renewal::Panicked, SourceError::transient("the source panicked"));
+        polled.map_or_else(|_| Poll::Ready(Err(panicked())), |polled| polled.map_err(Failure::from))
     });
     // There is no asking a runtime whether it has timers: `timeout` panics where it does not.
     let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
-        return Err(SourceError::transient(NO_TIME));
+        return Err(SourceError::transient(NO_TIME).into());
     };
     bounded.await.unwrap_or_else(|_| {
-        Err(SourceError::transient(format!("the source did not answer within {limit:?}")))
+        let error = SourceError::transient(format!("the source did not answer within {limit:?}"));
+        Err(Failure::of(Renewal::TimedOut, error))
     })
 }
 

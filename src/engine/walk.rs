@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     RenewalPolicy,
-    core::{Answer, Core, Outcome, Rejection, Start},
+    core::{Answer, Core, Finish, Outcome, Rejection, Start},
     schedule::Offer,
 };
 use crate::{clock::Time, secret::Fingerprint, source::Reason};
@@ -262,19 +262,24 @@ impl World {
     fn finish(&mut self, outcome: Outcome<usize>) {
         let Some(id) = self.running else { return self.finish_late(outcome) };
         let troubles = &mut self.troubles;
-        let start = self.core.finish(self.now, id, outcome, self.version, |trouble, _| {
+        let finish = self.core.finish(self.now, id, outcome, self.version, |trouble, _| {
             troubles.push(format!("{trouble:?}"));
             format!("{trouble:?}")
         });
         self.running = None;
-        self.started(start);
+        match finish {
+            Finish::Late => panic!("it was running"),
+            Finish::Again(start) => self.started(Some(start)),
+            Finish::Over(_) => {}
+        }
     }
 
     /// An answer that nobody awaits any more changes nothing.
     fn finish_late(&mut self, outcome: Outcome<usize>) {
         let before = format!("{:?}", self.core);
         let id = self.running.map_or(0, |running| running - 1);
-        assert!(self.core.finish(self.now, id, outcome, self.version, |_, _| String::new()).is_none());
+        let finish = self.core.finish(self.now, id, outcome, self.version, |_, _| String::new());
+        assert!(matches!(finish, Finish::Late));
         assert_eq!(before, format!("{:?}", self.core));
     }
 

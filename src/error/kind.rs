@@ -30,7 +30,37 @@ pub enum AuthErrorKind {
     InvalidRequest,
 }
 
+/// The codes that say what kind of error it is; others are a server's own words, of which there is no end.
+pub(crate) const CODES: [&str; 9] = [
+    "invalid_api_key",
+    "missing_api_key",
+    "insufficient_permissions",
+    "insufficient_scope",
+    "invalid_token",
+    "invalid_jwt",
+    "token_expired",
+    "expired_token",
+    "jwt_expired",
+];
+
 impl AuthErrorKind {
+    /// Its name in metrics and events.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::InvalidApiKey => "invalid_api_key",
+            Self::MissingApiKey => "missing_api_key",
+            Self::InsufficientPermissions => "insufficient_permissions",
+            Self::TokenRejected => "token_rejected",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::OriginNotAllowed => "origin_not_allowed",
+            Self::CredentialUnavailable => "credential_unavailable",
+            Self::RenewalFailed => "renewal_failed",
+            Self::RenewalRefused => "renewal_refused",
+            Self::InvalidRequest => "invalid_request",
+        }
+    }
+
     /// What a 401 or 403 is: by code first, then type, then status, as the API's own pages show
     /// `invalid_api_key` under two types.
     pub(super) fn classify(status: StatusCode, code: Option<&str>, error_type: Option<&str>) -> Self {
@@ -38,23 +68,25 @@ impl AuthErrorKind {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
             _ => Self::Forbidden,
         };
-        let by_code = code.and_then(|code| {
-            Some(match code {
-                "invalid_api_key" => Self::InvalidApiKey,
-                "missing_api_key" => Self::MissingApiKey,
-                "insufficient_permissions" | "insufficient_scope" => Self::InsufficientPermissions,
-                "invalid_token" | "invalid_jwt" | "token_expired" | "expired_token" | "jwt_expired" => {
-                    Self::TokenRejected
-                }
-                _ => return None,
-            })
-        });
         let by_type = || match error_type? {
             "authentication_error" => Some(Self::Unauthorized),
             "authorization_error" | "permission_error" => Some(Self::Forbidden),
             _ => None,
         };
-        by_code.or_else(by_type).unwrap_or(by_status)
+        code.and_then(Self::of_code).or_else(by_type).unwrap_or(by_status)
+    }
+
+    /// One of [`CODES`].
+    pub(crate) fn of_code(code: &str) -> Option<Self> {
+        Some(match code {
+            "invalid_api_key" => Self::InvalidApiKey,
+            "missing_api_key" => Self::MissingApiKey,
+            "insufficient_permissions" | "insufficient_scope" => Self::InsufficientPermissions,
+            "invalid_token" | "invalid_jwt" | "token_expired" | "expired_token" | "jwt_expired" => {
+                Self::TokenRejected
+            }
+            _ => return None,
+        })
     }
 
     pub(super) fn is_auth(self) -> bool {

@@ -26,6 +26,7 @@ pub use self::{
 pub(crate) use self::{
     auth::shown,
     config::{Place, Subject},
+    kind::CODES,
     rate_limit::retry_after,
     redact::Redactor,
 };
@@ -34,6 +35,17 @@ pub(crate) use self::{
 #[inline]
 pub(crate) fn is_auth_status(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+}
+
+/// What `error` and its causes say, as one text.
+pub(crate) fn with_causes(error: &dyn StdError) -> String {
+    let mut said = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        said = format!("{said}: {error}");
+        cause = error.source();
+    }
+    said
 }
 
 /// An error of any type, as Tower's own layers have it.

@@ -18,6 +18,7 @@ use crate::{
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
+    event,
     supply::{Part, Sources},
 };
 
@@ -171,7 +172,9 @@ where
                     this.state.set(State::Second { response });
                 }
                 StateProj::Second { response } => {
-                    return response.poll(cx).map_ok(|response| response.map(InspectedBody::unread));
+                    let second = ready!(response.poll(cx));
+                    event::sent_again(second.as_ref().ok().map(Response::status));
+                    return Poll::Ready(second.map(|response| response.map(InspectedBody::unread)));
                 }
             }
         }

@@ -38,6 +38,7 @@ mod sign;
 mod simulator;
 mod subjects;
 mod support;
+mod telemetry;
 mod tower_contract;
 mod waiting;
 mod wire;
