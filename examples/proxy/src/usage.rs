@@ -108,18 +108,20 @@ pub struct Report {
     last: Reading,
     /// How much has risen, in how much time.
     risen: Option<(Reading, Duration)>,
+    /// The keys that were in use before.
+    keys: Vec<String>,
 }
 
 impl Report {
     /// All that happened since the proxy began.
     pub fn of(reading: Reading) -> Self {
-        Self { last: reading, risen: None }
+        Self { last: reading, risen: None, keys: Vec::new() }
     }
 
     /// What happened between two readings, beside all there was.
     pub fn between(earlier: &Reading, last: Reading, time: Duration) -> Self {
         let risen = last.since(earlier);
-        Self { last, risen: Some((risen, time)) }
+        Self { last, risen: Some((risen, time)), keys: Keys::of(earlier).now }
     }
 
     /// What there is to look at: between the readings, if there are two.
@@ -187,6 +189,9 @@ impl Report {
             found.extend(self.burst(&caller, requests.total));
         }
         let keys = Keys::of(&self.last);
+        if !self.keys.is_empty() && self.keys != keys.now {
+            found.push(format!("the API key was {} and is {}", self.keys.join(", "), keys.now.join(", ")));
+        }
         if keys.before.is_empty() && keys.now.len() > 1 {
             found.push(format!("{} keys are in use at once", keys.now.len()));
         }
@@ -464,6 +469,7 @@ selam_proxy_rate_limit_reset_seconds 41
                 "requests with a token that nobody was given (an old one, or somebody who guesses): 40",
                 "30 % of the requests of mobile failed",
                 "mobile called for the first time, 1,000 times",
+                "the API key was 9da0f3 and is 77aa90",
                 "little is left of the rate limit: 12 of 600",
             ]
         );
