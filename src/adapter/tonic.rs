@@ -419,13 +419,13 @@ fn refused_in_trailers(status: StatusCode, trailers: HeaderMap, sent: Option<Sen
         // It renews without being waited for.
         let _ = blamed.reject();
     }
+    event::refused_by_api(&error, credentials.as_ref());
     refused(error, trailers, credentials.as_ref())
 }
 
 /// The status that the server gave, without the credentials that it may echo.
 #[cold]
 fn refused(error: AuthError, mut headers: HeaderMap, sent: Option<&Credentials>) -> Status {
-    event::refused_by_api(&error, sent);
     let redactor = Redactor::new(sent);
     let message = match grpc_message(&headers) {
         Some(message) => redactor.text(message),

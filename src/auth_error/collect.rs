@@ -167,14 +167,15 @@ pub(crate) struct Collect<B> {
     timer: Timer,
 }
 
-enum Timer {
+/// What ends a wait that somebody else could draw out.
+pub(crate) enum Timer {
     Running(Pin<Box<Sleep>>),
     /// No runtime has the time: what is not there at once is not waited for.
     Missing,
 }
 
 impl Timer {
-    fn new(time: Duration) -> Self {
+    pub(crate) fn new(time: Duration) -> Self {
         if Handle::try_current().is_err() {
             return Self::Missing;
         }
@@ -185,10 +186,10 @@ impl Timer {
         }
     }
 
-    fn poll<E>(&mut self, cx: &mut Context<'_>) -> Poll<End<E>> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match self {
-            Self::Running(sleep) => sleep.as_mut().poll(cx).map(|()| End::OutOfBounds),
-            Self::Missing => Poll::Ready(End::OutOfBounds),
+            Self::Running(sleep) => sleep.as_mut().poll(cx),
+            Self::Missing => Poll::Ready(()),
         }
     }
 }
@@ -219,7 +220,7 @@ impl<B: Body> Collect<B> {
                 return Poll::Ready(End::OutOfBounds);
             }
             let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
-                return self.timer.poll(cx);
+                return self.timer.poll(cx).map(|()| End::OutOfBounds);
             };
             match frame {
                 None => return Poll::Ready(End::Complete { trailers: None }),
@@ -238,7 +239,7 @@ impl<B: Body> Collect<B> {
             }
         }
         cx.waker().wake_by_ref();
-        self.timer.poll(cx)
+        self.timer.poll(cx).map(|()| End::OutOfBounds)
     }
 
     /// The response as it came.

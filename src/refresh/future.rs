@@ -3,6 +3,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use http::{Request, Response, StatusCode};
@@ -13,13 +14,16 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped},
+    auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped, Timer},
     authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
     event,
     supply::{Part, Sources},
 };
+
+/// How long a client may take to let go of the body of a request that was refused.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pin_project! {
     /// Response future of [`Refresh`](super::Refresh). Dropping it drops the request, and leaves a renewal that
@@ -99,6 +103,8 @@ pin_project! {
         Reading { refusal: Option<Box<Refusal<ResBody>>> },
         // Another credential is awaited.
         Renewing { refusal: Option<Box<Refusal<ResBody>>>, renewal: Renewal },
+        // The client is awaited, which may still be sending the body.
+        LettingGo { refusal: Option<Box<Refusal<ResBody>>>, patience: Timer },
         // The service is awaited, to be called again.
         Readiness { again: Option<Box<(S, Request<B>)>> },
         // The second response is awaited, and goes up whatever it is.
@@ -190,8 +196,18 @@ where
                 StateProj::Renewing { refusal, renewal } => {
                     ready!(renewal.as_mut().poll(cx));
                     let Some(refusal) = refusal.take() else { return Poll::Pending };
-                    let again = if refusal.has_other() { this.again.take() } else { None };
-                    match again {
+                    if !refusal.has_other() {
+                        return Poll::Ready(Err(refusal.stop()));
+                    }
+                    let patience = Timer::new(PATIENCE);
+                    this.state.set(State::LettingGo { refusal: Some(refusal), patience });
+                }
+                StateProj::LettingGo { refusal, patience } => {
+                    if this.again.poll_kept(cx).is_pending() {
+                        ready!(patience.poll(cx));
+                    }
+                    let Some(refusal) = refusal.take() else { return Poll::Pending };
+                    match this.again.take() {
                         Some(again) => this.state.set(State::Readiness { again: Some(Box::new(again)) }),
                         None => return Poll::Ready(Err(refusal.stop())),
                     }
@@ -216,6 +232,13 @@ where
 }
 
 impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
+    fn poll_kept(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.kept {
+            Some((_, kept)) => self.replay.poll_kept(kept, cx),
+            None => Poll::Ready(()),
+        }
+    }
+
     /// The request as it was, and a service to send it with; `None` if either cannot be had.
     fn take(&mut self) -> Option<(S, Request<R::Body>)> {
         let (head, body) = self.kept.take()?;

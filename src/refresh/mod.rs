@@ -56,8 +56,9 @@
 //! To send a request again, its body has to be there again. [`RefreshLayer::new`] clones it, which is cheap for
 //! `Full<Bytes>` and its like. For a body that is a stream, [`RefreshLayer::buffered`] keeps what was sent, up to
 //! a limit, and [`RefreshLayer::without_replay`] keeps nothing: the credential is renewed all the same, and the
-//! 401 goes up. So it does where an API refuses a stream before it has all of it, and the client has not let go of the
-//! rest by the time of the renewal: two who read one stream would each have half.
+//! 401 goes up. An API may refuse a stream before it has all of it. The client is then given five seconds after the renewal
+//! to let go of the rest, as it does when it has sent it, or when the API ends the connection or stream; if it does not, the
+//! 401 goes up, as two who read one stream would each have half.
 
 mod copy;
 mod future;

@@ -4,7 +4,7 @@ use std::{
     fmt,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Buf, Bytes};
@@ -32,6 +32,14 @@ pub trait Replay<B> {
 
     /// What the service within gets of a request that is not sent again.
     fn once(&self, body: B) -> Self::Body;
+
+    /// Waits until the body can be had again, or never can: a client may still be sending it when the response is there.
+    ///
+    /// It is given up after five seconds. By default there is nothing to wait for.
+    fn poll_kept(&self, kept: &mut Self::Kept, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = (kept, cx);
+        Poll::Ready(())
+    }
 
     /// The same body again, byte by byte; `None` when it cannot be had. Never another, nor an empty one.
     fn again(&self, kept: Self::Kept) -> Option<Self::Body>;
@@ -126,13 +134,24 @@ impl<B: Body> Replay<B> for BufferBody {
         if usize::try_from(body.size_hint().lower()).map_or(true, |lower| lower > self.limit) {
             return (self.once(body), None);
         }
-        let kept = Arc::new(Mutex::new(Kept::Sending { frames: VecDeque::new(), room: self.limit }));
+        let kept =
+            Arc::new(Mutex::new(Kept::Sending { frames: VecDeque::new(), room: self.limit, waiting: None }));
         let body = ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), Some(Arc::clone(&kept)));
         (body, Some(KeptBody(kept)))
     }
 
     fn once(&self, body: B) -> ReplayBody<B> {
         ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), None)
+    }
+
+    fn poll_kept(&self, kept: &mut KeptBody<B>, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut *lock(&kept.0) {
+            Kept::Sending { waiting, .. } => {
+                *waiting = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            Kept::Done { .. } | Kept::Lost => Poll::Ready(()),
+        }
     }
 
     fn again(&self, kept: KeptBody<B>) -> Option<ReplayBody<B>> {
@@ -151,6 +170,8 @@ enum Kept<B> {
     Sending {
         frames: VecDeque<Piece>,
         room: usize,
+        /// Who wants to send it again.
+        waiting: Option<Waker>,
     },
     /// The client has let go of it; what it did not send is the rest.
     Done {
@@ -189,22 +210,21 @@ impl<B> ReplayBody<B> {
         let mut state = lock(kept);
         let length = if let Piece::Data(data) = piece { data.len() } else { 0 };
         match &mut *state {
-            Kept::Sending { frames, room } if length <= *room => {
+            Kept::Sending { frames, room, .. } if length <= *room => {
                 *room -= length;
                 frames.push_back(piece.clone());
             }
             _ => {
-                *state = Kept::Lost;
                 drop(state);
-                self.kept = None;
+                self.lose();
             }
         }
     }
 
-    /// It broke off, so it cannot be had again.
+    /// It broke off or is too long, so it cannot be had again.
     fn lose(&mut self) {
         if let Some(kept) = self.kept.take() {
-            *lock(&kept) = Kept::Lost;
+            settle(&kept, |_| Kept::Lost);
         }
     }
 }
@@ -267,11 +287,8 @@ impl<B: Body> Body for ReplayBody<B> {
 impl<B> Drop for ReplayBody<B> {
     fn drop(&mut self) {
         let Some(kept) = self.kept.take() else { return };
-        let mut state = lock(&kept);
-        *state = match std::mem::replace(&mut *state, Kept::Lost) {
-            Kept::Sending { frames, .. } => Kept::Done { frames, rest: self.rest.take() },
-            lost => lost,
-        };
+        let rest = self.rest.take();
+        settle(&kept, |frames| Kept::Done { frames, rest });
     }
 }
 
@@ -288,6 +305,26 @@ impl Piece {
             Self::Data(data) => data.len() as u64,
             Self::Trailers(_) => 0,
         }
+    }
+}
+
+/// What becomes of what was sent, now that no more is; wakes who waits for it.
+fn settle<B>(kept: &Mutex<Kept<B>>, end: impl FnOnce(VecDeque<Piece>) -> Kept<B>) {
+    let mut state = lock(kept);
+    let waiting = match std::mem::replace(&mut *state, Kept::Lost) {
+        Kept::Sending { frames, waiting, .. } => {
+            *state = end(frames);
+            waiting
+        }
+        // Nothing is sent any more, so it stays what it was.
+        settled => {
+            *state = settled;
+            None
+        }
+    };
+    drop(state);
+    if let Some(waker) = waiting {
+        waker.wake();
     }
 }
 

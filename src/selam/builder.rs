@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -27,6 +27,7 @@ pub struct SelamLayerBuilder {
     base_url: Option<BaseUrl>,
     origins: Option<Origins>,
     token_client: Option<TokenClient>,
+    token_url: Option<TokenUrl>,
     errors: AuthErrorLayer,
     if_absent: bool,
     require_choice: bool,
@@ -76,6 +77,13 @@ impl SelamLayerBuilder {
         R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
     {
         self.token_client = Some(TokenClient::new(client));
+        self
+    }
+
+    /// The token endpoint that JWTs come from: what [`SELAM_TOKEN_URL`](env::SELAM_TOKEN_URL) names otherwise. For
+    /// [`build_with_env`](Self::build_with_env), which tells as whom it is asked.
+    pub fn with_token_url(mut self, url: impl Into<String>) -> Self {
+        self.token_url = Some(TokenUrl(url.into()));
         self
     }
 
@@ -180,6 +188,9 @@ impl SelamLayerBuilder {
                 _ => ApiKey::from_env()?.into(),
             },
         };
+        if self.jwt.is_none() && self.token_url.is_some() {
+            self.jwt = Some(self.ask_token_endpoint(&key)?.into());
+        }
         if self.jwt.is_none() {
             self.jwt = match one_of::<Token>(&[env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL])? {
                 Some(env::SELAM_JWT_FILE) => Some(from_file::<Token>(env::SELAM_JWT_FILE)?.into()),
@@ -195,13 +206,19 @@ impl SelamLayerBuilder {
         self.build()
     }
 
-    /// JWTs from the endpoint that the environment names.
+    /// JWTs from the endpoint that was given, or else the one that the environment names.
     fn ask_token_endpoint(&self, key: &MaybeRenewing<ApiKey>) -> Result<Renewing<Token>, ConfigError> {
-        let place = Place::EnvVar(env::SELAM_TOKEN_URL.to_owned());
+        let place = match self.token_url {
+            Some(_) => Place::Argument,
+            None => Place::EnvVar(env::SELAM_TOKEN_URL.to_owned()),
+        };
         let Some(client) = self.token_client.clone() else {
             return Err(ConfigError::new(Subject::TokenUrl, place, ConfigErrorKind::NeedsClient));
         };
-        let url = read(Subject::TokenUrl, env::SELAM_TOKEN_URL)?;
+        let url = match &self.token_url {
+            Some(TokenUrl(url)) => url.clone(),
+            None => read(Subject::TokenUrl, env::SELAM_TOKEN_URL)?,
+        };
         let endpoint = TokenEndpoint::over(client, &url, place, self.allow_insecure_loopback)?;
         let is_set = |name| std::env::var_os(name).is_some();
         let auth = if is_set(env::SELAM_CLIENT_ID) || is_set(env::SELAM_CLIENT_SECRET) {
@@ -215,6 +232,16 @@ impl SelamLayerBuilder {
         };
         let source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
         Ok(Renewing::new(source))
+    }
+}
+
+/// Its query may hold a secret.
+#[derive(Clone)]
+struct TokenUrl(String);
+
+impl fmt::Debug for TokenUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenUrl([redacted])")
     }
 }
 

@@ -198,6 +198,10 @@ fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
         if case != "no client" {
             builder = builder.with_token_client(client);
         }
+        if let Some(url) = case.strip_prefix("given ") {
+            assert!(!format!("{:?}", builder.clone().with_token_url(url)).contains("login"));
+            builder = builder.with_token_url(url);
+        }
         let layer = match builder.build_with_env() {
             Ok(layer) => layer,
             Err(error) => return tell(&told(Err::<(), _>(error))),
@@ -215,6 +219,14 @@ fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
     for (case, variables, said) in [
         ("", &[url][..], "key true"),
         ("", &[url, id, secret], "client true"),
+        // What the program says counts more.
+        (
+            "given https://login.example/oauth/token",
+            &[("SELAM_TOKEN_URL", "nonsense"), ("SELAM_JWT", "")],
+            "key true",
+        ),
+        ("given https://login.example/oauth/token", &[id, secret], "client true"),
+        ("given http://login.example/oauth/token", &[url], "token endpoint's URL is not https (None)"),
         (
             "",
             &[url, id],

@@ -104,7 +104,10 @@ enum Reads {
     /// So many frames, and lets go of it.
     Frames(usize),
     /// So many frames, and sends the rest later.
-    FramesAndKeeps(usize),
+    Keeps(usize),
+    /// So many frames, and reads the rest, or lets go of it, a second after it has answered.
+    GoesOn(usize),
+    DropsLater(usize),
 }
 
 /// An API that refuses `token-1` without reading all of the body: what it read of each, and their size hints.
@@ -122,10 +125,10 @@ where
             let refused = request.headers()["authorization"] == "Bearer token-1";
             let mut body = request.into_body();
             let hint = body.size_hint().exact();
-            let (frames, keeps) = match reads {
-                Reads::Frames(frames) if refused => (frames, false),
-                Reads::FramesAndKeeps(frames) if refused => (frames, true),
-                _ => (usize::MAX, false),
+            let frames = match reads {
+                _ if !refused => usize::MAX,
+                Reads::Frames(frames) | Reads::Keeps(frames) => frames,
+                Reads::GoesOn(frames) | Reads::DropsLater(frames) => frames,
             };
             let mut text = String::new();
             for _ in 0..frames {
@@ -137,8 +140,18 @@ where
                     Err(_) => text.push_str(" (broken)"),
                 }
             }
-            if keeps {
-                *kept.lock().unwrap() = Some(body);
+            match reads {
+                _ if !refused => {}
+                Reads::Frames(_) => {}
+                Reads::Keeps(_) => *kept.lock().unwrap() = Some(body),
+                Reads::GoesOn(_) | Reads::DropsLater(_) => {
+                    tokio::spawn(async move {
+                        sleep(SECOND).await;
+                        if let Reads::GoesOn(_) = reads {
+                            while let Some(Ok(_)) = body.frame().await {}
+                        }
+                    });
+                }
             }
             read.lock().unwrap().push((text, hint));
             Ok(if refused { response(401, INVALID_TOKEN) } else { response(200, "") })
@@ -156,10 +169,16 @@ async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_non
         (Reads::Frames(1), false, true),
         (Reads::Frames(2), false, true),
         (Reads::Frames(9), false, true),
-        // The client is still sending it.
-        (Reads::FramesAndKeeps(0), false, false),
-        (Reads::FramesAndKeeps(1), false, false),
-        (Reads::FramesAndKeeps(9), false, false),
+        // The client is still sending it, for a while.
+        (Reads::GoesOn(0), false, true),
+        (Reads::GoesOn(2), false, true),
+        (Reads::GoesOn(0), true, false),
+        (Reads::DropsLater(0), false, true),
+        (Reads::DropsLater(1), false, true),
+        // Or for good.
+        (Reads::Keeps(0), false, false),
+        (Reads::Keeps(1), false, false),
+        (Reads::Keeps(9), false, false),
         // It broke off, so nobody has all of it.
         (Reads::Frames(9), true, false),
     ] {
@@ -171,7 +190,19 @@ async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_non
         let read = Read::default();
         let service =
             RefreshLayer::buffered(10).layer(JwtLayer::new(&jwts, key()).layer(hasty(reads, &read)));
+        let began = Instant::now();
         let answered = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
+        let waited = match reads {
+            Reads::Frames(_) => Duration::ZERO,
+            Reads::GoesOn(_) | Reads::DropsLater(_) => SECOND,
+            // Nobody waits for a client longer than this.
+            Reads::Keeps(_) => 5 * SECOND,
+        };
+        assert!(
+            waited <= began.elapsed() && began.elapsed() <= waited + SECOND / 10,
+            "{case}: {:?}",
+            began.elapsed()
+        );
         let read = std::mem::take(&mut *read.lock().unwrap());
         if again {
             assert_eq!(answered.status(), StatusCode::OK, "{case}");
