@@ -19,7 +19,7 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Subject, Token,
     clock::Deadline,
     credentials::Form,
-    engine::{Demand, Epoch, Landing, Rejection},
+    engine::{Demand, Epoch, Landing, Rejection, wait},
     secret::Credential,
     shards::Shards,
     subjects::Entry,
@@ -78,6 +78,14 @@ pub(crate) enum Supplied {
     Wait(Waiting),
 }
 
+enum Offer {
+    Ready(Credentials),
+    Wait(Landings),
+}
+
+/// The renewals of key and JWT that are running.
+type Landings = [Option<Landing>; 2];
+
 impl Supply {
     pub(crate) fn new(
         form: Form,
@@ -127,18 +135,43 @@ impl Supply {
 
     /// The set, or what to wait for; starts renewals if need be.
     pub(crate) fn demand(&self, need: Need) -> Result<Supplied, AuthError> {
+        Ok(match self.offer(need)? {
+            Offer::Ready(credentials) => Supplied::Ready(credentials),
+            Offer::Wait(landings) => Supplied::Wait(match self.this.upgrade() {
+                Some(this) => Box::pin(this.obtain(need, landings)),
+                None => Box::pin(pending()),
+            }),
+        })
+    }
+
+    async fn obtain(self: Arc<Self>, need: Need, mut landings: Landings) -> Result<Credentials, AuthError> {
+        loop {
+            for landing in landings.into_iter().flatten() {
+                wait(landing).await?;
+            }
+            // Of many who waited, the first makes the set.
+            if let Some(credentials) = self.fresh(need) {
+                return Ok(credentials);
+            }
+            // The one may have been refused while the other was awaited.
+            match self.offer(need)? {
+                Offer::Ready(credentials) => return Ok(credentials),
+                Offer::Wait(others) => landings = others,
+            }
+        }
+    }
+
+    fn offer(&self, need: Need) -> Result<Offer, AuthError> {
         if need == Need::KeyAlone && self.sources.key.is_none() {
-            return Ok(Supplied::Ready(Credentials::beside()));
+            return Ok(Offer::Ready(Credentials::beside()));
         }
         loop {
             // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
             let jwt = demand(self.jwt(need))?;
             let key = demand(self.sources.key.as_ref())?;
-            let (Demand::Ready(jwt), Demand::Ready(key)) = (jwt, key) else {
-                return Ok(match self.this.upgrade() {
-                    Some(this) => Supplied::Wait(Box::pin(this.obtain(need))),
-                    None => Supplied::Wait(Box::pin(pending())),
-                });
+            let (jwt, key) = match (jwt, key) {
+                (Demand::Ready(jwt), Demand::Ready(key)) => (jwt, key),
+                (jwt, key) => return Ok(Offer::Wait([key.landing(), jwt.landing()])),
             };
 
             let (credentials, made) = match (lease(self.jwt(need)), lease(self.sources.key.as_ref())) {
@@ -165,7 +198,7 @@ impl Supply {
             if let Some(made) = made {
                 self.shelf(need).store(Some(Arc::new(made)));
             }
-            return Ok(Supplied::Ready(credentials));
+            return Ok(Offer::Ready(credentials));
         }
     }
 
@@ -177,21 +210,6 @@ impl Supply {
             return true;
         };
         own.current().is_some_and(|current| current.secret.fingerprint() == jwt.secret.fingerprint())
-    }
-
-    async fn obtain(self: Arc<Self>, need: Need) -> Result<Credentials, AuthError> {
-        loop {
-            if let Some(key) = &self.sources.key {
-                key.get().await?;
-            }
-            if let Some(jwt) = self.jwt(need) {
-                jwt.get().await?;
-            }
-            // The one may have been refused while the other was awaited.
-            if let Supplied::Ready(credentials) = self.demand(need)? {
-                return Ok(credentials);
-            }
-        }
     }
 
     fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {

@@ -437,6 +437,11 @@ impl<V: Clone, E: Clone> Core<V, E> {
         self.running.is_some()
     }
 
+    /// Whether nothing is fetched until the source has another version.
+    pub(super) fn has_failed_for_good(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.permanent.is_some())
+    }
+
     /// Why there is none, if a renewal failed.
     pub(super) fn error(&self) -> Option<&E> {
         self.failure.as_ref().map(|failure| &failure.error)

@@ -16,7 +16,7 @@ use std::{
 };
 
 use tokio::{
-    runtime::Handle as Timers,
+    runtime::{self, Handle as Timers},
     sync::watch,
     time::{sleep, timeout},
 };
@@ -75,6 +75,7 @@ pub(crate) struct Landing {
     told: watch::Receiver<Option<Result<(), AuthError>>>,
     /// It has ended by itself after this time, if its runtime is driven.
     limit: Duration,
+    runtime: Option<runtime::Id>,
     abandon: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -82,6 +83,15 @@ pub(crate) struct Landing {
 pub(crate) enum Demand<C> {
     Ready(C),
     Wait(Landing),
+}
+
+impl<C> Demand<C> {
+    pub(crate) fn landing(self) -> Option<Landing> {
+        match self {
+            Self::Ready(_) => None,
+            Self::Wait(landing) => Some(landing),
+        }
+    }
 }
 
 task_local! {
@@ -146,8 +156,7 @@ impl<C: Credential> Shared<C> {
 
     /// The credential and until when it may be used without asking again; or what to wait for.
     pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
-        let version = self.version();
-        let mut state = self.state();
+        let (mut state, version) = self.state_and_version();
         let now = self.clock.now();
         let (answer, start) = state.core.demand(now, lasting, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
@@ -189,8 +198,7 @@ impl<C: Credential> Shared<C> {
         fingerprint: Fingerprint,
         insist: bool,
     ) -> (Rejection, Option<Landing>) {
-        let version = self.version();
-        let mut state = self.state();
+        let (mut state, version) = self.state_and_version();
         let now = self.clock.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
@@ -227,7 +235,8 @@ impl<C: Credential> Shared<C> {
                 engine.abandon(id);
             }
         });
-        let landed = Landing { told: land.subscribe(), limit: self.limit, abandon };
+        let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
+        let landed = Landing { told: land.subscribe(), limit: self.limit, runtime, abandon };
         state.flight = Some(Flight { landed, task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
@@ -330,8 +339,32 @@ impl<C: Credential> Shared<C> {
         catch_unwind(AssertUnwindSafe(|| self.source.version())).unwrap_or_default()
     }
 
+    /// The state, and the source's version where a decision may depend on it: after a permanent failure. The source is
+    /// others' code, and asked without the lock.
+    fn state_and_version(&self) -> (MutexGuard<'_, State<C>>, u64) {
+        let state = self.state();
+        if !state.core.has_failed_for_good() {
+            return (state, 0);
+        }
+        drop(state);
+        let version = self.version();
+        (self.state(), version)
+    }
+
+    /// Changes what requests read, if it is another than before: they look at all of it anew then.
     fn publish(&self, state: &State<C>, now: Time) {
-        self.published.store(state.core.lease(now));
+        let lease = state.core.lease(now);
+        let is_published = |value: &C, until| {
+            self.published.load(|lease| {
+                let same = lease.value.secret().fingerprint() == value.secret().fingerprint();
+                (same && lease.until == until).then_some(())
+            })
+        };
+        match &lease {
+            Some((value, until)) if is_published(value, *until).is_some() => {}
+            None if self.published.load(|_| Some(())).is_none() => {}
+            _ => self.published.store(lease),
+        }
     }
 
     fn is_renewed_by_this_task(&self) -> bool {
@@ -414,17 +447,19 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Landing { mut told, limit, abandon } = landing;
+    let Landing { mut told, limit, runtime, abandon } = landing;
     let ended = async {
         match told.wait_for(Option::is_some).await {
             Ok(result) => result.clone().unwrap_or(Ok(())),
             Err(_) => Ok(()),
         }
     };
+    let other = Timers::try_current().ok().filter(|own| Some(own.id()) != runtime);
     // There is no asking a runtime whether it has timers.
-    let timer = || catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
-    let Some(timer) = Timers::try_current().ok().and_then(|_| timer()) else { return ended.await };
-    let (mut timer, mut ended) = (pin!(timer), pin!(ended));
+    let timer = |_| catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
+    // Whoever drives the runtime of both drives the renewal too.
+    let Some(timer) = other.and_then(timer) else { return ended.await };
+    let (mut timer, mut ended) = (Box::pin(timer), pin!(ended));
     poll_fn(|cx| match ended.as_mut().poll(cx) {
         Poll::Pending => timer.as_mut().poll(cx).map(|()| {
             abandon();
