@@ -4,8 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# What else the machine does.
+load=$(cut -d ' ' -f 1 /proc/loadavg)
 results=$(mktemp)
-trap 'rm -f "$results"' EXIT
+trap 'rm -f "$results" "$results.md"' EXIT
 
 run() {
     printf '\n### `%s`\n' "$1" >>"$results"
@@ -15,8 +17,8 @@ run() {
 }
 
 cargo bench --locked --package benches --no-run
-printf '%s, %s with %s cores.\n' "$(rustc --version | cut -d ' ' -f 1-2)" \
-    "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)" "$(nproc)" >>"$results"
+printf '%s, %s with %s cores. Load when it began: %s.\n' "$(rustc --version | cut -d ' ' -f 1-2)" \
+    "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$load" >>"$results"
 if command -v valgrind >/dev/null; then
     run instructions -- --update
 else
@@ -36,4 +38,4 @@ awk -v results="$results" '
     !skip { print }
     /^<!-- results begin -->/ { skip = 1; print ""; while ((getline line < results) > 0) print line; print "" }
 ' benches/README.md | cat -s >"$results.md"
-mv "$results.md" benches/README.md
+cat "$results.md" >benches/README.md
