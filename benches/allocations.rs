@@ -26,46 +26,41 @@ fn main() -> ExitCode {
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut contenders = contenders(&runtime);
     let _entered = runtime.enter();
-    let inner = contenders[position(&contenders, BARE)].service.future_bytes();
 
-    println!("\nHeap allocations per request, and sizes in bytes\n");
+    println!("\nHeap allocations and bytes per request\n");
     let mut table = Table::new(&[
         "",
         "constants",
         "bytes",
-        "from text",
+        "headers from text",
         "bytes",
         "owned body too",
         "bytes",
-        "target",
-        "",
-        "service",
-        "future",
-        "more than inner",
         "target",
         "",
     ]);
     let mut allocated = false;
     for contender in &mut contenders {
         let counted = [request_of_constants, request, request_of_owned].map(|build| count(contender, build));
-        let larger = contender.service.future_bytes().saturating_sub(inner);
-        let is_ours = contender.target.is_some();
+        let is_ours = contender.is_ours;
         allocated |= is_ours && counted[0].count_total > 0;
-        let cells = counted.iter().flat_map(|counted| {
-            [counted.count_total, counted.bytes_total]
-                .map(|number| format!("{:.1}", number as f64 / REQUESTS as f64))
-        });
-        let judge = |met| if is_ours { verdict(met) } else { String::new() };
-        let target = |target: &str| if is_ours { target.to_owned() } else { String::new() };
-        table.row([contender.name.to_owned()].into_iter().chain(cells).chain([
-            target("0"),
-            judge(counted.iter().all(|counted| counted.count_total == 0)),
-            contender.service.service_bytes().to_string(),
-            contender.service.future_bytes().to_string(),
-            larger.to_string(),
-            target(&format!("<= {LARGER}")),
-            judge(larger <= LARGER),
-        ]));
+        let each = |number: u64| format!("{:.1}", number as f64 / REQUESTS as f64);
+        let cells = counted.iter().flat_map(|counted| [each(counted.count_total), each(counted.bytes_total)]);
+        let met = verdict(counted.iter().all(|counted| counted.count_total == 0));
+        let target = if is_ours { ["0".to_owned(), met] } else { Default::default() };
+        table.row([contender.name.to_owned()].into_iter().chain(cells).chain(target));
+    }
+    table.print();
+
+    println!("\nSizes in bytes\n");
+    let inner = contenders[position(&contenders, BARE)].service.future_bytes();
+    let mut table = Table::new(&["", "service", "future", "more than inner", "target", ""]);
+    for Contender { name, is_ours, service, .. } in &contenders {
+        let larger = service.future_bytes().saturating_sub(inner);
+        let target =
+            if *is_ours { [format!("<= {LARGER}"), verdict(larger <= LARGER)] } else { Default::default() };
+        let sizes = [service.service_bytes(), service.future_bytes(), larger].map(|bytes| bytes.to_string());
+        table.row([(*name).to_owned()].into_iter().chain(sizes).chain(target));
     }
     table.print();
     if allocated { ExitCode::FAILURE } else { ExitCode::SUCCESS }

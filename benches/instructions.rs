@@ -105,37 +105,29 @@ fn floor<'a>(counted: &'a [Counted], of: &Counted) -> &'a Counted {
 
 fn show(counted: &[Counted]) {
     println!("\nInstructions per request\n");
-    let mut table = Table::new(&[
-        "",
-        "built and answered",
-        "x floor",
-        "answered",
-        "net",
-        "x floor",
-        "target",
-        "built",
-        "answered",
-    ]);
+    let mut table =
+        Table::new(&["", "answered", "net", "x floor", "target", "", "built, answered", "x floor", ""]);
     let bare = counted.iter().find(|one| one.contender.name == BARE).expect("it was counted");
     for one in counted {
         let Counted { contender, built, answered } = one;
         let floor = floor(counted, one);
         let judge = |value, floor| {
-            contender.target.map(|target| verdict(target.is_met(value, floor))).unwrap_or_default()
+            contender.target.map_or_else(String::new, |target| verdict(target.is_met(value, floor)))
         };
         table.row([
             contender.name.to_owned(),
-            format!("{built:.0}"),
-            format!("{:.2}", built / floor.built),
             format!("{answered:.0}"),
             format!("{:.0}", answered - bare.answered),
-            format!("{:.2}", answered / floor.answered),
+            format!("{:.3}", answered / floor.answered),
             contender.target.map(|target| target.to_string()).unwrap_or_default(),
-            judge(*built, floor.built),
             judge(*answered, floor.answered),
+            format!("{built:.0}"),
+            format!("{:.3}", built / floor.built),
+            judge(*built, floor.built),
         ]);
     }
     table.print();
+    println!("\n`net` is without the bare service; on the right, the building of the request counts too.");
 }
 
 fn keep(counted: &[Counted]) {
@@ -162,7 +154,7 @@ fn compare(counted: &[Counted]) -> ExitCode {
     let recorded = record::read();
     let mut failed = false;
     println!();
-    for one in counted.iter().filter(|one| one.contender.target.is_some()) {
+    for one in counted.iter().filter(|one| one.contender.is_ours) {
         let name = one.contender.name;
         let ratio = one.answered / floor(counted, one).answered;
         match recorded.iter().find(|recorded| recorded.name == name).map(|recorded| recorded.times_floor) {

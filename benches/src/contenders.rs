@@ -32,6 +32,8 @@ pub const PRIVATE_HEADERS: &str = "by hand, bytes of each clone's own";
 pub struct Contender {
     pub name: &'static str,
     pub floor: &'static str,
+    /// Whether it is of this crate.
+    pub is_ours: bool,
     pub target: Option<Target>,
     pub service: Box<dyn Serve>,
 }
@@ -318,7 +320,8 @@ pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
             "JwtLayer beside ApiKeyLayer",
             TWO_HEADERS,
             JwtLayer::beside_api_key(jwt()).layer(ApiKeyLayer::beside_jwt(key()).layer(inner)),
-        ),
+        )
+        .of_ours(),
         contender(
             "SelamLayer, JWT and key fixed",
             TWO_HEADERS,
@@ -381,7 +384,7 @@ fn contender<S, R>(name: &'static str, floor: &'static str, service: S) -> Conte
 where
     S: Service<Request<Body>, Response = Response<R>> + Clone + Send + 'static,
 {
-    Contender { name, floor, target: None, service: served(service) }
+    Contender { name, floor, is_ours: false, target: None, service: served(service) }
 }
 
 impl Contender {
@@ -390,6 +393,10 @@ impl Contender {
             Some(more) => Target::TimesOr(times, more),
             None => Target::Times(times),
         };
-        Self { target: Some(target), ..self }
+        Self { is_ours: true, target: Some(target), ..self }
+    }
+
+    fn of_ours(self) -> Self {
+        Self { is_ours: true, ..self }
     }
 }

@@ -1,6 +1,6 @@
 //! Plots, readable on white and on dark: no ground of their own, and colours in between.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use plotters::{
     coord::Shift,
@@ -50,7 +50,7 @@ pub fn contention(pairs: &[Pair], bare: f64) {
         HPos::Left,
         INK,
     );
-    let words = format!("in millions; at the end, two threads beside one (the bare service: {bare:.2} x)");
+    let words = format!("in millions; at the end, two threads beside one (the bare service: {bare:.2} ×)");
     write(&area, &words, (20, 42), 13, HPos::Left, INK);
     for (at, pair) in pairs.iter().enumerate() {
         let top = 72 + ROW * at as i32;
@@ -66,7 +66,7 @@ pub fn contention(pairs: &[Pair], bare: f64) {
         bar(&area, (LEFT, top), (width(pair.one), top + 13), colour.mix(0.45));
         bar(&area, (LEFT, top + 15), (width(pair.two), top + 30), colour.mix(0.95));
         write(&area, &format!("{:.1}", pair.one), (width(pair.one) + 6, top + 7), 11, HPos::Left, INK);
-        let two = format!("{:.1}   {:.2} x", pair.two, pair.times);
+        let two = format!("{:.1}  ·  {:.2} ×", pair.two, pair.times);
         write(&area, &two, (width(pair.two) + 6, top + 22), 12, HPos::Left, colour);
     }
     let key = height - 22;
@@ -77,7 +77,7 @@ pub fn contention(pairs: &[Pair], bare: f64) {
     area.present().expect("benches/plots/contention.svg is written");
 }
 
-/// The longest latency in µs of each millisecond, counted from the beginning of the renewal.
+/// Latency in µs over ms since the beginning of the renewal.
 #[derive(Debug)]
 pub struct Curve {
     pub name: &'static str,
@@ -95,7 +95,14 @@ pub fn renewal(curves: &[Curve], takes: Duration) {
     let area = SVGBackend::new(RENEWAL, (780, 430)).into_drawing_area();
     let takes = takes.as_millis() as i32;
     write(&area, "Latency of requests while a token is renewed", (20, 18), 17, HPos::Left, INK);
-    write(&area, "the longest of each millisecond, the median of all rounds", (20, 42), 13, HPos::Left, INK);
+    write(
+        &area,
+        "99th percentile of the requests due within two milliseconds, the median of all rounds",
+        (20, 42),
+        13,
+        HPos::Left,
+        INK,
+    );
     let mut chart = ChartBuilder::on(&area)
         .margin_top(62)
         .margin_left(10)
@@ -125,20 +132,35 @@ pub fn renewal(curves: &[Curve], takes: Duration) {
         .draw_series([Text::new(format!("a renewal runs, {takes} ms"), (takes / 2, 7e5), label)])
         .expect("its name");
 
-    for (curve, (colour, width, at)) in curves.iter().zip(styles()).rev() {
-        let points = curve.points.iter().copied().filter(|(at, _)| (FROM..=TO).contains(at));
+    for (curve, (colour, width, place)) in curves.iter().zip(STYLES).rev() {
+        let points: Vec<_> =
+            curve.points.iter().copied().filter(|(at, _)| (FROM..=TO).contains(at)).collect();
+        let beside = points.iter().filter(|(at, _)| NAMES.contains(at)).map(|(_, micros)| *micros);
+        let height = match place {
+            Place::Above => beside.fold(0.1, f64::max) * 2.2,
+            Place::Below => beside.fold(1e6, f64::min) / 2.2,
+        };
         chart.draw_series(LineSeries::new(points, colour.stroke_width(width))).expect("a curve");
-        let name = (FONT, 13).into_font().color(&colour).pos(Pos::new(HPos::Left, VPos::Center));
-        chart.draw_series([Text::new(curve.name, at, name)]).expect("its name");
+        let name = (FONT, 14).into_font().color(&colour).pos(Pos::new(HPos::Left, VPos::Center));
+        let name = Text::new(curve.name, (NAMES.start, height.clamp(0.15, 5e5)), name);
+        chart.draw_series([name]).expect("its name");
     }
     drop(chart);
     area.present().expect("benches/plots/renewal.svg is written");
 }
 
-/// Of ours, of what holds requests, and of the bare service: the colour, the width, and where the name stands.
-fn styles() -> [(RGBColor, u32, (i32, f64)); 3] {
-    [(BLUE, 2, (10, 250.0)), (ORANGE, 2, (10, 25_000.0)), (INK, 1, (10, 0.3))]
+/// The ms over which the names of the curves stand.
+const NAMES: Range<i32> = 12..130;
+
+#[derive(Clone, Copy)]
+enum Place {
+    Above,
+    Below,
 }
+
+/// Of ours, of what holds requests, and of the bare service: the colour, the width, and where the name stands.
+const STYLES: [(RGBColor, u32, Place); 3] =
+    [(BLUE, 2, Place::Above), (ORANGE, 2, Place::Below), (INK, 1, Place::Below)];
 
 fn latency(micros: f64) -> String {
     match micros {

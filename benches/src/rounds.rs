@@ -50,7 +50,8 @@ pub fn median(values: &[f64]) -> f64 {
 /// The value that so many percent do not exceed.
 #[must_use]
 pub fn percentile(values: &[f64], percent: f64) -> f64 {
-    let mut values = values.to_vec();
+    // Where nothing could be measured, there is no number.
+    let mut values: Vec<f64> = values.iter().copied().filter(|value| !value.is_nan()).collect();
     values.sort_by(f64::total_cmp);
     let rank = (percent / 100.0 * values.len() as f64).ceil() as usize;
     values.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
