@@ -284,6 +284,19 @@ impl Sources {
         }
     }
 
+    /// The API took another than the `part` of `refused`.
+    pub(crate) fn accept(&self, part: Part, refused: &Credentials) {
+        match (part, &self.key, &self.jwt) {
+            (Part::Key, Some(key), _) => {
+                refused.api_key().into_iter().for_each(|refused| key.accept(refused.0.fingerprint()));
+            }
+            (Part::Jwt, _, Some(jwt)) => {
+                refused.jwt().into_iter().for_each(|refused| jwt.accept(refused.secret.fingerprint()));
+            }
+            _ => {}
+        }
+    }
+
     /// Whether `part` is there and is not what was sent.
     pub(crate) fn has_other(&self, part: Part, sent: &Credentials) -> bool {
         match part {

@@ -266,6 +266,13 @@ impl<V: Clone, E: Clone> Core<V, E> {
         self.join(now, version)
     }
 
+    /// The API took what came after `refused`: it does not refuse all there is, and the next rejection counts as the first.
+    pub(super) fn accept(&mut self, refused: Fingerprint) {
+        if self.held.as_ref().is_some_and(|held| held.fingerprint != refused) {
+            self.rejections = Streak::default();
+        }
+    }
+
     fn forget(&mut self, fingerprint: Fingerprint) {
         match &mut self.held {
             Some(held) if held.lasting => held.suspect = true,

@@ -266,6 +266,13 @@ impl<C: Credential> MaybeRenewing<C> {
         self.renewing().map(|renewing| renewing.0.now())
     }
 
+    /// The API took what came after `refused`.
+    pub(crate) fn accept(&self, refused: Fingerprint) {
+        if let Self::Renewing(renewing) = self {
+            renewing.0.accept(refused);
+        }
+    }
+
     /// The API refused `fingerprint`: whether and what there is to wait for.
     pub(crate) fn reject(&self, fingerprint: Fingerprint) -> (Rejection, Option<Landing>) {
         match self {

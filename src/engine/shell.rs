@@ -76,6 +76,7 @@ pub(crate) struct Landing {
     /// It has ended by itself after this time, if its runtime is driven.
     limit: Duration,
     runtime: Option<runtime::Id>,
+    engine: usize,
     abandon: Arc<dyn Fn() + Send + Sync>,
 }
 
@@ -110,6 +111,15 @@ impl Renewals {
     fn contain(&self, engine: usize) -> bool {
         self.engine == engine || self.on_behalf_of.as_ref().is_some_and(|outer| outer.contain(engine))
     }
+}
+
+fn is_renewed_by_this_task(engine: usize) -> bool {
+    RENEWING.try_with(|renewals| renewals.contain(engine)).unwrap_or(false)
+}
+
+#[cold]
+fn own_source() -> AuthError {
+    AuthError::renewal(AuthErrorKind::RenewalFailed, OWN_SOURCE, None, None)
 }
 
 /// Runs `task` for the renewals that the present task runs for.
@@ -165,9 +175,7 @@ impl<C: Credential> Shared<C> {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
             Answer::Fail(error) => Err(error),
             Answer::TooShort => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, TOO_SHORT)),
-            Answer::Wait if self.is_renewed_by_this_task() => {
-                Err(AuthError::renewal(AuthErrorKind::RenewalFailed, OWN_SOURCE, None, None))
-            }
+            Answer::Wait if is_renewed_by_this_task(self.address()) => Err(own_source()),
             Answer::Wait => match &state.flight {
                 Some(flight) => Ok(Demand::Wait(flight.landed.clone())),
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, "", None, None)),
@@ -204,7 +212,7 @@ impl<C: Credential> Shared<C> {
         let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
         let landed = match rejection {
-            Rejection::Renewing if !self.is_renewed_by_this_task() => {
+            Rejection::Renewing if !is_renewed_by_this_task(self.address()) => {
                 state.flight.as_ref().map(|flight| flight.landed.clone())
             }
             _ => None,
@@ -214,6 +222,11 @@ impl<C: Credential> Shared<C> {
             self.take_off(takeoff);
         }
         (rejection, landed)
+    }
+
+    /// The API took what came after `refused`.
+    pub(super) fn accept(&self, refused: Fingerprint) {
+        self.state().core.accept(refused);
     }
 
     /// The credential there is, fresh or not, and when it expires.
@@ -236,7 +249,8 @@ impl<C: Credential> Shared<C> {
             }
         });
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
-        let landed = Landing { told: land.subscribe(), limit: self.limit, runtime, abandon };
+        let (told, engine) = (land.subscribe(), self.address());
+        let landed = Landing { told, limit: self.limit, runtime, engine, abandon };
         state.flight = Some(Flight { landed, task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
@@ -367,10 +381,6 @@ impl<C: Credential> Shared<C> {
         }
     }
 
-    fn is_renewed_by_this_task(&self) -> bool {
-        RENEWING.try_with(|renewals| renewals.contain(self.address())).unwrap_or(false)
-    }
-
     fn address(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
@@ -447,7 +457,11 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Landing { mut told, limit, runtime, abandon } = landing;
+    let Landing { mut told, limit, runtime, engine, abandon } = landing;
+    // Another task may have asked for the one that waits.
+    if is_renewed_by_this_task(engine) {
+        return Err(own_source());
+    }
     let ended = async {
         match told.wait_for(Option::is_some).await {
             Ok(result) => result.clone().unwrap_or(Ok(())),

@@ -15,7 +15,7 @@ use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
     auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped, Timer},
-    authorize::Sent,
+    authorize::{Sent, is_remembered},
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
     event,
@@ -106,9 +106,9 @@ pin_project! {
         // The client is awaited, which may still be sending the body.
         LettingGo { refusal: Option<Box<Refusal<ResBody>>>, patience: Timer },
         // The service is awaited, to be called again.
-        Readiness { again: Option<Box<(S, Request<B>)>> },
+        Readiness { again: Option<Box<(S, Request<B>)>>, blamed: Option<Box<Blamed>> },
         // The second response is awaited, and goes up whatever it is.
-        Second { #[pin] response: F },
+        Second { #[pin] response: F, blamed: Option<Box<Blamed>> },
     }
 }
 
@@ -208,21 +208,30 @@ where
                     }
                     let Some(refusal) = refusal.take() else { return Poll::Pending };
                     match this.again.take() {
-                        Some(again) => this.state.set(State::Readiness { again: Some(Box::new(again)) }),
+                        Some(again) => {
+                            let (again, blamed) = (Some(Box::new(again)), refusal.blamed.map(Box::new));
+                            this.state.set(State::Readiness { again, blamed });
+                        }
                         None => return Poll::Ready(Err(refusal.stop())),
                     }
                 }
-                StateProj::Readiness { again } => {
+                StateProj::Readiness { again, blamed } => {
                     let Some(waiting) = again else { return Poll::Pending };
                     ready!(waiting.0.poll_ready(cx)).map_err(Stopped::Failed)?;
                     let Some((mut service, request)) = again.take().map(|again| *again) else {
                         return Poll::Pending;
                     };
+                    let blamed = blamed.take();
                     let response = service.call(request);
-                    this.state.set(State::Second { response });
+                    this.state.set(State::Second { response, blamed });
                 }
-                StateProj::Second { response } => {
+                StateProj::Second { response, blamed } => {
                     let second = ready!(response.poll(cx));
+                    if let (Ok(response), Some(blamed)) = (&second, blamed)
+                        && is_accepted(response)
+                    {
+                        blamed.accept();
+                    }
                     event::sent_again(second.as_ref().ok().map(Response::status));
                     return Poll::Ready(second.map_err(Stopped::Failed));
                 }
@@ -315,6 +324,16 @@ impl Blamed {
     fn has_other(&self) -> bool {
         self.sources.has_other(self.part, &self.sent)
     }
+
+    /// The API took another.
+    fn accept(&self) {
+        self.sources.accept(self.part, &self.sent);
+    }
+}
+
+/// Whether the credentials were good: a server that fails may not have looked at them.
+fn is_accepted<B>(response: &Response<B>) -> bool {
+    !is_remembered(response) && !response.status().is_server_error()
 }
 
 fn renews(sent: &Credentials) -> bool {

@@ -46,7 +46,7 @@
 //! What was sent is compared before it is forgotten: a late 401 for an older credential leaves the newer one in
 //! place, and the request is sent again with that. However many requests are refused at once, one renewal serves
 //! them all. A request is sent twice at most; a 403 never is. Where tokens are refused time and again, renewals
-//! are spaced like failed ones, and the 401s go up in between.
+//! are spaced like failed ones, and the 401s go up in between; where the one that came after was accepted, they are not.
 //!
 //! The 401 that goes up has the body that it came with. To know what it says, 64 KiB of it are read, for 5
 //! seconds at most.

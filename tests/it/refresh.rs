@@ -212,6 +212,48 @@ async fn j5_renewals_of_what_is_always_refused_are_spaced_ever_wider_and_every_r
 }
 
 #[tokio::test(start_paused = true)]
+async fn j5_rotations_however_quick_are_not_limited_while_the_new_ones_are_accepted() {
+    let (jwts, asked) = counting();
+    let api = Api::accepting("token-1", INVALID_TOKEN);
+    let service = stack(&jwts, api.service());
+    for rotation in 1..=50 {
+        api.accept(&format!("token-{rotation}"));
+        for _ in 0..3 {
+            let response = service.clone().oneshot(request()).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK, "rotation {rotation}");
+        }
+        assert_eq!(asked.load(SeqCst), rotation);
+    }
+    // Nor is the first that is refused after them, and then they are.
+    api.accept("none of them");
+    for renewals in [51, 51, 51] {
+        assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(asked.load(SeqCst), renewals);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn j5_a_server_that_fails_has_accepted_nothing() {
+    let (jwts, asked) = counting();
+    let api = Api::accepting("none of them", INVALID_TOKEN);
+    let (refusing, seen) = (api.service(), Arc::new(AtomicUsize::new(0)));
+    // Every second send meets a server that is down.
+    let flaky = service_fn(move |request: Request<Body>| {
+        let (refusing, down) = (refusing.clone(), seen.fetch_add(1, SeqCst) % 2 == 1);
+        async move {
+            match down {
+                true => Ok(Response::builder().status(503).body(Body::default())?),
+                false => refusing.oneshot(request).await,
+            }
+        }
+    });
+    let service = stack(&jwts, flaky);
+    assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(asked.load(SeqCst), 2, "the second is too soon");
+}
+
+#[tokio::test(start_paused = true)]
 async fn j6_invalid_api_key_blames_the_key_which_is_replayed_only_if_it_changed() {
     let (jwts, asked) = counting();
     let held = Arc::new(Mutex::new("sk-selam-old".to_owned()));
