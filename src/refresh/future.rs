@@ -14,7 +14,7 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped, Timer},
+    auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
     authorize::{Sent, is_remembered},
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
@@ -82,6 +82,12 @@ pin_project! {
         state: State<F, S, R::Body, ResBody>,
         again: Again<S, R, ReqBody>,
     }
+}
+
+/// What comes of [`Replaying`] instead of a response that passes: a 401 that goes up has been read.
+pub(crate) enum Stopped<E, B: Body> {
+    Failed(E),
+    Refused(Box<Read<B>>),
 }
 
 /// What it takes to send a request again.

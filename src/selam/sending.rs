@@ -13,10 +13,10 @@ use tower_service::Service;
 
 use crate::{
     Credentials, Error,
-    auth_error::{Bounds, Inspect, Stopped},
+    auth_error::{Bounds, Inspect},
     authorize::{self, Authorize, is_remembered},
     bounds::CloneClient,
-    refresh::{Again, Refresh, Replay, Replaying},
+    refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
 
 /// All but the layer that reads errors.
@@ -124,7 +124,9 @@ where
         cx: &mut Context<'_>,
     ) -> Poll<Result<Response<ResBody>, Stopped<Error<S::Error>, ResBody>>> {
         match self.project() {
-            SendingProj::Layers { layers } => layers.as_mut().poll(cx).map_err(Stopped::flatten),
+            SendingProj::Layers { layers } => {
+                layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
+            }
             SendingProj::Client { .. } => Poll::Pending,
         }
     }
