@@ -72,24 +72,34 @@ enum Action {
 #[inline]
 pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
     let (authorization, x_api_key) = (credentials.authorization(), credentials.x_api_key());
-    let both = matches!((authorization, x_api_key), (Slot::Write(_), Slot::Write(_)));
-    let minds_ours = if_absent || !both;
+    let minds = |slot: &Slot| if_absent || matches!(slot, Slot::Remove);
+    let (minds_authorization, minds_x_api_key) = (minds(authorization), minds(x_api_key));
     // One look at each name costs less than a few look-ups: a request has few.
     let is_minded = |name: &HeaderName| {
-        *name == HOST || *name == CONNECTION || minds_ours && (*name == AUTHORIZATION || *name == X_API_KEY)
+        *name == HOST
+            || *name == CONNECTION
+            || minds_authorization && *name == AUTHORIZATION
+            || minds_x_api_key && *name == X_API_KEY
     };
     if headers.keys().any(is_minded) {
         return false;
     }
-    if let Slot::Write(value) = authorization
-        && headers.try_insert(AUTHORIZATION, value.clone()).is_err()
-    {
-        return false;
-    }
-    if let Slot::Write(value) = x_api_key
-        && headers.try_insert(X_API_KEY.clone(), value.clone()).is_err()
-    {
-        return false;
+    let is_authorized = match authorization {
+        Slot::Write(value) => headers.try_insert(AUTHORIZATION, value.clone()).is_ok(),
+        slot => pass_over(headers, &AUTHORIZATION, slot),
+    };
+    is_authorized
+        && match x_api_key {
+            Slot::Write(value) => headers.try_insert(X_API_KEY.clone(), value.clone()).is_ok(),
+            slot => pass_over(headers, &X_API_KEY, slot),
+        }
+}
+
+/// What is not written, and is not there if it would be taken off.
+#[inline]
+fn pass_over(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot) -> bool {
+    if let Slot::Yield = slot {
+        yield_to_other(headers, name);
     }
     true
 }
@@ -272,6 +282,52 @@ fn keep_from_connection(headers: &mut HeaderMap) {
         }
         _ => {
             headers.remove(CONNECTION);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*, sample::select};
+
+    use super::*;
+    use crate::{ApiKey, Token};
+
+    proptest! {
+        #[test]
+        fn h3_the_usual_request_gets_what_any_other_way_would_give_it(
+            names in vec(
+                select(vec!["accept", "authorization", "x-api-key", "host", "connection", "x-other"]), 0..6
+            ),
+            sensitive in any::<bool>(),
+            form in 0..5,
+            if_absent in any::<bool>(),
+        ) {
+            let key = ApiKey::new("sk-selam-example").unwrap();
+            let jwt = Token::new("a.b.c").unwrap();
+            let credentials = match form {
+                0 => Credentials::bearer(key),
+                1 => Credentials::header(key),
+                2 => Credentials::key_and_jwt(key, jwt),
+                3 => Credentials::key_beside_jwt(key),
+                _ => Credentials::jwt_beside_key(jwt),
+            };
+            let mut headers = HeaderMap::new();
+            for name in names {
+                let mut value = HeaderValue::from_static("api.selamgpt.com");
+                value.set_sensitive(sensitive);
+                headers.append(name, value);
+            }
+            let (origins, uri) = (Origins::selam(), Uri::from_static("https://api.selamgpt.com/v1/models"));
+            let rules = Rules { credentials: Some(&credentials), origins: &origins, if_absent, require_choice: false };
+            let head = Head { method: None, uri: &uri, headers: &headers, extensions: &Extensions::new() };
+            let (mut planned, mut usual) = (headers.clone(), headers.clone());
+            Plan::new(rules, head).unwrap().apply(&mut planned).unwrap();
+            if write_usual(&mut usual, &credentials, if_absent) {
+                prop_assert_eq!(usual, planned);
+            } else {
+                prop_assert_eq!(usual, headers, "nothing was written");
+            }
         }
     }
 }
