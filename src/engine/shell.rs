@@ -70,14 +70,16 @@ struct Flight {
 
 /// A renewal that is running, for those who wait for it.
 #[derive(Clone)]
-pub(crate) struct Landing {
+pub(crate) struct Landing(Arc<Waited>);
+
+struct Waited {
     /// How it ended: nothing while it runs.
     told: watch::Receiver<Option<Result<(), AuthError>>>,
     /// It has ended by itself after this time, if its runtime is driven.
     limit: Duration,
     runtime: Option<runtime::Id>,
     engine: usize,
-    abandon: Arc<dyn Fn() + Send + Sync>,
+    abandon: Box<dyn Fn() + Send + Sync>,
 }
 
 /// What a caller has to do.
@@ -243,14 +245,14 @@ impl<C: Credential> Shared<C> {
     fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
         let (engine, id) = (Arc::downgrade(self), start.id);
-        let abandon = Arc::new(move || {
+        let abandon = Box::new(move || {
             if let Some(engine) = engine.upgrade() {
                 engine.abandon(id);
             }
         });
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
         let (told, engine) = (land.subscribe(), self.address());
-        let landed = Landing { told, limit: self.limit, runtime, engine, abandon };
+        let landed = Landing(Arc::new(Waited { told, limit: self.limit, runtime, engine, abandon }));
         state.flight = Some(Flight { landed, task: Arc::clone(&task) });
         Takeoff { start, land, task }
     }
@@ -457,18 +459,19 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Landing { mut told, limit, runtime, engine, abandon } = landing;
+    let Waited { told, limit, runtime, engine, abandon } = &*landing.0;
     // Another task may have asked for the one that waits.
-    if is_renewed_by_this_task(engine) {
+    if is_renewed_by_this_task(*engine) {
         return Err(own_source());
     }
+    let mut told = told.clone();
     let ended = async {
         match told.wait_for(Option::is_some).await {
             Ok(result) => result.clone().unwrap_or(Ok(())),
             Err(_) => Ok(()),
         }
     };
-    let other = Timers::try_current().ok().filter(|own| Some(own.id()) != runtime);
+    let other = Timers::try_current().ok().filter(|own| Some(own.id()) != *runtime);
     // There is no asking a runtime whether it has timers.
     let timer = |_| catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
     // Whoever drives the runtime of both drives the renewal too.
@@ -579,7 +582,7 @@ mod tests {
     fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
         let jwts =
             Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a-token")?) }));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let runtime = runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(jwts.prefetch()).unwrap();
         let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
         let mut service = JwtLayer::new(&jwts, ApiKey::new("sk-selam-x").unwrap()).layer(api);

@@ -16,6 +16,10 @@ const KEPT: usize = 32;
 const KEPT_HEADERS: usize = 64;
 const KEPT_TEXT: usize = 8 * 1024;
 
+/// What a usual head has room in.
+const USUAL_HEADERS: usize = 8;
+const USUAL_TEXT: usize = 256;
+
 thread_local! {
     #[expect(clippy::vec_box, reason = "the boxes are what is used again")]
     static SPARE: Cell<Vec<Box<Head>>> = const { Cell::new(Vec::new()) };
@@ -50,7 +54,7 @@ pub(super) struct HeadCopy(Option<Box<Head>>);
 
 impl HeadCopy {
     pub(super) fn of<B>(request: &Request<B>) -> Self {
-        let mut head = take().unwrap_or_default();
+        let mut head = take().unwrap_or_else(Head::empty);
         head.copy(request);
         Self(Some(head))
     }
@@ -90,6 +94,12 @@ impl HeadCopy {
 }
 
 impl Head {
+    #[cold]
+    fn empty() -> Box<Self> {
+        let (text, fields) = (Vec::with_capacity(USUAL_TEXT), Vec::with_capacity(USUAL_HEADERS));
+        Box::new(Self { text, fields, ..Self::default() })
+    }
+
     #[inline]
     fn copy<B>(&mut self, request: &Request<B>) {
         self.method.clone_from(request.method());
