@@ -216,7 +216,11 @@ impl Proxy {
         // An offer of another protocol, which nobody has to take up.
         request.headers_mut().remove(UPGRADE);
         let request = upstream::await_continue(request);
-        let response = self.send(self.stack.clone(), request).await;
+        let mut response = self.send(self.stack.clone(), request).await;
+        // The answer to something that was not asked is none.
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            response = Refusal::NoUpstream.into_response();
+        }
         watch.answered(response)
     }
 
