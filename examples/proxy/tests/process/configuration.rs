@@ -199,7 +199,7 @@ async fn a_flag_that_is_no_good_is_named() {
     // There is no JWT to send.
     assert_names(&with_key().args(["--jwt-path", "/v1/audio"]).fail().await, &["--jwt-path"]);
     let with_jwt = || with_key().env("SELAM_JWT", secret("ey.configured.jwt"));
-    for prefix in ["audio", "", "/v2", "/v1/../audio"] {
+    for prefix in ["audio", "", "/v2", "/v1/../audio", "/v1/audio/*", "/v1/*"] {
         assert_names(&with_jwt().args(["--jwt-path", prefix]).fail().await, &["--jwt-path"]);
     }
     for flag in ["--allow", "--listen", "--ca", "--jwt-path", "--client-token-file"] {

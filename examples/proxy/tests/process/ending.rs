@@ -1,17 +1,22 @@
 //! How it ends: nothing more is begun, what runs is finished.
 
-use std::time::Duration;
+use std::{
+    fs::{self, File},
+    process::Command,
+    time::Duration,
+};
 
 use http::{Method, Response};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    sync::oneshot,
     time::{self, Instant},
 };
 
 use crate::support::{
     Caller, Launch, Protocol, Proxy, Stream, empty, ended, eventually, fed, frame, raw, read, read_head,
-    read_to_end, response_head, soon, whole,
+    read_to_end, response_head, soon, unguessable, whole,
 };
 
 /// What runs has so long.
@@ -173,6 +178,21 @@ async fn a_second_signal_ends_the_wait() {
     proxy.terminate();
     ends_well(&mut proxy).await;
     assert!(calling.await.is_err());
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_to_its_end_holds_it_up_no_longer() {
+    let api = Stream::listen(Protocol::Http2).await.exchanges();
+    let mut proxy = Launch::to(&api).callers(&format!("web:{}\n", unguessable())).start().await;
+    let (tokens, pipe) = (proxy.scratch().path("tokens"), proxy.scratch().path("pipe"));
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    fs::rename(pipe, &tokens).unwrap();
+    let (opened, being_read) = oneshot::channel();
+    // Opens when somebody reads, who then waits for what is never written.
+    std::thread::spawn(move || opened.send(File::options().write(true).open(tokens)));
+    let _silent = soon(being_read).await.unwrap().unwrap();
+    proxy.terminate();
+    ends_well(&mut proxy).await;
 }
 
 #[tokio::test]

@@ -199,9 +199,14 @@ async fn an_api_that_cannot_be_reached_is_a_502() {
 async fn an_api_that_hangs_up_or_talks_nonsense_is_a_502() {
     let api = Stream::listen(Protocol::Http1).await;
     let proxy = Launch::to(&api).start().await;
-    for said in
-        [&b""[..], b"220 mail.example ESMTP\r\n", b"HTTP/1.1 20", b"HTTP/1.1 200 OK\r\nBad Header\r\n\r\n"]
-    {
+    for said in [
+        &b""[..],
+        b"220 mail.example ESMTP\r\n",
+        b"HTTP/1.1 20",
+        b"HTTP/1.1 200 OK\r\nBad Header\r\n\r\n",
+        // Nobody asked for another protocol.
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: other\r\n\r\n",
+    ] {
         let caller = Caller::http1(&proxy);
         let calling = tokio::spawn(async move { caller.chat().await });
         let mut connection = api.accept().await;

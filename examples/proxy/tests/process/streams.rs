@@ -2,7 +2,7 @@
 //!
 //! Nothing is timed: who sends the next bit waits until the one before has come through.
 
-use http::{Method, Response};
+use http::{HeaderName, Method, Response};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::{Semaphore, mpsc},
@@ -126,6 +126,31 @@ async fn trailers_pass_both_ways() {
         assert_eq!(answer.headers["trailer"], "x-answered");
         assert_eq!(answer.trailers.unwrap()["x-answered"], "well", "{callers:?} {apis:?}");
         assert_eq!(answer.body, "answer");
+    }
+}
+
+#[tokio::test]
+async fn trailers_carry_no_credentials_of_the_callers() {
+    const SENT: [&str; 6] =
+        ["x-api-key", "api_key", "x-goog-api-key", "cookie", "proxy-authorization", "authorization"];
+    for (callers, apis) in Protocol::PAIRS {
+        let mut api = Stream::listen(apis).await.exchanges();
+        let proxy = Launch::to(&api).start().await;
+        let caller = Caller::new(&proxy, callers);
+        let (asking, body) = fed();
+        let request = caller
+            .request(Method::POST, "/v1/chat/completions")
+            .header("te", "trailers")
+            .header("trailer", format!("x-asked, {}", SENT.join(", ")))
+            .body(body)
+            .unwrap();
+        let calling = tokio::spawn(async move { caller.send(request).await });
+        let Exchange { request, answer: _unanswered } = api.next().await;
+        asking.all_trailers(SENT.into_iter().chain(["x-asked"]).map(|name| (name, "theirs"))).await;
+        let heard = soon(http_body_util::BodyExt::collect(request.into_body())).await.unwrap();
+        let names: Vec<_> = heard.trailers().unwrap().keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["x-asked"], "{callers:?} {apis:?}");
+        calling.abort();
     }
 }
 

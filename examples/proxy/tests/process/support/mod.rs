@@ -85,7 +85,12 @@ impl Feed {
     }
 
     pub(crate) async fn trailers(self, name: &'static str, value: &'static str) {
-        let trailers = [(name.parse().unwrap(), value.parse().unwrap())].into_iter().collect();
+        self.all_trailers([(name, value)]).await;
+    }
+
+    pub(crate) async fn all_trailers(self, trailers: impl IntoIterator<Item = (&'static str, &'static str)>) {
+        let parsed = |(name, value): (&str, &str)| (name.parse().unwrap(), value.parse().unwrap());
+        let trailers = trailers.into_iter().map(parsed).collect();
         soon(self.0.send(Ok(Frame::trailers(trailers)))).await.expect("somebody reads the trailers");
     }
 
