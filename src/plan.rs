@@ -167,7 +167,7 @@ impl Plan {
     fn if_absent(self, headers: &HeaderMap) -> Self {
         let Action::Write(credentials) = &self.action else { return self };
         let present =
-            |name: &HeaderName, slot: &Slot| !matches!(slot, Slot::Yield) && headers.contains_key(name);
+            |name: &HeaderName, slot: Slot<'_>| !matches!(slot, Slot::Yield) && headers.contains_key(name);
         let brought = present(&AUTHORIZATION, credentials.authorization())
             || present(&X_API_KEY, credentials.x_api_key());
         if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
@@ -204,7 +204,7 @@ impl Plan {
 
 fn with_jwt(credentials: &Credentials) -> Result<&Credentials, AuthError> {
     match credentials.form() {
-        Form::Key => Err(unavailable(NO_JWT)),
+        Form::Bearer | Form::Header => Err(unavailable(NO_JWT)),
         Form::Pair | Form::KeyHalf | Form::JwtHalf => Ok(credentials),
     }
 }
@@ -223,7 +223,12 @@ fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) 
     Ok(())
 }
 
-fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot, keep_theirs: bool) -> Result<(), AuthError> {
+fn put(
+    headers: &mut HeaderMap,
+    name: &HeaderName,
+    slot: Slot<'_>,
+    keep_theirs: bool,
+) -> Result<(), AuthError> {
     match slot {
         Slot::Write(value) => {
             // `insert` would panic on a full map.
