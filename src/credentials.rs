@@ -194,25 +194,19 @@ impl Credentials {
         self.0.form
     }
 
+    /// What becomes of `Authorization` and of `X-API-Key`.
     #[inline]
-    pub(crate) fn authorization(&self) -> Slot<'_> {
-        let bearer = match self.0.form {
-            Form::Bearer => self.api_key().map(|key| key.0.bearer()),
-            Form::Pair | Form::JwtHalf => self.jwt().map(|jwt| jwt.secret.bearer()),
-            Form::Header => return Slot::Remove,
-            Form::KeyHalf => None,
-        };
-        bearer.map_or(Slot::Yield, Slot::Write)
-    }
-
-    #[inline]
-    pub(crate) fn x_api_key(&self) -> Slot<'_> {
-        match self.0.form {
-            Form::Header | Form::Pair | Form::KeyHalf => {
-                self.api_key().and_then(|key| key.0.bare()).map_or(Slot::Yield, Slot::Write)
+    pub(crate) fn slots(&self) -> [Slot<'_>; 2] {
+        let Set { form, api_key, jwt, .. } = &*self.0;
+        match (form, api_key, jwt) {
+            (Form::Pair, Some(key), Some(jwt)) => {
+                [Slot::Write(jwt.secret.bearer()), Slot::Write(key.0.bare())]
             }
-            Form::Bearer => Slot::Remove,
-            Form::JwtHalf => Slot::Yield,
+            (Form::Bearer, Some(key), _) => [Slot::Write(key.0.bearer()), Slot::Remove],
+            (Form::Header, Some(key), _) => [Slot::Remove, Slot::Write(key.0.bare())],
+            (Form::KeyHalf, Some(key), _) => [Slot::Yield, Slot::Write(key.0.bare())],
+            (Form::JwtHalf, _, Some(jwt)) => [Slot::Write(jwt.secret.bearer()), Slot::Yield],
+            _ => [Slot::Yield, Slot::Yield],
         }
     }
 

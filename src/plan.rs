@@ -71,7 +71,7 @@ enum Action {
 /// would come to, at less cost.
 #[inline]
 pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
-    let (authorization, x_api_key) = (credentials.authorization(), credentials.x_api_key());
+    let [authorization, x_api_key] = credentials.slots();
     let both = matches!((authorization, x_api_key), (Slot::Write(_), Slot::Write(_)));
     let minds_ours = if_absent || !both;
     // One look at each name costs less than a few look-ups: a request has few.
@@ -168,8 +168,8 @@ impl Plan {
         let Action::Write(credentials) = &self.action else { return self };
         let present =
             |name: &HeaderName, slot: Slot<'_>| !matches!(slot, Slot::Yield) && headers.contains_key(name);
-        let brought = present(&AUTHORIZATION, credentials.authorization())
-            || present(&X_API_KEY, credentials.x_api_key());
+        let [authorization, x_api_key] = credentials.slots();
+        let brought = present(&AUTHORIZATION, authorization) || present(&X_API_KEY, x_api_key);
         if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
     }
 
@@ -215,8 +215,9 @@ fn unavailable(detail: &'static str) -> AuthError {
 }
 
 fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) -> Result<(), AuthError> {
-    put(headers, &AUTHORIZATION, credentials.authorization(), keep_theirs)?;
-    put(headers, &X_API_KEY, credentials.x_api_key(), keep_theirs)?;
+    let [authorization, x_api_key] = credentials.slots();
+    put(headers, &AUTHORIZATION, authorization, keep_theirs)?;
+    put(headers, &X_API_KEY, x_api_key, keep_theirs)?;
     if headers.contains_key(CONNECTION) {
         keep_from_connection(headers);
     }

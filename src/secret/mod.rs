@@ -106,12 +106,12 @@ impl Secret {
         &self.0.bearer
     }
 
-    /// A key alone, sensitive. No token is sent so.
+    /// A key alone, sensitive. No token is sent so: it has its scheme.
     #[inline]
-    pub(crate) fn bare(&self) -> Option<&HeaderValue> {
+    pub(crate) fn bare(&self) -> &HeaderValue {
         match &self.0.more {
-            More::Bare(value) => Some(value),
-            More::ExpiresAt(_) => None,
+            More::Bare(value) => value,
+            More::ExpiresAt(_) => &self.0.bearer,
         }
     }
 
@@ -258,7 +258,7 @@ mod tests {
                 let exposed = secret.expose();
                 prop_assert!(!exposed.is_empty() && exposed.bytes().all(|byte| byte.is_ascii_graphic()));
                 prop_assert_eq!(exposed, value.trim());
-                let bare = secret.bare().unwrap();
+                let bare = secret.bare();
                 prop_assert_eq!(bare.as_bytes(), exposed.as_bytes());
                 prop_assert_eq!(secret.bearer().as_bytes().strip_prefix(b"Bearer "), Some(exposed.as_bytes()));
                 prop_assert!(bare.is_sensitive() && secret.bearer().is_sensitive());
