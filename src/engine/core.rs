@@ -13,7 +13,7 @@ use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
 use super::{
     RenewalPolicy,
-    schedule::{Offer, Schedule, Unfit},
+    schedule::{Offer, Schedule, Span, Unfit},
 };
 use crate::{
     clock::{Deadline, Time},
@@ -54,7 +54,7 @@ pub(super) struct Core<V, E> {
     running: Option<Box<Running>>,
     troubles: Option<Box<Troubles<V, E>>>,
     started: u64,
-    took: Duration,
+    took: Span,
 }
 
 /// The credential there is.
@@ -184,7 +184,7 @@ impl<V: Value, E: Clone> Core<V, E> {
             running: None,
             troubles: None,
             started: 0,
-            took: Duration::ZERO,
+            took: Span::default(),
         }
     }
 
@@ -322,7 +322,7 @@ impl<V: Value, E: Clone> Core<V, E> {
         let (trouble, retry_after) = match outcome {
             Outcome::Fetched(mut offer) => {
                 let recheck = offer.recheck;
-                self.took = now.since(running.began);
+                self.took = now.since(running.began).into();
                 // Suspended meanwhile, it may have been issued before that.
                 let unseen = now.unseen_since(running.began);
                 for lives in [&mut offer.stated, &mut offer.lifetime].into_iter().flatten() {
@@ -380,7 +380,8 @@ impl<V: Value, E: Clone> Core<V, E> {
             return Err(Trouble::Rejected);
         }
         let chance = self.chance.f64();
-        let schedule = Schedule::new(&offer, now, self.took, chance, &self.policy).map_err(Trouble::Unfit)?;
+        let schedule =
+            Schedule::new(&offer, now, self.took.into(), chance, &self.policy).map_err(Trouble::Unfit)?;
         let same = |held: &Held<V>| held.value.fingerprint() == fingerprint;
         if let Some(held) = self.usable(now)
             && offer.recheck.is_none()

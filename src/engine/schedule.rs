@@ -35,11 +35,27 @@ pub(super) struct Offer<V> {
 pub(super) struct Schedule {
     /// When it came; all else is so long after that.
     came: Time,
-    renew: Duration,
-    wait: Duration,
-    expire: Duration,
+    renew: Span,
+    wait: Span,
+    expire: Span,
     /// Whether it said, or its source, when it expires.
     pub(super) expires: bool,
+}
+
+/// A [`Duration`] in half the room: in nanoseconds, of which there are enough for centuries.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Span(u64);
+
+impl From<Duration> for Span {
+    fn from(time: Duration) -> Self {
+        Self(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+impl From<Span> for Duration {
+    fn from(Span(nanos): Span) -> Self {
+        Self::from_nanos(nanos)
+    }
 }
 
 /// Why it is of no use.
@@ -81,27 +97,28 @@ impl Schedule {
             // Whoever comes after a pause had better have what stands there now.
             wait = recheck.saturating_mul(2).min(expire);
         }
+        let [renew, wait, expire] = [renew, wait, expire].map(Span::from);
         Ok(Self { came: now, renew, wait, expire, expires: lives.is_some() })
     }
 
     /// A renewal runs beside.
     pub(super) fn renew(&self) -> Deadline {
-        self.came.after(self.renew)
+        self.came.after(self.renew.into())
     }
 
     /// Callers wait for the renewal.
     pub(super) fn wait(&self) -> Deadline {
-        self.came.after(self.wait)
+        self.came.after(self.wait.into())
     }
 
     /// It is not handed out any more.
     pub(super) fn expire(&self) -> Deadline {
-        self.came.after(self.expire)
+        self.came.after(self.expire.into())
     }
 
     /// How long it lived when it came.
     pub(super) fn lifetime(&self) -> Duration {
-        self.expire
+        self.expire.into()
     }
 }
 

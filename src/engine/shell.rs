@@ -582,7 +582,7 @@ mod tests {
     fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
         let jwts =
             Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a-token")?) }));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let runtime = runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(jwts.prefetch()).unwrap();
         let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
         let mut service = JwtLayer::new(&jwts, ApiKey::new("sk-selam-x").unwrap()).layer(api);

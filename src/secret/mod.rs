@@ -10,7 +10,7 @@ mod credential;
 mod id;
 mod token;
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{fmt, mem, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -65,7 +65,8 @@ impl Secret {
         let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
         buffer.extend_from_slice(SCHEME.as_bytes());
         buffer.extend_from_slice(secret.as_bytes());
-        let buffer = Bytes::from_owner(buffer);
+        // It has that size, so this does not move it.
+        let buffer = Bytes::from_owner(Zeroizing::new(mem::take(&mut *buffer).into_boxed_slice()));
 
         let more = match subject {
             Subject::Token => More::ExpiresAt(token::expires_at(secret)),
