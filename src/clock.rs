@@ -70,18 +70,6 @@ impl Deadline {
         Self { wall: self.wall.min(other.wall), mono: self.mono.min(other.mono) }
     }
 
-    pub(crate) fn later(self, other: Self) -> Self {
-        Self { wall: self.wall.max(other.wall), mono: self.mono.max(other.mono) }
-    }
-
-    /// So long before this one.
-    pub(crate) fn before(self, lead: Duration) -> Self {
-        Self {
-            wall: self.wall.checked_sub(lead).unwrap_or(SystemTime::UNIX_EPOCH),
-            mono: self.mono.checked_sub(lead).unwrap_or(self.mono),
-        }
-    }
-
     /// How long there is to it; zero when it has come.
     pub(crate) fn remaining(&self, now: Time) -> Duration {
         let wall = self.wall.duration_since(now.wall).unwrap_or_default();

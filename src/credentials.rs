@@ -8,9 +8,10 @@ use crate::{
     ApiKey, Origins, Token,
     error::AuthError,
     plan::{Head, Plan, Rules},
-    secret::{self, Secret},
+    secret::Secret,
     shards::Shards,
-    supply::Sources,
+    supply::Provenance,
+    sync::ArcSwapOption,
 };
 
 /// One consistent set of credentials and the headers it goes into. Cheap to clone; `Debug` shows ids alone.
@@ -34,23 +35,24 @@ use crate::{
 #[derive(Clone)]
 pub struct Credentials(Arc<Set>);
 
+/// Of each user there may be one: what is in it is small.
 struct Set {
     form: Form,
-    authorization: Slot,
-    x_api_key: Slot,
     api_key: Option<ApiKey>,
     jwt: Option<Token>,
-    /// For requests that want the key without the JWT.
+    /// For requests that want the key without the JWT. A [`Supply`](crate::supply::Supply) has such sets beside the others.
     key_alone: Option<Credentials>,
     /// Where it came from, if another can come from there.
-    sources: Option<Arc<Sources>>,
+    provenance: Option<Provenance>,
 }
 
 /// Which set it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// The key alone, in either header.
-    Key,
+    /// The key alone, as a bearer.
+    Bearer,
+    /// The key alone, in its own header.
+    Header,
     /// JWT and key.
     Pair,
     /// The key, beside a layer that has the JWT.
@@ -60,8 +62,9 @@ pub(crate) enum Form {
 }
 
 /// What becomes of a header.
-pub(crate) enum Slot {
-    Write(HeaderValue),
+#[derive(Clone, Copy)]
+pub(crate) enum Slot<'a> {
+    Write(&'a HeaderValue),
     Remove,
     /// The other layer of the pair writes it.
     Yield,
@@ -71,60 +74,46 @@ impl Credentials {
     /// The key as `Authorization: Bearer <key>`, without `X-API-Key`: what most operations need.
     #[must_use]
     pub fn bearer(key: ApiKey) -> Self {
-        let authorization = Slot::Write(key.0.bearer().clone());
-        Self::new(Form::Key, authorization, Slot::Remove, Some(key), None)
+        Self::new(Form::Bearer, Some(key), None)
     }
 
     /// The key as `X-API-Key`, without `Authorization`.
     #[must_use]
     pub fn header(key: ApiKey) -> Self {
-        let x_api_key = Slot::Write(key.0.bare().clone());
-        Self::new(Form::Key, Slot::Remove, x_api_key, Some(key), None)
+        Self::new(Form::Header, Some(key), None)
     }
 
     /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
     #[must_use]
     pub fn key_and_jwt(key: ApiKey, jwt: Token) -> Self {
-        let authorization = Slot::Write(jwt.secret.bearer().clone());
-        let x_api_key = Slot::Write(key.0.bare().clone());
-        Self::new(Form::Pair, authorization, x_api_key, Some(key), Some(jwt))
-    }
-
-    pub(crate) fn key_beside_jwt(key: ApiKey) -> Self {
-        let x_api_key = Slot::Write(key.0.bare().clone());
-        Self::new(Form::KeyHalf, Slot::Yield, x_api_key, Some(key), None)
+        Self::new(Form::Pair, Some(key), Some(jwt))
     }
 
     pub(crate) fn jwt_beside_key(jwt: Token) -> Self {
-        let authorization = Slot::Write(jwt.secret.bearer().clone());
-        Self::new(Form::JwtHalf, authorization, Slot::Yield, None, Some(jwt))
-    }
-
-    fn new(
-        form: Form,
-        authorization: Slot,
-        x_api_key: Slot,
-        api_key: Option<ApiKey>,
-        jwt: Option<Token>,
-    ) -> Self {
-        let key_alone = match form {
-            Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
-            Form::Key | Form::JwtHalf => None,
-        };
-        Self(Arc::new(Set { form, authorization, x_api_key, api_key, jwt, key_alone, sources: None }))
+        Self::new(Form::JwtHalf, None, Some(jwt))
     }
 
     /// Stands in for the JWT's half where only the layer beside it is wanted.
     pub(crate) fn beside() -> Self {
-        Self::new(Form::JwtHalf, Slot::Yield, Slot::Yield, None, None)
+        Self::new(Form::JwtHalf, None, None)
     }
 
-    /// Made of what comes from `sources`. For a set that was just made.
-    pub(crate) fn supplied_by(mut self, sources: Arc<Sources>) -> Self {
-        if let Some(set) = Arc::get_mut(&mut self.0) {
-            set.sources = Some(sources);
-        }
-        self
+    pub(crate) fn new(form: Form, api_key: Option<ApiKey>, jwt: Option<Token>) -> Self {
+        let key_alone = match form {
+            Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
+            Form::Bearer | Form::Header | Form::JwtHalf => None,
+        };
+        Self(Arc::new(Set { form, api_key, jwt, key_alone, provenance: None }))
+    }
+
+    /// Made of what comes from there.
+    pub(crate) fn supplied(
+        form: Form,
+        api_key: Option<ApiKey>,
+        jwt: Option<Token>,
+        from: Provenance,
+    ) -> Self {
+        Self(Arc::new(Set { form, api_key, jwt, key_alone: None, provenance: Some(from) }))
     }
 
     /// A copy for each of a few threads, which then do not wait for one another's reference counts.
@@ -134,25 +123,18 @@ impl Credentials {
 
     /// A copy that shares nothing which is counted when it is sent.
     fn apart(&self) -> Self {
-        let Set { form, authorization, x_api_key, api_key, jwt, key_alone, sources } = &*self.0;
-        let apart = |slot: &Slot| match slot {
-            Slot::Write(value) => Slot::Write(secret::apart(value)),
-            Slot::Remove => Slot::Remove,
-            Slot::Yield => Slot::Yield,
-        };
+        let Set { form, api_key, jwt, key_alone, provenance } = &*self.0;
         Self(Arc::new(Set {
             form: *form,
-            authorization: apart(authorization),
-            x_api_key: apart(x_api_key),
-            api_key: api_key.clone(),
-            jwt: jwt.clone(),
+            api_key: api_key.as_ref().map(|key| ApiKey(key.0.apart())),
+            jwt: jwt.as_ref().map(|jwt| Token { secret: jwt.secret.apart() }),
             key_alone: key_alone.as_ref().map(Self::apart),
-            sources: sources.clone(),
+            provenance: provenance.clone(),
         }))
     }
 
-    pub(crate) fn sources(&self) -> Option<&Arc<Sources>> {
-        self.0.sources.as_ref()
+    pub(crate) fn provenance(&self) -> Option<&Provenance> {
+        self.0.provenance.as_ref()
     }
 
     /// The key, where there is one.
@@ -212,20 +194,26 @@ impl Credentials {
         self.0.form
     }
 
+    /// What becomes of `Authorization` and of `X-API-Key`.
     #[inline]
-    pub(crate) fn authorization(&self) -> &Slot {
-        &self.0.authorization
-    }
-
-    #[inline]
-    pub(crate) fn x_api_key(&self) -> &Slot {
-        &self.0.x_api_key
+    pub(crate) fn slots(&self) -> [Slot<'_>; 2] {
+        let Set { form, api_key, jwt, .. } = &*self.0;
+        match (form, api_key, jwt) {
+            (Form::Pair, Some(key), Some(jwt)) => {
+                [Slot::Write(jwt.secret.bearer()), Slot::Write(key.0.bare())]
+            }
+            (Form::Bearer, Some(key), _) => [Slot::Write(key.0.bearer()), Slot::Remove],
+            (Form::Header, Some(key), _) => [Slot::Remove, Slot::Write(key.0.bare())],
+            (Form::KeyHalf, Some(key), _) => [Slot::Yield, Slot::Write(key.0.bare())],
+            (Form::JwtHalf, _, Some(jwt)) => [Slot::Write(jwt.secret.bearer()), Slot::Yield],
+            _ => [Slot::Yield, Slot::Yield],
+        }
     }
 
     /// The set without its JWT; `None` when there is no key in it.
     pub(crate) fn key_alone(&self) -> Option<&Self> {
         match self.form() {
-            Form::Key => Some(self),
+            Form::Bearer | Form::Header => Some(self),
             _ => self.0.key_alone.as_ref(),
         }
     }
@@ -242,6 +230,27 @@ impl Credentials {
     pub(crate) fn secrets(&self) -> impl Iterator<Item = &Secret> {
         let key = self.api_key().map(|key| &key.0);
         key.into_iter().chain(self.jwt().map(|jwt| &jwt.secret))
+    }
+}
+
+/// Keeps one set for all threads, where requests find it without a lock.
+pub(crate) struct Kept(ArcSwapOption<Set>);
+
+impl Kept {
+    pub(crate) fn nothing() -> Self {
+        Self(ArcSwapOption::empty())
+    }
+
+    pub(crate) fn store(&self, credentials: Credentials) {
+        self.0.store(Some(credentials.0));
+    }
+
+    /// The set that there is, if it is still of use.
+    #[inline]
+    pub(crate) fn load(&self, is_of_use: impl FnOnce(&Provenance) -> bool) -> Option<Credentials> {
+        let set = self.0.load();
+        let set = set.as_ref().filter(|set| set.provenance.as_ref().is_some_and(is_of_use))?;
+        Some(Credentials(Arc::clone(set)))
     }
 }
 

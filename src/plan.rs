@@ -71,8 +71,8 @@ enum Action {
 /// would come to, at less cost.
 #[inline]
 pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
-    let (authorization, x_api_key) = (credentials.authorization(), credentials.x_api_key());
-    let minds = |slot: &Slot| if_absent || matches!(slot, Slot::Remove);
+    let [authorization, x_api_key] = credentials.slots();
+    let minds = |slot| if_absent || matches!(slot, Slot::Remove);
     let (minds_authorization, minds_x_api_key) = (minds(authorization), minds(x_api_key));
     // One look at each name costs less than a few look-ups: a request has few.
     let is_minded = |name: &HeaderName| {
@@ -97,7 +97,7 @@ pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if
 
 /// What is not written, and is not there if it would be taken off.
 #[inline]
-fn pass_over(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot) -> bool {
+fn pass_over(headers: &mut HeaderMap, name: &HeaderName, slot: Slot<'_>) -> bool {
     if let Slot::Yield = slot {
         yield_to_other(headers, name);
     }
@@ -177,9 +177,9 @@ impl Plan {
     fn if_absent(self, headers: &HeaderMap) -> Self {
         let Action::Write(credentials) = &self.action else { return self };
         let present =
-            |name: &HeaderName, slot: &Slot| !matches!(slot, Slot::Yield) && headers.contains_key(name);
-        let brought = present(&AUTHORIZATION, credentials.authorization())
-            || present(&X_API_KEY, credentials.x_api_key());
+            |name: &HeaderName, slot: Slot<'_>| !matches!(slot, Slot::Yield) && headers.contains_key(name);
+        let [authorization, x_api_key] = credentials.slots();
+        let brought = present(&AUTHORIZATION, authorization) || present(&X_API_KEY, x_api_key);
         if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
     }
 
@@ -214,7 +214,7 @@ impl Plan {
 
 fn with_jwt(credentials: &Credentials) -> Result<&Credentials, AuthError> {
     match credentials.form() {
-        Form::Key => Err(unavailable(NO_JWT)),
+        Form::Bearer | Form::Header => Err(unavailable(NO_JWT)),
         Form::Pair | Form::KeyHalf | Form::JwtHalf => Ok(credentials),
     }
 }
@@ -225,15 +225,21 @@ fn unavailable(detail: &'static str) -> AuthError {
 }
 
 fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) -> Result<(), AuthError> {
-    put(headers, &AUTHORIZATION, credentials.authorization(), keep_theirs)?;
-    put(headers, &X_API_KEY, credentials.x_api_key(), keep_theirs)?;
+    let [authorization, x_api_key] = credentials.slots();
+    put(headers, &AUTHORIZATION, authorization, keep_theirs)?;
+    put(headers, &X_API_KEY, x_api_key, keep_theirs)?;
     if headers.contains_key(CONNECTION) {
         keep_from_connection(headers);
     }
     Ok(())
 }
 
-fn put(headers: &mut HeaderMap, name: &HeaderName, slot: &Slot, keep_theirs: bool) -> Result<(), AuthError> {
+fn put(
+    headers: &mut HeaderMap,
+    name: &HeaderName,
+    slot: Slot<'_>,
+    keep_theirs: bool,
+) -> Result<(), AuthError> {
     match slot {
         Slot::Write(value) => {
             // `insert` would panic on a full map.
@@ -309,7 +315,7 @@ mod tests {
                 0 => Credentials::bearer(key),
                 1 => Credentials::header(key),
                 2 => Credentials::key_and_jwt(key, jwt),
-                3 => Credentials::key_beside_jwt(key),
+                3 => Credentials::new(Form::KeyHalf, Some(key), None),
                 _ => Credentials::jwt_beside_key(jwt),
             };
             let mut headers = HeaderMap::new();

@@ -38,16 +38,10 @@ impl<T> Shards<T> {
         Self { first: make(), others: (1..*COUNT).map(|_| make()).collect() }
     }
 
-    /// One for all threads.
-    pub(crate) fn single(only: T) -> Self {
-        Self { first: only, others: Box::default() }
-    }
-
     /// The present thread's.
     #[inline]
     pub(crate) fn local(&self) -> &T {
-        // A single one asks for no number.
-        if self.others.is_empty() { &self.first } else { self.of(number()) }
+        self.of(number())
     }
 
     #[inline]
@@ -100,12 +94,5 @@ mod tests {
             assert_eq!((one, again), (shards.of(*thread), one));
             assert!(asked[..at].iter().all(|(other, ..)| other != thread), "{asked:?}");
         }
-    }
-
-    #[test]
-    fn a_single_one_is_everybodys() {
-        let shards = Shards::single(7);
-        let others = thread::scope(|scope| scope.spawn(|| *shards.local()).join().unwrap());
-        assert_eq!((*shards.local(), others), (7, 7));
     }
 }

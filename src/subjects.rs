@@ -12,15 +12,14 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwapOption;
 use quick_cache::{Lifecycle, UnitWeighter, sync::Cache};
 use tokio::runtime::Handle;
 
 use crate::{
     MaybeRenewing, RenewalPolicy, Renewing, Token,
     clock::Time,
+    credentials::Kept,
     source::{DynSource, Source},
-    supply::Supply,
 };
 
 const CAPACITY: usize = 131_072;
@@ -143,7 +142,7 @@ pub(crate) struct Entry {
     /// When it was last asked for, in milliseconds since the beginning.
     used: AtomicU64,
     /// What the layer that was last asked made of it.
-    supply: ArcSwapOption<Supply>,
+    kept: Kept,
 }
 
 /// Keeps those who are being served, and those whose token is being fetched.
@@ -294,7 +293,7 @@ impl PerSubject {
 impl Subjects {
     fn make(&self, subject: &Subject) -> Arc<Entry> {
         let tokens = Renewing::of((self.source_of)(subject), Arc::clone(&self.policy));
-        Arc::new(Entry { tokens, used: AtomicU64::new(self.millis()), supply: ArcSwapOption::empty() })
+        Arc::new(Entry { tokens, used: AtomicU64::new(self.millis()), kept: Kept::nothing() })
     }
 
     /// Whether there are more than there is room for, as none of them can be forgotten. Those that can be are.
@@ -337,20 +336,9 @@ impl Entry {
         &self.tokens
     }
 
-    /// What the layer of this number makes of it.
-    pub(crate) fn supply(
-        &self,
-        owner: u64,
-        make: impl FnOnce(&Renewing<Token>) -> Arc<Supply>,
-    ) -> Arc<Supply> {
-        match &*self.supply.load() {
-            Some(supply) if supply.owner() == owner => Arc::clone(supply),
-            _ => {
-                let supply = make(&self.tokens);
-                self.supply.store(Some(Arc::clone(&supply)));
-                supply
-            }
-        }
+    #[inline]
+    pub(crate) fn kept(&self) -> &Kept {
+        &self.kept
     }
 }
 

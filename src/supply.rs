@@ -8,16 +8,13 @@ use std::{
     fmt,
     future::pending,
     pin::Pin,
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use crate::{
-    ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Subject, Token,
-    clock::Deadline,
+    ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Renewing, Subject, Token,
+    clock::{Deadline, Time},
     credentials::Form,
     engine::{Demand, Epoch, Landing, Rejection, wait},
     secret::Credential,
@@ -26,32 +23,32 @@ use crate::{
     sync::ArcSwapOption,
 };
 
-/// Owner of what is no single user's.
-const EVERYBODY: u64 = 0;
-
 const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
 
 const FULL: &str = "tokens of as many users as there is room for are being fetched";
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Makes [`Credentials`] of a key and a JWT.
+/// Makes [`Credentials`] of a key and a JWT: for everybody, or for each of many users.
 pub(crate) struct Supply {
     form: Form,
-    /// The key goes as `X-API-Key` when it goes alone.
-    as_header: bool,
     sources: Arc<Sources>,
     whole: Shelf,
     key_alone: Shelf,
-    /// Which layer made it, where it is one user's; or [`EVERYBODY`].
-    owner: u64,
     this: Weak<Self>,
 }
 
-/// Where the key and the JWT of a set come from. A set that was sent keeps them, so that what is refused of it can be
-/// renewed whatever has become of the layer's own by then.
+/// Where the key and the JWT of a set come from; without the JWT where each user has its own.
 pub(crate) struct Sources {
     key: Option<MaybeRenewing<ApiKey>>,
     jwt: Option<MaybeRenewing<Token>>,
+}
+
+/// Whose set it is.
+#[derive(Clone)]
+pub(crate) enum Whose {
+    Everybodys,
+    /// One user's, with a JWT of its own.
+    Users(Arc<Entry>),
 }
 
 /// What a request needs.
@@ -61,13 +58,30 @@ pub(crate) enum Need {
     KeyAlone,
 }
 
-type Shelf = ArcSwapOption<Made>;
+/// Where a set came from. One that was sent keeps it, so that what is refused of it can be renewed whatever has become of
+/// the layer's own by then.
+#[derive(Clone)]
+pub(crate) struct Provenance {
+    sources: Arc<Sources>,
+    /// The user's own.
+    jwt: Option<Renewing<Token>>,
+    /// `None` where it was in force but for a moment.
+    term: Option<Term>,
+}
 
-/// A set and what it was made of.
-struct Made {
-    credentials: Shards<Credentials>,
+/// For how long a set is in force: as long as the key and the JWT are what they were, and until they may be others.
+#[derive(Clone, Copy)]
+struct Term {
     epochs: [Epoch; 2],
     until: Option<Deadline>,
+}
+
+type Shelf = ArcSwapOption<Made>;
+
+/// A set for everybody.
+struct Made {
+    credentials: Shards<Credentials>,
+    term: Term,
 }
 
 pub(crate) type Waiting = Pin<Box<dyn Future<Output = Result<Credentials, AuthError>> + Send + Sync>>;
@@ -89,141 +103,165 @@ type Landings = [Option<Landing>; 2];
 impl Supply {
     pub(crate) fn new(
         form: Form,
-        as_header: bool,
-        key: Option<MaybeRenewing<ApiKey>>,
-        jwt: Option<MaybeRenewing<Token>>,
-    ) -> Arc<Self> {
-        Self::owned(EVERYBODY, form, as_header, key, jwt)
-    }
-
-    fn owned(
-        owner: u64,
-        form: Form,
-        as_header: bool,
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             form,
-            as_header,
             sources: Arc::new(Sources { key, jwt }),
             whole: Shelf::empty(),
             key_alone: Shelf::empty(),
-            owner,
             this: this.clone(),
         })
     }
 
     /// The set, if nothing has to be asked about it.
     #[inline]
-    pub(crate) fn fresh(&self, need: Need) -> Option<Credentials> {
-        let made = self.shelf(need).load();
-        let made = made.as_deref()?;
-        let fresh = made.epochs == self.epochs(need) && made.until.is_none_or(|until| !self.has_come(until));
-        fresh.then(|| made.credentials.local().clone())
+    pub(crate) fn fresh(&self, need: Need, whose: &Whose) -> Option<Credentials> {
+        let is_in_force = |term: &Term| {
+            let now = || self.now(whose);
+            let has_come = |until: Deadline| now().is_none_or(|now| until.has_come(now));
+            term.epochs == self.epochs(need, whose) && term.until.is_none_or(|until| !has_come(until))
+        };
+        match whose {
+            Whose::Everybodys => {
+                let made = self.shelf(need).load();
+                let made = made.as_deref().filter(|made| is_in_force(&made.term))?;
+                Some(made.credentials.local().clone())
+            }
+            Whose::Users(entry) => entry.kept().load(|from| {
+                // Layers may share users, and each writes its own over the others'.
+                Arc::ptr_eq(&from.sources, &self.sources) && from.term.as_ref().is_some_and(is_in_force)
+            }),
+        }
     }
 
-    /// What there is, fresh or not.
+    /// What there is for everybody, fresh or not.
     pub(crate) fn last(&self) -> Option<Credentials> {
         if let Some(made) = self.whole.load().as_deref() {
             return Some(made.credentials.local().clone());
         }
         let key = self.sources.key.as_ref().and_then(MaybeRenewing::current);
         let jwt = self.sources.jwt.as_ref().and_then(MaybeRenewing::current);
-        (key.is_some() || jwt.is_some()).then(|| self.make(Need::All, key, jwt))
+        (key.is_some() || jwt.is_some()).then(|| self.make(Need::All, &Whose::Everybodys, key, jwt, None))
     }
 
     /// The set, or what to wait for; starts renewals if need be.
-    pub(crate) fn demand(&self, need: Need) -> Result<Supplied, AuthError> {
-        Ok(match self.offer(need)? {
+    pub(crate) fn demand(&self, need: Need, whose: &Whose) -> Result<Supplied, AuthError> {
+        Ok(match self.offer(need, whose)? {
             Offer::Ready(credentials) => Supplied::Ready(credentials),
             Offer::Wait(landings) => Supplied::Wait(match self.this.upgrade() {
-                Some(this) => Box::pin(this.obtain(need, landings)),
+                Some(this) => Box::pin(this.obtain(need, whose.clone(), landings)),
                 None => Box::pin(pending()),
             }),
         })
     }
 
-    async fn obtain(self: Arc<Self>, need: Need, mut landings: Landings) -> Result<Credentials, AuthError> {
+    async fn obtain(
+        self: Arc<Self>,
+        need: Need,
+        whose: Whose,
+        mut landings: Landings,
+    ) -> Result<Credentials, AuthError> {
         loop {
             for landing in landings.into_iter().flatten() {
                 wait(landing).await?;
             }
             // Of many who waited, the first makes the set.
-            if let Some(credentials) = self.fresh(need) {
+            if let Some(credentials) = self.fresh(need, &whose) {
                 return Ok(credentials);
             }
             // The one may have been refused while the other was awaited.
-            match self.offer(need)? {
+            match self.offer(need, &whose)? {
                 Offer::Ready(credentials) => return Ok(credentials),
                 Offer::Wait(others) => landings = others,
             }
         }
     }
 
-    fn offer(&self, need: Need) -> Result<Offer, AuthError> {
-        if need == Need::KeyAlone && self.sources.key.is_none() {
+    fn offer(&self, need: Need, whose: &Whose) -> Result<Offer, AuthError> {
+        let source_of_key = self.sources.key.as_ref();
+        if need == Need::KeyAlone && source_of_key.is_none() {
             return Ok(Offer::Ready(Credentials::beside()));
         }
+        let source_of_jwt = self.jwt(need, whose);
+        let source_of_jwt = source_of_jwt.as_ref();
         loop {
             // First the JWT, here and below: the key that is read after it is no older than the one it was made with.
-            let jwt = demand(self.jwt(need))?;
-            let key = demand(self.sources.key.as_ref())?;
+            let jwt = demand(source_of_jwt)?;
+            let key = demand(source_of_key)?;
             let (jwt, key) = match (jwt, key) {
                 (Demand::Ready(jwt), Demand::Ready(key)) => (jwt, key),
                 (jwt, key) => return Ok(Offer::Wait([key.landing(), jwt.landing()])),
             };
 
-            let (credentials, made) = match (lease(self.jwt(need)), lease(self.sources.key.as_ref())) {
+            let (jwt, key, term) = match (lease(source_of_jwt), lease(source_of_key)) {
                 (Some((jwt, jwt_epoch, jwt_until)), Some((key, key_epoch, key_until))) => {
-                    let credentials = self.make(need, key, jwt);
                     let until = match (key_until, jwt_until) {
                         (Some(key), Some(jwt)) => Some(key.earlier(jwt)),
                         (key, jwt) => key.or(jwt),
                     };
-                    let epochs = [key_epoch, jwt_epoch];
-                    let shards = match self.owner {
-                        EVERYBODY => credentials.sharded(),
-                        // One user's requests are few, and users are many.
-                        _ => Shards::single(credentials.clone()),
-                    };
-                    (credentials, Some(Made { credentials: shards, epochs, until }))
+                    (jwt, key, Some(Term { epochs: [key_epoch, jwt_epoch], until }))
                 }
-                _ => (self.make(need, key, jwt), None),
+                _ => (jwt, key, None),
             };
             // Where the JWT is gone by now, it may have gone before the key came: they were never a pair.
-            if !self.has_still(credentials.jwt()) {
+            if !self.has_still(source_of_jwt, jwt.as_ref()) {
                 continue;
             }
-            if let Some(made) = made {
-                self.shelf(need).store(Some(Arc::new(made)));
+            let credentials = self.make(need, whose, key, jwt, term);
+            if let Some(term) = term {
+                self.keep(need, whose, &credentials, term);
             }
             return Ok(Offer::Ready(credentials));
         }
     }
 
     /// Whether `jwt` is the one there is, where there is a key that may change beside it.
-    fn has_still(&self, jwt: Option<&Token>) -> bool {
-        let (Some(MaybeRenewing::Renewing(_)), Some(own), Some(jwt)) =
-            (&self.sources.key, &self.sources.jwt, jwt)
+    fn has_still(&self, source: Option<&MaybeRenewing<Token>>, jwt: Option<&Token>) -> bool {
+        let (Some(MaybeRenewing::Renewing(_)), Some(own), Some(jwt)) = (&self.sources.key, source, jwt)
         else {
             return true;
         };
         own.current().is_some_and(|current| current.secret.fingerprint() == jwt.secret.fingerprint())
     }
 
-    fn make(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
-        self.set(need, key, jwt).supplied_by(Arc::clone(&self.sources))
+    fn make(
+        &self,
+        need: Need,
+        whose: &Whose,
+        key: Option<ApiKey>,
+        jwt: Option<Token>,
+        term: Option<Term>,
+    ) -> Credentials {
+        let form = self.form_of(need, key.is_some(), jwt.is_some());
+        let own = match whose {
+            Whose::Everybodys => None,
+            Whose::Users(entry) => Some(entry.tokens().clone()),
+        };
+        let from = Provenance { sources: Arc::clone(&self.sources), jwt: own, term };
+        Credentials::supplied(form, key, jwt, from)
     }
 
-    fn set(&self, need: Need, key: Option<ApiKey>, jwt: Option<Token>) -> Credentials {
+    fn keep(&self, need: Need, whose: &Whose, credentials: &Credentials, term: Term) {
+        match whose {
+            Whose::Everybodys => {
+                let made = Made { credentials: credentials.sharded(), term };
+                self.shelf(need).store(Some(Arc::new(made)));
+            }
+            // One user's requests are few, and users are many.
+            Whose::Users(entry) => entry.kept().store(credentials.clone()),
+        }
+    }
+
+    /// Of a set with or without a key and a JWT.
+    fn form_of(&self, need: Need, key: bool, jwt: bool) -> Form {
         match (self.form, key, jwt) {
-            (Form::Pair, Some(key), Some(jwt)) => Credentials::key_and_jwt(key, jwt),
-            (Form::KeyHalf, Some(key), _) if need == Need::All => Credentials::key_beside_jwt(key),
-            (Form::Key, Some(key), _) if self.as_header => Credentials::header(key),
-            (_, Some(key), _) => Credentials::bearer(key),
-            (_, None, Some(jwt)) => Credentials::jwt_beside_key(jwt),
-            (_, None, None) => Credentials::beside(),
+            (_, false, _) => Form::JwtHalf,
+            (Form::Pair, true, true) => Form::Pair,
+            (Form::KeyHalf, true, _) if need == Need::All => Form::KeyHalf,
+            (Form::Header, true, _) => Form::Header,
+            (_, true, _) => Form::Bearer,
         }
     }
 
@@ -231,32 +269,42 @@ impl Supply {
         self.form
     }
 
-    pub(crate) fn owner(&self) -> u64 {
-        self.owner
-    }
-
     /// The set, if none of it is ever another.
     pub(crate) fn fixed(&self) -> Option<Credentials> {
         let (key, jwt) = (fixed(self.sources.key.as_ref())?, fixed(self.sources.jwt.as_ref())?);
-        Some(self.set(Need::All, key, jwt))
+        Some(Credentials::new(self.form_of(Need::All, key.is_some(), jwt.is_some()), key, jwt))
     }
 
-    fn jwt(&self, need: Need) -> Option<&MaybeRenewing<Token>> {
-        self.sources.jwt.as_ref().filter(|_| need == Need::All)
-    }
-
-    #[inline]
-    fn epochs(&self, need: Need) -> [Epoch; 2] {
-        let epoch = |jwt: &MaybeRenewing<Token>| jwt.epoch();
-        let key = self.sources.key.as_ref().map(MaybeRenewing::epoch).unwrap_or_default();
-        [key, self.jwt(need).map(epoch).unwrap_or_default()]
+    fn jwt(&self, need: Need, whose: &Whose) -> Option<MaybeRenewing<Token>> {
+        match (need, whose) {
+            (Need::KeyAlone, _) => None,
+            (Need::All, Whose::Everybodys) => self.sources.jwt.clone(),
+            (Need::All, Whose::Users(entry)) => Some(entry.tokens().into()),
+        }
     }
 
     #[inline]
-    fn has_come(&self, until: Deadline) -> bool {
-        let now = self.sources.jwt.as_ref().and_then(MaybeRenewing::now);
-        let now = now.or_else(|| self.sources.key.as_ref().and_then(MaybeRenewing::now));
-        now.is_none_or(|now| until.has_come(now))
+    fn epochs(&self, need: Need, whose: &Whose) -> [Epoch; 2] {
+        let Sources { key, jwt } = &*self.sources;
+        let key = key.as_ref().map(MaybeRenewing::epoch).unwrap_or_default();
+        let jwt = match (need, whose) {
+            (Need::KeyAlone, _) => None,
+            (Need::All, Whose::Everybodys) => jwt.as_ref().map(MaybeRenewing::epoch),
+            (Need::All, Whose::Users(entry)) => Some(entry.tokens().epoch()),
+        };
+        [key, jwt.unwrap_or_default()]
+    }
+
+    #[inline]
+    fn now(&self, whose: &Whose) -> Option<Time> {
+        let Sources { key, jwt } = &*self.sources;
+        match whose {
+            Whose::Users(entry) => Some(entry.tokens().now()),
+            Whose::Everybodys => {
+                let now = jwt.as_ref().and_then(MaybeRenewing::now);
+                now.or_else(|| key.as_ref().and_then(MaybeRenewing::now))
+            }
+        }
     }
 
     #[inline]
@@ -268,16 +316,20 @@ impl Supply {
     }
 }
 
-impl Sources {
+impl Provenance {
+    fn jwt(&self) -> Option<MaybeRenewing<Token>> {
+        self.jwt.as_ref().map(MaybeRenewing::from).or_else(|| self.sources.jwt.clone())
+    }
+
     /// The API refused `sent`; whether its `part` can be another by now, and what to wait for until then.
     pub(crate) fn reject(&self, part: Part, sent: &Credentials) -> (Rejection, Option<Landing>) {
         let ignored = (Rejection::Ignored, None);
         match part {
-            Part::Key => match (&self.key, sent.api_key()) {
+            Part::Key => match (&self.sources.key, sent.api_key()) {
                 (Some(key), Some(sent)) => key.reject(sent.0.fingerprint()),
                 _ => ignored,
             },
-            Part::Jwt => match (&self.jwt, sent.jwt()) {
+            Part::Jwt => match (self.jwt(), sent.jwt()) {
                 (Some(jwt), Some(sent)) => jwt.reject(sent.secret.fingerprint()),
                 _ => ignored,
             },
@@ -286,24 +338,27 @@ impl Sources {
 
     /// The API took another than the `part` of `refused`.
     pub(crate) fn accept(&self, part: Part, refused: &Credentials) {
-        match (part, &self.key, &self.jwt) {
-            (Part::Key, Some(key), _) => {
-                refused.api_key().into_iter().for_each(|refused| key.accept(refused.0.fingerprint()));
+        match part {
+            Part::Key => {
+                if let (Some(key), Some(refused)) = (&self.sources.key, refused.api_key()) {
+                    key.accept(refused.0.fingerprint());
+                }
             }
-            (Part::Jwt, _, Some(jwt)) => {
-                refused.jwt().into_iter().for_each(|refused| jwt.accept(refused.secret.fingerprint()));
+            Part::Jwt => {
+                if let (Some(jwt), Some(refused)) = (self.jwt(), refused.jwt()) {
+                    jwt.accept(refused.secret.fingerprint());
+                }
             }
-            _ => {}
         }
     }
 
     /// Whether `part` is there and is not what was sent.
     pub(crate) fn has_other(&self, part: Part, sent: &Credentials) -> bool {
         match part {
-            Part::Key => self.key.as_ref().and_then(MaybeRenewing::current).is_some_and(|key| {
+            Part::Key => self.sources.key.as_ref().and_then(MaybeRenewing::current).is_some_and(|key| {
                 Some(key.0.fingerprint()) != sent.api_key().map(|sent| sent.0.fingerprint())
             }),
-            Part::Jwt => self.jwt.as_ref().and_then(MaybeRenewing::current).is_some_and(|jwt| {
+            Part::Jwt => self.jwt().and_then(|jwt| jwt.current()).is_some_and(|jwt| {
                 Some(jwt.secret.fingerprint()) != sent.jwt().map(|sent| sent.secret.fingerprint())
             }),
         }
@@ -312,58 +367,51 @@ impl Sources {
 
 /// What a layer has to send for many users: for each, a key that they share and a JWT of its own.
 pub(crate) struct Supplies {
-    /// For requests that want the key without a JWT.
-    key_alone: Arc<Supply>,
+    supply: Arc<Supply>,
     tokens: PerSubject,
-    /// Tells the layers apart that share the tokens.
-    number: u64,
 }
 
 impl Supplies {
     pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, tokens: PerSubject) -> Arc<Self> {
-        static NUMBERS: AtomicU64 = AtomicU64::new(1);
-        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Self { key_alone: Supply::new(form, false, key, None), tokens, number })
+        Arc::new(Self { supply: Supply::new(form, key, None), tokens })
     }
 
-    /// What a request gets that names this user; `None` for one who is not known yet.
+    pub(crate) fn supply(&self) -> &Supply {
+        &self.supply
+    }
+
+    /// Whose set a request gets that names this user; `None` for one who is not known yet.
     #[inline]
-    pub(crate) fn find(
-        &self,
-        need: Need,
-        subject: Option<&Subject>,
-    ) -> Result<Option<Arc<Supply>>, AuthError> {
+    pub(crate) fn find(&self, need: Need, subject: Option<&Subject>) -> Result<Option<Whose>, AuthError> {
         match (need, subject) {
-            (Need::KeyAlone, _) => Ok(Some(Arc::clone(&self.key_alone))),
-            (Need::All, Some(subject)) => Ok(self.tokens.find(subject).map(|entry| self.make(&entry))),
+            (Need::KeyAlone, _) => Ok(Some(Whose::Everybodys)),
+            (Need::All, Some(subject)) => Ok(self.tokens.find(subject).map(Whose::Users)),
             (Need::All, None) => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)),
         }
     }
 
     /// The same for anybody.
     #[cold]
-    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Arc<Supply>, AuthError> {
+    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Whose, AuthError> {
         match (self.find(need, subject)?, subject) {
-            (Some(supply), _) => Ok(supply),
+            (Some(whose), _) => Ok(whose),
             (None, Some(subject)) => match self.tokens.entry(subject) {
-                Some(entry) => Ok(self.make(&entry)),
+                Some(entry) => Ok(Whose::Users(entry)),
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, FULL, Some(AGAIN), None)),
             },
-            (None, None) => Ok(Arc::clone(&self.key_alone)),
+            (None, None) => Ok(Whose::Everybodys),
         }
-    }
-
-    fn make(&self, entry: &Entry) -> Arc<Supply> {
-        entry.supply(self.number, |jwt| {
-            let Supply { form, as_header, sources, .. } = &*self.key_alone;
-            Supply::owned(self.number, *form, *as_header, sources.key.clone(), Some(jwt.into()))
-        })
     }
 
     /// What there is of this user's, or else of everybody's.
     pub(crate) fn last(&self, subject: Option<&Subject>) -> Option<Credentials> {
-        let jwt = subject.and_then(|subject| self.tokens.known(subject)?.tokens().current());
-        match (self.key_alone.last(), jwt) {
+        let entry = subject.and_then(|subject| self.tokens.known(subject));
+        let is_ours = |from: &Provenance| Arc::ptr_eq(&from.sources, &self.supply.sources);
+        if let Some(credentials) = entry.as_ref().and_then(|entry| entry.kept().load(is_ours)) {
+            return Some(credentials);
+        }
+        let jwt = entry.and_then(|entry| entry.tokens().current());
+        match (self.supply.last(), jwt) {
             (Some(key), Some(jwt)) => Some(key.joined(&Credentials::jwt_beside_key(jwt))),
             (key, jwt) => key.or_else(|| jwt.map(Credentials::jwt_beside_key)),
         }
@@ -378,7 +426,7 @@ impl Supplies {
 impl fmt::Debug for Supplies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Supplies")
-            .field("key", &self.key_alone.sources.key)
+            .field("key", &self.supply.sources.key)
             .field("tokens", &self.tokens)
             .finish_non_exhaustive()
     }

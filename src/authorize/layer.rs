@@ -20,20 +20,20 @@ impl ApiKeyLayer {
     /// The key as `Authorization: Bearer <key>`, and no `X-API-Key`.
     #[must_use]
     pub fn bearer(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
-        Self::of(Provider::new(Form::Key, false, Some(key.into()), None))
+        Self::of(Provider::new(Form::Bearer, Some(key.into()), None))
     }
 
     /// The key as `X-API-Key`, and no `Authorization`.
     #[must_use]
     pub fn header(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
-        Self::of(Provider::new(Form::Key, true, Some(key.into()), None))
+        Self::of(Provider::new(Form::Header, Some(key.into()), None))
     }
 
     /// The key as `X-API-Key` beside a [`JwtLayer::beside_api_key`], inside or outside of this one, which
     /// writes `Authorization`. Without one, the API gets the key alone.
     #[must_use]
     pub fn beside_jwt(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
-        Self::of(Provider::new(Form::KeyHalf, true, Some(key.into()), None))
+        Self::of(Provider::new(Form::KeyHalf, Some(key.into()), None))
     }
 
     /// No credentials of its own: every request brings [`RequestAuth::Own`](crate::RequestAuth::Own), and
@@ -55,14 +55,14 @@ impl JwtLayer {
     /// [one for each user](crate::PerSubject).
     #[must_use]
     pub fn new(jwt: impl Into<Jwts>, key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
-        Self::of(Provider::new(Form::Pair, false, Some(key.into()), Some(jwt.into())))
+        Self::of(Provider::new(Form::Pair, Some(key.into()), Some(jwt.into())))
     }
 
     /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
     /// this one, which writes `X-API-Key`. Without one, the API gets the JWT alone and refuses it.
     #[must_use]
     pub fn beside_api_key(jwt: impl Into<Jwts>) -> Self {
-        Self::of(Provider::new(Form::JwtHalf, false, None, Some(jwt.into())))
+        Self::of(Provider::new(Form::JwtHalf, None, Some(jwt.into())))
     }
 
     fn of(provider: Provider) -> Self {

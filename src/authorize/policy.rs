@@ -9,7 +9,7 @@ use crate::{
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY, write_usual},
     shards::Shards,
-    supply::{Need, Supplied, Supplies, Supply, Waiting},
+    supply::{Need, Supplied, Supplies, Supply, Waiting, Whose},
 };
 
 const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer has the same credentials for all";
@@ -48,19 +48,14 @@ impl From<AuthError> for Unsent {
 
 impl Provider {
     /// Of a key and a JWT, one of which may be missing.
-    pub(crate) fn new(
-        form: Form,
-        as_header: bool,
-        key: Option<MaybeRenewing<ApiKey>>,
-        jwt: Option<Jwts>,
-    ) -> Self {
+    pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, jwt: Option<Jwts>) -> Self {
         event::key_given(key.as_ref());
         let jwt = match jwt {
             Some(Jwts::PerSubject(tokens)) => return Self::PerSubject(Supplies::new(form, key, tokens)),
             Some(Jwts::Shared(jwt)) => Some(jwt),
             None => None,
         };
-        let supply = Supply::new(form, as_header, key, jwt);
+        let supply = Supply::new(form, key, jwt);
         match supply.fixed() {
             Some(credentials) => Self::Fixed(credentials.sharded()),
             None => Self::Renewing(supply),
@@ -98,7 +93,7 @@ impl Policy {
         }
         let credentials = match &self.provider {
             Provider::Fixed(credentials) => credentials.local().clone(),
-            Provider::Renewing(supply) => supply.fresh(Need::All)?,
+            Provider::Renewing(supply) => supply.fresh(Need::All, &Whose::Everybodys)?,
             Provider::PerSubject(_) | Provider::Nothing => return None,
         };
         write_usual(request.headers_mut(), &credentials, self.if_absent).then_some(credentials)
@@ -115,7 +110,10 @@ impl Policy {
             }
             Provider::Renewing(supply) => {
                 self.refuse_subject(request, supply.form())?;
-                self.authorize_from(supply, request)
+                match self.need(request) {
+                    Some(need) => self.authorize_from(supply, need, &Whose::Everybodys, request),
+                    None => self.write_none(request),
+                }
             }
             Provider::PerSubject(supplies) => self.authorize_subject(supplies, request),
         }
@@ -124,15 +122,13 @@ impl Policy {
     fn authorize_from<B>(
         &self,
         supply: &Supply,
+        need: Need,
+        whose: &Whose,
         request: &mut Request<B>,
     ) -> Result<Option<Credentials>, Unsent> {
-        let Some(need) = self.need(request) else {
-            // Its own, or none: ours are not sent, but must not leave with it either.
-            return self.write(request, supply.last().as_ref()).map_err(Unsent::Refused);
-        };
-        match supply.fresh(need) {
+        match supply.fresh(need, whose) {
             Some(credentials) => self.write(request, Some(&credentials)).map_err(Unsent::Refused),
-            None => self.authorize_stale(supply, need, request),
+            None => self.authorize_stale(supply, need, whose, request),
         }
     }
 
@@ -141,19 +137,27 @@ impl Policy {
         supplies: &Supplies,
         request: &mut Request<B>,
     ) -> Result<Option<Credentials>, Unsent> {
+        let Some(need) = self.need(request) else { return self.write_none(request) };
         let subject = request.extensions().get::<Subject>();
-        let Some(need) = self.need(request) else {
-            return self.write(request, supplies.last(subject).as_ref()).map_err(Unsent::Refused);
-        };
-        let supply = match supplies.find(need, subject)? {
-            Some(supply) => supply,
+        let whose = match supplies.find(need, subject)? {
+            Some(whose) => whose,
             // Nobody is remembered for a request that is refused or goes without.
             None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
-                return self.write(request, supplies.last(subject).as_ref()).map_err(Unsent::Refused);
+                return self.write_none(request);
             }
             None => supplies.of(need, subject)?,
         };
-        self.authorize_from(&supply, request)
+        self.authorize_from(supplies.supply(), need, &whose, request)
+    }
+
+    /// Its own credentials, or none: ours are not sent, but must not leave with it either.
+    fn write_none<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
+        let last = match &self.provider {
+            Provider::Renewing(supply) => supply.last(),
+            Provider::PerSubject(supplies) => supplies.last(request.extensions().get()),
+            Provider::Nothing | Provider::Fixed(_) => None,
+        };
+        self.write(request, last.as_ref()).map_err(Unsent::Refused)
     }
 
     /// After waiting: with what there is by now.
@@ -164,9 +168,10 @@ impl Policy {
     ) -> Result<Option<Credentials>, AuthError> {
         let need = self.need(request);
         let fresh = need.and_then(|need| match &self.provider {
-            Provider::Renewing(supply) => supply.fresh(need),
+            Provider::Renewing(supply) => supply.fresh(need, &Whose::Everybodys),
             Provider::PerSubject(supplies) => {
-                supplies.find(need, request.extensions().get()).ok()??.fresh(need)
+                let whose = supplies.find(need, request.extensions().get()).ok()??;
+                supplies.supply().fresh(need, &whose)
             }
             Provider::Nothing | Provider::Fixed(_) => None,
         });
@@ -191,11 +196,12 @@ impl Policy {
         &self,
         supply: &Supply,
         need: Need,
+        whose: &Whose,
         request: &mut Request<B>,
     ) -> Result<Option<Credentials>, Unsent> {
         // What is refused, or goes without, has nothing to wait for.
         if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub {
-            return self.write(request, supply.last().as_ref()).map_err(Unsent::Refused);
+            return self.write_none(request);
         }
         if self.if_absent && brings(request.headers(), supply.form()) {
             return Ok(None);
@@ -203,7 +209,7 @@ impl Policy {
         if let Provider::PerSubject(supplies) = &self.provider {
             supplies.sweep();
         }
-        match supply.demand(need)? {
+        match supply.demand(need, whose)? {
             Supplied::Ready(credentials) => self.write(request, Some(&credentials)).map_err(Unsent::Refused),
             Supplied::Wait(waiting) => Err(Unsent::Waits(waiting)),
         }

@@ -9,11 +9,11 @@
 //!                                   └───────────────────────────────┘
 //! ```
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
 use super::{
     RenewalPolicy,
-    schedule::{Offer, Schedule, Unfit},
+    schedule::{Offer, Schedule, Span, Unfit},
 };
 use crate::{
     clock::{Deadline, Time},
@@ -39,28 +39,28 @@ const VERSION_CHECK: Duration = Duration::from_secs(1);
 /// So much of a lifetime is not promised to anyone: some of it passes before a caller has the credential.
 const ON_THE_WAY: Duration = Duration::from_secs(1);
 
+/// What is held. Equal ones have the same fingerprint.
+pub(super) trait Value: Clone {
+    fn fingerprint(&self) -> Fingerprint;
+}
+
+/// There may be one for each of many users, nearly all of whom hold a credential and have no trouble: what is not always
+/// there is boxed.
 #[derive(Debug)]
 pub(super) struct Core<V, E> {
     policy: Arc<RenewalPolicy>,
     chance: fastrand::Rng,
     held: Option<Held<V>>,
-    /// The last one that was rejected, until there is another.
-    refused: Option<V>,
-    running: Option<Running>,
-    failure: Option<Failure<E>>,
-    rejected: VecDeque<Fingerprint>,
-    rejections: Streak,
-    /// Nobody ended the last renewal: its runtime did.
-    aborted: bool,
+    running: Option<Box<Running>>,
+    troubles: Option<Box<Troubles<V, E>>>,
     started: u64,
-    took: Duration,
+    took: Span,
 }
 
 /// The credential there is.
 #[derive(Debug)]
 struct Held<V> {
     value: V,
-    fingerprint: Fingerprint,
     schedule: Schedule,
     lasting: bool,
     /// The API refused it, and its source has not been asked since.
@@ -73,6 +73,18 @@ struct Running {
     began: Time,
     /// What was rejected while it ran; what it brings may be older than the rejection.
     rejected: Option<Fingerprint>,
+}
+
+/// What went wrong lately.
+#[derive(Debug)]
+struct Troubles<V, E> {
+    failure: Option<Failure<E>>,
+    /// The last one that was rejected, until there is another.
+    refused: Option<V>,
+    rejected: VecDeque<Fingerprint>,
+    rejections: Streak,
+    /// Nobody ended the last renewal: its runtime did.
+    aborted: bool,
 }
 
 #[derive(Debug)]
@@ -163,20 +175,16 @@ pub(super) enum Trouble {
     Stale,
 }
 
-impl<V: Clone, E: Clone> Core<V, E> {
+impl<V: Value, E: Clone> Core<V, E> {
     pub(super) fn new(policy: impl Into<Arc<RenewalPolicy>>, seed: u64) -> Self {
         Self {
             policy: policy.into(),
             chance: fastrand::Rng::with_seed(seed),
             held: None,
-            refused: None,
             running: None,
-            failure: None,
-            rejected: VecDeque::new(),
-            rejections: Streak::default(),
-            aborted: false,
+            troubles: None,
             started: 0,
-            took: Duration::ZERO,
+            took: Span::default(),
         }
     }
 
@@ -188,16 +196,16 @@ impl<V: Clone, E: Clone> Core<V, E> {
         version: u64,
     ) -> (Answer<V, E>, Option<Start<V>>) {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
-        let long_enough = lasting.is_zero() || held.schedule.expire.remaining(now) >= lasting;
-        if !long_enough && held.schedule.lifetime < lasting.saturating_add(ON_THE_WAY) {
+        let long_enough = lasting.is_zero() || held.schedule.expire().remaining(now) >= lasting;
+        if !long_enough && held.schedule.lifetime() < lasting.saturating_add(ON_THE_WAY) {
             return (Answer::TooShort, None);
         }
         // Who has seen a renewal fail does not wait for the next while there is one to serve.
-        let must_wait = (held.schedule.wait.has_come(now) || held.suspect) && self.failure.is_none();
+        let must_wait = (held.schedule.wait().has_come(now) || held.suspect) && self.failure().is_none();
         if must_wait || !long_enough {
             return self.wait_or_fail(now, version);
         }
-        let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew.has_come(now));
+        let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew().has_come(now));
         let start = if due { self.start(now, version) } else { None };
         (Answer::Serve(value), start)
     }
@@ -206,7 +214,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
         if self.running.is_some() {
             return (Answer::Wait, None);
         }
-        match (self.start(now, version), &self.failure) {
+        match (self.start(now, version), self.failure()) {
             (None, Some(failure)) => (Answer::Fail(failure.error.clone()), None),
             (start, _) => (Answer::Wait, start),
         }
@@ -219,8 +227,8 @@ impl<V: Clone, E: Clone> Core<V, E> {
         }
         self.started += 1;
         let id = self.started;
-        self.running = Some(Running { id, began: now, rejected: None });
-        let reason = match (&self.held, &self.refused) {
+        self.running = Some(Box::new(Running { id, began: now, rejected: None }));
+        let reason = match (&self.held, self.refused()) {
             (Some(held), _) if held.suspect => Reason::Rejected(held.value.clone()),
             (None, Some(refused)) => Reason::Rejected(refused.clone()),
             (Some(held), _) => Reason::Expiring(held.value.clone()),
@@ -230,7 +238,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
     }
 
     fn may_start(&self, now: Time, version: u64) -> bool {
-        match &self.failure {
+        match self.failure() {
             None => true,
             Some(Failure { permanent: Some(failed), .. }) => *failed != version,
             Some(Failure { retry, .. }) => retry.has_come(now),
@@ -247,18 +255,20 @@ impl<V: Clone, E: Clone> Core<V, E> {
         version: u64,
     ) -> (Rejection, Option<Start<V>>) {
         match &self.held {
-            Some(held) if held.fingerprint != fingerprint => return (Rejection::Superseded, None),
+            Some(held) if held.value.fingerprint() != fingerprint => return (Rejection::Superseded, None),
             // One of many rejections of the same.
             None => return self.join(now, version),
             Some(held) if held.suspect => return self.join(now, version),
             Some(_) => {}
         }
         let may_start = self.running.is_some() || self.may_start(now, version);
-        let too_soon = self.rejections.is_too_soon(now, &self.policy);
+        let policy = &self.policy;
+        let too_soon =
+            self.troubles.as_mut().is_some_and(|troubles| troubles.rejections.is_too_soon(now, policy));
         if !insist && (too_soon || !may_start) {
             return (Rejection::Ignored, None);
         }
-        self.rejections.count(now);
+        self.troubles_mut().rejections.count(now);
         if let Some(running) = &mut self.running {
             running.rejected = Some(fingerprint);
         }
@@ -268,8 +278,10 @@ impl<V: Clone, E: Clone> Core<V, E> {
 
     /// The API took what came after `refused`: it does not refuse all there is, and the next rejection counts as the first.
     pub(super) fn accept(&mut self, refused: Fingerprint) {
-        if self.held.as_ref().is_some_and(|held| held.fingerprint != refused) {
-            self.rejections = Streak::default();
+        let other = self.held.as_ref().is_some_and(|held| held.value.fingerprint() != refused);
+        if let Some(troubles) = self.troubles.as_mut().filter(|_| other) {
+            troubles.rejections = Streak::default();
+            self.forget_troubles();
         }
     }
 
@@ -277,11 +289,13 @@ impl<V: Clone, E: Clone> Core<V, E> {
         match &mut self.held {
             Some(held) if held.lasting => held.suspect = true,
             held => {
-                if self.rejected.len() == REMEMBERED {
-                    self.rejected.pop_front();
+                let refused = held.take().map(|held| held.value);
+                let troubles = self.troubles_mut();
+                if troubles.rejected.len() == REMEMBERED {
+                    troubles.rejected.pop_front();
                 }
-                self.rejected.push_back(fingerprint);
-                self.refused = held.take().map(|held| held.value);
+                troubles.rejected.push_back(fingerprint);
+                troubles.refused = refused;
             }
         }
     }
@@ -304,20 +318,23 @@ impl<V: Clone, E: Clone> Core<V, E> {
         error: impl FnOnce(Trouble, Duration) -> E,
     ) -> Finish<V> {
         let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
-        let aborted = std::mem::take(&mut self.aborted);
+        let aborted = self.troubles.as_mut().is_some_and(|troubles| mem::take(&mut troubles.aborted));
         let (trouble, retry_after) = match outcome {
             Outcome::Fetched(mut offer) => {
                 let recheck = offer.recheck;
-                self.took = now.since(running.began);
+                self.took = now.since(running.began).into();
                 // Suspended meanwhile, it may have been issued before that.
                 let unseen = now.unseen_since(running.began);
                 for lives in [&mut offer.stated, &mut offer.lifetime].into_iter().flatten() {
                     *lives = lives.saturating_sub(unseen);
                 }
-                let stale = running.rejected == Some(offer.fingerprint);
+                let stale = running.rejected == Some(offer.value.fingerprint());
                 match self.install(now, offer) {
                     Ok(brought) => {
-                        self.failure = None;
+                        if let Some(troubles) = &mut self.troubles {
+                            troubles.failure = None;
+                        }
+                        self.forget_troubles();
                         // It may have been fetched before the rejection: once more.
                         let again = stale && self.held.as_ref().is_some_and(|held| held.suspect);
                         if let Some(held) = self.held.as_mut().filter(|_| !again) {
@@ -344,7 +361,7 @@ impl<V: Clone, E: Clone> Core<V, E> {
             }
             // Another runtime may do better, once.
             Outcome::Aborted if !aborted => {
-                self.aborted = true;
+                self.troubles_mut().aborted = true;
                 return Finish::Over(Err(Trouble::Aborted));
             }
             Outcome::Aborted => (Trouble::Aborted, None),
@@ -358,27 +375,31 @@ impl<V: Clone, E: Clone> Core<V, E> {
     }
 
     fn install(&mut self, now: Time, offer: Offer<V>) -> Result<Brought, Trouble> {
-        if self.rejected.contains(&offer.fingerprint) {
+        let fingerprint = offer.value.fingerprint();
+        if self.troubles.as_ref().is_some_and(|troubles| troubles.rejected.contains(&fingerprint)) {
             return Err(Trouble::Rejected);
         }
         let chance = self.chance.f64();
-        let schedule = Schedule::new(&offer, now, self.took, chance, &self.policy).map_err(Trouble::Unfit)?;
-        let same = |held: &Held<V>| held.fingerprint == offer.fingerprint;
+        let schedule =
+            Schedule::new(&offer, now, self.took.into(), chance, &self.policy).map_err(Trouble::Unfit)?;
+        let same = |held: &Held<V>| held.value.fingerprint() == fingerprint;
         if let Some(held) = self.usable(now)
             && offer.recheck.is_none()
             && !same(held)
             && held.schedule.expires
             && schedule.expires
-            && schedule.expire.remaining(now) < held.schedule.expire.remaining(now)
+            && schedule.expire().remaining(now) < held.schedule.expire().remaining(now)
         {
             return Err(Trouble::Older);
         }
-        let stale = schedule.renew.has_come(now);
+        let stale = schedule.renew().has_come(now);
         let unchanged = self.held.as_ref().is_some_and(same);
         let suspect = unchanged && self.held.as_ref().is_some_and(|held| held.suspect);
-        let Offer { value, fingerprint, lasting, .. } = offer;
-        self.held = Some(Held { value, fingerprint, schedule, lasting, suspect });
-        self.refused = None;
+        let Offer { value, lasting, .. } = offer;
+        self.held = Some(Held { value, schedule, lasting, suspect });
+        if let Some(troubles) = &mut self.troubles {
+            troubles.refused = None;
+        }
         match (stale, unchanged) {
             (true, _) => Err(Trouble::Stale),
             (false, true) => Ok(Brought::TheSame),
@@ -397,43 +418,43 @@ impl<V: Clone, E: Clone> Core<V, E> {
         if let Some(held) = &mut self.held {
             held.suspect = false;
         }
-        let attempts = self.failure.as_ref().map_or(0, |failure| failure.attempts).saturating_add(1);
+        let attempts = self.failure().map_or(0, |failure| failure.attempts).saturating_add(1);
         let delay = match retry_after {
             Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff),
             None => self.policy.backoff(attempts).mul_f64(1.0 - self.chance.f64() / 2.0),
         };
         let error = error(trouble, delay);
-        self.failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
+        self.troubles_mut().failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
     }
 
     /// What may be served without asking again, and until when.
     pub(super) fn lease(&self, now: Time) -> Option<(V, Deadline)> {
         let held = self.usable(now).filter(|held| !held.suspect)?;
-        let Schedule { renew, wait, expire, .. } = held.schedule;
-        let until = match (&self.failure, &self.running) {
-            (None, None) => renew,
-            (None, Some(_)) => wait,
-            (Some(_), Some(_)) => expire,
+        let schedule = &held.schedule;
+        let until = match (self.failure(), &self.running) {
+            (None, None) => schedule.renew(),
+            (None, Some(_)) => schedule.wait(),
+            (Some(_), Some(_)) => schedule.expire(),
             (Some(Failure { permanent: Some(_), .. }), None) => now.after(VERSION_CHECK),
             (Some(failure), None) => failure.retry,
         };
-        let until = until.earlier(expire);
+        let until = until.earlier(schedule.expire());
         (!until.has_come(now)).then(|| (held.value.clone(), until))
     }
 
     /// The credential there is, if it may be handed out.
     fn usable(&self, now: Time) -> Option<&Held<V>> {
-        self.held.as_ref().filter(|held| !held.schedule.expire.has_come(now))
+        self.held.as_ref().filter(|held| !held.schedule.expire().has_come(now))
     }
 
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
         let held = self.usable(now)?;
-        Some((&held.value, held.schedule.expires.then_some(held.schedule.expire)))
+        Some((&held.value, held.schedule.expires.then_some(held.schedule.expire())))
     }
 
     /// The one there is or was, as long as there is no other.
     pub(super) fn last(&self) -> Option<&V> {
-        self.held.as_ref().map(|held| &held.value).or(self.refused.as_ref())
+        self.held.as_ref().map(|held| &held.value).or(self.refused())
     }
 
     pub(super) fn is_running(&self, id: u64) -> bool {
@@ -446,12 +467,50 @@ impl<V: Clone, E: Clone> Core<V, E> {
 
     /// Whether nothing is fetched until the source has another version.
     pub(super) fn has_failed_for_good(&self) -> bool {
-        self.failure.as_ref().is_some_and(|failure| failure.permanent.is_some())
+        self.failure().is_some_and(|failure| failure.permanent.is_some())
     }
 
     /// Why there is none, if a renewal failed.
     pub(super) fn error(&self) -> Option<&E> {
-        self.failure.as_ref().map(|failure| &failure.error)
+        self.failure().map(|failure| &failure.error)
+    }
+
+    fn failure(&self) -> Option<&Failure<E>> {
+        self.troubles.as_ref()?.failure.as_ref()
+    }
+
+    fn refused(&self) -> Option<&V> {
+        self.troubles.as_ref()?.refused.as_ref()
+    }
+
+    fn troubles_mut(&mut self) -> &mut Troubles<V, E> {
+        self.troubles.get_or_insert_default()
+    }
+
+    /// Keeps no room for them when they are over.
+    fn forget_troubles(&mut self) {
+        self.troubles.take_if(|troubles| troubles.are_over());
+    }
+}
+
+impl<V, E> Troubles<V, E> {
+    fn are_over(&self) -> bool {
+        let Self { failure, refused, rejected, rejections, aborted } = self;
+        let remembers = !rejected.is_empty() || rejections.last.is_some();
+        failure.is_none() && refused.is_none() && !remembers && !aborted
+    }
+}
+
+// Derived, it would ask for defaults of `V` and `E`.
+impl<V, E> Default for Troubles<V, E> {
+    fn default() -> Self {
+        Self {
+            failure: None,
+            refused: None,
+            rejected: VecDeque::new(),
+            rejections: Streak::default(),
+            aborted: false,
+        }
     }
 }
 

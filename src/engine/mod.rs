@@ -116,6 +116,16 @@ impl<C: Credential> Renewing<C> {
     fn fresh(&self) -> Option<C> {
         self.0.fresh()
     }
+
+    #[inline]
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.0.epoch()
+    }
+
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        self.0.now()
+    }
 }
 
 impl Renewing<Token> {
@@ -258,12 +268,12 @@ impl<C: Credential> MaybeRenewing<C> {
 
     #[inline]
     pub(crate) fn epoch(&self) -> Epoch {
-        self.renewing().map(|renewing| renewing.0.epoch()).unwrap_or_default()
+        self.renewing().map(Renewing::epoch).unwrap_or_default()
     }
 
     #[inline]
     pub(crate) fn now(&self) -> Option<Time> {
-        self.renewing().map(|renewing| renewing.0.now())
+        self.renewing().map(Renewing::now)
     }
 
     /// The API took what came after `refused`.

@@ -3,10 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::RenewalPolicy;
-use crate::{
-    clock::{Deadline, LONG, Time},
-    secret::Fingerprint,
-};
+use crate::clock::{Deadline, LONG, Time};
 
 /// An advisory window is at least so long: enough for one renewal before any was timed.
 const ONE_RENEWAL: Duration = Duration::from_secs(1);
@@ -21,7 +18,6 @@ const SPACING: Duration = Duration::from_millis(400);
 #[derive(Clone, Debug)]
 pub(super) struct Offer<V> {
     pub(super) value: V,
-    pub(super) fingerprint: Fingerprint,
     /// When it expires by its own word.
     pub(super) expiry: Option<SystemTime>,
     /// How long it lives from its issue by its own word.
@@ -37,16 +33,29 @@ pub(super) struct Offer<V> {
 /// When what is to be done with it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Schedule {
-    /// A renewal runs beside.
-    pub(super) renew: Deadline,
-    /// Callers wait for the renewal.
-    pub(super) wait: Deadline,
-    /// It is not handed out any more.
-    pub(super) expire: Deadline,
-    /// How long it lived when it came.
-    pub(super) lifetime: Duration,
+    /// When it came; all else is so long after that.
+    came: Time,
+    renew: Span,
+    wait: Span,
+    expire: Span,
     /// Whether it said, or its source, when it expires.
     pub(super) expires: bool,
+}
+
+/// A [`Duration`] in half the room: in nanoseconds, of which there are enough for centuries.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Span(u64);
+
+impl From<Duration> for Span {
+    fn from(time: Duration) -> Self {
+        Self(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+impl From<Span> for Duration {
+    fn from(Span(nanos): Span) -> Self {
+        Self::from_nanos(nanos)
+    }
 }
 
 /// Why it is of no use.
@@ -66,30 +75,50 @@ impl Schedule {
         policy: &RenewalPolicy,
     ) -> Result<Self, Unfit> {
         let lives = lifetime(offer, now, policy)?;
-        let expire = now.after(lives.unwrap_or(LONG));
-        let left = expire.remaining(now);
-        if left < TOO_BRIEF {
+        let expire = lives.unwrap_or(LONG).min(LONG);
+        if expire < TOO_BRIEF {
             return Err(Unfit::Expired);
         }
 
         let (mut renew, mut wait) = (expire, expire);
         if lives.is_some() {
-            let whole = offer.lifetime.unwrap_or(left).clamp(left, LONG);
+            let whole = offer.lifetime.unwrap_or(expire).clamp(expire, LONG);
             let advisory =
                 (whole / 10).min(policy.advisory).max(ONE_RENEWAL.max(took.saturating_mul(2))).min(whole / 2);
             let mandatory = (advisory / 10).min(policy.mandatory);
-            renew = expire.before(advisory + advisory.mul_f64(policy.jitter * chance));
-            if !renew.has_come(now) {
-                renew = renew.later(now.after(SPACING.min(left.mul_f64(SPACING.as_secs_f64()))));
+            renew = expire.saturating_sub(advisory + advisory.mul_f64(policy.jitter * chance));
+            if !renew.is_zero() {
+                renew = renew.max(SPACING.min(expire.mul_f64(SPACING.as_secs_f64())));
             }
-            wait = expire.before(mandatory);
+            wait = expire.saturating_sub(mandatory);
         }
         if let Some(recheck) = offer.recheck {
-            renew = now.after(recheck).earlier(expire);
+            renew = recheck.min(expire);
             // Whoever comes after a pause had better have what stands there now.
-            wait = now.after(recheck.saturating_mul(2)).earlier(expire);
+            wait = recheck.saturating_mul(2).min(expire);
         }
-        Ok(Self { renew, wait, expire, lifetime: left, expires: lives.is_some() })
+        let [renew, wait, expire] = [renew, wait, expire].map(Span::from);
+        Ok(Self { came: now, renew, wait, expire, expires: lives.is_some() })
+    }
+
+    /// A renewal runs beside.
+    pub(super) fn renew(&self) -> Deadline {
+        self.came.after(self.renew.into())
+    }
+
+    /// Callers wait for the renewal.
+    pub(super) fn wait(&self) -> Deadline {
+        self.came.after(self.wait.into())
+    }
+
+    /// It is not handed out any more.
+    pub(super) fn expire(&self) -> Deadline {
+        self.came.after(self.expire.into())
+    }
+
+    /// How long it lived when it came.
+    pub(super) fn lifetime(&self) -> Duration {
+        self.expire.into()
     }
 }
 

@@ -23,13 +23,13 @@ use tokio::{
 
 use super::{
     RenewalPolicy,
-    core::{Answer, Brought, Core, Finish, Outcome, Rejection, Start, Trouble},
+    core::{Answer, Brought, Core, Finish, Outcome, Rejection, Start, Trouble, Value},
     lease::{Epoch, Lease, Published},
     schedule::{Offer, Unfit},
 };
 use crate::{
     AuthError, AuthErrorKind,
-    clock::{Clock, Time},
+    clock::Time,
     error::Subject,
     event::{self, KeyInUse, Renewal},
     secret::{Credential, Fingerprint},
@@ -52,14 +52,13 @@ pub(super) struct Shared<C> {
     published: Published<C>,
     state: Mutex<State<C>>,
     source: Arc<dyn DynSource<C>>,
-    clock: Clock,
-    limit: Duration,
+    policy: Arc<RenewalPolicy>,
     in_use: KeyInUse,
 }
 
 struct State<C> {
     core: Core<C, AuthError>,
-    flight: Option<Flight>,
+    flight: Option<Box<Flight>>,
 }
 
 /// The renewal that is running.
@@ -137,22 +136,21 @@ pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
 
 impl<C: Credential> Shared<C> {
     pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: Arc<RenewalPolicy>) -> Arc<Self> {
-        let (clock, limit) = (policy.clock.clone(), policy.timeout);
-        let core = Core::new(policy, fastrand::u64(..));
+        let core = Core::new(Arc::clone(&policy), fastrand::u64(..));
         let state = Mutex::new(State { core, flight: None });
         let (published, in_use) = (Published::new(), KeyInUse::default());
-        Arc::new(Self { published, state, source, clock, limit, in_use })
+        Arc::new(Self { published, state, source, policy, in_use })
     }
 
     /// The credential, if nothing has to be asked about it.
     #[inline]
     pub(super) fn fresh(&self) -> Option<C> {
-        self.published.load(|lease| (!lease.until.has_come(self.clock.now())).then(|| lease.value.clone()))
+        self.published.load(|lease| (!lease.until.has_come(self.now())).then(|| lease.value.clone()))
     }
 
     /// The same, with the time until which nothing has to be asked.
     pub(super) fn lease(&self) -> Option<Lease<C>> {
-        self.published.load(|lease| (!lease.until.has_come(self.clock.now())).then(|| lease.clone()))
+        self.published.load(|lease| (!lease.until.has_come(self.now())).then(|| lease.clone()))
     }
 
     /// Moves whenever what [`fresh`](Self::fresh) reads changes.
@@ -163,13 +161,13 @@ impl<C: Credential> Shared<C> {
 
     #[inline]
     pub(super) fn now(&self) -> Time {
-        self.clock.now()
+        self.policy.now()
     }
 
     /// The credential and until when it may be used without asking again; or what to wait for.
     pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
         let (mut state, version) = self.state_and_version();
-        let now = self.clock.now();
+        let now = self.now();
         let (answer, start) = state.core.demand(now, lasting, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
@@ -209,7 +207,7 @@ impl<C: Credential> Shared<C> {
         insist: bool,
     ) -> (Rejection, Option<Landing>) {
         let (mut state, version) = self.state_and_version();
-        let now = self.clock.now();
+        let now = self.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
         self.publish(&state, now);
@@ -234,7 +232,7 @@ impl<C: Credential> Shared<C> {
     /// The credential there is, fresh or not, and when it expires.
     pub(super) fn current(&self) -> Option<(C, Option<std::time::SystemTime>)> {
         let (value, expires) =
-            self.state().core.current(self.clock.now()).map(|(value, expires)| (value.clone(), expires))?;
+            self.state().core.current(self.now()).map(|(value, expires)| (value.clone(), expires))?;
         Some((value, expires.map(|at| at.wall())))
     }
 
@@ -252,8 +250,9 @@ impl<C: Credential> Shared<C> {
         });
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
         let (told, engine) = (land.subscribe(), self.address());
-        let landed = Landing(Arc::new(Waited { told, limit: self.limit, runtime, engine, abandon }));
-        state.flight = Some(Flight { landed, task: Arc::clone(&task) });
+        let limit = self.policy.timeout;
+        let landed = Landing(Arc::new(Waited { told, limit, runtime, engine, abandon }));
+        state.flight = Some(Box::new(Flight { landed, task: Arc::clone(&task) }));
         Takeoff { start, land, task }
     }
 
@@ -265,7 +264,7 @@ impl<C: Credential> Shared<C> {
             return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
         };
         let renewals = Renewals { engine: self.address(), on_behalf_of: RENEWING.try_with(Arc::clone).ok() };
-        let (source, limit) = (Arc::clone(&self.source), self.limit);
+        let (source, limit) = (Arc::clone(&self.source), self.policy.timeout);
         let renewal = async move {
             let fetched = fetch(&*source, reason, limit).await;
             end.with(fetched);
@@ -286,7 +285,7 @@ impl<C: Credential> Shared<C> {
             None => (Outcome::Aborted, Renewal::Aborted, None),
         };
         let mut state = self.state();
-        let now = self.clock.now();
+        let now = self.now();
         let describe = |trouble, delay| describe(trouble, delay, cause);
         let over = match state.core.finish(now, id, outcome, version, describe) {
             Finish::Again(start) => {
@@ -332,7 +331,7 @@ impl<C: Credential> Shared<C> {
         if !state.core.is_running(id) {
             return;
         }
-        let now = self.clock.now();
+        let now = self.now();
         let describe = |trouble, delay| describe(trouble, delay, None);
         let finish = state.core.finish(now, id, Outcome::Aborted, version, describe);
         let ended = match finish {
@@ -399,6 +398,12 @@ impl<C> Drop for Shared<C> {
         if let Some(task) = state.flight.as_ref().and_then(|flight| flight.task.get()) {
             task.abort();
         }
+    }
+}
+
+impl<C: Credential> Value for C {
+    fn fingerprint(&self) -> Fingerprint {
+        self.secret().fingerprint()
     }
 }
 
@@ -532,7 +537,6 @@ async fn fetch<C: Credential>(
 fn offer<C: Credential>(fetched: Fetched<C>) -> Offer<C> {
     let Fetched { credential, lifetime, recheck } = fetched;
     Offer {
-        fingerprint: credential.secret().fingerprint(),
         expiry: credential.expiry(),
         lifetime: credential.lifetime(),
         stated: lifetime,

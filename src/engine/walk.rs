@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     RenewalPolicy,
-    core::{Answer, Core, Finish, Outcome, Rejection, Start},
+    core::{Answer, Core, Finish, Outcome, Rejection, Start, Value},
     schedule::Offer,
 };
 use crate::{clock::Time, secret::Fingerprint, source::Reason};
@@ -91,6 +91,12 @@ fn step() -> impl Strategy<Value = Step> {
 struct Minted {
     mono: Instant,
     lifetime: Duration,
+}
+
+impl Value for usize {
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(&self.to_le_bytes())
+    }
 }
 
 struct World {
@@ -214,7 +220,6 @@ impl World {
         let stated = self.tokens[token].mono.saturating_duration_since(self.now.mono);
         Offer {
             value: token,
-            fingerprint: fingerprint(token),
             expiry: None,
             lifetime: (!self.lasting).then_some(self.tokens[token].lifetime),
             stated: (!self.lasting).then_some(stated),
@@ -239,7 +244,7 @@ impl World {
 
     fn reject(&mut self, token: usize, insist: bool) {
         let held = self.core.current(self.now).map(|(held, _)| *held);
-        let fingerprint = fingerprint(token);
+        let fingerprint = token.fingerprint();
         let (rejection, start) = self.core.reject(self.now, fingerprint, insist, self.version);
         // Even of one that has expired, which nobody is handed: it may come back with the renewal that runs.
         if rejection == Rejection::Renewing {
@@ -315,10 +320,6 @@ impl World {
             assert!(self.lasting || last <= self.tokens[token].mono, "leased beyond its end");
         }
     }
-}
-
-fn fingerprint(token: usize) -> Fingerprint {
-    Fingerprint::of(&token.to_be_bytes())
 }
 
 #[test]

@@ -1,7 +1,6 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -19,7 +18,7 @@ use crate::{
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
     event,
-    supply::{Part, Sources},
+    supply::Part,
 };
 
 /// How long a client may take to let go of the body of a request that was refused.
@@ -131,7 +130,6 @@ struct Refusal<B: Body> {
 pub(crate) struct Blamed {
     part: Part,
     sent: Credentials,
-    sources: Arc<Sources>,
 }
 
 impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> Replaying<F, S, R, ReqBody, ResBody> {
@@ -319,21 +317,25 @@ impl Blamed {
             AuthErrorKind::MissingApiKey => None,
             _ => with(Part::Jwt).or_else(|| with(Part::Key)),
         }?;
-        Some(Self { part, sent: sent.clone(), sources: Arc::clone(sent.sources()?) })
+        let sent = sent.clone();
+        sent.provenance().is_some().then_some(Self { part, sent })
     }
 
     /// Rejects it: how, and what to wait for.
     pub(crate) fn reject(&self) -> (Rejection, Option<Landing>) {
-        self.sources.reject(self.part, &self.sent)
+        let from = self.sent.provenance();
+        from.map_or((Rejection::Ignored, None), |from| from.reject(self.part, &self.sent))
     }
 
     fn has_other(&self) -> bool {
-        self.sources.has_other(self.part, &self.sent)
+        self.sent.provenance().is_some_and(|from| from.has_other(self.part, &self.sent))
     }
 
     /// The API took another.
     fn accept(&self) {
-        self.sources.accept(self.part, &self.sent);
+        if let Some(from) = self.sent.provenance() {
+            from.accept(self.part, &self.sent);
+        }
     }
 }
 
@@ -343,5 +345,5 @@ fn is_accepted<B>(response: &Response<B>) -> bool {
 }
 
 fn renews(sent: &Credentials) -> bool {
-    sent.sources().is_some()
+    sent.provenance().is_some()
 }

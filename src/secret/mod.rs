@@ -1,8 +1,8 @@
 //! Credentials as values: validated when made, wiped when dropped, never printed.
 //!
-//! An [`ApiKey`] or a [`Token`] owns one buffer, `Bearer <secret>`, from which both header values are cut
+//! An [`ApiKey`] or a [`Token`] owns one buffer, `Bearer <secret>`, from which header values are cut
 //! without a copy. Cloning a header value counts a reference; when the last one drops, the buffer is wiped.
-//! Threads that count at once wait for one another, so what many requests share is [copied](apart) for each of a few
+//! Threads that count at once wait for one another, so what many requests share is [copied](Secret::apart) for each of a few
 //! threads.
 
 mod api_key;
@@ -10,7 +10,7 @@ mod credential;
 mod id;
 mod token;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, mem, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -31,14 +31,22 @@ pub(crate) struct Secret(Arc<Parts>);
 
 struct Parts {
     bearer: HeaderValue,
-    bare: HeaderValue,
     fingerprint: Fingerprint,
+    more: More,
+}
+
+/// What only one of the two has.
+enum More {
+    /// A key is sent without the scheme, too. Boxed, as tokens may be many.
+    Bare(Box<HeaderValue>),
+    /// A token expires.
+    ExpiresAt(Option<SystemTime>),
 }
 
 impl Secret {
     pub(crate) fn new(value: String, subject: Subject, place: Place) -> Result<Self, ConfigError> {
         let value = Zeroizing::new(value);
-        Self::parse(&value).map_err(|kind| ConfigError::new(subject, place, kind))
+        Self::parse(&value, subject).map_err(|kind| ConfigError::new(subject, place, kind))
     }
 
     pub(crate) fn from_env_var(name: &str, subject: Subject) -> Result<Self, ConfigError> {
@@ -49,7 +57,7 @@ impl Secret {
         }
     }
 
-    fn parse(value: &str) -> Result<Self, ConfigErrorKind> {
+    fn parse(value: &str, subject: Subject) -> Result<Self, ConfigErrorKind> {
         let secret = trim(value);
         check(secret)?;
 
@@ -57,13 +65,40 @@ impl Secret {
         let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
         buffer.extend_from_slice(SCHEME.as_bytes());
         buffer.extend_from_slice(secret.as_bytes());
-        let buffer = Bytes::from_owner(buffer);
+        // It has that size, so this does not move it.
+        let buffer = Bytes::from_owner(Zeroizing::new(mem::take(&mut *buffer).into_boxed_slice()));
 
-        Ok(Self(Arc::new(Parts {
-            bare: sensitive(buffer.slice(SCHEME.len()..))?,
-            bearer: sensitive(buffer)?,
-            fingerprint: Fingerprint::of(secret.as_bytes()),
-        })))
+        let more = match subject {
+            Subject::Token => More::ExpiresAt(token::expires_at(secret)),
+            _ => More::bare(&buffer)?,
+        };
+        let fingerprint = Fingerprint::of(secret.as_bytes());
+        Ok(Self(Arc::new(Parts { bearer: sensitive(buffer)?, fingerprint, more })))
+    }
+
+    /// A copy that shares nothing which is counted when it is sent, wiped like the first.
+    pub(crate) fn apart(&self) -> Self {
+        // So far from others that no thread's counting disturbs the next.
+        #[repr(align(128))]
+        struct Apart(Zeroizing<Vec<u8>>);
+
+        impl AsRef<[u8]> for Apart {
+            fn as_ref(&self) -> &[u8] {
+                &self.0
+            }
+        }
+
+        let Parts { bearer, fingerprint, more } = &*self.0;
+        let copy = || {
+            let buffer = Bytes::from_owner(Apart(Zeroizing::new(bearer.as_bytes().to_vec())));
+            let more = match more {
+                More::Bare(_) => More::bare(&buffer)?,
+                More::ExpiresAt(time) => More::ExpiresAt(*time),
+            };
+            let bearer = sensitive(buffer)?;
+            Ok::<_, ConfigErrorKind>(Self(Arc::new(Parts { bearer, fingerprint: *fingerprint, more })))
+        };
+        copy().unwrap_or_else(|_| self.clone())
     }
 
     /// `Bearer <secret>`, sensitive.
@@ -72,15 +107,27 @@ impl Secret {
         &self.0.bearer
     }
 
-    /// The secret alone, sensitive.
+    /// A key alone, sensitive. No token is sent so: it has its scheme.
     #[inline]
     pub(crate) fn bare(&self) -> &HeaderValue {
-        &self.0.bare
+        match &self.0.more {
+            More::Bare(value) => value,
+            More::ExpiresAt(_) => &self.0.bearer,
+        }
+    }
+
+    /// When a token expires, as far as it says itself.
+    fn expires_at(&self) -> Option<SystemTime> {
+        match self.0.more {
+            More::ExpiresAt(time) => time,
+            More::Bare(_) => None,
+        }
     }
 
     /// The secret alone; ASCII, because `parse` checked it.
     pub(crate) fn expose(&self) -> &str {
-        std::str::from_utf8(self.0.bare.as_bytes()).unwrap_or_default()
+        let secret = self.0.bearer.as_bytes().get(SCHEME.len()..).unwrap_or_default();
+        std::str::from_utf8(secret).unwrap_or_default()
     }
 
     pub(crate) fn id(&self) -> KeyId {
@@ -93,6 +140,13 @@ impl Secret {
 
     fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{name}([redacted] id={})", self.id())
+    }
+}
+
+impl More {
+    /// Cut from `Bearer <key>`.
+    fn bare(buffer: &Bytes) -> Result<Self, ConfigErrorKind> {
+        Ok(Self::Bare(Box::new(sensitive(buffer.slice(SCHEME.len()..))?)))
     }
 }
 
@@ -143,22 +197,6 @@ fn check(secret: &str) -> Result<(), ConfigErrorKind> {
     Ok(())
 }
 
-/// A copy with a buffer and a count of its own, wiped like the first.
-pub(crate) fn apart(value: &HeaderValue) -> HeaderValue {
-    // So far from others that no thread's counting disturbs the next.
-    #[repr(align(128))]
-    struct Apart(Zeroizing<Vec<u8>>);
-
-    impl AsRef<[u8]> for Apart {
-        fn as_ref(&self) -> &[u8] {
-            &self.0
-        }
-    }
-
-    let buffer = Zeroizing::new(value.as_bytes().to_vec());
-    sensitive(Bytes::from_owner(Apart(buffer))).unwrap_or_else(|_| value.clone())
-}
-
 fn sensitive(bytes: Bytes) -> Result<HeaderValue, ConfigErrorKind> {
     // `check` let only visible ASCII pass, so this does not fail.
     let mut value =
@@ -174,7 +212,7 @@ mod tests {
     use super::*;
 
     fn parse(value: &str) -> Result<Secret, ConfigErrorKind> {
-        Secret::parse(value)
+        Secret::parse(value, Subject::ApiKey)
     }
 
     #[test]
@@ -221,9 +259,10 @@ mod tests {
                 let exposed = secret.expose();
                 prop_assert!(!exposed.is_empty() && exposed.bytes().all(|byte| byte.is_ascii_graphic()));
                 prop_assert_eq!(exposed, value.trim());
-                prop_assert_eq!(secret.bare().as_bytes(), exposed.as_bytes());
+                let bare = secret.bare();
+                prop_assert_eq!(bare.as_bytes(), exposed.as_bytes());
                 prop_assert_eq!(secret.bearer().as_bytes().strip_prefix(b"Bearer "), Some(exposed.as_bytes()));
-                prop_assert!(secret.bare().is_sensitive() && secret.bearer().is_sensitive());
+                prop_assert!(bare.is_sensitive() && secret.bearer().is_sensitive());
             }
         }
     }

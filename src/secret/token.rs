@@ -29,8 +29,6 @@ use crate::{
 #[derive(Clone)]
 pub struct Token {
     pub(crate) secret: Secret,
-    expires_at: Option<SystemTime>,
-    lifetime: Option<Duration>,
 }
 
 impl Token {
@@ -40,7 +38,7 @@ impl Token {
     ///
     /// As [`ApiKey::new`](crate::ApiKey::new).
     pub fn new(value: impl Into<String>) -> Result<Self, ConfigError> {
-        Secret::new(value.into(), Subject::Token, Place::Argument).map(Self::from_secret)
+        Secret::new(value.into(), Subject::Token, Place::Argument).map(|secret| Self { secret })
     }
 
     /// The token in the environment variable [`SELAM_JWT`](env::SELAM_JWT).
@@ -58,21 +56,16 @@ impl Token {
     ///
     /// As [`from_env`](Self::from_env).
     pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
-        Secret::from_env_var(name, Subject::Token).map(Self::from_secret)
-    }
-
-    fn from_secret(secret: Secret) -> Self {
-        let (expires_at, lifetime) = expiry(secret.expose());
-        Self { secret, expires_at, lifetime }
+        Secret::from_env_var(name, Subject::Token).map(|secret| Self { secret })
     }
 
     pub(super) fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
-        Secret::new(value, Subject::Token, place).map(Self::from_secret)
+        Secret::new(value, Subject::Token, place).map(|secret| Self { secret })
     }
 
     /// From its `iat` to its `exp`, if it is a JWT that has both.
     pub(super) fn lifetime(&self) -> Option<Duration> {
-        self.lifetime
+        self.expires_at().and_then(|_| lifetime(self.expose_secret()))
     }
 
     /// When the token expires by its own `exp` claim
@@ -82,7 +75,7 @@ impl Token {
     /// what [`SystemTime`] holds. The signature is not checked: that is the API's to do.
     #[must_use]
     pub fn expires_at(&self) -> Option<SystemTime> {
-        self.expires_at
+        self.secret.expires_at()
     }
 
     /// A short, non-reversible name for logs and metrics.
@@ -104,26 +97,31 @@ impl fmt::Debug for Token {
     }
 }
 
-/// When a JWT expires, and how long it lives.
-fn expiry(token: &str) -> (Option<SystemTime>, Option<Duration>) {
-    // A NumericDate may have a fraction (RFC 7519 section 2).
-    fn claim<T: DeserializeOwned>(token: &str) -> Option<T> {
-        insecure_decode_claims(token).ok()
-    }
-    #[derive(Deserialize)]
-    struct Expiry {
-        exp: f64,
-    }
-    #[derive(Deserialize)]
-    struct Issue {
-        iat: f64,
-    }
+/// When a JWT expires.
+pub(super) fn expires_at(token: &str) -> Option<SystemTime> {
+    let since_epoch = Duration::try_from_secs_f64(claims::<Expiry>(token)?.exp).ok()?;
+    UNIX_EPOCH.checked_add(since_epoch)
+}
 
-    let Some(Expiry { exp }) = claim(token) else { return (None, None) };
-    let expires_at =
-        Duration::try_from_secs_f64(exp).ok().and_then(|since_epoch| UNIX_EPOCH.checked_add(since_epoch));
-    let lifetime = claim(token).and_then(|Issue { iat }| Duration::try_from_secs_f64(exp - iat).ok());
-    (expires_at, lifetime.filter(|_| expires_at.is_some()))
+/// From the issue of a JWT to its expiry. Read when it is needed, which is once.
+fn lifetime(token: &str) -> Option<Duration> {
+    let (Expiry { exp }, Issue { iat }) = (claims(token)?, claims(token)?);
+    Duration::try_from_secs_f64(exp - iat).ok()
+}
+
+// A NumericDate may have a fraction (RFC 7519 section 2).
+#[derive(Deserialize)]
+struct Expiry {
+    exp: f64,
+}
+
+#[derive(Deserialize)]
+struct Issue {
+    iat: f64,
+}
+
+fn claims<T: DeserializeOwned>(token: &str) -> Option<T> {
+    insecure_decode_claims(token).ok()
 }
 
 #[cfg(test)]

@@ -145,8 +145,8 @@ impl SelamLayerBuilder {
         }
         let policy = Policy {
             provider: match self.jwt {
-                Some(jwt) => Provider::new(Form::Pair, false, Some(key), Some(jwt)),
-                None => Provider::new(Form::Key, false, Some(key), None),
+                Some(jwt) => Provider::new(Form::Pair, Some(key), Some(jwt)),
+                None => Provider::new(Form::Bearer, Some(key), None),
             },
             origins,
             if_absent: self.if_absent,

@@ -19,7 +19,7 @@ use crate::{
     ApiKey, Credentials, MaybeRenewing, Renewing, TestClock, Token,
     credentials::Form,
     source::Source,
-    supply::{Need, Supplied, Supply},
+    supply::{Need, Supplied, Supply, Whose},
     sync::{
         Ordering,
         stand_in::{Tasks, spawn},
@@ -143,12 +143,12 @@ fn reject<C: Numbered>(engine: &Renewing<C>, number: usize) -> (Rejection, Optio
 }
 
 fn supply(key: impl Into<MaybeRenewing<ApiKey>>, jwts: &Renewing<Token>) -> Arc<Supply> {
-    Supply::new(Form::Pair, false, Some(key.into()), Some(jwts.into()))
+    Supply::new(Form::Pair, Some(key.into()), Some(jwts.into()))
 }
 
 /// Asks, and looks once whether the wait is over if there is one.
 fn demand(supply: &Supply) -> Option<Credentials> {
-    match supply.demand(Need::All).ok()? {
+    match supply.demand(Need::All, &Whose::Everybodys).ok()? {
         Supplied::Ready(set) => Some(set),
         Supplied::Wait(mut waiting) => match waiting.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(set) => set.ok(),
@@ -164,9 +164,9 @@ fn jwt(set: &Credentials) -> usize {
 /// The token, in every way in which it is had, one after the other.
 fn all_ways(engine: &Renewing<Token>, supply: &Supply) -> Vec<usize> {
     [
-        supply.fresh(Need::All).map(|set| jwt(&set)),
+        supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)),
         engine.fresh().map(|token| token.number()),
-        supply.fresh(Need::All).map(|set| jwt(&set)),
+        supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)),
         engine.0.lease().map(|lease| lease.value.number()),
         demand(supply).map(|set| jwt(&set)),
         engine.current().map(|token| token.number()),
@@ -339,14 +339,16 @@ fn j3_what_was_rejected_is_had_in_no_way_any_more() {
                 // The set that is made here may be put on the shelf when its token is rejected already.
                 let before = demand(&supply).map(|set| jwt(&set));
                 let after = rejected.load(Ordering::Acquire);
-                assert!(!after || supply.fresh(Need::All).is_none_or(|set| jwt(&set) == 1));
+                assert!(
+                    !after || supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1)
+                );
                 (before, after)
             }
         });
         assert_eq!(reject(&engine, 0).0, Rejection::Renewing);
         rejected.store(true, Ordering::Release);
         assert!(engine.fresh().is_none_or(|token| token.number() == 1));
-        assert!(supply.fresh(Need::All).is_none_or(|set| jwt(&set) == 1));
+        assert!(supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1));
         let outcome = other.join().unwrap();
         Tasks::join();
 
@@ -419,9 +421,9 @@ fn h5_no_set_is_older_than_what_was_seen_before_it() {
         other.join().unwrap();
         Tasks::join();
 
-        assert!(supply.fresh(Need::All).is_none_or(|set| jwt(&set) == 1));
+        assert!(supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1));
         assert_eq!(demand(&supply).map(|set| jwt(&set)), Some(1));
-        assert_eq!(supply.fresh(Need::All).map(|set| jwt(&set)), Some(1));
+        assert_eq!(supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)), Some(1));
         (ways[0], ways[ways.len() - 1])
     });
     assert_eq!(outcomes, [(0, 0), (0, 1), (1, 1)].into());
@@ -448,7 +450,7 @@ fn signed(first: impl FnOnce(&Renewing<Token>)) -> Option<(usize, usize)> {
     let set = Tasks::AtOnce.during(|| demand(&supply));
     rotates.join().unwrap();
     let parts = |set: &Credentials| (set.api_key().unwrap().number(), jwt(set));
-    for set in set.iter().chain(&supply.fresh(Need::All)) {
+    for set in set.iter().chain(&supply.fresh(Need::All, &Whose::Everybodys)) {
         let (key, jwt) = parts(set);
         assert!(key >= jwt / 4, "token {jwt} with key {key}");
     }
