@@ -55,6 +55,8 @@ type Layers<F, S, R, ReqBody, ResBody> = Inspect<
     ResBody,
 >;
 
+type Polled<B, E> = Poll<Result<Response<B>, Stopped<Error<E>, B>>>;
+
 type Authorized<F, S, ReqBody, ResBody> =
     authorize::ResponseFuture<WrapErrorFuture<F, ResBody>, WrapError<S>, ReqBody>;
 
@@ -119,10 +121,7 @@ where
     }
 
     #[cold]
-    fn poll_layers(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Response<ResBody>, Stopped<Error<S::Error>, ResBody>>> {
+    fn poll_layers(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
         match self.project() {
             SendingProj::Layers { layers } => {
                 layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
