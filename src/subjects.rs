@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Borrow,
+    cell::Cell,
     convert::Infallible,
     fmt,
     hash::RandomState,
@@ -296,7 +297,8 @@ impl Subjects {
         Arc::new(Entry { tokens, used: AtomicU64::new(self.millis()), kept: Kept::nothing() })
     }
 
-    /// Whether there are more than there is room for, as none of them can be forgotten. Those that can be are.
+    /// Whether there are more than there is room for, as none of them can be forgotten. Of those that can be, who has not
+    /// come for longest is, until there is.
     fn is_overfull(&self) -> bool {
         let room = self.capacity.saturating_add(self.capacity / 8).saturating_add(MARGIN);
         if self.entries.len() < room {
@@ -308,8 +310,26 @@ impl Subjects {
             return true;
         }
         self.cleared.store(now.max(1), Relaxed);
-        self.entries.retain(|_, entry| entry.is_needed());
+        self.forget_longest_idle();
         self.entries.len() >= room
+    }
+
+    /// Forgets as many as there are more than the capacity, if so many can be.
+    fn forget_longest_idle(&self) {
+        let idle = self.entries.iter().filter(|(_, entry)| !entry.is_needed());
+        let mut used: Vec<_> = idle.map(|(_, entry)| entry.used.load(Relaxed)).collect();
+        let excess = self.entries.len().saturating_sub(self.capacity).min(used.len());
+        let Some(at) = excess.checked_sub(1) else { return };
+        let (_, &mut last, _) = used.select_nth_unstable(at);
+        // Many may have come at the same time.
+        let left = Cell::new(excess);
+        self.entries.retain(|_, entry| {
+            let is_kept = left.get() == 0 || entry.used.load(Relaxed) > last || entry.is_needed();
+            if !is_kept {
+                left.set(left.get() - 1);
+            }
+            is_kept
+        });
     }
 
     fn forget_idle(&self) {

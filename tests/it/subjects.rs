@@ -12,6 +12,7 @@ use std::{
 
 use http::{Request, Response, StatusCode, header::LOCATION};
 use tokio::{
+    runtime,
     task::JoinSet,
     time::{advance, sleep},
 };
@@ -397,6 +398,61 @@ async fn many_who_wait_for_a_source_that_hangs_are_bounded_and_make_room_when_it
     sleep(21 * SECOND).await;
     let late = tokio_test::task::spawn(service.oneshot(of("late"))).poll().is_pending();
     assert!(late && tokens.len() <= 11, "{}", tokens.len());
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_flood_those_who_came_last_are_still_known() {
+    let (tokens, asked) = mint(SECOND);
+    let tokens = tokens.with_capacity(100);
+    let layer = JwtLayer::new(&tokens, key());
+    let mut flood: Vec<_> = (0..180)
+        .map(|user| {
+            let name = Subject::new(format!("flood-{user}"));
+            tokio_test::task::spawn({
+                let tokens = tokens.clone();
+                async move { send_token(&tokens, &name).await }
+            })
+        })
+        .collect();
+    for call in &mut flood {
+        let _ = call.poll();
+    }
+    assert!(tokens.len() > 150, "{}", tokens.len());
+    sleep(2 * SECOND).await;
+    drop(flood);
+    for user in 0..50 {
+        send(&layer, of(&format!("flood-{user}"))).await.unwrap();
+    }
+
+    // Room is made for one more, by those who were there for nothing else than the flood.
+    advance(SECOND).await;
+    send(&layer, of("new")).await.unwrap();
+    assert!((90..=101).contains(&tokens.len()), "{}", tokens.len());
+    for user in 0..50 {
+        let name = format!("flood-{user}");
+        send(&layer, of(&name)).await.unwrap();
+        assert_eq!(times(&asked, &name), 1, "{name}");
+    }
+}
+
+#[test]
+fn what_is_kept_of_a_user_is_less_than_a_kibibyte() {
+    const USERS: usize = 2_000;
+    let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let tokens = PerSubject::new(|subject: &Subject| {
+        let subject = subject.clone();
+        source_fn(move |_: Reason<Token>| {
+            // With the name, 300 bytes: as long as a JWT is.
+            ready(Token::new(format!("{:a<290}{}", "jwt-of-", subject.as_str())).map_err(BoxError::from))
+        })
+    });
+    let layer = JwtLayer::new(&tokens, key());
+    let ask = |user: usize| runtime.block_on(send(&layer, of(&format!("user-{user:05}")))).unwrap();
+    ask(USERS);
+    let kept = allocation_counter::measure(|| (0..USERS).for_each(|user| drop(ask(user))));
+    let each = usize::try_from(kept.bytes_current).unwrap() / USERS;
+    assert_eq!(tokens.len(), USERS + 1);
+    assert!((300..1_024).contains(&each), "{each} bytes for each");
 }
 
 #[tokio::test(start_paused = true)]
