@@ -58,6 +58,9 @@ type Layers<F, S, R, ReqBody, ResBody> = Inspect<
 type Authorized<F, S, ReqBody, ResBody> =
     authorize::ResponseFuture<WrapErrorFuture<F, ResBody>, WrapError<S>, ReqBody>;
 
+/// What the layers make of a client's response or error.
+type Outcome<E, ResBody> = Result<Response<ResBody>, Stopped<Error<E>, ResBody>>;
+
 impl<S, R, ReqBody, ResBody> Sending<S::Future, S, R, ReqBody, ResBody>
 where
     S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
@@ -119,10 +122,7 @@ where
     }
 
     #[cold]
-    fn poll_layers(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Response<ResBody>, Stopped<Error<S::Error>, ResBody>>> {
+    fn poll_layers(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome<S::Error, ResBody>> {
         match self.project() {
             SendingProj::Layers { layers } => {
                 layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
