@@ -7,7 +7,7 @@ use tokio::{
 };
 
 use crate::support::{
-    Caller, Launch, Protocol, Stream, empty, eventually, fed, frame, raw, read, read_head, read_to_end,
+    Caller, Launch, Protocol, Stream, empty, eventually, fed, ended, frame, raw, read, read_head, read_to_end,
     response_head, soon, whole,
 };
 
@@ -57,7 +57,7 @@ async fn streams_and_requests_under_way_are_finished_and_nothing_more_is_accepte
         feed.data("after").await;
         assert_eq!(frame(streaming.body_mut()).await.unwrap().unwrap().into_data().unwrap(), "after");
         drop(feed);
-        assert!(frame(streaming.body_mut()).await.is_none());
+        ended(streaming.body_mut()).await;
         assert!(proxy.is_running());
         unanswered.respond(200, whole("late"));
         assert_eq!(read(soon(waiting).await.unwrap()).await.body, "late");

@@ -10,7 +10,7 @@ use tokio::{
 use tower_selam::BoxError;
 
 use crate::support::{
-    Api, Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, fed, frame, raw, read, read_head,
+    Api, Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, fed, ended, frame, raw, read, read_head,
     read_to_end, response_head, soon,
 };
 
@@ -65,7 +65,7 @@ async fn each_event_passes_on_before_the_api_sends_another() {
             assert_eq!(event(response.body_mut()).await, said.as_bytes());
         }
         drop(feed);
-        assert!(frame(response.body_mut()).await.is_none(), "{callers:?} {apis:?}");
+        ended(response.body_mut()).await;
     }
 }
 
@@ -91,11 +91,11 @@ async fn request_and_answer_stream_at_once() {
         }
         // The caller is done, and still hears.
         drop(asking);
-        assert!(frame(&mut heard).await.is_none());
+        ended(&mut heard).await;
         answering.data("bye\n\n").await;
         assert_eq!(event(response.body_mut()).await, b"bye\n\n");
         drop(answering);
-        assert!(frame(response.body_mut()).await.is_none(), "{callers:?} {apis:?}");
+        ended(response.body_mut()).await;
     }
 }
 
@@ -366,7 +366,7 @@ async fn a_thousand_streams_run_at_once() {
                 assert_eq!(event(response.body_mut()).await, b"data: first\n\n");
                 first.send(()).unwrap();
                 assert_eq!(event(response.body_mut()).await, b"data: second\n\n");
-                assert!(frame(response.body_mut()).await.is_none());
+                ended(response.body_mut()).await;
             })
         })
         .collect();

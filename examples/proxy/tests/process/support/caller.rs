@@ -134,6 +134,20 @@ pub(crate) async fn frame(body: &mut Incoming) -> Option<Result<Frame<Bytes>, hy
     soon(body.frame()).await
 }
 
+/// Waits for the end of a body, which has to be a good one. HTTP/2 may say it with data that is empty.
+#[track_caller]
+pub(crate) fn ended(body: &mut Incoming) -> impl Future<Output = ()> {
+    let place = std::panic::Location::caller();
+    async move {
+        while let Some(frame) = frame(body).await {
+            match frame {
+                Ok(frame) if frame.data_ref().is_some_and(Bytes::is_empty) => {}
+                other => panic!("no end, but {other:?} at {place}"),
+            }
+        }
+    }
+}
+
 /// A connection on which the test says every byte itself.
 pub(crate) async fn raw(proxy: &Proxy) -> TcpStream {
     let stream = soon(TcpStream::connect(proxy.address())).await.unwrap();

@@ -16,7 +16,7 @@ use tower_selam::BoxError;
 
 pub(crate) use self::{
     api::{Api, Exchange, Exchanges, Protocol, SYSTEM, Stream, TRUSTED, Tls, read_head},
-    caller::{Answer, Caller, frame, raw, read, read_to_end, response_head},
+    caller::{Answer, Caller, ended, frame, raw, read, read_to_end, response_head},
     program::{Launch, Proxy, unguessable},
     scan::{assert_clean, secret},
     scratch::Scratch,
