@@ -239,8 +239,7 @@ pub(crate) fn describe_metrics() {
                 .increment(0);
         }
     }
-    for code in CODES {
-        let kind = Kind::of_code(code).unwrap_or(Kind::Unauthorized);
+    for (code, kind) in CODES {
         counter!(telemetry::AUTH_ERRORS, "kind" => kind.label(), "code" => code).increment(0);
     }
     for kind in [Kind::Unauthorized, Kind::Forbidden] {
@@ -269,7 +268,7 @@ const OTHER_CODE: &str = "other";
 /// A server may say whatever it likes, and labels are for ever.
 fn code_label(code: Option<&str>) -> &'static str {
     let Some(code) = code else { return NO_CODE };
-    CODES.into_iter().find(|known| *known == code).unwrap_or(OTHER_CODE)
+    CODES.iter().find(|(known, _)| *known == code).map_or(OTHER_CODE, |(known, _)| known)
 }
 
 fn name(credential: Subject) -> &'static str {

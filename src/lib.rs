@@ -40,7 +40,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | [`SelamLayer`], [`Selam`] | the stack; see [`selam`] |
+//! | [`SelamLayer`], [`Selam`] | the stack, in annotate mode too; see [`selam`] |
 //! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
 //! | [`Renewing`], [`RenewalPolicy`], [`MaybeRenewing`] | credentials that renew themselves; see [how renewal works](engine) |
 //! | [`PerSubject`], [`Subject`], [`Jwts`] | a JWT for each user, and the name of one |
@@ -48,6 +48,8 @@
 //! | [`oauth`] | from an OAuth 2.0 token endpoint |
 //! | [`RefreshLayer`] | renews after a 401 and sends once more; see [`refresh`] |
 //! | [`AuthErrorLayer`], [`AnnotateAuthErrorLayer`] | read 401 and 403; see [`auth_error`] |
+//! | [`ChooseAuthLayer`] | chooses credentials by what a request is; see [`choose_auth`] |
+//! | [`inbound`] | for proxies: takes off what their callers sent |
 //! | [`ApiKey`], [`Token`], [`Credential`], [`KeyId`] | secrets, what they have in common, and the name of one in logs |
 //! | [`Credentials`], [`RequestAuth`] | what is written, and a request's own choice of it |
 //! | [`Origins`], [`BaseUrl`] | where credentials may go, and where the API is |
@@ -57,6 +59,7 @@
 //! | `adapter` | the layers and clients that have types of their own: reqwest, reqwest-middleware, tonic |
 //! | [`bounds`] | what the layers ask of a client |
 //! | [`composition`] | where other Tower layers go |
+//! | [`telemetry`] | what can be watched, and by which names |
 //! | [`mod@env`] | the names of the environment variables |
 //! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
 //!
@@ -65,7 +68,8 @@
 //! None is on by default, and each only adds.
 //!
 //! - `tonic`: `adapter::tonic::SelamGrpcLayer`, for gRPC.
-//! - `tracing`: an event of the `tracing` crate where something fails that no result tells of.
+//! - `tracing`: events of renewals, refusals and replays, through the `tracing` crate; see [`telemetry`].
+//! - `metrics`: the same counted, and the id of the key in use, through the `metrics` crate.
 //! - `sign`: `source::JwtSigner`, which signs JWTs itself.
 //! - `reqwest`: `adapter::reqwest`, the layers over a `reqwest::Client`, with its requests and responses.
 //! - `reqwest-middleware`: `adapter::reqwest_middleware`, the layers as a middleware of that crate.

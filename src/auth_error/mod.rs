@@ -25,7 +25,7 @@
 //! ```
 //!
 //! [`AnnotateAuthErrorLayer`] is for proxies: the response goes on with its status, headers and body, and
-//! the error is in its extensions.
+//! the error is in its extensions. [`SelamLayer::annotated`](crate::SelamLayer::annotated) is the whole stack with it.
 //!
 //! # The body
 //!

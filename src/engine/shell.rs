@@ -270,7 +270,7 @@ impl<C: Credential> Shared<C> {
                 drop(state);
                 return self.take_off(takeoff);
             }
-            Finish::Over(how) => Some((how, failed)),
+            Finish::Over(how) => Some(Ended::of(how, failed, &state.core)),
             Finish::Late => None,
         };
         let result = match (state.core.current(now), state.core.error()) {
@@ -283,28 +283,18 @@ impl<C: Credential> Shared<C> {
         drop(state);
         drop(flight);
         // Before those who wait go on, so that they find it told.
-        if let Some((how, failed)) = over {
-            self.tell(how, failed);
+        if let Some(ended) = over {
+            self.tell(&ended);
         }
         land.send_replace(Some(result));
     }
 
-    /// Tells whoever watches how a renewal ended.
-    fn tell(&self, how: Result<Brought, Trouble>, failed: Renewal) {
-        let (last, error) = {
-            let state = self.state();
-            (state.core.last().cloned(), state.core.error().cloned())
-        };
-        let outcome = match how {
-            Ok(Brought::Another) => Renewal::Renewed,
-            Ok(Brought::TheSame) => Renewal::Unchanged,
-            Err(Trouble::Failed) => failed,
-            Err(Trouble::Aborted) => Renewal::Aborted,
-            Err(Trouble::Unfit(_) | Trouble::Rejected | Trouble::Older | Trouble::Stale) => Renewal::Unfit,
-        };
-        let secret = last.as_ref().map(|last| last.secret());
-        let id = secret.map(|secret| secret.fingerprint().id());
-        event::renewal_ended(C::SUBJECT, outcome, id, error.as_ref(), secret.map(|secret| secret.expose()));
+    /// Tells whoever watches; without the lock, as that is others' code.
+    fn tell(&self, ended: &Ended<C>) {
+        let secret = ended.last.as_ref().map(|last| last.secret());
+        let (id, shows) =
+            (secret.map(|secret| secret.fingerprint().id()), secret.map(|secret| secret.expose()));
+        event::renewal_ended(C::SUBJECT, ended.outcome, id, ended.error.as_ref(), shows);
         if C::SUBJECT == Subject::ApiKey {
             self.in_use.show(|| Some(self.state().core.last()?.secret().fingerprint().id()));
         }
@@ -320,11 +310,15 @@ impl<C: Credential> Shared<C> {
         let now = self.clock.now();
         let describe = |trouble, delay| describe(trouble, delay, None);
         let finish = state.core.finish(now, id, Outcome::Aborted, version, describe);
+        let ended = match finish {
+            Finish::Over(how) => Some(Ended::of(how, Renewal::Aborted, &state.core)),
+            Finish::Again(_) | Finish::Late => None,
+        };
         let flight = state.flight.take();
         self.publish(&state, now);
         drop(state);
-        if let Finish::Over(how) = finish {
-            self.tell(how, Renewal::Aborted);
+        if let Some(ended) = ended {
+            self.tell(&ended);
         }
         if let Some(task) = flight.as_ref().and_then(|flight| flight.task.get()) {
             task.abort();
@@ -360,6 +354,27 @@ impl<C> Drop for Shared<C> {
         if let Some(task) = state.flight.as_ref().and_then(|flight| flight.task.get()) {
             task.abort();
         }
+    }
+}
+
+/// What is told of a renewal.
+struct Ended<C> {
+    outcome: Renewal,
+    /// The credential there is by now, or was.
+    last: Option<C>,
+    error: Option<AuthError>,
+}
+
+impl<C: Credential> Ended<C> {
+    fn of(how: Result<Brought, Trouble>, failed: Renewal, core: &Core<C, AuthError>) -> Self {
+        let outcome = match how {
+            Ok(Brought::Another) => Renewal::Renewed,
+            Ok(Brought::TheSame) => Renewal::Unchanged,
+            Err(Trouble::Failed) => failed,
+            Err(Trouble::Aborted) => Renewal::Aborted,
+            Err(Trouble::Unfit(_) | Trouble::Rejected | Trouble::Older | Trouble::Stale) => Renewal::Unfit,
+        };
+        Self { outcome, last: core.last().cloned(), error: core.error().cloned() }
     }
 }
 

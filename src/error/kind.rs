@@ -31,16 +31,16 @@ pub enum AuthErrorKind {
 }
 
 /// The codes that say what kind of error it is; others are a server's own words, of which there is no end.
-pub(crate) const CODES: [&str; 9] = [
-    "invalid_api_key",
-    "missing_api_key",
-    "insufficient_permissions",
-    "insufficient_scope",
-    "invalid_token",
-    "invalid_jwt",
-    "token_expired",
-    "expired_token",
-    "jwt_expired",
+pub(crate) const CODES: [(&str, AuthErrorKind); 9] = [
+    ("invalid_api_key", AuthErrorKind::InvalidApiKey),
+    ("missing_api_key", AuthErrorKind::MissingApiKey),
+    ("insufficient_permissions", AuthErrorKind::InsufficientPermissions),
+    ("insufficient_scope", AuthErrorKind::InsufficientPermissions),
+    ("invalid_token", AuthErrorKind::TokenRejected),
+    ("invalid_jwt", AuthErrorKind::TokenRejected),
+    ("token_expired", AuthErrorKind::TokenRejected),
+    ("expired_token", AuthErrorKind::TokenRejected),
+    ("jwt_expired", AuthErrorKind::TokenRejected),
 ];
 
 impl AuthErrorKind {
@@ -68,25 +68,13 @@ impl AuthErrorKind {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
             _ => Self::Forbidden,
         };
+        let by_code = |code| CODES.iter().find(|(known, _)| *known == code).map(|(_, kind)| *kind);
         let by_type = || match error_type? {
             "authentication_error" => Some(Self::Unauthorized),
             "authorization_error" | "permission_error" => Some(Self::Forbidden),
             _ => None,
         };
-        code.and_then(Self::of_code).or_else(by_type).unwrap_or(by_status)
-    }
-
-    /// One of [`CODES`].
-    pub(crate) fn of_code(code: &str) -> Option<Self> {
-        Some(match code {
-            "invalid_api_key" => Self::InvalidApiKey,
-            "missing_api_key" => Self::MissingApiKey,
-            "insufficient_permissions" | "insufficient_scope" => Self::InsufficientPermissions,
-            "invalid_token" | "invalid_jwt" | "token_expired" | "expired_token" | "jwt_expired" => {
-                Self::TokenRejected
-            }
-            _ => return None,
-        })
+        code.and_then(by_code).or_else(by_type).unwrap_or(by_status)
     }
 
     pub(super) fn is_auth(self) -> bool {

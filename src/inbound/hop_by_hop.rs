@@ -6,7 +6,7 @@ use std::{
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
-    header::{CONNECTION, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, TE, TRANSFER_ENCODING, UPGRADE},
 };
 use pin_project_lite::pin_project;
 use tower_layer::Layer;
@@ -20,7 +20,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 /// [module docs](super).
 ///
 /// That is `Connection` and every header it names, `Keep-Alive`, `Proxy-Connection`, `TE`, `Transfer-Encoding` and
-/// `Upgrade`. What stays:
+/// `Upgrade`, and a `Content-Length` beside `Transfer-Encoding`, which does not count. What stays:
 ///
 /// - `TE: trailers`, which gRPC needs, and `Trailer`, which is for the recipient.
 /// - Where an HTTP/1.1 request asks for an upgrade: `Connection: upgrade` and its `Upgrade`, and the same of a 101 that
@@ -162,7 +162,11 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
             headers.remove(name);
         }
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING] {
+    // Where a message has both, its length is not that one (RFC 9112 section 6.3).
+    if headers.remove(TRANSFER_ENCODING).is_some() {
+        headers.remove(CONTENT_LENGTH);
+    }
+    for name in [KEEP_ALIVE, PROXY_CONNECTION] {
         headers.remove(name);
     }
     if upgrade {

@@ -261,11 +261,15 @@ async fn hop_by_hop_headers_go_and_others_stay() {
             ("transfer-encoding", "gzip, chunked"),
             ("upgrade", "websocket"),
             ("trailer", "x-sum"),
-            ("content-length", "0"),
+            ("content-type", "text/plain"),
             ("host", "proxy.example"),
         ];
-        let expected =
-            [("x-yours", "1"), ("trailer", "x-sum"), ("content-length", "0"), ("host", "proxy.example")];
+        let expected = [
+            ("x-yours", "1"),
+            ("trailer", "x-sum"),
+            ("content-type", "text/plain"),
+            ("host", "proxy.example"),
+        ];
         let mut expected = pairs(&expected);
         expected.sort();
         let mut left = forwarded(version, &given).await;
@@ -275,6 +279,15 @@ async fn hop_by_hop_headers_go_and_others_stay() {
         left.sort();
         assert_eq!(left, expected);
     }
+}
+
+#[tokio::test]
+async fn a_length_goes_that_another_framing_overrides() {
+    let given = [("content-length", "5"), ("transfer-encoding", "chunked")];
+    assert_eq!(forwarded(Version::HTTP_11, &given).await, pairs(&[]));
+    assert_eq!(returned(&[], 200, &given).await, pairs(&[]));
+    assert_eq!(forwarded(Version::HTTP_11, &given[..1]).await, pairs(&given[..1]));
+    assert_eq!(returned(&[], 200, &given[..1]).await, pairs(&given[..1]));
 }
 
 #[tokio::test]

@@ -104,10 +104,10 @@ enum Reads {
     /// So many frames, and lets go of it.
     Frames(usize),
     /// So many frames, and sends the rest later.
-    FramesAndKeeps(usize),
+    Keeps(usize),
     /// So many frames, and reads the rest, or lets go of it, a second after it has answered.
-    FramesAndReads(usize),
-    FramesAndDrops(usize),
+    GoesOn(usize),
+    DropsLater(usize),
 }
 
 /// An API that refuses `token-1` without reading all of the body: what it read of each, and their size hints.
@@ -127,8 +127,8 @@ where
             let hint = body.size_hint().exact();
             let frames = match reads {
                 _ if !refused => usize::MAX,
-                Reads::Frames(frames) | Reads::FramesAndKeeps(frames) => frames,
-                Reads::FramesAndReads(frames) | Reads::FramesAndDrops(frames) => frames,
+                Reads::Frames(frames) | Reads::Keeps(frames) => frames,
+                Reads::GoesOn(frames) | Reads::DropsLater(frames) => frames,
             };
             let mut text = String::new();
             for _ in 0..frames {
@@ -143,11 +143,11 @@ where
             match reads {
                 _ if !refused => {}
                 Reads::Frames(_) => {}
-                Reads::FramesAndKeeps(_) => *kept.lock().unwrap() = Some(body),
-                Reads::FramesAndReads(_) | Reads::FramesAndDrops(_) => {
+                Reads::Keeps(_) => *kept.lock().unwrap() = Some(body),
+                Reads::GoesOn(_) | Reads::DropsLater(_) => {
                     tokio::spawn(async move {
                         sleep(SECOND).await;
-                        if let Reads::FramesAndReads(_) = reads {
+                        if let Reads::GoesOn(_) = reads {
                             while let Some(Ok(_)) = body.frame().await {}
                         }
                     });
@@ -170,15 +170,15 @@ async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_non
         (Reads::Frames(2), false, true),
         (Reads::Frames(9), false, true),
         // The client is still sending it, for a while.
-        (Reads::FramesAndReads(0), false, true),
-        (Reads::FramesAndReads(2), false, true),
-        (Reads::FramesAndReads(0), true, false),
-        (Reads::FramesAndDrops(0), false, true),
-        (Reads::FramesAndDrops(1), false, true),
+        (Reads::GoesOn(0), false, true),
+        (Reads::GoesOn(2), false, true),
+        (Reads::GoesOn(0), true, false),
+        (Reads::DropsLater(0), false, true),
+        (Reads::DropsLater(1), false, true),
         // Or for good.
-        (Reads::FramesAndKeeps(0), false, false),
-        (Reads::FramesAndKeeps(1), false, false),
-        (Reads::FramesAndKeeps(9), false, false),
+        (Reads::Keeps(0), false, false),
+        (Reads::Keeps(1), false, false),
+        (Reads::Keeps(9), false, false),
         // It broke off, so nobody has all of it.
         (Reads::Frames(9), true, false),
     ] {
@@ -194,9 +194,9 @@ async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_non
         let answered = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
         let waited = match reads {
             Reads::Frames(_) => Duration::ZERO,
-            Reads::FramesAndReads(_) | Reads::FramesAndDrops(_) => SECOND,
+            Reads::GoesOn(_) | Reads::DropsLater(_) => SECOND,
             // Nobody waits for a client longer than this.
-            Reads::FramesAndKeeps(_) => 5 * SECOND,
+            Reads::Keeps(_) => 5 * SECOND,
         };
         assert!(
             waited <= began.elapsed() && began.elapsed() <= waited + SECOND / 10,

@@ -8,7 +8,7 @@
 //!
 //! Where the metrics need a token, it is taken from the variable `SELAM_PROXY_TOKEN`. See `README.md`.
 
-use std::time::Duration;
+use std::{process::ExitCode, time::Duration};
 
 use axum::body::Body;
 use example_proxy::usage::{Reading, Report};
@@ -21,16 +21,24 @@ const USAGE: &str = "usage: usage SOURCE [LATER] [--for SECONDS]\n\n\
     --for    how many seconds lie between them; without LATER, read again after so many";
 
 #[tokio::main]
-async fn main() -> Result<(), BoxError> {
-    let (sources, time) = match arguments() {
-        Ok(arguments) => arguments,
-        Err(said) => {
-            eprintln!("{said}");
-            std::process::exit(2);
-        }
+async fn main() -> ExitCode {
+    let said = match arguments() {
+        Ok((sources, time)) => match report(&sources, time).await {
+            Ok(report) => {
+                print!("{report}");
+                return ExitCode::SUCCESS;
+            }
+            Err(error) => format!("usage: {error}"),
+        },
+        Err(said) => said,
     };
+    eprintln!("{said}");
+    ExitCode::from(2)
+}
+
+async fn report(sources: &[String], time: Option<Duration>) -> Result<Report, BoxError> {
     let first = read(&sources[0]).await?;
-    let report = match (sources.get(1), time) {
+    Ok(match (sources.get(1), time) {
         (Some(later), time) => Report::between(&first, read(later).await?, time.unwrap_or_default()),
         (None, Some(time)) => {
             eprintln!("reading again in {} s …", time.as_secs());
@@ -38,9 +46,7 @@ async fn main() -> Result<(), BoxError> {
             Report::between(&first, read(&sources[0]).await?, time)
         }
         (None, None) => Report::of(first),
-    };
-    print!("{report}");
-    Ok(())
+    })
 }
 
 fn arguments() -> Result<(Vec<String>, Option<Duration>), String> {

@@ -10,12 +10,16 @@ use std::{
     collections::HashMap,
     fmt::{self, Display},
     io::Read,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use axum::http::{HeaderMap, HeaderName, header::AUTHORIZATION};
+use axum::http::{
+    HeaderMap, HeaderName, Uri,
+    header::{AUTHORIZATION, ORIGIN},
+};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
@@ -55,6 +59,8 @@ pub enum Caller {
     Unknown,
     /// There is no token.
     Silent,
+    /// Somebody's web page, in a browser on this machine.
+    Foreign,
 }
 
 impl Callers {
@@ -82,6 +88,7 @@ impl Callers {
     /// Who sends these headers.
     pub fn find(&self, headers: &HeaderMap) -> Caller {
         match self {
+            Self::Anyone(_) if is_foreign(headers) => Caller::Foreign,
             Self::Anyone(name) => Caller::Known(name.clone()),
             Self::Known(table) => {
                 let mut found = Caller::Silent;
@@ -109,6 +116,17 @@ fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
         .flat_map(|name| headers.get_all(name))
         .map(|value| value.as_bytes().trim_ascii());
     bearer.chain(bare).filter(|token| !token.is_empty())
+}
+
+/// Whether a web page sends this that does not come from this machine: a browser says so, and would send it for any page
+/// that its user looks at.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    headers.get_all(ORIGIN).iter().any(|origin| {
+        let origin = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
+        let host = origin.as_ref().and_then(Uri::host).unwrap_or_default();
+        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        !(host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback()))
+    })
 }
 
 /// Names, and the digests of their tokens.
@@ -365,6 +383,27 @@ mod tests {
             &[("x-api-key", "")],
         ] {
             assert_eq!(find(headers), Caller::Silent, "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn without_tokens_no_page_of_another_machine_may_call() {
+        let callers = Callers::anyone();
+        let find = |origin| callers.find(&HeaderMap::from_iter([(ORIGIN, HeaderValue::from_static(origin))]));
+        assert_eq!(callers.find(&HeaderMap::new()), Caller::Known(Name::from("local")));
+        for origin in
+            ["http://localhost:3000", "http://127.0.0.1:3000", "http://[::1]:3000", "https://LOCALHOST"]
+        {
+            assert_eq!(find(origin), Caller::Known(Name::from("local")), "{origin}");
+        }
+        for origin in [
+            "https://evil.example",
+            "http://127.0.0.1.evil.example",
+            "http://localhost.evil.example",
+            "null",
+            "",
+        ] {
+            assert_eq!(find(origin), Caller::Foreign, "{origin}");
         }
     }
 

@@ -341,3 +341,154 @@ fn one(slot: &mut Option<Place>, flag: &str, place: Place) -> Result<(), Error> 
         Some(_) => Err(Error::of_flag(flag, "is given beside another flag of the same meaning")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &str, set: &[&str]) -> Result<Command, Error> {
+        Command::parse(arguments.split_whitespace().map(OsString::from), |name| set.contains(&name))
+    }
+
+    fn config(arguments: &str, set: &[&str]) -> Config {
+        match parse(arguments, set).unwrap() {
+            Command::Serve(config) => *config,
+            Command::Help => panic!("{arguments}"),
+        }
+    }
+
+    #[test]
+    fn flags_are_read_in_each_spelling() {
+        let config = config(
+            "--listen=[::1]:0 --client-token-file tokens --allow POST:/v1/a --allow *:/v1/b/* --base-url http://127.0.0.1:1/v1 \
+             --ca ca.pem --allow-insecure-loopback --api-key-file key --token-url https://x/y --jwt-path /v1/a --jwt-path /v1/c/ \
+             --log debug",
+            &[],
+        );
+        assert_eq!(config.listen, SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], 0)));
+        assert_eq!(config.client_token_file.as_deref(), Some("tokens".as_ref()));
+        assert_eq!((config.allow.len(), config.jwt_paths.len()), (2, 2));
+        assert_eq!(config.ca.as_deref(), Some("ca.pem".as_ref()));
+        assert_eq!(config.api_key, Some(Place::File("key".into())));
+        assert_eq!(config.jwt, Some(Place::Endpoint("https://x/y".to_owned())));
+        assert_eq!(config.log, tracing::level_filters::LevelFilter::DEBUG);
+        assert!(config.has_jwt && config.allow_insecure_loopback && config.is_local());
+        for help in ["-h", "--help", "--listen 127.0.0.1:1 --help"] {
+            assert!(matches!(parse(help, &[]), Ok(Command::Help)), "{help}");
+        }
+    }
+
+    #[test]
+    fn without_flags_it_listens_on_loopback_and_the_environment_counts() {
+        let plain = config("", &[]);
+        assert_eq!(plain.listen.to_string(), "127.0.0.1:8080");
+        assert!(!plain.has_jwt && plain.is_local() && plain.allow.is_empty());
+        for variable in ["SELAM_JWT", "SELAM_JWT_FILE", "SELAM_TOKEN_URL"] {
+            assert!(config("--jwt-path /v1/audio", &[variable]).has_jwt, "{variable}");
+        }
+    }
+
+    #[test]
+    fn jwts_go_where_they_are_sent_and_what_is_below() {
+        let sends = |flags: &str, set: &[&str], path| config(flags, set).sends_jwt(path);
+        assert!(!sends("", &[], "/v1/audio"));
+        assert!(sends("", &["SELAM_JWT"], "/v1/chat/completions"));
+        for (path, expected) in
+            [("/v1/audio", true), ("/v1/audio/speech", true), ("/v1/audiobooks", false), ("/v1/chat", false)]
+        {
+            assert_eq!(sends("--jwt-path /v1/audio", &["SELAM_JWT"], path), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_loopback_is_listened_on_for_everybody() {
+        for listen in ["127.0.0.1:0", "127.1.2.3:80", "[::1]:80", "[::ffff:127.0.0.1]:80", "localhost:80"] {
+            assert!(parse(&format!("--listen {listen}"), &[]).is_ok(), "{listen}");
+        }
+        for listen in ["0.0.0.0:80", "[::]:80", "192.0.2.1:80", "128.0.0.1:80"] {
+            let error = parse(&format!("--listen {listen}"), &[]).unwrap_err().to_string();
+            assert!(error.contains(listen) && error.contains("--client-token-file"), "{error}");
+            assert!(parse(&format!("--listen {listen} --client-token-file x"), &[]).is_ok(), "{listen}");
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named_and_no_value_is_shown() {
+        for (arguments, expected) in [
+            ("--nonsense", "--nonsense is not a flag; see --help"),
+            ("-x", "invalid option '-x'; see --help"),
+            ("sk-selam-s3cr3t", "an argument belongs to no flag; see --help"),
+            ("--allow-insecure-loopback=s3cr3t", "--allow-insecure-loopback: takes no value"),
+            ("--listen", "--listen: needs a value"),
+            ("--api-key-file=", "--api-key-file: is empty"),
+            ("--listen nowhere", "--listen: \"nowhere\" is not ADDRESS:PORT, as 127.0.0.1:8080 is"),
+            ("--ca a --ca b", "--ca: is given twice"),
+            (
+                "--api-key-file a --api-key-env B",
+                "--api-key-env: is given beside another flag of the same meaning",
+            ),
+            (
+                "--jwt-file a --token-url https://s3cr3t",
+                "--token-url: is given beside another flag of the same meaning",
+            ),
+            (
+                "--allow /v1/models",
+                "--allow: \"/v1/models\" is not METHOD:PATH, as POST:/v1/chat/completions is",
+            ),
+            ("--jwt-path /audio", "--jwt-path: \"/audio\" is not below /v1, where all is that can be called"),
+            (
+                "--jwt-path /v1/audio",
+                "--jwt-path: there is no JWT: set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
+            ),
+            ("--log loud", "--log: is none of off, error, warn, info, debug"),
+            (
+                "--api-key sk-selam-s3cr3t",
+                "--api-key: a secret is no argument, as every user of the machine sees those; see --help",
+            ),
+        ] {
+            let error = parse(arguments, &[]).unwrap_err().to_string();
+            assert_eq!(error, expected);
+            assert!(!error.contains("s3cr3t") && !error.contains('\n'));
+        }
+    }
+
+    #[test]
+    fn what_the_library_refuses_is_told_with_its_flag_and_a_way_out() {
+        let layer = |flags: &str| config(flags, &[]).layer(SelamLayer::builder()).unwrap_err().to_string();
+        assert_eq!(
+            layer("--base-url http://127.0.0.1:1/v1 --api-key-file x"),
+            "--base-url: base URL is not https; --allow-insecure-loopback lets it be http on this machine"
+        );
+        assert!(
+            layer("--api-key-file /no/such/file")
+                .starts_with("--api-key-file: API key from the file /no/such/file")
+        );
+        assert_eq!(
+            layer("--api-key-env NO_SUCH_VARIABLE"),
+            "API key from the environment variable NO_SUCH_VARIABLE is not set"
+        );
+    }
+
+    #[test]
+    fn the_help_names_every_flag_and_fits_a_terminal() {
+        for flag in [
+            "--listen",
+            "--client-token-file",
+            "--allow",
+            "--base-url",
+            "--ca",
+            "--allow-insecure-loopback",
+            "--api-key-file",
+            "--api-key-env",
+            "--jwt-file",
+            "--jwt-env",
+            "--token-url",
+            "--jwt-path",
+            "--log",
+            "--help",
+        ] {
+            assert!(HELP.contains(&format!("{flag} ")) || HELP.contains(&format!("{flag}\n")), "{flag}");
+        }
+        assert!(HELP.lines().all(|line| line.chars().count() <= 90));
+    }
+}

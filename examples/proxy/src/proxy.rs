@@ -30,7 +30,7 @@ use tower_selam::{
 };
 
 use crate::{
-    callers::{Caller, Callers},
+    callers::{Caller, Callers, Name},
     config::{self, Config},
     metrics::{self, Metrics, Watch},
     reply::Refusal,
@@ -150,12 +150,10 @@ async fn healthz(request: Request) -> Response {
 }
 
 async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response {
-    if !proxy.open_metrics {
-        match proxy.callers.find(request.headers()) {
-            Caller::Known(_) => {}
-            Caller::Unknown => return Refusal::InvalidToken.into_response(),
-            Caller::Silent => return Refusal::MissingToken.into_response(),
-        }
+    if !proxy.open_metrics
+        && let Err(refusal) = proxy.identify(request.headers())
+    {
+        return refusal.into_response();
     }
     match *request.method() {
         Method::GET | Method::HEAD => {
@@ -181,17 +179,22 @@ async fn forward(State(proxy): State<Proxy>, request: Request) -> Response {
 }
 
 impl Proxy {
+    fn identify(&self, headers: &HeaderMap) -> Result<Name, Refusal> {
+        match self.callers.find(headers) {
+            Caller::Known(name) => Ok(name),
+            Caller::Unknown => Err(Refusal::InvalidToken),
+            Caller::Silent => Err(Refusal::MissingToken),
+            Caller::Foreign => Err(Refusal::ForeignOrigin),
+        }
+    }
+
     fn admit(&self, watch: &mut Watch, request: &Request) -> Result<(), Refusal> {
         let path = request.uri().path();
         let found = rules::check(path);
         if found == Err(BadPath::Elsewhere) {
             return Err(Refusal::NotFound);
         }
-        match self.callers.find(request.headers()) {
-            Caller::Known(name) => watch.set_caller(name),
-            Caller::Unknown => return Err(Refusal::InvalidToken),
-            Caller::Silent => return Err(Refusal::MissingToken),
-        }
+        watch.set_caller(self.identify(request.headers())?);
         if found.is_err() {
             return Err(Refusal::BadPath);
         }

@@ -21,6 +21,8 @@ pub enum Refusal {
     MissingToken,
     /// The caller has one that nobody was given.
     InvalidToken,
+    /// A web page of another machine, while there are no tokens.
+    ForeignOrigin,
     /// No `--allow` says so.
     NotAllowed,
     /// Not below `/v1`.
@@ -48,6 +50,7 @@ impl Refusal {
         match self {
             Self::MissingToken => "missing_token",
             Self::InvalidToken => "invalid_token",
+            Self::ForeignOrigin => "foreign_origin",
             Self::NotAllowed => "not_allowed",
             Self::NotFound => "not_found",
             Self::WrongMethod => "wrong_method",
@@ -72,6 +75,12 @@ impl Refusal {
                 "authentication_error",
                 "invalid_api_key",
                 "Invalid API key provided. It is not a token that this proxy knows.",
+            ),
+            Self::ForeignOrigin => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "insufficient_permissions",
+                "Without client tokens, this proxy serves no web pages but those of its own machine.",
             ),
             Self::NotAllowed => (
                 StatusCode::FORBIDDEN,
@@ -166,6 +175,7 @@ mod tests {
         for (refusal, status, kind, code) in [
             (Refusal::MissingToken, 401, "authentication_error", "missing_api_key"),
             (Refusal::InvalidToken, 401, "authentication_error", "invalid_api_key"),
+            (Refusal::ForeignOrigin, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::NotAllowed, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::NotFound, 404, "invalid_request_error", "not_found"),
             (Refusal::WrongMethod, 405, "invalid_request_error", "method_not_allowed"),

@@ -289,3 +289,95 @@ impl http_body::Body for Waiting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use tower::ServiceExt;
+    use tower_selam::{
+        refresh::{BufferBody, Replay},
+        simulator::{Fault, Server, Simulator},
+    };
+
+    use super::*;
+
+    /// A file with the certificate authority that `server` has its name from.
+    fn ca(server: &Server) -> std::path::PathBuf {
+        let path = std::env::temp_dir().join(format!(
+            "selam-proxy-ca-{}-{}",
+            std::process::id(),
+            server.local_addr().port()
+        ));
+        std::fs::write(&path, server.ca_pem().unwrap()).unwrap();
+        path
+    }
+
+    fn request(server: &Server, key: &str) -> Request<Sent> {
+        let body = BufferBody::new(0)
+            .once(Body::from(r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#));
+        let request = Request::post(format!("{}/chat/completions", server.base_url()));
+        request.header("authorization", format!("Bearer {key}")).body(body).unwrap()
+    }
+
+    #[tokio::test]
+    async fn more_streams_run_at_once_than_a_server_lets_one_connection_have() {
+        let simulator = Simulator::new();
+        let server = Server::tls(&simulator).await.unwrap();
+        let (path, key) = (ca(&server), simulator.issue_key());
+        let upstream = Upstream::new(&tls(Some(&path)).unwrap(), Versions::All);
+        std::fs::remove_file(path).unwrap();
+
+        // hyper's server allows 200.
+        let count = 450;
+        let mut running = Vec::new();
+        for _ in 0..count {
+            simulator.inject(Fault::StallBody { after: 10 });
+            let response = upstream.clone().oneshot(request(&server, &key));
+            running.push(time::timeout(Duration::from_secs(20), response).await.unwrap().unwrap());
+        }
+        assert!(running.iter().all(|response| response.version() == axum::http::Version::HTTP_2));
+        assert_eq!(upstream.lanes.lock().unwrap().len(), 5);
+
+        // Places that are free again are taken first.
+        drop(running);
+        let again = upstream.clone().oneshot(request(&server, &key)).await.unwrap();
+        assert_eq!(Arc::strong_count(&upstream.lanes.lock().unwrap()[0].taken), 2);
+        drop(again);
+    }
+
+    #[tokio::test]
+    async fn what_is_to_be_upgraded_goes_over_http_1() {
+        let simulator = Simulator::new();
+        let server = Server::tls(&simulator).await.unwrap();
+        let (path, key) = (ca(&server), simulator.issue_key());
+        let tls = tls(Some(&path)).unwrap();
+        std::fs::remove_file(path).unwrap();
+        let mut versions = HashMap::new();
+        for wanted in [Versions::All, Versions::Http1] {
+            let response = Upstream::new(&tls, wanted).oneshot(request(&server, &key)).await.unwrap();
+            versions.insert(format!("{wanted:?}"), response.version());
+        }
+        assert_eq!(versions["All"], axum::http::Version::HTTP_2);
+        assert_eq!(versions["Http1"], axum::http::Version::HTTP_11);
+    }
+
+    #[test]
+    fn a_file_without_certificates_is_refused_by_name() {
+        let path = std::env::temp_dir().join(format!("selam-proxy-no-ca-{}", std::process::id()));
+        for (content, said) in [
+            ("", "holds no certificate in PEM"),
+            ("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n", "is damaged PEM"),
+            (
+                "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+                "holds a certificate that cannot be read",
+            ),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let error = tls(Some(&path)).unwrap_err().to_string();
+            assert_eq!(error, format!("--ca: {}: {said}", path.display()));
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert!(tls(Some(&path)).unwrap_err().to_string().contains("cannot be read"));
+    }
+}

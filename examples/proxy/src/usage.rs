@@ -108,18 +108,20 @@ pub struct Report {
     last: Reading,
     /// How much has risen, in how much time.
     risen: Option<(Reading, Duration)>,
+    /// The keys that were in use before.
+    keys: Vec<String>,
 }
 
 impl Report {
     /// All that happened since the proxy began.
     pub fn of(reading: Reading) -> Self {
-        Self { last: reading, risen: None }
+        Self { last: reading, risen: None, keys: Vec::new() }
     }
 
     /// What happened between two readings, beside all there was.
     pub fn between(earlier: &Reading, last: Reading, time: Duration) -> Self {
         let risen = last.since(earlier);
-        Self { last, risen: Some((risen, time)) }
+        Self { last, risen: Some((risen, time)), keys: Keys::of(earlier).now }
     }
 
     /// What there is to look at: between the readings, if there are two.
@@ -133,13 +135,13 @@ impl Report {
         let mut found = Vec::new();
         let mut tell = |count: f64, what: &str| {
             if count > 0.0 {
-                found.push(format!("{} {what}", number(count)));
+                found.push(format!("{what}: {}", number(count)));
             }
         };
         let refused = |reason| at.sum("selam_proxy_refusals_total", &[("reason", reason)]);
         tell(
             refused("invalid_token"),
-            "requests with a token that nobody was given: an old one, or somebody who guesses",
+            "requests with a token that nobody was given (an old one, or somebody who guesses)",
         );
         tell(refused("missing_token"), "requests with no token");
         for caller in at.values_of("selam_proxy_refusals_total", "caller") {
@@ -154,18 +156,16 @@ impl Report {
                 &format!("requests of {caller} for paths that are written to be misread"),
             );
         }
-        tell(refused("loop"), "requests that came back: the base URL leads to the proxy");
+        tell(refused("foreign_origin"), "requests of web pages that are not of this machine");
+        tell(refused("loop"), "requests that came back, as the base URL leads to the proxy");
         tell(refused("no_upstream"), "requests that did not reach the API");
         tell(refused("no_credential"), "requests for which there was no key or JWT");
 
         let errors = |kind| at.sum("tower_selam_auth_errors_total", &[("kind", kind)]);
-        tell(errors("invalid_api_key"), "times the API did not know the key: was it revoked?");
-        tell(errors("missing_api_key"), "times the API saw no key: what is between it and the proxy?");
-        tell(
-            errors("insufficient_permissions"),
-            "times somebody wanted a feature that the account does not have",
-        );
-        tell(errors("token_rejected"), "times the API refused a JWT, a new one too");
+        tell(errors("invalid_api_key"), "the API did not know the key (was it revoked?)");
+        tell(errors("missing_api_key"), "the API saw no key (what is between it and the proxy?)");
+        tell(errors("insufficient_permissions"), "the account does not have a feature that was asked for");
+        tell(errors("token_rejected"), "the API refused a JWT, and a new one too");
         for (labels, count) in at.series("tower_selam_renewals_total") {
             let label = |name: &str| labels.get(name).map_or("", String::as_str);
             if !matches!(label("outcome"), "renewed" | "unchanged") {
@@ -189,6 +189,9 @@ impl Report {
             found.extend(self.burst(&caller, requests.total));
         }
         let keys = Keys::of(&self.last);
+        if !self.keys.is_empty() && self.keys != keys.now {
+            found.push(format!("the API key was {} and is {}", self.keys.join(", "), keys.now.join(", ")));
+        }
         if keys.before.is_empty() && keys.now.len() > 1 {
             found.push(format!("{} keys are in use at once", keys.now.len()));
         }
@@ -345,8 +348,8 @@ impl Report {
             ("the proxy refused", "selam_proxy_refusals_total", &["reason", "caller"]),
             ("broken off by", "selam_proxy_broken_off_total", &["by"]),
         ];
-        write!(f, "\n{:<65}{:>9}", "What became of credentials and requests", "in all")?;
-        writeln!(f, "{:>9}", if self.risen.is_some() { "of late" } else { "" })?;
+        let late = |late: &str| if self.risen.is_some() { format!("{late:>9}") } else { String::new() };
+        writeln!(f, "\n{:<65}{:>9}{}", "What became of credentials and requests", "in all", late("of late"))?;
         let mut any = false;
         for (what, name, labels) in KINDS {
             // One row for each combination of the labels that are shown.
@@ -360,10 +363,15 @@ impl Report {
             for (found, value) in self.looked_at().series(name) {
                 sums.entry(key(found)).or_default().1 += value;
             }
-            for (labels, (all, late)) in sums.into_iter().filter(|(_, (all, _))| *all > 0.0) {
+            for (labels, (all, risen)) in sums.into_iter().filter(|(_, (all, _))| *all > 0.0) {
                 any = true;
-                write!(f, "  {what:<25}{:<38}{:>9}", labels.join(", "), number(all))?;
-                writeln!(f, "{:>9}", if self.risen.is_some() { number(late) } else { String::new() })?;
+                writeln!(
+                    f,
+                    "  {what:<25}{:<38}{:>9}{}",
+                    labels.join(", "),
+                    number(all),
+                    late(&number(risen))
+                )?;
             }
         }
         if any { Ok(()) } else { writeln!(f, "  nothing but success") }
@@ -458,9 +466,10 @@ selam_proxy_rate_limit_reset_seconds 41
         assert_eq!(
             report.unusual(),
             [
-                "40 requests with a token that nobody was given: an old one, or somebody who guesses",
+                "requests with a token that nobody was given (an old one, or somebody who guesses): 40",
                 "30 % of the requests of mobile failed",
                 "mobile called for the first time, 1,000 times",
+                "the API key was 9da0f3 and is 77aa90",
                 "little is left of the rate limit: 12 of 600",
             ]
         );
@@ -492,7 +501,7 @@ selam_proxy_rate_limit_reset_seconds 41
     fn one_reading_is_looked_at_from_the_beginning() {
         let unusual = Report::of(Reading::parse(LATER)).unusual();
         assert!(
-            unusual.iter().any(|what| what.starts_with("1 times the API did not know the key")),
+            unusual.iter().any(|what| what.starts_with("the API did not know the key (was it revoked?): 1")),
             "{unusual:?}"
         );
     }
