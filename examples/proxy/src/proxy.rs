@@ -83,7 +83,7 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 ///
 /// When something in the configuration is no good.
 pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Router, config::Error> {
-    let tls = upstream::tls(config.ca.as_deref())?;
+    let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
     // Where tokens come from is asked on its own.
     let token_client = upstream::client(&tls);
     let layer = config.layer(SelamLayer::builder().with_token_client(token_client))?;

@@ -1,9 +1,9 @@
 """The official client of OpenAI, through the proxy, with nothing but a token of the proxy's.
 
-    OPENAI_API_KEY=TOKEN python openai.py PROXY PROXY-LIMITED PROXY-REVOKED SPEECH
+    OPENAI_API_KEY=TOKEN python openai.py PROXY LIMITED REVOKED MISSING SPEECH
 
-Three proxies' base URLs: with a good key, with one of an account that may not have everything, and with one that was
-revoked; and a file with what the API answers when it is asked to speak.
+Four proxies' base URLs: with a good key, with one of an account that may not have everything, with one that was revoked, and to
+an API that will once say that there was no key; and a file with what the API answers when it is asked to speak.
 """
 
 import os
@@ -15,7 +15,7 @@ sys.path.pop(0)
 import openai  # noqa: E402
 from openai import OpenAI  # noqa: E402
 
-good, limited, revoked, speech = sys.argv[1:]
+good, limited, revoked, missing, speech = sys.argv[1:]
 token = os.environ["OPENAI_API_KEY"]
 HELLO = [{"role": "user", "content": "one two three"}]
 REPLY = "Selam! You said: one two three"
@@ -69,6 +69,7 @@ print("an audio file, streamed")
 # The three that SelamAPI documents: of the API's own...
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(revoked)))
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(revoked), stream=True))
+refused(openai.AuthenticationError, 401, "missing_api_key", lambda: chat(client(missing)))
 refused(
     openai.PermissionDeniedError,
     403,
@@ -77,12 +78,8 @@ refused(
 )
 # ... and of the proxy's, in the same shape.
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(good, api_key=token + "x")))
-no_key = {"Authorization": openai.Omit()} if hasattr(openai, "Omit") else None
-if no_key is None:
-    from openai._types import Omit
-
-    no_key = {"Authorization": Omit()}
-refused(openai.AuthenticationError, 401, "missing_api_key", lambda: chat(client(good, default_headers=no_key)))
+nobody = client(good, default_headers={"Authorization": ""})
+refused(openai.AuthenticationError, 401, "missing_api_key", lambda: chat(nobody))
 
 # A limited key does not keep anybody from chatting.
 assert chat(client(limited)).choices[0].message.content == REPLY

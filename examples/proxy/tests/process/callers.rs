@@ -92,7 +92,8 @@ async fn one_that_sends_its_whole_body_before_it_listens_hears_why_it_is_refused
     let (simulator, _api, launch) = launch().await;
     let proxy = launch.callers(&format!("web:{}\n", token())).start().await;
     for protocol in Protocol::BOTH {
-        let answer = Caller::new(&proxy, protocol).post("/v1/chat/completions", vec![b' '; 2 * 1024 * 1024]).await;
+        let answer =
+            Caller::new(&proxy, protocol).post("/v1/chat/completions", vec![b' '; 2 * 1024 * 1024]).await;
         answer.assert_error(401, "authentication_error", "missing_api_key");
     }
     assert_eq!(simulator.requests(), 0);

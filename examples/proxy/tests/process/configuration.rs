@@ -62,12 +62,15 @@ async fn a_credential_that_is_missing_or_no_good_is_named_without_being_shown() 
     let line = Launch::new().fail().await;
     assert_names(&line, &["SELAM_API_KEY"]);
 
-    for bad in ["sk-selam-two words-4711", "Bearer sk-selam-4711-bearer", "sk-selam-4711-\u{201c}quoted", "  "] {
+    for bad in
+        ["sk-selam-two words-4711", "Bearer sk-selam-4711-bearer", "sk-selam-4711-\u{201c}quoted", "  "]
+    {
         let line = Launch::new().env("SELAM_API_KEY", bad).fail().await;
         assert_names(&line, &["SELAM_API_KEY"]);
         assert!(!line.contains("4711"), "{line}");
     }
-    let line = Launch::new().env("SELAM_API_KEY", OsString::from_vec(b"sk-selam-4711-\xff".to_vec())).fail().await;
+    let line =
+        Launch::new().env("SELAM_API_KEY", OsString::from_vec(b"sk-selam-4711-\xff".to_vec())).fail().await;
     assert_names(&line, &["SELAM_API_KEY"]);
     assert!(!line.contains("4711"), "{line}");
 
@@ -110,11 +113,14 @@ async fn a_base_url_that_is_not_https_or_no_url_is_named_with_its_place() {
         assert_names(&with_key().args(["--base-url", url]).fail().await, &["--base-url"]);
     }
     // The opt-in is for loopback addresses alone.
-    for url in ["http://api.example/v1", "http://localhost.api.example/v1", "http://127.0.0.1@api.example/v1"] {
+    for url in ["http://api.example/v1", "http://localhost.api.example/v1", "http://127.0.0.1@api.example/v1"]
+    {
         let line = with_key().env("SELAM_BASE_URL", url).arg("--allow-insecure-loopback").fail().await;
         assert_names(&line, &["SELAM_BASE_URL"]);
     }
-    let line = with_key().env("SELAM_BASE_URL", format!("https://user:{}@api.example", secret("url-password-1"))).fail();
+    let line = with_key()
+        .env("SELAM_BASE_URL", format!("https://user:{}@api.example", secret("url-password-1")))
+        .fail();
     assert_names(&line.await, &["SELAM_BASE_URL"]);
 }
 
@@ -249,7 +255,10 @@ async fn a_token_endpoint_needs_https_and_a_whole_client() {
 async fn a_flag_counts_more_than_the_variable_of_its_meaning() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
-    let (key, jwt) = (secret(simulator.issue_key()), simulator.mint_jwt(JwtAlgorithm::Hs256, std::time::Duration::MAX / 2));
+    let (key, jwt) = (
+        secret(simulator.issue_key()),
+        simulator.mint_jwt(JwtAlgorithm::Hs256, std::time::Duration::MAX / 2),
+    );
     let launch = Launch::toward(&api)
         .env("SELAM_API_KEY", secret("sk-selam-of-the-variable-012"))
         .env("SELAM_JWT", secret("ey.of.the-variable"))

@@ -108,9 +108,8 @@ async fn with_jwt_paths_the_others_have_the_key_alone() {
             });
             let request = api.next().await.respond(200, empty());
             let (with_jwt, alone) = (format!("Bearer {jwt}"), format!("Bearer {key}"));
-            let expected =
-                if has_jwt { (Some(&*with_jwt), Some(&*key)) } else { (Some(&*alone), None) };
-            assert_eq!(written(request.headers()), expected, "{path}");
+            let expected = if has_jwt { (Some(&*with_jwt), Some(&*key)) } else { (Some(&*alone), None) };
+            assert_eq!(written(&request.headers), expected, "{path}");
             assert_eq!(calling.await.unwrap(), 200);
         }
     }

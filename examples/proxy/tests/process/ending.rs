@@ -7,14 +7,16 @@ use tokio::{
 };
 
 use crate::support::{
-    Caller, Launch, Protocol, Stream, empty, eventually, fed, ended, frame, raw, read, read_head, read_to_end,
-    response_head, soon, whole,
+    Caller, Launch, Protocol, Stream, empty, ended, eventually, fed, frame, raw, read, read_head,
+    read_to_end, response_head, soon, whole,
 };
 
 /// Waits until nobody can connect any more.
 async fn stopped_accepting(proxy: &crate::support::Proxy) {
-    eventually("it accepts nothing more", async || TcpStream::connect(proxy.address()).await.is_err().then_some(()))
-        .await;
+    eventually("it accepts nothing more", async || {
+        TcpStream::connect(proxy.address()).await.is_err().then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -65,7 +67,10 @@ async fn streams_and_requests_under_way_are_finished_and_nothing_more_is_accepte
         asking.data("upload").await;
         drop(asking);
         let request = uploaded.request;
-        assert_eq!(soon(http_body_util::BodyExt::collect(request.into_body())).await.unwrap().to_bytes(), "upload");
+        assert_eq!(
+            soon(http_body_util::BodyExt::collect(request.into_body())).await.unwrap().to_bytes(),
+            "upload"
+        );
         uploaded.answer.send(Response::new(empty())).unwrap();
         assert_eq!(soon(uploading).await.unwrap().status(), 200);
         assert_eq!(proxy.ended().await.code(), Some(0), "{callers:?} {apis:?}");

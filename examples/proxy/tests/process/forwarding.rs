@@ -4,8 +4,8 @@ use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{
-    Api, Caller, Launch, Protocol, Stream, empty, ended, frame, raw, read, read_head, read_to_end, response_head, secret,
-    soon, unguessable, whole,
+    Api, Caller, Launch, Protocol, Stream, empty, ended, raw, read, read_head, read_to_end, response_head,
+    secret, soon, unguessable, whole,
 };
 
 /// The lines of a head after the first, without the empty one, in the order of their names.
@@ -20,11 +20,8 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
     let api = Stream::listen(Protocol::Http1).await;
     let key = secret(format!("sk-selam-{}", unguessable()));
     let (name, token) = ("web", secret(unguessable()));
-    let proxy = Launch::toward(&api)
-        .env("SELAM_API_KEY", &key)
-        .callers(&format!("{name}:{token}\n"))
-        .start()
-        .await;
+    let proxy =
+        Launch::toward(&api).env("SELAM_API_KEY", &key).callers(&format!("{name}:{token}\n")).start().await;
     let host = api.base_url().replace("https://", "").replace("/v1", "");
 
     let mut caller = raw(&proxy).await;
@@ -64,11 +61,9 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
 
     let mut connection = api.accept().await;
     let sent = read_head(&mut connection).await;
-    assert_eq!(
-        sent.split("\r\n").next().unwrap(),
-        "POST /v1/chat/completions?a=1&b=%20x&&c&=d&a=2 HTTP/1.1"
-    );
-    let via = sorted(&sent).into_iter().find(|line| line.starts_with("via: 1.1 ")).expect("a gateway says so");
+    assert_eq!(sent.split("\r\n").next().unwrap(), "POST /v1/chat/completions?a=1&b=%20x&&c&=d&a=2 HTTP/1.1");
+    let via =
+        sorted(&sent).into_iter().find(|line| line.starts_with("via: 1.1 ")).expect("a gateway says so");
     let mut expected = vec![
         format!("authorization: Bearer {key}"),
         "authorization-info: kept".to_owned(),
@@ -196,7 +191,8 @@ async fn every_method_and_path_below_v1_goes_to_the_base_url_with_its_query() {
             ("PURGE", "/models??a=?&b"),
             ("GET", "/ends/"),
         ] {
-            let request = caller.request(method.parse().unwrap(), &format!("/v1{below}")).body(empty()).unwrap();
+            let request =
+                caller.request(method.parse().unwrap(), &format!("/v1{below}")).body(empty()).unwrap();
             let sending = tokio::spawn({
                 let caller = caller.clone();
                 async move { read(caller.send(request).await).await }
@@ -273,7 +269,10 @@ async fn every_status_of_the_api_reaches_the_caller_and_no_redirect_is_followed(
     let mut api = Stream::listen(Protocol::Http2).await.exchanges();
     let proxy = Launch::to(&api).start().await;
     let caller = Caller::http1(&proxy);
-    for status in [200, 201, 202, 206, 299, 301, 302, 307, 308, 400, 402, 404, 408, 409, 413, 418, 422, 429, 451, 500, 502, 503, 529, 599] {
+    for status in [
+        200, 201, 202, 206, 299, 301, 302, 307, 308, 400, 402, 404, 408, 409, 413, 418, 422, 429, 451, 500,
+        502, 503, 529, 599,
+    ] {
         let sending = tokio::spawn({
             let caller = caller.clone();
             async move { caller.post("/v1/chat/completions", "{}").await }
@@ -299,7 +298,8 @@ async fn every_status_of_the_api_reaches_the_caller_and_no_redirect_is_followed(
 async fn healthz_is_for_everybody() {
     let api = Stream::listen(Protocol::Http2).await;
     let token = secret(unguessable());
-    let proxy = Launch::to(&api).callers(&format!("web:{token}")).args(["--allow", "GET:/v1/models"]).start().await;
+    let proxy =
+        Launch::to(&api).callers(&format!("web:{token}")).args(["--allow", "GET:/v1/models"]).start().await;
     for caller in Protocol::BOTH.map(|protocol| Caller::new(&proxy, protocol)) {
         assert_eq!(caller.get("/healthz").await.status, 200);
         caller.post("/healthz", "").await.assert_error(405, "invalid_request_error", "method_not_allowed");

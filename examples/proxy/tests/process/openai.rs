@@ -11,11 +11,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::Request;
+use http::{Request, Response};
 use http_body_util::BodyExt;
 use tokio::{process::Command, time};
 use tower::ServiceExt;
-use tower_selam::simulator::{Server, Simulator};
+use tower_selam::simulator::{Fault, Server, Simulator};
 
 use crate::support::{Launch, assert_clean, secret, unguessable};
 
@@ -60,10 +60,23 @@ async fn python() -> Result<PathBuf, String> {
     }
     let arguments = ["-m", "venv", "--clear"].map(OsStr::new);
     run("python3", &[&arguments[..], &[folder.as_os_str()]].concat(), INSTALLING).await?;
-    let arguments = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT].map(OsStr::new);
+    let arguments =
+        ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT].map(OsStr::new);
     run(&python, &arguments, INSTALLING).await?;
     std::fs::write(stamp, CLIENT).map_err(|error| error.to_string())?;
     Ok(python)
+}
+
+async fn simulated() -> (Simulator, Server) {
+    let simulator = Simulator::new();
+    let api = Server::tls(&simulator).await.unwrap();
+    (simulator, api)
+}
+
+/// As SelamAPI documents it.
+fn no_key() -> Response<Bytes> {
+    let body = r#"{"error":{"message":"No API key provided.","type":"authentication_error","code":"missing_api_key"}}"#;
+    Response::builder().status(401).header("content-type", "application/json").body(body.into()).unwrap()
 }
 
 async fn speech(simulator: &Simulator) -> Bytes {
@@ -81,15 +94,17 @@ async fn the_official_client_gets_answers_streams_audio_and_typed_errors() {
         Ok(python) => python,
         Err(why) => return skip(&why),
     };
-    let simulator = Simulator::new();
-    let api = Server::tls(&simulator).await.unwrap();
+    let (simulator, api) = simulated().await;
     let (full, limited, revoked) =
         (simulator.issue_key(), simulator.issue_limited_key(), simulator.issue_key());
     simulator.revoke_key(&revoked);
+    let (forgetful, forgetful_api) = simulated().await;
+    let missing = forgetful.issue_key();
+    forgetful.inject(Fault::Answer(no_key()));
     let token = secret(format!("caller-{}", unguessable()));
     let mut proxies = Vec::new();
-    for key in [full, limited, revoked] {
-        let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(key)).callers(&format!("web:{token}\n"));
+    for (api, key) in [(&api, full), (&api, limited), (&api, revoked), (&forgetful_api, missing)] {
+        let launch = Launch::toward(api).env("SELAM_API_KEY", secret(key)).callers(&format!("web:{token}\n"));
         proxies.push(launch.start().await);
     }
     // What the audio is to be, from the API without anything between.
@@ -103,7 +118,15 @@ async fn the_official_client_gets_answers_streams_audio_and_typed_errors() {
     command.arg(speech);
     // All that it has is the token; and nothing else stands between it and the proxy.
     command.env("OPENAI_API_KEY", &token).env("NO_PROXY", "*").kill_on_drop(true);
-    for name in ["OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"] {
+    for name in [
+        "OPENAI_BASE_URL",
+        "OPENAI_ORG_ID",
+        "OPENAI_PROJECT_ID",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ] {
         command.env_remove(name);
     }
     let output = time::timeout(INSTALLING, command.output()).await.unwrap().unwrap();

@@ -4,10 +4,7 @@ use std::net::Ipv4Addr;
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
-use tokio::{
-    io::AsyncWriteExt,
-    net::TcpListener,
-};
+use tokio::{io::AsyncWriteExt, net::TcpListener};
 use tower_selam::simulator::{Fault, Server, Simulator, TokenFault};
 
 use crate::support::{
@@ -104,7 +101,9 @@ async fn a_second_401_goes_up_after_exactly_two_requests() {
     simulator.reject_jwts(true);
     let answer = Caller::http1(&proxy).post("/v1/audio/agent/sessions", "{}").await;
     answer.assert_error(401, "authentication_error", "invalid_token");
-    assert!(answer.headers["www-authenticate"].to_str().unwrap().starts_with("Bearer error=\"invalid_token\""));
+    assert!(
+        answer.headers["www-authenticate"].to_str().unwrap().starts_with("Bearer error=\"invalid_token\"")
+    );
     let received = simulator.received();
     let calls = received.iter().filter(|request| request.uri.path() == "/v1/audio/agent/sessions").count();
     assert_eq!((calls, simulator.token_requests()), (2, 2));
@@ -200,7 +199,9 @@ async fn an_api_that_cannot_be_reached_is_a_502() {
 async fn an_api_that_hangs_up_or_talks_nonsense_is_a_502() {
     let api = Stream::listen(Protocol::Http1).await;
     let proxy = Launch::to(&api).start().await;
-    for said in [&b""[..], b"220 mail.example ESMTP\r\n", b"HTTP/1.1 20", b"HTTP/1.1 200 OK\r\nBad Header\r\n\r\n"] {
+    for said in
+        [&b""[..], b"220 mail.example ESMTP\r\n", b"HTTP/1.1 20", b"HTTP/1.1 200 OK\r\nBad Header\r\n\r\n"]
+    {
         let caller = Caller::http1(&proxy);
         let calling = tokio::spawn(async move { caller.chat().await });
         let mut connection = api.accept().await;

@@ -10,8 +10,8 @@ use tokio::io::AsyncWriteExt;
 use tower_selam::simulator::{Fault, JwtAlgorithm, Server, Simulator, TokenFault};
 
 use crate::support::{
-    Api, Caller, Launch, Protocol, Proxy, Stream, assert_clean, empty, eventually, raw, read, read_to_end, secret,
-    unguessable,
+    Api, Caller, Launch, Protocol, Proxy, Stream, assert_clean, empty, eventually, raw, read, read_to_end,
+    secret, unguessable,
 };
 
 /// Callers that do everything wrong, and some things right.
@@ -27,17 +27,24 @@ async fn misbehave(proxy: &Proxy, token: &str) {
         caller.post("/v1/audio/speech", "{}").await;
         caller.get("/v1//models").await;
         caller.get("/elsewhere").await;
-        let request = caller.request(Method::POST, "/v1/files").header("x-api-key", &wrong).body(empty()).unwrap();
+        let request =
+            caller.request(Method::POST, "/v1/files").header("x-api-key", &wrong).body(empty()).unwrap();
         read(caller.send(request).await).await;
     }
     // What is no HTTP at all, with a secret in it.
     for said in [
         format!("GET /v1/models?token={token} HTTP/9.9\r\nAuthorization: {wrong}\r\n\r\n"),
         format!("Authorization: Bearer {token}\r\n\r\n"),
-        format!("GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nBad Header {wrong}\r\n\r\n"),
-        format!("GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {wrong}\r\n\r\n"),
+        format!(
+            "GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nBad Header {wrong}\r\n\r\n"
+        ),
+        format!(
+            "GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {wrong}\r\n\r\n"
+        ),
         format!("CONNECT {token}:80 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"),
-        format!("GET http://{wrong}@x/v1/models HTTP/1.1\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"),
+        format!(
+            "GET http://{wrong}@x/v1/models HTTP/1.1\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n"
+        ),
     ] {
         let mut caller = raw(proxy).await;
         caller.write_all(said.as_bytes()).await.unwrap();
@@ -75,10 +82,14 @@ async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
 
         // The endpoint repeats the client's secret, then answers garbage.
         let said = format!(r#"{{"error":"invalid_client","error_description":"who is {client_secret}?"}}"#);
-        simulator.inject_token_fault(TokenFault::Answer(Response::builder().status(400).body(said.into()).unwrap()));
+        simulator.inject_token_fault(TokenFault::Answer(
+            Response::builder().status(400).body(said.into()).unwrap(),
+        ));
         misbehave(&proxy, &token).await;
         simulator.inject_token_fault(TokenFault::Garbage);
-        simulator.inject_token_fault(TokenFault::Redirect(format!("https://elsewhere.example/?secret={client_secret}")));
+        simulator.inject_token_fault(TokenFault::Redirect(format!(
+            "https://elsewhere.example/?secret={client_secret}"
+        )));
         misbehave(&proxy, &token).await;
 
         // Keys and JWTs come and go.
@@ -142,7 +153,8 @@ async fn an_api_that_repeats_what_it_was_sent_is_not_logged() {
         api.next().await.answer(response);
         // An answer that passes is left as it is.
         let response = calling.await.unwrap();
-        let passed = crate::support::soon(http_body_util::BodyExt::collect(response.into_body())).await.unwrap();
+        let passed =
+            crate::support::soon(http_body_util::BodyExt::collect(response.into_body())).await.unwrap();
         assert_eq!(passed.to_bytes(), body);
     }
     eventually("the log has all three", async || {
@@ -159,11 +171,11 @@ async fn none_is_in_the_proxys_own_502() {
     let api = Stream::listen(Protocol::Http1).await;
     let key = secret(format!("sk-selam-{}", unguessable()));
     let password = secret(format!("hidden-{}", unguessable()));
-    let proxy =
-        Launch::toward(&api).env("SELAM_API_KEY", &key).args(["--log", "trace"]).start().await;
+    let proxy = Launch::toward(&api).env("SELAM_API_KEY", &key).args(["--log", "trace"]).start().await;
     let mut caller = raw(&proxy).await;
-    let request =
-        format!("GET /v1/models?note={password} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Note: {password}\r\n\r\n");
+    let request = format!(
+        "GET /v1/models?note={password} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Note: {password}\r\n\r\n"
+    );
     caller.write_all(request.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     let head = crate::support::read_head(&mut connection).await;

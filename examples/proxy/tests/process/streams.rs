@@ -10,8 +10,8 @@ use tokio::{
 use tower_selam::BoxError;
 
 use crate::support::{
-    Api, Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, fed, ended, frame, raw, read, read_head,
-    read_to_end, response_head, soon,
+    Api, Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, ended, fed, frame, raw,
+    read, read_head, read_to_end, response_head, soon,
 };
 
 /// The next data of a body, all of one event.
@@ -41,10 +41,7 @@ async fn begun(
 }
 
 /// A stream that the caller has the head of.
-async fn streaming(
-    caller: &Caller,
-    api: &mut Exchanges,
-) -> (Feed, Response<hyper::body::Incoming>) {
+async fn streaming(caller: &Caller, api: &mut Exchanges) -> (Feed, Response<hyper::body::Incoming>) {
     let calling = begun(caller, Method::POST, empty()).await;
     let (feed, body) = fed();
     api.next().await.answer(sse(body));
@@ -169,6 +166,16 @@ async fn a_caller_that_waits_to_continue_is_not_told_so_by_an_api_that_refuses()
     let mut body = [0; 2];
     soon(caller.read_exact(&mut body)).await.unwrap();
     assert_eq!(&body, b"no");
+
+    // Nor over HTTP/2.
+    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
+    let proxy = Launch::to(&api).start().await;
+    let mut caller = raw(&proxy).await;
+    caller.write_all(EXPECTING.as_bytes()).await.unwrap();
+    let Exchange { request: _unread, answer } = api.next().await;
+    answer.send(Response::builder().status(413).body(empty()).unwrap()).unwrap();
+    let head = response_head(&mut caller).await;
+    assert!(head.starts_with("HTTP/1.1 413 "), "{head}");
 }
 
 #[tokio::test]
@@ -181,7 +188,8 @@ async fn a_caller_that_waits_to_continue_is_told_so_for_an_api_that_does_not_kno
         // Reads the body before it answers.
         let Exchange { request, answer } = api.next().await;
         let reading = tokio::spawn(http_body_util::BodyExt::collect(request.into_body()));
-        assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 100 "));
+        let head = response_head(&mut caller).await;
+        assert!(head.starts_with("HTTP/1.1 100 "), "{protocol:?} {head}");
         caller.write_all(b"body").await.unwrap();
         assert_eq!(soon(reading).await.unwrap().unwrap().to_bytes(), "body");
         answer.send(Response::new(empty())).unwrap();

@@ -9,10 +9,12 @@ use tokio::{
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
-    Launch, Protocol, Proxy, Stream, Tls, raw, read_head, read_to_end, response_head, secret, soon, unguessable,
+    Launch, Protocol, Proxy, Stream, Tls, raw, read_head, read_to_end, response_head, secret, soon,
+    unguessable,
 };
 
-const SWITCHED: &[u8] = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade, X-Hop\r\nUpgrade: echo/2\r\nX-Hop: end\r\n\
+const SWITCHED: &[u8] =
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade, X-Hop\r\nUpgrade: echo/2\r\nX-Hop: end\r\n\
       Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nX-Kept: 1\r\n\r\n";
 
 fn handshake(more: &str) -> String {
@@ -61,7 +63,12 @@ async fn the_handshake_passes_with_our_credentials_and_its_answer_comes_back() {
 
     connection.write_all(SWITCHED).await.unwrap();
     let head = response_head(&mut caller).await.to_ascii_lowercase();
-    for line in ["\r\nconnection: upgrade\r\n", "\r\nupgrade: echo/2\r\n", "\r\nx-kept: 1\r\n", "\r\nsec-websocket-accept: "] {
+    for line in [
+        "\r\nconnection: upgrade\r\n",
+        "\r\nupgrade: echo/2\r\n",
+        "\r\nx-kept: 1\r\n",
+        "\r\nsec-websocket-accept: ",
+    ] {
         assert!(head.contains(line), "{line:?} is not in {head}");
     }
     assert!(!head.contains("x-hop"), "{head}");
@@ -189,12 +196,10 @@ async fn nobody_gets_a_connection_to_the_api_without_a_token() {
 async fn the_voice_agent_has_jwt_and_key_in_its_query() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
-    let (key, jwt) = (simulator.issue_key(), simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
-    let proxy = Launch::toward(&api)
-        .env("SELAM_API_KEY", secret(&key))
-        .env("SELAM_JWT", secret(&jwt))
-        .start()
-        .await;
+    let (key, jwt) =
+        (simulator.issue_key(), simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
+    let proxy =
+        Launch::toward(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
     let mut caller = raw(&proxy).await;
     let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\n\
          Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";

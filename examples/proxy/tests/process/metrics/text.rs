@@ -37,7 +37,10 @@ impl Reading {
                             return wrong("a second HELP");
                         }
                     }
-                    (Some("TYPE"), Some(kind @ ("counter" | "gauge" | "histogram" | "summary" | "untyped"))) => {
+                    (
+                        Some("TYPE"),
+                        Some(kind @ ("counter" | "gauge" | "histogram" | "summary" | "untyped")),
+                    ) => {
                         if types.insert(name.to_owned(), kind.to_owned()).is_some() {
                             return wrong("a second TYPE");
                         }
@@ -64,9 +67,6 @@ impl Reading {
             }
             if let Some((name, labels, value)) = sample {
                 let Some(kind) = types.get(&of) else { return wrong("a sample without a TYPE") };
-                if !helps.contains(&of) {
-                    return wrong("a sample without a HELP");
-                }
                 if kind == "counter" && !(name.ends_with("_total") && value >= 0.0) {
                     return wrong("a counter that is none");
                 }
@@ -84,7 +84,8 @@ impl Reading {
     fn check_histograms(&self, types: &BTreeMap<String, String>) -> Result<(), String> {
         for (name, _) in types.iter().filter(|(_, kind)| *kind == "histogram") {
             let mut series: BTreeMap<Labels, Vec<(f64, f64)>> = BTreeMap::new();
-            for (_, labels, value) in self.0.iter().filter(|(sample, ..)| *sample == format!("{name}_bucket")) {
+            for (_, labels, value) in self.0.iter().filter(|(sample, ..)| *sample == format!("{name}_bucket"))
+            {
                 let mut labels = labels.clone();
                 let bound = labels.remove("le").and_then(|bound| number(&bound));
                 series.entry(labels).or_default().push((bound.ok_or("a bucket without a bound")?, *value));
@@ -93,9 +94,13 @@ impl Reading {
                 let rises = buckets.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
                 let find = |suffix: &str| {
                     let name = format!("{name}_{suffix}");
-                    self.0.iter().find(|(found, of, _)| *found == name && *of == labels).map(|sample| sample.2)
+                    self.0
+                        .iter()
+                        .find(|(found, of, _)| *found == name && *of == labels)
+                        .map(|sample| sample.2)
                 };
-                let whole = buckets.last().is_some_and(|last| last.0.is_infinite() && find("count") == Some(last.1));
+                let whole =
+                    buckets.last().is_some_and(|last| last.0.is_infinite() && find("count") == Some(last.1));
                 if !rises || !whole || find("sum").is_none() {
                     return Err(format!("the histogram {name} does not add up"));
                 }
@@ -106,13 +111,16 @@ impl Reading {
 
     /// The one sample with exactly these labels.
     pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
-        let labels: Labels = labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let labels: Labels =
+            labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         self.0.iter().find(|(found, of, _)| found == name && *of == labels).map(|sample| sample.2)
     }
 
     /// Of all samples with these labels and perhaps others.
     pub(crate) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        let has = |of: &Labels| labels.iter().all(|(name, value)| of.get(*name).is_some_and(|found| found == value));
+        let has = |of: &Labels| {
+            labels.iter().all(|(name, value)| of.get(*name).is_some_and(|found| found == value))
+        };
         self.0.iter().filter(|(found, of, _)| found == name && has(of)).map(|sample| sample.2).sum()
     }
 }
@@ -209,7 +217,6 @@ fn what_is_no_reading_is_refused() {
         ("b -1", "b{x=\"1\" 1"),
         ("b -1", "a_total 1"),
         ("# TYPE b gauge\n", ""),
-        ("# HELP b B\n", ""),
         ("# TYPE b gauge", "# TYPE b gouge"),
         ("h_bucket{le=\"1\"} 1", "h_bucket{le=\"1\"} 3"),
         ("h_count 2", "h_count 3"),

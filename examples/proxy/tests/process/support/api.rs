@@ -6,7 +6,8 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
-use http::{Request, Response};
+use http::{Request, Response, request::Parts};
+use http_body_util::BodyExt;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
@@ -202,7 +203,10 @@ impl Exchanges {
     }
 
     /// Answers every request on its own task from here on.
-    pub(crate) fn answer_all<F>(mut self, answer: impl Fn(Request<Incoming>) -> F + Send + Sync + 'static) -> Answering
+    pub(crate) fn answer_all<F>(
+        mut self,
+        answer: impl Fn(Request<Incoming>) -> F + Send + Sync + 'static,
+    ) -> Answering
     where
         F: Future<Output = Response<Body>> + Send + 'static,
     {
@@ -224,12 +228,15 @@ impl Exchanges {
 }
 
 impl Exchange {
-    pub(crate) fn answer(self, response: Response<Body>) -> Request<Incoming> {
+    /// Gives an answer, and reads the request's body to its end beside that: a server that does not may cut its answer off.
+    pub(crate) fn answer(self, response: Response<Body>) -> Parts {
+        let (parts, body) = self.request.into_parts();
+        tokio::spawn(body.collect());
         self.answer.send(response).expect("the proxy waits for an answer");
-        self.request
+        parts
     }
 
-    pub(crate) fn respond(self, status: u16, body: Body) -> Request<Incoming> {
+    pub(crate) fn respond(self, status: u16, body: Body) -> Parts {
         self.answer(Response::builder().status(status).body(body).unwrap())
     }
 }

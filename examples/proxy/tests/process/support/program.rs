@@ -47,7 +47,8 @@ pub(crate) fn program() -> &'static Path {
 /// Whether it is there, and none of its sources is newer.
 fn is_current(program: &Path) -> bool {
     let changed = |path: &Path| -> Option<SystemTime> { fs::metadata(path).ok()?.modified().ok() };
-    let (Some(built), Ok(sources)) = (changed(program), fs::read_to_string(program.with_extension("d"))) else {
+    let (Some(built), Ok(sources)) = (changed(program), fs::read_to_string(program.with_extension("d")))
+    else {
         return false;
     };
     let sources = sources.split_once(": ").map_or("", |(_, sources)| sources);
@@ -256,18 +257,11 @@ impl Proxy {
         eventually("the proxy has ended", async || self.child.try_wait().unwrap()).await
     }
 
-    /// The memory it has taken at most since [`forget_peak`](Self::forget_peak), in KiB.
+    /// The most memory that it ever took, in KiB, where the system tells.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         peak.trim().strip_suffix(" kB")?.parse().ok()
-    }
-
-    /// The memory it takes, in KiB.
-    pub(crate) fn memory(&self) -> Option<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
-        let now = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-        now.trim().strip_suffix(" kB")?.parse().ok()
     }
 }
 
