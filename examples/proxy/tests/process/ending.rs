@@ -1,9 +1,12 @@
 //! How it ends: nothing more is begun, what runs is finished.
 
+use std::time::Duration;
+
 use http::{Method, Response};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::Instant,
 };
 
 use crate::support::{
@@ -154,4 +157,26 @@ async fn a_second_signal_ends_the_wait() {
     proxy.terminate();
     assert_eq!(proxy.ended().await.code(), Some(0));
     assert!(calling.await.is_err());
+}
+
+/// What runs has so long.
+const GRACE: Duration = Duration::from_secs(30);
+
+#[tokio::test]
+async fn what_does_not_end_within_the_grace_is_cut_off() {
+    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
+    let mut proxy = Launch::to(&api).start().await;
+    let caller = Caller::http1(&proxy);
+    let calling = tokio::spawn(async move {
+        caller.send(caller.request(Method::GET, "/v1/models").body(empty()).unwrap()).await
+    });
+    let (feed, body) = fed();
+    api.next().await.respond(200, body);
+    let mut response = soon(calling).await.unwrap();
+    let told = Instant::now();
+    proxy.terminate();
+    assert_eq!(proxy.ended().await.code(), Some(0));
+    assert!(told.elapsed() >= GRACE - Duration::from_secs(1), "{:?}", told.elapsed());
+    assert!(matches!(frame(response.body_mut()).await, Some(Err(_))));
+    drop(feed);
 }

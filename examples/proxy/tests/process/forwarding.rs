@@ -305,3 +305,27 @@ async fn healthz_is_for_everybody() {
         caller.post("/healthz", "").await.assert_error(405, "invalid_request_error", "method_not_allowed");
     }
 }
+
+#[tokio::test]
+async fn a_request_that_went_through_this_proxy_before_is_not_sent_in_a_circle() {
+    let mut api = Stream::listen(Protocol::Http1).await.exchanges();
+    let proxy = Launch::to(&api).start().await;
+    let caller = Caller::http1(&proxy);
+    let send = |via: Option<HeaderValue>| {
+        let mut request = caller.request(Method::GET, "/v1/models");
+        if let Some(via) = via {
+            request = request.header("via", "1.1 other-gateway").header("via", via);
+        }
+        let (caller, request) = (caller.clone(), request.body(empty()).unwrap());
+        tokio::spawn(async move { read(caller.send(request).await).await })
+    };
+    let sending = send(None);
+    let via = api.next().await.respond(200, empty()).headers["via"].clone();
+    assert_eq!(sending.await.unwrap().status, 200);
+    send(Some(via)).await.unwrap().assert_error(508, "api_error", "loop_detected");
+    // Others' gateways are none of its business.
+    let sending = send(Some(HeaderValue::from_static("1.1 selam-proxy")));
+    api.next().await.respond(200, empty());
+    assert_eq!(sending.await.unwrap().status, 200);
+    api.assert_silent();
+}

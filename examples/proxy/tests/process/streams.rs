@@ -198,6 +198,21 @@ async fn a_caller_that_waits_to_continue_is_told_so_for_an_api_that_does_not_kno
 }
 
 #[tokio::test]
+async fn a_hint_that_comes_early_does_no_harm_to_the_answer() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+    let caller = Caller::http1(&proxy);
+    let calling = tokio::spawn(async move { caller.get("/v1/models").await });
+    let mut connection = api.accept().await;
+    read_head(&mut connection).await;
+    let answer = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nwell";
+    connection.write_all(answer).await.unwrap();
+    let answer = calling.await.unwrap();
+    assert_eq!((answer.status.as_u16(), &*answer.body), (200, &b"well"[..]));
+    assert!(!answer.headers.contains_key("link"));
+}
+
+#[tokio::test]
 async fn a_caller_that_leaves_its_stream_ends_it_at_the_api() {
     for (callers, apis) in Protocol::PAIRS {
         let mut api = Stream::listen(apis).await.exchanges();
