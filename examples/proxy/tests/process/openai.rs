@@ -4,6 +4,7 @@
 
 use std::{
     ffi::OsStr,
+    fs,
     io::Write,
     path::{Path, PathBuf},
     process::{Output, Stdio},
@@ -49,22 +50,44 @@ async fn run(program: impl AsRef<OsStr>, arguments: &[&OsStr], limit: Duration) 
 
 /// A Python that has the client, or why there is none.
 async fn python() -> Result<PathBuf, String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("openai");
-    let python = folder.join("bin/python");
-    // Written when all is there; with what was asked for in it.
-    let stamp = folder.join("installed");
-    if std::fs::read_to_string(&stamp).is_ok_and(|installed| installed == CLIENT)
-        && run(&python, &["-c".as_ref(), "import openai".as_ref()], INSTALLING).await.is_ok()
-    {
-        return Ok(python);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (ready, new) = (folder.join("openai"), folder.join(format!("openai-{}", std::process::id())));
+    if has_client(&ready).await {
+        return Ok(python_of(&ready));
     }
+    let installed = install(&new).await;
+    if installed.is_ok() {
+        // Whole, or not at all: others may look for it at the same time.
+        let _ = fs::remove_dir_all(&ready);
+        let _ = fs::rename(&new, &ready);
+    }
+    let _ = fs::remove_dir_all(&new);
+    installed?;
+    if has_client(&ready).await { Ok(python_of(&ready)) } else { Err("it is not there any more".to_owned()) }
+}
+
+fn python_of(environment: &Path) -> PathBuf {
+    environment.join("bin/python")
+}
+
+/// Written when all is there; with what was asked for in it.
+fn stamp_of(environment: &Path) -> PathBuf {
+    environment.join("installed")
+}
+
+async fn has_client(environment: &Path) -> bool {
+    let import = ["-c", "import openai"].map(OsStr::new);
+    fs::read_to_string(stamp_of(environment)).is_ok_and(|installed| installed == CLIENT)
+        && run(python_of(environment), &import, INSTALLING).await.is_ok()
+}
+
+async fn install(environment: &Path) -> Result<(), String> {
     let arguments = ["-m", "venv", "--clear"].map(OsStr::new);
-    run("python3", &[&arguments[..], &[folder.as_os_str()]].concat(), INSTALLING).await?;
+    run("python3", &[&arguments[..], &[environment.as_os_str()]].concat(), INSTALLING).await?;
     let arguments =
         ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT].map(OsStr::new);
-    run(&python, &arguments, INSTALLING).await?;
-    std::fs::write(stamp, CLIENT).map_err(|error| error.to_string())?;
-    Ok(python)
+    run(python_of(environment), &arguments, INSTALLING).await?;
+    fs::write(stamp_of(environment), CLIENT).map_err(|error| error.to_string())
 }
 
 async fn simulated() -> (Simulator, Server) {
