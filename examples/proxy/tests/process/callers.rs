@@ -185,3 +185,29 @@ async fn what_no_rule_allows_is_answered_as_the_api_would_and_not_sent() {
     // Who it is comes first: one without a token does not learn what there is.
     Caller::http1(&proxy).get("/v1/files").await.assert_error(401, "authentication_error", "missing_api_key");
 }
+
+#[tokio::test]
+async fn a_web_page_of_another_machine_needs_a_token() {
+    let (simulator, api, launch) = launch().await;
+    let proxy = launch.start().await;
+    for protocol in Protocol::BOTH {
+        let caller = Caller::new(&proxy, protocol);
+        for origin in
+            ["https://page.example", "http://localhost.page.example", "http://127.0.0.1.page.example", "null"]
+        {
+            let answer = with(&caller, &[("origin", origin)]).await;
+            answer.assert_error(403, "authorization_error", "insufficient_permissions");
+        }
+        assert_eq!(simulator.requests(), 0);
+    }
+    for origin in ["http://localhost:3000", "http://127.0.0.1:5173"] {
+        assert_eq!(with(&Caller::http1(&proxy), &[("origin", origin)]).await.status, 200, "{origin}");
+    }
+
+    let web = token();
+    let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let proxy = launch.callers(&format!("web:{web}\n")).start().await;
+    let bearer = format!("Bearer {web}");
+    let headers = [("origin", "https://page.example"), ("authorization", &*bearer)];
+    assert_eq!(with(&Caller::http1(&proxy), &headers).await.status, 200);
+}

@@ -220,9 +220,7 @@ async fn what_runs_and_what_breaks_off_is_told() {
     }
     // One comes to its end, one caller leaves, and once the API breaks off.
     drop(responses.pop());
-    for _ in 0..1 {
-        reaches(&proxy, RUNNING, &[], 2.0).await;
-    }
+    reaches(&proxy, RUNNING, &[], 2.0).await;
     reaches(&proxy, BROKEN, &[("by", "caller")], 1.0).await;
     let mut open = Vec::new();
     for feed in feeds {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use http::{Method, Response};
 use tokio::io::AsyncWriteExt;
-use tower_selam::simulator::{Fault, JwtAlgorithm, Server, Simulator, TokenFault};
+use tower_selam::simulator::{JwtAlgorithm, Server, Simulator, TokenFault};
 
 use crate::support::{
-    Api, Caller, Launch, Protocol, Proxy, Stream, assert_clean, empty, eventually, raw, read, read_to_end,
-    secret, unguessable,
+    Caller, Launch, Protocol, Proxy, Stream, assert_clean, empty, eventually, raw, read, read_to_end, secret,
+    unguessable,
 };
 
 /// Callers that do everything wrong, and some things right.
@@ -186,5 +186,4 @@ async fn none_is_in_the_proxys_own_502() {
     let answer = read_to_end(&mut caller).await;
     assert!(answer.starts_with(b"HTTP/1.1 502 "));
     assert_clean("the answer", &answer);
-    drop((Fault::Stall, api.base_url()));
 }

@@ -10,8 +10,8 @@ use tokio::{
 use tower_selam::BoxError;
 
 use crate::support::{
-    Api, Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, ended, fed, frame, raw,
-    read, read_head, read_to_end, response_head, soon,
+    Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, ended, fed, frame, raw, read,
+    read_head, read_to_end, response_head, soon,
 };
 
 /// The next data of a body, all of one event.
@@ -403,5 +403,4 @@ async fn a_thousand_streams_run_at_once() {
         soon(calling).await.unwrap();
     }
     assert_eq!(Caller::http1(&proxy).get("/healthz").await.status, 200);
-    drop(api.base_url());
 }
