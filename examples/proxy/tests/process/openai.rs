@@ -21,7 +21,7 @@ use tower_selam::simulator::{Fault, Server, Simulator};
 use crate::support::{Launch, assert_clean, secret, unguessable};
 
 /// What is installed.
-const CLIENT: &str = "openai>=1.50,<4";
+const CLIENT: &str = "openai>=1.60,<4";
 
 /// PyPI may be slow, or far.
 const INSTALLING: Duration = Duration::from_secs(180);
