@@ -88,11 +88,16 @@ pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if
         Slot::Write(value) => headers.try_insert(AUTHORIZATION, value.clone()).is_ok(),
         slot => pass_over(headers, &AUTHORIZATION, slot),
     };
-    is_authorized
+    let is_written = is_authorized
         && match x_api_key {
             Slot::Write(value) => headers.try_insert(X_API_KEY.clone(), value.clone()).is_ok(),
             slot => pass_over(headers, &X_API_KEY, slot),
-        }
+        };
+    if !is_written {
+        // Not to be taken for what the request came with.
+        headers.remove(AUTHORIZATION);
+    }
+    is_written
 }
 
 /// What is not written, and is not there if it would be taken off.
@@ -334,6 +339,26 @@ mod tests {
             } else {
                 prop_assert_eq!(usual, headers, "nothing was written");
             }
+        }
+    }
+
+    #[test]
+    fn h1_where_there_is_room_for_one_header_no_half_is_taken_for_the_requests_own() {
+        let pair =
+            Credentials::key_and_jwt(ApiKey::new("sk-selam-example").unwrap(), Token::new("a.b.c").unwrap());
+        let mut full = HeaderMap::new();
+        let mut number = 0;
+        while full
+            .try_insert(format!("x-{number}").parse::<HeaderName>().unwrap(), HeaderValue::from_static(""))
+            .is_ok()
+        {
+            number += 1;
+        }
+        full.remove("x-0");
+        for if_absent in [false, true] {
+            let mut headers = full.clone();
+            assert!(!write_usual(&mut headers, &pair, if_absent));
+            assert!(!headers.contains_key(AUTHORIZATION) && !headers.contains_key(&X_API_KEY));
         }
     }
 }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use tokio::{
-    runtime::{self, Handle as Timers},
+    runtime::{self, Handle as Timers, RuntimeFlavor},
     sync::watch,
     time::{sleep, timeout},
 };
@@ -252,13 +252,14 @@ impl<C: Credential> Shared<C> {
         let (told, engine) = (land.subscribe(), self.address());
         let limit = self.policy.timeout;
         let landed = Landing(Arc::new(Waited { told, limit, runtime, engine, abandon }));
-        state.flight = Some(Box::new(Flight { landed, task: Arc::clone(&task) }));
-        Takeoff { start, land, task }
+        let takeoff = Takeoff { start, land, task: Arc::clone(&task), landed: landed.clone() };
+        state.flight = Some(Box::new(Flight { landed, task }));
+        takeoff
     }
 
     /// Starts the renewal's task; without the lock, as a runtime that is shutting down drops it at once.
     fn take_off(self: &Arc<Self>, takeoff: Takeoff<C>) {
-        let Takeoff { start: Start { id, reason }, land, task } = takeoff;
+        let Takeoff { start: Start { id, reason }, land, task, landed } = takeoff;
         let end = End { engine: Arc::downgrade(self), id, land: Some(land) };
         let Ok(runtime) = Handle::try_current() else {
             return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
@@ -271,6 +272,14 @@ impl<C: Credential> Shared<C> {
         };
         let spawned = runtime.spawn(RENEWING.scope(Arc::new(renewals), renewal));
         let _ = task.set(spawned.abort_handle());
+        // A source that blocks its thread blocks its own time limit; there are others to look at the time.
+        if let Ok(timers) = Timers::try_current()
+            && timers.runtime_flavor() != RuntimeFlavor::CurrentThread
+        {
+            timers.spawn(async move {
+                let _ = ended(&landed.0, true).await;
+            });
+        }
     }
 
     /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
@@ -434,6 +443,7 @@ struct Takeoff<C> {
     start: Start<C>,
     land: Sender,
     task: Arc<OnceLock<AbortHandle>>,
+    landed: Landing,
 }
 
 /// Sees to it that a renewal ends, also when its task is dropped.
@@ -464,11 +474,19 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Waited { told, limit, runtime, engine, abandon } = &*landing.0;
+    let Waited { runtime, engine, .. } = &*landing.0;
     // Another task may have asked for the one that waits.
     if is_renewed_by_this_task(*engine) {
         return Err(own_source());
     }
+    // Whoever drives the runtime of both drives the renewal too.
+    let other = Timers::try_current().is_ok_and(|own| Some(own.id()) != *runtime);
+    ended(&landing.0, other).await
+}
+
+/// The end of a renewal; with a look at the time, at which it is given up.
+async fn ended(landing: &Waited, timed: bool) -> Result<(), AuthError> {
+    let Waited { told, limit, abandon, .. } = landing;
     let mut told = told.clone();
     let ended = async {
         match told.wait_for(Option::is_some).await {
@@ -476,12 +494,10 @@ pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
             Err(_) => Ok(()),
         }
     };
-    let other = Timers::try_current().ok().filter(|own| Some(own.id()) != *runtime);
     // There is no asking a runtime whether it has timers.
-    let timer = |_| catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
-    // Whoever drives the runtime of both drives the renewal too.
-    let Some(timer) = other.and_then(timer) else { return ended.await };
-    let (mut timer, mut ended) = (Box::pin(timer), pin!(ended));
+    let timer = || catch_unwind(|| Box::pin(sleep(limit.saturating_add(MARGIN)))).ok();
+    let Some(mut timer) = timed.then(timer).flatten() else { return ended.await };
+    let mut ended = pin!(ended);
     poll_fn(|cx| match ended.as_mut().poll(cx) {
         Poll::Pending => timer.as_mut().poll(cx).map(|()| {
             abandon();

@@ -26,7 +26,7 @@ thread_local! {
 }
 
 /// The head of a request.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Head {
     method: Method,
     scheme: Option<Scheme>,
@@ -41,7 +41,6 @@ struct Head {
 }
 
 /// A header, by how long it is in the text.
-#[derive(Debug)]
 struct Field {
     name: usize,
     /// `None` when it is sensitive.
@@ -49,7 +48,6 @@ struct Field {
 }
 
 /// A copied head. Goes back to where it came from when it is dropped.
-#[derive(Debug)]
 pub(super) struct HeadCopy(Option<Box<Head>>);
 
 impl HeadCopy {
@@ -130,6 +128,8 @@ impl Head {
     }
 
     fn clear(&mut self) {
+        // A caller's own secrets may be among it, and it lies there until it is used again.
+        self.text.fill(0);
         self.text.clear();
         self.fields.clear();
         if !self.sensitive.is_empty() {

@@ -339,9 +339,10 @@ impl Blamed {
     }
 }
 
-/// Whether the credentials were good: a server that fails may not have looked at them.
+/// Whether the credentials were good. A server that fails, limits or redirects may not have looked at them.
 fn is_accepted<B>(response: &Response<B>) -> bool {
-    !is_remembered(response) && !response.status().is_server_error()
+    let status = response.status();
+    !is_remembered(response) && (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
 }
 
 fn renews(sent: &Credentials) -> bool {
