@@ -64,6 +64,8 @@ struct State<C> {
 /// The renewal that is running.
 struct Flight {
     landed: Landing,
+    /// For when it is given up: its task may not end.
+    land: Sender,
     task: Arc<OnceLock<AbortHandle>>,
 }
 
@@ -169,7 +171,7 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
         self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
@@ -209,7 +211,7 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
         self.publish(&state, now);
         let landed = match rejection {
             Rejection::Renewing if !is_renewed_by_this_task(self.address()) => {
@@ -252,8 +254,9 @@ impl<C: Credential> Shared<C> {
         let (told, engine) = (land.subscribe(), self.address());
         let limit = self.policy.timeout;
         let landed = Landing(Arc::new(Waited { told, limit, runtime, engine, abandon }));
-        let takeoff = Takeoff { start, land, task: Arc::clone(&task), landed: landed.clone() };
-        state.flight = Some(Box::new(Flight { landed, task }));
+        let takeoff =
+            Takeoff { start, land: Arc::clone(&land), task: Arc::clone(&task), landed: landed.clone() };
+        state.flight = Some(Box::new(Flight { landed, land, task }));
         takeoff
     }
 
@@ -353,7 +356,9 @@ impl<C: Credential> Shared<C> {
         if let Some(ended) = ended {
             self.tell(&ended);
         }
-        if let Some(task) = flight.as_ref().and_then(|flight| flight.task.get()) {
+        let Some(flight) = flight else { return };
+        flight.land.send_replace(Some(Ok(())));
+        if let Some(task) = flight.task.get() {
             task.abort();
         }
     }
@@ -437,7 +442,7 @@ impl<C: Credential> Ended<C> {
     }
 }
 
-type Sender = watch::Sender<Option<Result<(), AuthError>>>;
+type Sender = Arc<watch::Sender<Option<Result<(), AuthError>>>>;
 
 struct Takeoff<C> {
     start: Start<C>,
