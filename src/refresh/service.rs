@@ -13,7 +13,11 @@ use super::{
     copy::HeadCopy,
     future::{Again, Replaying},
 };
-use crate::{auth_error::InspectedBody, bounds::CloneClient, shards::Shards};
+use crate::{
+    auth_error::InspectedBody,
+    bounds::CloneClient,
+    shards::{Apart, Shards},
+};
 
 /// Renews what the API refused and sends the request once more. Made by
 /// [`RefreshLayer`](super::RefreshLayer); see the [module docs](super).
@@ -28,7 +32,7 @@ pub struct Refresh<S, R = CloneBody> {
 type Spares<S> = Arc<Shards<Spare<S>>>;
 
 /// A clone of the service within, which refused requests clone in turn: so the others need not.
-pub(super) struct Spare<S>(Arc<OnceLock<Mutex<S>>>);
+pub(super) struct Spare<S>(Arc<Apart<OnceLock<Mutex<S>>>>);
 
 impl<S, R> Refresh<S, R> {
     pub(crate) fn new(inner: S, replay: R) -> Self {
@@ -140,20 +144,20 @@ impl<S: fmt::Debug, R: fmt::Debug> fmt::Debug for Refresh<S, R> {
 }
 
 fn spares<S>() -> Spares<S> {
-    Arc::new(Shards::new(|| Spare(Arc::default())))
+    Arc::new(Shards::new(|| Spare(Arc::new(Apart(OnceLock::new())))))
 }
 
 impl<S: Clone> Spare<S> {
     #[inline]
     fn fill(&self, service: &S) {
-        if self.0.get().is_none() {
-            let _ = self.0.set(Mutex::new(service.clone()));
+        if self.0.0.get().is_none() {
+            let _ = self.0.0.set(Mutex::new(service.clone()));
         }
     }
 
     /// A service to send a request again with.
     pub(super) fn service(&self) -> Option<S> {
-        let spare = self.0.get()?;
+        let spare = self.0.0.get()?;
         Some(spare.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 }
