@@ -37,6 +37,11 @@ pub(crate) struct Shards<T> {
     others: Box<[T]>,
 }
 
+/// A thing so far from others that no thread's writing to it disturbs the next: what holds the count of a shard.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct Apart<T>(pub(crate) T);
+
 impl<T> Shards<T> {
     pub(crate) fn new(mut make: impl FnMut() -> T) -> Self {
         Self { first: make(), others: (1..*COUNT).map(|_| make()).collect() }

@@ -13,7 +13,11 @@ use super::{
     copy::HeadCopy,
     future::{Again, Replaying},
 };
-use crate::{auth_error::InspectedBody, bounds::CloneClient, shards::Shards};
+use crate::{
+    auth_error::InspectedBody,
+    bounds::CloneClient,
+    shards::{Apart, Shards},
+};
 
 /// Renews what the API refused and sends the request once more. Made by
 /// [`RefreshLayer`](super::RefreshLayer); see the [module docs](super).
@@ -28,11 +32,7 @@ pub struct Refresh<S, R = CloneBody> {
 type Spares<S> = Arc<Shards<Spare<S>>>;
 
 /// A clone of the service within, which refused requests clone in turn: so the others need not.
-pub(super) struct Spare<S>(Arc<Apart<S>>);
-
-/// So far from the next that no thread's counting disturbs another.
-#[repr(align(128))]
-struct Apart<S>(OnceLock<Mutex<S>>);
+pub(super) struct Spare<S>(Arc<Apart<OnceLock<Mutex<S>>>>);
 
 impl<S, R> Refresh<S, R> {
     pub(crate) fn new(inner: S, replay: R) -> Self {
@@ -150,9 +150,8 @@ fn spares<S>() -> Spares<S> {
 impl<S: Clone> Spare<S> {
     #[inline]
     fn fill(&self, service: &S) {
-        let Apart(spare) = &*self.0;
-        if spare.get().is_none() {
-            let _ = spare.set(Mutex::new(service.clone()));
+        if self.0.0.get().is_none() {
+            let _ = self.0.0.set(Mutex::new(service.clone()));
         }
     }
 

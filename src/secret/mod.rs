@@ -18,7 +18,10 @@ use zeroize::Zeroizing;
 
 pub(crate) use self::id::Fingerprint;
 pub use self::{api_key::ApiKey, credential::Credential, id::KeyId, token::Token};
-use crate::error::{ConfigError, ConfigErrorKind, Place, Subject};
+use crate::{
+    error::{ConfigError, ConfigErrorKind, Place, Subject},
+    shards::Apart,
+};
 
 const SCHEME: &str = "Bearer ";
 
@@ -78,16 +81,6 @@ impl Secret {
 
     /// A copy that shares nothing which is counted when it is sent, wiped like the first.
     pub(crate) fn apart(&self) -> Self {
-        // So far from others that no thread's counting disturbs the next.
-        #[repr(align(128))]
-        struct Apart(Zeroizing<Vec<u8>>);
-
-        impl AsRef<[u8]> for Apart {
-            fn as_ref(&self) -> &[u8] {
-                &self.0
-            }
-        }
-
         let Parts { bearer, fingerprint, more } = &*self.0;
         let copy = || {
             let buffer = Bytes::from_owner(Apart(Zeroizing::new(bearer.as_bytes().to_vec())));
@@ -140,6 +133,12 @@ impl Secret {
 
     fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{name}([redacted] id={})", self.id())
+    }
+}
+
+impl AsRef<[u8]> for Apart<Zeroizing<Vec<u8>>> {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 

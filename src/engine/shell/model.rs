@@ -17,6 +17,7 @@ use loom::sync::atomic::{AtomicBool, AtomicUsize};
 use super::*;
 use crate::{
     ApiKey, Credentials, MaybeRenewing, Renewing, TestClock, Token,
+    clock::Clock,
     credentials::Form,
     source::Source,
     supply::{Need, Supplied, Supply, Whose},
@@ -32,7 +33,7 @@ const PREEMPTIONS: usize = 3;
 
 fn walk<T: Ord + Send + 'static>(scenario: impl Fn() -> T + Send + Sync + 'static) -> BTreeSet<T> {
     // `timeout` and the clock want a runtime. Its time stands still.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    let runtime = runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.unwrap();
     let _entered = runtime.enter();
     let mut model = loom::model::Builder::new();
