@@ -8,7 +8,6 @@
 //! on a 200 are counted by the bench `instructions`, where their target is.
 
 use std::{
-    convert::Infallible,
     future::{Ready, ready},
     hint::black_box,
     pin::pin,
@@ -28,8 +27,8 @@ use http::{HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use tokio::runtime::Builder;
-use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_selam::{AnnotateAuthErrorLayer, ApiKey, AuthErrorLayer, Error, SelamLayer};
+use tower::{Layer, Service, service_fn};
+use tower_selam::{AnnotateAuthErrorLayer, ApiKey, AuthErrorLayer, BoxError, SelamLayer};
 
 const REQUESTS: usize = 500;
 
@@ -119,17 +118,17 @@ fn services() -> Vec<Serve> {
     let by_hand = service_fn(move |request| async move {
         let response = refuse(request).await?;
         let status = response.status();
-        let body = response.into_body().collect().await?.to_bytes();
+        let body = response.into_body().collect().await.map_err(BoxError::from)?.to_bytes();
         let Refusal { error } = serde_json::from_slice(&body).expect("an error body");
         Err::<Response<Body>, _>(ByHand::Refused(status, error))
     });
     vec![
         serve(ok),
-        serve(AuthErrorLayer::new().layer(ok.map_err(Error::<Infallible>::Inner))),
+        serve(AuthErrorLayer::new().layer(ok)),
         serve(AnnotateAuthErrorLayer::new().layer(ok)),
         serve(refusing),
         serve(by_hand),
-        serve(AuthErrorLayer::new().layer(refusing.map_err(Error::<Infallible>::Inner))),
+        serve(AuthErrorLayer::new().layer(refusing)),
         serve(AnnotateAuthErrorLayer::new().layer(refusing)),
         serve(selam.layer(refusing)),
     ]
@@ -151,7 +150,7 @@ where
     })
 }
 
-fn refuse(request: Request<Body>) -> Ready<Result<Response<Body>, Infallible>> {
+fn refuse(request: Request<Body>) -> Ready<Result<Response<Body>, BoxError>> {
     drop(black_box(request));
     let mut response = Response::new(Body::from(REFUSAL));
     *response.status_mut() = StatusCode::UNAUTHORIZED;
@@ -177,10 +176,11 @@ struct Reason {
 #[expect(dead_code, reason = "it is made, which is the cost")]
 enum ByHand {
     Refused(StatusCode, Reason),
+    Failed(BoxError),
 }
 
-impl From<Infallible> for ByHand {
-    fn from(never: Infallible) -> Self {
-        match never {}
+impl From<BoxError> for ByHand {
+    fn from(error: BoxError) -> Self {
+        Self::Failed(error)
     }
 }

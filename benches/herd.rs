@@ -27,7 +27,7 @@ use tokio::{
     time::{sleep, sleep_until},
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_selam::{ApiKey, Error, JwtLayer, SelamLayer};
+use tower_selam::{ApiKey, JwtLayer, SelamLayer};
 
 const TAKES: Duration = Duration::from_millis(50);
 const LIFETIME: Duration = Duration::from_millis(150);
@@ -132,7 +132,7 @@ fn selam(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
 fn jwt_layer(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
     let issuer = Issuer::new(LIFETIME, TAKES);
     let jwts = issuer.renewing();
-    let client = service_fn(client).map_err(Error::Inner);
+    let client = service_fn(client);
     let service = JwtLayer::new(&jwts, ApiKey::new(KEY).expect("a key")).layer(client);
     let took = runtime.block_on(async {
         jwts.prefetch().await.expect("the first token");

@@ -27,8 +27,8 @@ use benches::{
 };
 use http::{Request, Response};
 use tokio::runtime::{Builder, Runtime};
-use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_selam::{ApiKey, Error, JwtLayer, SelamLayer};
+use tower::{Layer, Service, service_fn};
+use tower_selam::{ApiKey, JwtLayer, SelamLayer};
 
 const TAKES: Duration = Duration::from_millis(200);
 /// Its second half is the advisory window.
@@ -160,7 +160,7 @@ fn jwt_layer(runtime: &Runtime) -> Latencies {
     let jwts = issuer.renewing();
     let layer = JwtLayer::new(&jwts, ApiKey::new(KEY).expect("a key"));
     runtime.block_on(jwts.prefetch()).expect("the first token");
-    load(runtime, layer.layer(service_fn(client).map_err(Error::Inner))).since_renewal(&issuer)
+    load(runtime, layer.layer(service_fn(client))).since_renewal(&issuer)
 }
 
 fn mutex(runtime: &Runtime) -> Latencies {

@@ -24,9 +24,9 @@ use benches::{
 };
 use http::{HeaderName, HeaderValue, Request, header::AUTHORIZATION};
 use tokio::runtime::{Builder, Runtime};
-use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, ServiceBuilder, service_fn};
 use tower_selam::{
-    ApiKey, BoxError, Error, JwtLayer, PerSubject, SelamLayer, Subject, Token,
+    ApiKey, BoxError, JwtLayer, PerSubject, SelamLayer, Subject, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -159,7 +159,7 @@ fn by_hand(_: &Runtime, users: usize) -> Box<dyn Serve> {
 
 fn jwt_layer(runtime: &Runtime, users: usize) -> Box<dyn Serve> {
     let layer = JwtLayer::new(tokens(runtime, users), ApiKey::new(KEY).expect("a key"));
-    served(layer.layer(service_fn(client).map_err(Error::Inner)))
+    served(layer.layer(service_fn(client)))
 }
 
 fn selam(runtime: &Runtime, users: usize) -> Box<dyn Serve> {

@@ -72,24 +72,39 @@ enum Action {
 #[inline]
 pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
     let [authorization, x_api_key] = credentials.slots();
-    let both = matches!((authorization, x_api_key), (Slot::Write(_), Slot::Write(_)));
-    let minds_ours = if_absent || !both;
+    let minds = |slot| if_absent || matches!(slot, Slot::Remove);
+    let (minds_authorization, minds_x_api_key) = (minds(authorization), minds(x_api_key));
     // One look at each name costs less than a few look-ups: a request has few.
     let is_minded = |name: &HeaderName| {
-        *name == HOST || *name == CONNECTION || minds_ours && (*name == AUTHORIZATION || *name == X_API_KEY)
+        *name == HOST
+            || *name == CONNECTION
+            || minds_authorization && *name == AUTHORIZATION
+            || minds_x_api_key && *name == X_API_KEY
     };
     if headers.keys().any(is_minded) {
         return false;
     }
-    if let Slot::Write(value) = authorization
-        && headers.try_insert(AUTHORIZATION, value.clone()).is_err()
-    {
-        return false;
+    let is_authorized = match authorization {
+        Slot::Write(value) => headers.try_insert(AUTHORIZATION, value.clone()).is_ok(),
+        slot => pass_over(headers, &AUTHORIZATION, slot),
+    };
+    let is_written = is_authorized
+        && match x_api_key {
+            Slot::Write(value) => headers.try_insert(X_API_KEY.clone(), value.clone()).is_ok(),
+            slot => pass_over(headers, &X_API_KEY, slot),
+        };
+    if !is_written {
+        // Not to be taken for what the request came with.
+        headers.remove(AUTHORIZATION);
     }
-    if let Slot::Write(value) = x_api_key
-        && headers.try_insert(X_API_KEY.clone(), value.clone()).is_err()
-    {
-        return false;
+    is_written
+}
+
+/// What is not written, and is not there if it would be taken off.
+#[inline]
+fn pass_over(headers: &mut HeaderMap, name: &HeaderName, slot: Slot<'_>) -> bool {
+    if let Slot::Yield = slot {
+        yield_to_other(headers, name);
     }
     true
 }
@@ -278,6 +293,72 @@ fn keep_from_connection(headers: &mut HeaderMap) {
         }
         _ => {
             headers.remove(CONNECTION);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*, sample::select};
+
+    use super::*;
+    use crate::{ApiKey, Token};
+
+    proptest! {
+        #[test]
+        fn h3_the_usual_request_gets_what_any_other_way_would_give_it(
+            names in vec(
+                select(vec!["accept", "authorization", "x-api-key", "host", "connection", "x-other"]), 0..6
+            ),
+            sensitive in any::<bool>(),
+            form in 0..5,
+            if_absent in any::<bool>(),
+        ) {
+            let key = ApiKey::new("sk-selam-example").unwrap();
+            let jwt = Token::new("a.b.c").unwrap();
+            let credentials = match form {
+                0 => Credentials::bearer(key),
+                1 => Credentials::header(key),
+                2 => Credentials::key_and_jwt(key, jwt),
+                3 => Credentials::new(Form::KeyHalf, Some(key), None),
+                _ => Credentials::jwt_beside_key(jwt),
+            };
+            let mut headers = HeaderMap::new();
+            for name in names {
+                let mut value = HeaderValue::from_static("api.selamgpt.com");
+                value.set_sensitive(sensitive);
+                headers.append(name, value);
+            }
+            let (origins, uri) = (Origins::selam(), Uri::from_static("https://api.selamgpt.com/v1/models"));
+            let rules = Rules { credentials: Some(&credentials), origins: &origins, if_absent, require_choice: false };
+            let head = Head { method: None, uri: &uri, headers: &headers, extensions: &Extensions::new() };
+            let (mut planned, mut usual) = (headers.clone(), headers.clone());
+            Plan::new(rules, head).unwrap().apply(&mut planned).unwrap();
+            if write_usual(&mut usual, &credentials, if_absent) {
+                prop_assert_eq!(usual, planned);
+            } else {
+                prop_assert_eq!(usual, headers, "nothing was written");
+            }
+        }
+    }
+
+    #[test]
+    fn h1_where_there_is_room_for_one_header_no_half_is_taken_for_the_requests_own() {
+        let pair =
+            Credentials::key_and_jwt(ApiKey::new("sk-selam-example").unwrap(), Token::new("a.b.c").unwrap());
+        let mut full = HeaderMap::new();
+        let mut number = 0;
+        while full
+            .try_insert(format!("x-{number}").parse::<HeaderName>().unwrap(), HeaderValue::from_static(""))
+            .is_ok()
+        {
+            number += 1;
+        }
+        full.remove("x-0");
+        for if_absent in [false, true] {
+            let mut headers = full.clone();
+            assert!(!write_usual(&mut headers, &pair, if_absent));
+            assert!(!headers.contains_key(AUTHORIZATION) && !headers.contains_key(&X_API_KEY));
         }
     }
 }

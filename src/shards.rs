@@ -3,6 +3,7 @@
 
 use std::{
     cell::Cell,
+    num::NonZero,
     sync::{
         LazyLock,
         atomic::{AtomicUsize, Ordering},
@@ -11,11 +12,14 @@ use std::{
 };
 
 /// More threads than this share.
-const MOST: usize = 16;
+const MOST: usize = 64;
 
-/// As many as there are threads that can run at once, rounded up to a power of two.
+/// For each thread that can run at once there are so many: the numbers of those that do need not follow each other.
+const SPREAD: usize = 4;
+
 static COUNT: LazyLock<usize> = LazyLock::new(|| {
-    available_parallelism().map_or(1, |threads| threads.get().next_power_of_two().min(MOST))
+    let threads = available_parallelism().map_or(1, NonZero::get);
+    threads.saturating_mul(SPREAD).min(MOST).next_power_of_two()
 });
 
 static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -25,7 +29,7 @@ thread_local! {
     static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
-/// As many of a thing as threads can run at once. Threads get theirs by turns, and keep it.
+/// A few of a thing for each thread that can run at once. Threads get theirs by turns, and keep it.
 #[derive(Clone, Debug)]
 pub(crate) struct Shards<T> {
     first: T,

@@ -1,7 +1,6 @@
 //! Who competes: the floors, each layer, the stack, and what programs do without this crate.
 
 use std::{
-    convert::Infallible,
     fmt,
     hint::black_box,
     sync::{Arc, Mutex, RwLock},
@@ -14,8 +13,8 @@ use tokio::runtime::Runtime;
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_http::set_header::SetRequestHeaderLayer;
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, Error, JwtLayer, RefreshLayer,
-    Renewing, SelamLayer, Token,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, RefreshLayer, Renewing,
+    SelamLayer, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -233,7 +232,6 @@ impl fmt::Debug for Held {
 pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
     let _entered = runtime.enter();
     let client = service_fn(client);
-    let inner = ServiceBuilder::new().map_err(Error::<Infallible>::Inner).service(client);
     let key = || ApiKey::new(KEY).expect("a key");
     let jwt = || Token::new(JWT).expect("a JWT");
     // An engine for each, as their layers would not share one.
@@ -289,16 +287,15 @@ pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
     let stack = |builder: tower_selam::SelamLayerBuilder| builder.build().expect("a layer").layer(client);
     vec![
         contender(BARE, BARE, client),
-        contender("AuthErrorLayer", BARE, AuthErrorLayer::new().layer(inner.clone()))
-            .at_most(1.02, Some(20.0)),
+        contender("AuthErrorLayer", BARE, AuthErrorLayer::new().layer(client)).at_most(1.02, Some(20.0)),
         contender("AnnotateAuthErrorLayer", BARE, AnnotateAuthErrorLayer::new().layer(client))
             .at_most(1.02, Some(20.0)),
-        contender("RefreshLayer", BARE, RefreshLayer::new().layer(inner.clone())).at_most(1.1, None),
+        contender("RefreshLayer", BARE, RefreshLayer::new().layer(client)).at_most(1.1, None),
         contender(ONE_HEADER, ONE_HEADER, one_header),
         contender("SetRequestHeaderLayer", ONE_HEADER, set(AUTHORIZATION, &bearer_key).layer(client)),
-        contender("ApiKeyLayer, fixed", ONE_HEADER, ApiKeyLayer::bearer(key()).layer(inner.clone()))
+        contender("ApiKeyLayer, fixed", ONE_HEADER, ApiKeyLayer::bearer(key()).layer(client))
             .at_most(1.1, None),
-        contender("ApiKeyLayer, renewing", ONE_HEADER, ApiKeyLayer::bearer(keys()).layer(inner.clone()))
+        contender("ApiKeyLayer, renewing", ONE_HEADER, ApiKeyLayer::bearer(keys()).layer(client))
             .at_most(1.1, None),
         contender("SelamLayer, key fixed", ONE_HEADER, stack(selam.clone().with_api_key(key())))
             .at_most(1.25, None),
@@ -312,14 +309,14 @@ pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
         ),
         contender("Mutex<Token> and format!", TWO_HEADERS, mutex),
         contender("RwLock<HeaderValue>", TWO_HEADERS, rw_lock),
-        contender("JwtLayer, fixed", TWO_HEADERS, JwtLayer::new(jwt(), key()).layer(inner.clone()))
+        contender("JwtLayer, fixed", TWO_HEADERS, JwtLayer::new(jwt(), key()).layer(client))
             .at_most(1.1, None),
-        contender("JwtLayer, renewing", TWO_HEADERS, JwtLayer::new(jwts(), keys()).layer(inner.clone()))
+        contender("JwtLayer, renewing", TWO_HEADERS, JwtLayer::new(jwts(), keys()).layer(client))
             .at_most(1.1, None),
         contender(
             "JwtLayer beside ApiKeyLayer",
             TWO_HEADERS,
-            JwtLayer::beside_api_key(jwt()).layer(ApiKeyLayer::beside_jwt(key()).layer(inner)),
+            JwtLayer::beside_api_key(jwt()).layer(ApiKeyLayer::beside_jwt(key()).layer(client)),
         )
         .of_ours(),
         contender(

@@ -1,7 +1,6 @@
 //! An issuer of tokens that takes its time, and what programs wait for it with where they do not have this crate.
 
 use std::{
-    convert::Infallible,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -99,12 +98,12 @@ impl Held {
 
 /// Tower's idea of a client that can be called from many tasks.
 pub trait Client:
-    Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static
+    Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + Send + 'static
 {
 }
 
 impl<S> Client for S where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
+    S: Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send>
         + Clone
         + Send
         + 'static

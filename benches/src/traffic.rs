@@ -1,7 +1,6 @@
 //! The requests that every contender gets, and the client that answers them at once.
 
 use std::{
-    convert::Infallible,
     future::{Ready, ready},
     hint::black_box,
     pin::pin,
@@ -12,6 +11,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Request, Response};
 use http_body_util::Full;
 use tower::Service;
+use tower_selam::BoxError;
 
 pub const KEY: &str = "sk-selam-0123456789abcdef0123456789abcdef";
 /// `{"alg":"ES256","typ":"JWT"}`, claims of an issuer, a user and an id, and what stands for a signature. When it expires is
@@ -55,8 +55,8 @@ pub fn request_of_owned() -> Request<Body> {
     Request::from_parts(head, Body::from(QUESTION.as_bytes().to_vec()))
 }
 
-/// The bare service. The compiler does not see that it looks at nothing.
-pub fn client(request: Request<Body>) -> Ready<Result<Response<Body>, Infallible>> {
+/// The bare service, whose error is Tower's. The compiler does not see that it looks at nothing.
+pub fn client(request: Request<Body>) -> Ready<Result<Response<Body>, BoxError>> {
     ready(Ok(Response::new(black_box(request).into_body())))
 }
 

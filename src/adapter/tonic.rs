@@ -157,12 +157,12 @@ use tower_service::Service;
 
 use crate::{
     AuthError, AuthErrorKind, BoxError, ConfigError, Credentials, SelamLayer,
-    auth_error::{Bounds, Inspect, Stopped},
+    auth_error::{Bounds, Inspect, Read},
     authorize::{self, Authorize, Policy, Sent, Undecided},
     bounds::CloneClient,
     error::{Redactor, grpc_message},
     event,
-    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying},
+    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying, Stopped},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -312,16 +312,12 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let response =
-            ready!(self.project().inspect.poll(cx)).map_err(|stopped| match stopped.flatten() {
-                Stopped::Failed(status) => status,
-                Stopped::Refused(read) => {
-                    let http::response::Parts { headers, extensions, .. } = &read.collect.parts;
-                    let (headers, sent) =
-                        (headers.clone(), extensions.get::<Sent>().cloned().map(Sent::joined));
-                    refused(read.into_error(), headers, sent.as_ref())
-                }
-            })?;
+        let refuse = |read| Err(Stopped::Refused(read));
+        let polled = self.project().inspect.poll_or(cx, |response| response, refuse);
+        let response = ready!(polled).map_err(|stopped| match stopped {
+            Stopped::Failed(status) => status,
+            Stopped::Refused(read) => refused_in_head(*read),
+        })?;
         let (mut parts, body) = response.into_parts();
         parts.extensions.remove::<Undecided>();
         let sent = parts.extensions.remove::<Sent>();
@@ -407,6 +403,16 @@ fn refusal(headers: &HeaderMap) -> Option<StatusCode> {
         Code::PermissionDenied => Some(StatusCode::FORBIDDEN),
         _ => None,
     }
+}
+
+#[cold]
+fn refused_in_head<B>(read: Read<B>) -> Status
+where
+    B: http_body::Body<Error: Into<BoxError>>,
+{
+    let http::response::Parts { headers, extensions, .. } = &read.collect.parts;
+    let (headers, sent) = (headers.clone(), extensions.get::<Sent>().cloned().map(Sent::joined));
+    refused(read.into_error(), headers, sent.as_ref())
 }
 
 #[cold]

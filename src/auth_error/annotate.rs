@@ -2,7 +2,7 @@ use std::{
     collections::VecDeque,
     fmt,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::{Buf, Bytes};
@@ -11,7 +11,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::collect::{Bounds, End, Inspect, Stopped};
+use super::collect::{Bounds, End, Inspect};
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -67,12 +67,8 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let read = match ready!(self.project().inspect.poll(cx)) {
-            Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
-            Err(Stopped::Failed(error)) => return Poll::Ready(Err(error)),
-            Err(Stopped::Refused(read)) => read,
-        };
-        Poll::Ready(Ok(read.into_annotated()))
+        let pass = |response: Response<B>| response.map(InspectedBody::unread);
+        self.project().inspect.poll_or(cx, pass, |read| Ok(read.into_annotated()))
     }
 }
 

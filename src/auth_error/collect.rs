@@ -57,23 +57,6 @@ pin_project! {
     }
 }
 
-/// What comes instead of a response that passes: one type of response on the way of all that do, so that none is moved into
-/// another.
-pub(crate) enum Stopped<E, B: Body> {
-    Failed(E),
-    Refused(Box<Read<B>>),
-}
-
-impl<E, B: Body> Stopped<Stopped<E, B>, B> {
-    /// Where one who reads refusals stands around another.
-    pub(crate) fn flatten(self) -> Stopped<E, B> {
-        match self {
-            Self::Failed(stopped) => stopped,
-            Self::Refused(read) => Stopped::Refused(read),
-        }
-    }
-}
-
 /// A 401 or 403 whose body was read.
 pub(crate) struct Read<B: Body> {
     pub(crate) collect: Collect<B>,
@@ -87,45 +70,48 @@ impl<F, B> Inspect<F, B> {
     }
 }
 
-impl<F, B, E> Future for Inspect<F, B>
+impl<F, B, E> Inspect<F, B>
 where
     F: Future<Output = Result<Response<B>, E>>,
     B: Body,
 {
-    type Output = Result<Response<B>, Stopped<E, B>>;
-
+    /// Polls for the response: one that is no 401 or 403 is passed, and what one is made of is for `refuse` to say.
     #[inline]
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let StateProj::Response { response, .. } = self.as_mut().project().state.project() else {
-            return self.poll_body(cx);
-        };
-        match response.poll(cx).map_err(Stopped::Failed) {
-            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => self.read(response, cx),
-            polled => polled,
+    pub(crate) fn poll_or<T>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pass: impl FnOnce(Response<B>) -> T,
+        refuse: impl FnOnce(Box<Read<B>>) -> Result<T, E>,
+    ) -> Poll<Result<T, E>> {
+        if let StateProj::Response { response, .. } = self.as_mut().project().state.project() {
+            match response.poll(cx) {
+                Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
+                    self.as_mut().begin(response);
+                }
+                polled => return polled.map_ok(pass),
+            }
         }
+        self.poll_read(cx).map(refuse)
     }
 }
 
-type Polled<E, B> = Poll<Result<Response<B>, Stopped<E, B>>>;
-
 impl<F, B: Body> Inspect<F, B> {
     #[cold]
-    fn read<E>(mut self: Pin<&mut Self>, response: Response<B>, cx: &mut Context<'_>) -> Polled<E, B> {
-        let mut state = self.as_mut().project().state;
+    fn begin(self: Pin<&mut Self>, response: Response<B>) {
+        let mut state = self.project().state;
         if let StateProj::Response { bounds, .. } = state.as_mut().project() {
             let collect = Some(Collect::new(response, *bounds));
             state.set(State::Body { collect });
         }
-        self.poll_body(cx)
     }
 
     #[cold]
-    fn poll_body<E>(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<E, B> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Box<Read<B>>> {
         let StateProj::Body { collect } = self.project().state.project() else { return Poll::Pending };
         let Some(reading) = collect else { return Poll::Pending };
         let end = ready!(reading.poll(cx));
         match collect.take() {
-            Some(collect) => Poll::Ready(Err(Stopped::Refused(Box::new(Read { collect: *collect, end })))),
+            Some(collect) => Poll::Ready(Box::new(Read { collect: *collect, end })),
             None => Poll::Pending,
         }
     }

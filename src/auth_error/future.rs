@@ -8,7 +8,7 @@ use http::Response;
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::collect::{Bounds, Inspect, Stopped};
+use super::collect::{Bounds, Inspect};
 use crate::{BoxError, bounds::AuthErrorRoom};
 
 pin_project! {
@@ -38,10 +38,7 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().inspect.poll(cx).map_err(|stopped| match stopped {
-            Stopped::Failed(error) => error,
-            Stopped::Refused(read) => read.into_error().into(),
-        })
+        self.project().inspect.poll_or(cx, |response| response, |read| Err(read.into_error().into()))
     }
 }
 

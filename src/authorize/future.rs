@@ -93,20 +93,31 @@ where
     type Output = Result<S::Response, S::Error>;
 
     #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.as_mut().project().state;
+        let StateProj::Sent { response, credentials } = state.as_mut().project() else {
+            return self.poll_later(cx);
+        };
+        match response.poll(cx) {
+            Poll::Ready(Ok(response)) if is_remembered(&response) => {
+                Poll::Ready(Ok(remember(response, credentials.take())))
+            }
+            polled => polled,
+        }
+    }
+}
+
+impl<S, ReqBody, ResBody> ResponseFuture<S::Future, S, ReqBody>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>>,
+    S::Error: AuthErrorRoom,
+{
+    #[cold]
+    fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
         loop {
+            let mut state = self.as_mut().project().state;
             match state.as_mut().project() {
-                StateProj::Sent { response, credentials } => {
-                    let mut polled = response.poll(cx);
-                    if let Poll::Ready(Ok(response)) = &mut polled
-                        && is_remembered(response)
-                        && let Some(credentials) = credentials.take()
-                    {
-                        remember(response, credentials);
-                    }
-                    return polled;
-                }
+                StateProj::Sent { .. } => return self.poll(cx),
                 StateProj::Credentials { later, waiting } => {
                     let credentials = Some(ready!(waiting.as_mut().poll(cx)).inspect_err(event::not_sent)?);
                     let later = later.take();
@@ -138,12 +149,14 @@ pub(crate) fn is_remembered<B>(response: &Response<B>) -> bool {
 
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.
 #[cold]
-fn remember<B>(response: &mut Response<B>, credentials: Credentials) {
+fn remember<B>(mut response: Response<B>, credentials: Option<Credentials>) -> Response<B> {
+    let Some(credentials) = credentials else { return response };
     let sent = match response.extensions_mut().remove::<Sent>() {
         Some(inner) => Sent { beside: Some(credentials), ..inner },
         None => Sent { credentials, beside: None },
     };
     response.extensions_mut().insert(sent);
+    response
 }
 
 impl<F, S, B> fmt::Debug for ResponseFuture<F, S, B> {

@@ -16,7 +16,7 @@ use std::{
 };
 
 use tokio::{
-    runtime::{self, Handle as Timers},
+    runtime::{self, Handle as Timers, RuntimeFlavor},
     sync::watch,
     time::{sleep, timeout},
 };
@@ -64,19 +64,23 @@ struct State<C> {
 /// The renewal that is running.
 struct Flight {
     landed: Landing,
+    /// For when it is given up: its task may not end.
+    land: Sender,
     task: Arc<OnceLock<AbortHandle>>,
 }
 
 /// A renewal that is running, for those who wait for it.
 #[derive(Clone)]
-pub(crate) struct Landing {
+pub(crate) struct Landing(Arc<Waited>);
+
+struct Waited {
     /// How it ended: nothing while it runs.
     told: watch::Receiver<Option<Result<(), AuthError>>>,
     /// It has ended by itself after this time, if its runtime is driven.
     limit: Duration,
     runtime: Option<runtime::Id>,
     engine: usize,
-    abandon: Arc<dyn Fn() + Send + Sync>,
+    abandon: Box<dyn Fn() + Send + Sync>,
 }
 
 /// What a caller has to do.
@@ -167,7 +171,7 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
         self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
@@ -207,7 +211,7 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Sender::new(None)));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
         self.publish(&state, now);
         let landed = match rejection {
             Rejection::Renewing if !is_renewed_by_this_task(self.address()) => {
@@ -241,21 +245,24 @@ impl<C: Credential> Shared<C> {
     fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
         let (engine, id) = (Arc::downgrade(self), start.id);
-        let abandon = Arc::new(move || {
+        let abandon = Box::new(move || {
             if let Some(engine) = engine.upgrade() {
                 engine.abandon(id);
             }
         });
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
         let (told, engine) = (land.subscribe(), self.address());
-        let landed = Landing { told, limit: self.policy.timeout, runtime, engine, abandon };
-        state.flight = Some(Box::new(Flight { landed, task: Arc::clone(&task) }));
-        Takeoff { start, land, task }
+        let limit = self.policy.timeout;
+        let landed = Landing(Arc::new(Waited { told, limit, runtime, engine, abandon }));
+        let takeoff =
+            Takeoff { start, land: Arc::clone(&land), task: Arc::clone(&task), landed: landed.clone() };
+        state.flight = Some(Box::new(Flight { landed, land, task }));
+        takeoff
     }
 
     /// Starts the renewal's task; without the lock, as a runtime that is shutting down drops it at once.
     fn take_off(self: &Arc<Self>, takeoff: Takeoff<C>) {
-        let Takeoff { start: Start { id, reason }, land, task } = takeoff;
+        let Takeoff { start: Start { id, reason }, land, task, landed } = takeoff;
         let end = End { engine: Arc::downgrade(self), id, land: Some(land) };
         let Ok(runtime) = Handle::try_current() else {
             return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
@@ -268,6 +275,14 @@ impl<C: Credential> Shared<C> {
         };
         let spawned = runtime.spawn(RENEWING.scope(Arc::new(renewals), renewal));
         let _ = task.set(spawned.abort_handle());
+        // A source that blocks its thread blocks its own time limit; there are others to look at the time.
+        if let Ok(timers) = Timers::try_current()
+            && timers.runtime_flavor() != RuntimeFlavor::CurrentThread
+        {
+            timers.spawn(async move {
+                let _ = ended(&landed.0, true).await;
+            });
+        }
     }
 
     /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
@@ -341,7 +356,9 @@ impl<C: Credential> Shared<C> {
         if let Some(ended) = ended {
             self.tell(&ended);
         }
-        if let Some(task) = flight.as_ref().and_then(|flight| flight.task.get()) {
+        let Some(flight) = flight else { return };
+        flight.land.send_replace(Some(Ok(())));
+        if let Some(task) = flight.task.get() {
             task.abort();
         }
     }
@@ -425,12 +442,13 @@ impl<C: Credential> Ended<C> {
     }
 }
 
-type Sender = watch::Sender<Option<Result<(), AuthError>>>;
+type Sender = Arc<watch::Sender<Option<Result<(), AuthError>>>>;
 
 struct Takeoff<C> {
     start: Start<C>,
     land: Sender,
     task: Arc<OnceLock<AbortHandle>>,
+    landed: Landing,
 }
 
 /// Sees to it that a renewal ends, also when its task is dropped.
@@ -461,23 +479,30 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Landing { mut told, limit, runtime, engine, abandon } = landing;
+    let Waited { runtime, engine, .. } = &*landing.0;
     // Another task may have asked for the one that waits.
-    if is_renewed_by_this_task(engine) {
+    if is_renewed_by_this_task(*engine) {
         return Err(own_source());
     }
+    // Whoever drives the runtime of both drives the renewal too.
+    let other = Timers::try_current().is_ok_and(|own| Some(own.id()) != *runtime);
+    ended(&landing.0, other).await
+}
+
+/// The end of a renewal; with a look at the time, at which it is given up.
+async fn ended(landing: &Waited, timed: bool) -> Result<(), AuthError> {
+    let Waited { told, limit, abandon, .. } = landing;
+    let mut told = told.clone();
     let ended = async {
         match told.wait_for(Option::is_some).await {
             Ok(result) => result.clone().unwrap_or(Ok(())),
             Err(_) => Ok(()),
         }
     };
-    let other = Timers::try_current().ok().filter(|own| Some(own.id()) != runtime);
     // There is no asking a runtime whether it has timers.
-    let timer = |_| catch_unwind(|| sleep(limit.saturating_add(MARGIN))).ok();
-    // Whoever drives the runtime of both drives the renewal too.
-    let Some(timer) = other.and_then(timer) else { return ended.await };
-    let (mut timer, mut ended) = (Box::pin(timer), pin!(ended));
+    let timer = || catch_unwind(|| Box::pin(sleep(limit.saturating_add(MARGIN)))).ok();
+    let Some(mut timer) = timed.then(timer).flatten() else { return ended.await };
+    let mut ended = pin!(ended);
     poll_fn(|cx| match ended.as_mut().poll(cx) {
         Poll::Pending => timer.as_mut().poll(cx).map(|()| {
             abandon();

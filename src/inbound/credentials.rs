@@ -30,7 +30,8 @@ const SEPARATORS: [char; 2] = ['&', ';'];
 ///
 /// However often they come, and however a server might spell them: header names with `_` for `-`; parameters in any case,
 /// percent-encoded, as `token[]`, with `-` or `.` for `_`, or after a `;`. The rest of the query stays byte for byte as it
-/// was. Bodies and trailers are not looked at.
+/// was. Bodies are not looked at, nor the trailers in them: [`strip_trailers`](StripCredentialsLayer::strip_trailers) is for
+/// those.
 ///
 /// Extensions stay, a [`RequestAuth`](crate::RequestAuth) among them: no caller can send one.
 ///
@@ -82,6 +83,24 @@ impl StripCredentialsLayer {
     pub fn with_query_parameter(mut self, name: impl Into<String>) -> Self {
         Arc::make_mut(&mut self.0).parameters.push(name.into());
         self
+    }
+
+    /// Takes off trailers what the layer takes off headers: some servers read both as one. They come with the body, which
+    /// the layer leaves to you.
+    ///
+    /// ```
+    /// use http::{HeaderMap, HeaderValue};
+    /// use tower_selam::inbound::StripCredentialsLayer;
+    ///
+    /// let mut trailers = HeaderMap::new();
+    /// trailers.insert("x-api-key", HeaderValue::from_static("the-callers-own"));
+    /// trailers.insert("x-checksum", HeaderValue::from_static("1"));
+    /// StripCredentialsLayer::new().strip_trailers(&mut trailers);
+    /// assert_eq!(trailers.len(), 1);
+    /// assert_eq!(trailers["x-checksum"], "1");
+    /// ```
+    pub fn strip_trailers(&self, trailers: &mut HeaderMap) {
+        self.0.strip_headers(trailers);
     }
 }
 

@@ -16,13 +16,17 @@ const KEPT: usize = 32;
 const KEPT_HEADERS: usize = 64;
 const KEPT_TEXT: usize = 8 * 1024;
 
+/// What a usual head has room in.
+const USUAL_HEADERS: usize = 8;
+const USUAL_TEXT: usize = 256;
+
 thread_local! {
     #[expect(clippy::vec_box, reason = "the boxes are what is used again")]
     static SPARE: Cell<Vec<Box<Head>>> = const { Cell::new(Vec::new()) };
 }
 
 /// The head of a request.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Head {
     method: Method,
     scheme: Option<Scheme>,
@@ -37,7 +41,6 @@ struct Head {
 }
 
 /// A header, by how long it is in the text.
-#[derive(Debug)]
 struct Field {
     name: usize,
     /// `None` when it is sensitive.
@@ -45,12 +48,11 @@ struct Field {
 }
 
 /// A copied head. Goes back to where it came from when it is dropped.
-#[derive(Debug)]
 pub(super) struct HeadCopy(Option<Box<Head>>);
 
 impl HeadCopy {
     pub(super) fn of<B>(request: &Request<B>) -> Self {
-        let mut head = take().unwrap_or_default();
+        let mut head = take().unwrap_or_else(Head::empty);
         head.copy(request);
         Self(Some(head))
     }
@@ -90,6 +92,12 @@ impl HeadCopy {
 }
 
 impl Head {
+    #[cold]
+    fn empty() -> Box<Self> {
+        let (text, fields) = (Vec::with_capacity(USUAL_TEXT), Vec::with_capacity(USUAL_HEADERS));
+        Box::new(Self { text, fields, ..Self::default() })
+    }
+
     #[inline]
     fn copy<B>(&mut self, request: &Request<B>) {
         self.method.clone_from(request.method());
@@ -120,6 +128,8 @@ impl Head {
     }
 
     fn clear(&mut self) {
+        // A caller's own secrets may be among it, and it lies there until it is used again.
+        self.text.fill(0);
         self.text.clear();
         self.fields.clear();
         if !self.sensitive.is_empty() {

@@ -13,7 +13,7 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody, Read, Stopped, Timer},
+    auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
     authorize::{Sent, is_remembered},
     bounds::CloneClient,
     engine::{Landing, Rejection, wait},
@@ -81,6 +81,12 @@ pin_project! {
         state: State<F, S, R::Body, ResBody>,
         again: Again<S, R, ReqBody>,
     }
+}
+
+/// What comes of [`Replaying`] instead of a response that passes: a 401 that goes up has been read.
+pub(crate) enum Stopped<E, B: Body> {
+    Failed(E),
+    Refused(Box<Read<B>>),
 }
 
 /// What it takes to send a request again.
@@ -333,9 +339,10 @@ impl Blamed {
     }
 }
 
-/// Whether the credentials were good: a server that fails may not have looked at them.
+/// Whether the credentials were good. A server that fails, limits or redirects may not have looked at them.
 fn is_accepted<B>(response: &Response<B>) -> bool {
-    !is_remembered(response) && !response.status().is_server_error()
+    let status = response.status();
+    !is_remembered(response) && (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
 }
 
 fn renews(sent: &Credentials) -> bool {

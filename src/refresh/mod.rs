@@ -68,7 +68,7 @@ mod service;
 
 #[cfg(feature = "tonic")]
 pub(crate) use self::future::Blamed;
-pub(crate) use self::future::{Again, Replaying};
+pub(crate) use self::future::{Again, Replaying, Stopped};
 pub use self::{
     future::ResponseFuture,
     layer::RefreshLayer,

@@ -249,6 +249,10 @@ impl<B: Body> Body for ReplayBody<B> {
             }
             None => {
                 self.rest = None;
+                // All of it was sent, whoever holds on to this.
+                if let Some(kept) = self.kept.take() {
+                    settle(&kept, |frames| Kept::Done { frames, rest: None });
+                }
                 return Poll::Ready(None);
             }
         };

@@ -17,9 +17,9 @@ use super::{
 };
 use crate::{
     BaseUrl, Error,
-    auth_error::{Bounds, InspectedBody, Stopped},
+    auth_error::{Bounds, InspectedBody},
     bounds::CloneClient,
-    refresh::{CloneBody, Replay},
+    refresh::{CloneBody, Replay, Stopped},
 };
 
 /// The ready-made stack for proxies: a 401 or 403 of the API passes as it came, with the [`AuthError`] in its

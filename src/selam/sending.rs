@@ -13,10 +13,10 @@ use tower_service::Service;
 
 use crate::{
     Credentials, Error,
-    auth_error::{Bounds, Inspect, Stopped},
+    auth_error::{Bounds, Inspect},
     authorize::{self, Authorize, is_remembered},
     bounds::CloneClient,
-    refresh::{Again, Refresh, Replay, Replaying},
+    refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
 
 /// All but the layer that reads errors.
@@ -54,6 +54,8 @@ type Layers<F, S, R, ReqBody, ResBody> = Inspect<
     >,
     ResBody,
 >;
+
+type Polled<B, E> = Poll<Result<Response<B>, Stopped<Error<E>, B>>>;
 
 type Authorized<F, S, ReqBody, ResBody> =
     authorize::ResponseFuture<WrapErrorFuture<F, ResBody>, WrapError<S>, ReqBody>;
@@ -119,12 +121,11 @@ where
     }
 
     #[cold]
-    fn poll_layers(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Result<Response<ResBody>, Stopped<Error<S::Error>, ResBody>>> {
+    fn poll_layers(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
         match self.project() {
-            SendingProj::Layers { layers } => layers.as_mut().poll(cx).map_err(Stopped::flatten),
+            SendingProj::Layers { layers } => {
+                layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
+            }
             SendingProj::Client { .. } => Poll::Pending,
         }
     }

@@ -13,9 +13,9 @@ use tower_service::Service;
 use super::sending::{Sending, Stack};
 use crate::{
     BoxError, Error,
-    auth_error::{Bounds, Stopped},
+    auth_error::Bounds,
     bounds::CloneClient,
-    refresh::{CloneBody, Replay},
+    refresh::{CloneBody, Replay, Stopped},
 };
 
 /// Sends authenticated requests. Made by [`SelamLayer`](super::SelamLayer); see the [module docs](super).

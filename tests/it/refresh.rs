@@ -233,24 +233,26 @@ async fn j5_rotations_however_quick_are_not_limited_while_the_new_ones_are_accep
 }
 
 #[tokio::test(start_paused = true)]
-async fn j5_a_server_that_fails_has_accepted_nothing() {
-    let (jwts, asked) = counting();
-    let api = Api::accepting("none of them", INVALID_TOKEN);
-    let (refusing, seen) = (api.service(), Arc::new(AtomicUsize::new(0)));
-    // Every second send meets a server that is down.
-    let flaky = service_fn(move |request: Request<Body>| {
-        let (refusing, down) = (refusing.clone(), seen.fetch_add(1, SeqCst) % 2 == 1);
-        async move {
-            match down {
-                true => Ok(Response::builder().status(503).body(Body::default())?),
-                false => refusing.oneshot(request).await,
+async fn j5_a_server_that_fails_or_limits_has_accepted_nothing() {
+    for status in [503, 429, 307, 404] {
+        let (jwts, asked) = counting();
+        let api = Api::accepting("none of them", INVALID_TOKEN);
+        let (refusing, seen) = (api.service(), Arc::new(AtomicUsize::new(0)));
+        // Every second send is answered by another than the API.
+        let flaky = service_fn(move |request: Request<Body>| {
+            let (refusing, other) = (refusing.clone(), seen.fetch_add(1, SeqCst) % 2 == 1);
+            async move {
+                match other {
+                    true => Ok(Response::builder().status(status).body(Body::default())?),
+                    false => refusing.oneshot(request).await,
+                }
             }
-        }
-    });
-    let service = stack(&jwts, flaky);
-    assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::UNAUTHORIZED);
-    assert_eq!(asked.load(SeqCst), 2, "the second is too soon");
+        });
+        let service = stack(&jwts, flaky);
+        assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), status);
+        assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(asked.load(SeqCst), 2, "after {status}, the second is too soon");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -277,3 +277,30 @@ fn f4_f5_a_runtime_that_nobody_drives_holds_up_no_other() {
     });
     assert_eq!((jwts.current().unwrap().expose_secret(), asked.load(SeqCst)), ("token-1", 1));
 }
+
+/// The source's own time limit cannot come while it blocks; a second later, somebody else looks at the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn f4_a_source_that_blocks_its_thread_releases_all_who_wait() {
+    let (release, blocked) = channel::<()>();
+    let blocked = std::sync::Mutex::new(Some(blocked));
+    let source = source_fn(move |_: Reason<Token>| {
+        // The first time until it is released, and for good if it is not.
+        if let Some(blocked) = blocked.lock().unwrap().take() {
+            let _ = blocked.recv();
+        }
+        async { Ok::<_, BoxError>(Token::new("token")?) }
+    });
+    let policy = RenewalPolicy::default().with_timeout(SECOND / 100);
+    let jwts = Renewing::with_policy(source, policy);
+    let calls: Vec<_> = (0..3)
+        .map(|_| {
+            let jwts = jwts.clone();
+            tokio::spawn(async move { jwts.token().await })
+        })
+        .collect();
+    for call in calls {
+        let ended = tokio::time::timeout(60 * SECOND, call).await.expect("it was released").unwrap();
+        let _ = ended.map(|token| assert_eq!(token.expose_secret(), "token"));
+    }
+    drop(release);
+}

@@ -427,7 +427,8 @@ async fn after_a_flood_those_who_came_last_are_still_known() {
     // Room is made for one more, by those who were there for nothing else than the flood.
     advance(SECOND).await;
     send(&layer, of("new")).await.unwrap();
-    assert!((90..=101).contains(&tokens.len()), "{}", tokens.len());
+    // The cache makes some room by itself, and takes those for it who came once.
+    assert!((51..=101).contains(&tokens.len()), "{}", tokens.len());
     for user in 0..50 {
         let name = format!("flood-{user}");
         send(&layer, of(&name)).await.unwrap();

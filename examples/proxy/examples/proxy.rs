@@ -10,6 +10,7 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
+    time::Duration,
 };
 
 use example_proxy::{
@@ -20,12 +21,16 @@ use example_proxy::{
 };
 use tokio::{
     net::TcpListener,
+    runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// The exit code of bad configuration.
 const BAD_CONFIGURATION: u8 = 2;
+
+/// For what is cut off to be logged.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let arguments = std::env::args_os().skip(1);
@@ -43,8 +48,15 @@ fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
-async fn run(config: &Config) -> Result<(), Error> {
+fn run(config: &Config) -> Result<(), Error> {
+    let runtime = Runtime::new().map_err(|error| Error::new(format!("runtime: {error}")))?;
+    let done = runtime.block_on(listen(config));
+    // A file or a name server that does not answer ends when the process does.
+    runtime.shutdown_timeout(LAST_WORDS);
+    done
+}
+
+async fn listen(config: &Config) -> Result<(), Error> {
     // Nothing of other crates: some show what they send.
     let ours = Targets::new().with_target("example_proxy", config.log).with_target("tower_selam", config.log);
     let lines = fmt::layer().with_writer(io::stderr).with_ansi(false).with_target(false);
@@ -53,11 +65,11 @@ async fn run(config: &Config) -> Result<(), Error> {
     let counts = metrics::install()?;
     let ending = Ending::default();
     let app = router(config, counts, ending.clone())?;
-    let listen = |error: io::Error| Error::of_flag("--listen", format!("{}: {error}", config.listen));
-    let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+    let wrong = |error: io::Error| Error::of_flag("--listen", format!("{}: {error}", config.listen));
+    let listener = TcpListener::bind(config.listen).await.map_err(wrong)?;
     let mut signals = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
     let mut again = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
-    say(&format!("listening on http://{}\n", listener.local_addr().map_err(listen)?))?;
+    say(&format!("listening on http://{}\n", listener.local_addr().map_err(wrong)?))?;
 
     let impatient = async {
         again.next().await;

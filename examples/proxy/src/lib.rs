@@ -24,5 +24,6 @@ pub mod proxy;
 pub mod reply;
 pub mod rules;
 pub mod server;
+pub mod trailers;
 pub mod upstream;
 pub mod usage;

@@ -17,7 +17,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::time::{self, Duration, Instant};
-use tower_selam::RateLimit;
+use tower_selam::{RateLimit, telemetry};
 
 use crate::{callers::Name, config, reply::Refusal};
 
@@ -51,6 +51,7 @@ pub fn install() -> Result<Metrics, config::Error> {
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
 
+    telemetry::describe_metrics();
     describe_counter!(
         REQUESTS,
         "Requests, by the class of the status that the caller got, and whose answer it was"

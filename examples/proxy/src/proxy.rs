@@ -36,6 +36,7 @@ use crate::{
     reply::Refusal,
     rules::{self, BadPath, Rule},
     server::Ending,
+    trailers,
     upstream::{self, Upstream, Versions},
 };
 
@@ -83,7 +84,7 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 ///
 /// When something in the configuration is no good.
 pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Router, config::Error> {
-    let tls = upstream::tls(config.ca.as_deref())?;
+    let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
     // Where tokens come from is asked on its own.
     let token_client = upstream::client(&tls);
     let layer = config.layer(SelamLayer::builder().with_token_client(token_client))?;
@@ -126,11 +127,13 @@ fn stacks(
         ),
     };
     let (base, via) = (layer.base_url().clone(), Arc::clone(via));
+    let credentials = StripCredentialsLayer::new();
     let outside = ServiceBuilder::new()
         .map_response(|response: axum::http::Response<_>| response.map(Body::new))
         // Off goes what was meant for this connection, and whatever the caller sent of credentials.
         .layer(StripHopByHopLayer::new())
-        .layer(StripCredentialsLayer::new())
+        .layer(credentials.clone())
+        .map_request(move |request: Request| request.map(|body| trailers::strip(body, &credentials)))
         // JWT and key, or the key alone, by the path that the caller asked for.
         .option_layer(choose)
         // From here on the URI is the API's.
@@ -216,7 +219,11 @@ impl Proxy {
         // An offer of another protocol, which nobody has to take up.
         request.headers_mut().remove(UPGRADE);
         let request = upstream::await_continue(request);
-        let response = self.send(self.stack.clone(), request).await;
+        let mut response = self.send(self.stack.clone(), request).await;
+        // The answer to something that was not asked is none.
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            response = Refusal::NoUpstream.into_response();
+        }
         watch.answered(response)
     }
 

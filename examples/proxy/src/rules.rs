@@ -149,6 +149,10 @@ pub fn allow(rules: &[Rule], method: &Method, path: &str) -> bool {
 /// What is wrong with it.
 pub fn check_prefix(prefix: &str) -> Result<(), String> {
     match check(prefix) {
+        // As `--allow` has it; no path would begin so.
+        Ok(_) if prefix.contains('*') => {
+            Err(format!("{prefix:?} has a *, and what is below a path is meant without"))
+        }
         Ok(_) => Ok(()),
         Err(BadPath::Elsewhere) => {
             Err(format!("{prefix:?} is not below /v1, where all is that can be called"))

@@ -135,12 +135,14 @@ async fn connection(stream: TcpStream, app: Router, mut busy: Busy) {
 /// Waits until it is plain which version of HTTP the caller speaks: hyper-util does so without a timeout.
 async fn begin(stream: &TcpStream) -> io::Result<()> {
     let mut seen = [0; PREFACE.len()];
+    let mut pause = Duration::from_millis(10);
     loop {
         let length = stream.peek(&mut seen).await?;
         if length == 0 || length == PREFACE.len() || !PREFACE.starts_with(&seen[..length]) {
             return Ok(());
         }
-        // The rest of the preface is still on its way.
-        time::sleep(Duration::from_millis(10)).await;
+        // The rest of the preface is still on its way; who sends it piece by piece is asked ever less often.
+        time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
     }
 }

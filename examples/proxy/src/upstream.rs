@@ -59,8 +59,8 @@ type Connector = BoxCloneSyncService<Uri, MaybeHttpsStream<TokioIo<TcpStream>>, 
 ///
 /// # Errors
 ///
-/// When the file holds no certificates, or there is nobody to trust.
-pub fn tls(ca: Option<&Path>) -> Result<ClientConfig, config::Error> {
+/// When the file holds no certificates; or there is nobody to trust, unless there is no `need` to.
+pub fn tls(ca: Option<&Path>, need: bool) -> Result<ClientConfig, config::Error> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = ca {
@@ -79,7 +79,7 @@ pub fn tls(ca: Option<&Path>) -> Result<ClientConfig, config::Error> {
             return Err(wrong(&"holds no certificate in PEM"));
         }
     }
-    if roots.is_empty() {
+    if need && roots.is_empty() {
         return Err(config::Error::new("this system trusts no certificate authority: name one by --ca FILE"));
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -172,10 +172,14 @@ impl Service<Request<Sent>> for Upstream {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Sent>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Sent>) -> Self::Future {
         let Lane { client, taken } = self.lane();
+        let expecting = request.extensions_mut().remove::<Expecting>();
         Box::pin(async move {
             let response = client.request(request).await?;
+            if let Some(expecting) = expecting {
+                expecting.hear(Heard::Answer);
+            }
             Ok(response.map(|body| Answer { body, _taken: taken }))
         })
     }
@@ -214,23 +218,52 @@ pub fn await_continue(request: Request<Body>) -> Request<Body> {
     if !expects_continue(request.headers()) || request.body().is_end_stream() {
         return request;
     }
-    let (said, mut heard) = watch::channel(false);
+    let (said, mut heard) = watch::channel(Heard::Nothing);
+    let expecting = Expecting(Arc::new(said));
     let mut request = request.map(|body| {
         let wait = async move {
-            match time::timeout(CONTINUE_TIMEOUT, heard.wait_for(|said| *said)).await {
-                Ok(Ok(_)) | Err(_) => Wanted::Yes,
-                // Nobody listens for it any more.
-                Ok(Err(_)) => Wanted::No,
+            match time::timeout(CONTINUE_TIMEOUT, heard.wait_for(|heard| *heard != Heard::Nothing)).await {
+                Ok(Ok(heard)) if *heard == Heard::Continue => Wanted::Yes,
+                Err(_) => Wanted::Yes,
+                // It was answered, or nobody waits for an answer any more.
+                Ok(_) => Wanted::No,
             }
         };
         Body::new(Waiting::For { wanted: Box::pin(wait), body: Some(body) })
     });
+    request.extensions_mut().insert(expecting.clone());
+    // Over HTTP/2 nobody calls this, and it is dropped when the head is sent.
     hyper::ext::on_informational(&mut request, move |response| {
         if response.status() == StatusCode::CONTINUE {
-            said.send_replace(true);
+            expecting.hear(Heard::Continue);
         }
     });
     request
+}
+
+/// What the API has said to a request whose body waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Nothing,
+    Continue,
+    Answer,
+}
+
+/// In the extensions of a request whose body waits: where to tell it what the API says.
+#[derive(Clone, Debug)]
+struct Expecting(Arc<watch::Sender<Heard>>);
+
+impl Expecting {
+    /// What is said first counts.
+    fn hear(&self, said: Heard) {
+        self.0.send_if_modified(|heard| {
+            let first = *heard == Heard::Nothing;
+            if first {
+                *heard = said;
+            }
+            first
+        });
+    }
 }
 
 pub fn expects_continue(headers: &HeaderMap) -> bool {
@@ -325,7 +358,7 @@ mod tests {
         let simulator = Simulator::new();
         let server = Server::tls(&simulator).await.unwrap();
         let (path, key) = (ca(&server), simulator.issue_key());
-        let upstream = Upstream::new(&tls(Some(&path)).unwrap(), Versions::All);
+        let upstream = Upstream::new(&tls(Some(&path), true).unwrap(), Versions::All);
         std::fs::remove_file(path).unwrap();
 
         // hyper's server allows 200.
@@ -351,7 +384,7 @@ mod tests {
         let simulator = Simulator::new();
         let server = Server::tls(&simulator).await.unwrap();
         let (path, key) = (ca(&server), simulator.issue_key());
-        let tls = tls(Some(&path)).unwrap();
+        let tls = tls(Some(&path), true).unwrap();
         std::fs::remove_file(path).unwrap();
         let mut versions = HashMap::new();
         for wanted in [Versions::All, Versions::Http1] {
@@ -374,10 +407,10 @@ mod tests {
             ),
         ] {
             std::fs::write(&path, content).unwrap();
-            let error = tls(Some(&path)).unwrap_err().to_string();
+            let error = tls(Some(&path), true).unwrap_err().to_string();
             assert_eq!(error, format!("--ca: {}: {said}", path.display()));
         }
         std::fs::remove_file(&path).unwrap();
-        assert!(tls(Some(&path)).unwrap_err().to_string().contains("cannot be read"));
+        assert!(tls(Some(&path), true).unwrap_err().to_string().contains("cannot be read"));
     }
 }

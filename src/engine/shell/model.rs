@@ -217,11 +217,11 @@ impl Waiter {
     /// After all has landed: they waited for one landing, and were woken by it.
     fn check(waiters: [Option<Self>; 2]) -> [Waited; 2] {
         if let [Some(one), Some(other)] = &waiters {
-            assert!(one.landed.told.same_channel(&other.landed.told));
+            assert!(one.landed.0.told.same_channel(&other.landed.0.told));
         }
         waiters.map(|waiter| {
             let Some(waiter) = waiter else { return Not };
-            assert!(matches!(*waiter.landed.told.borrow(), Some(Ok(()))));
+            assert!(matches!(*waiter.landed.0.told.borrow(), Some(Ok(()))));
             assert!(waiter.waits.is_none() || waiter.woken.0.load(Ordering::Acquire));
             if waiter.waits.is_some() { ForLanding } else { Landed }
         })
@@ -298,7 +298,7 @@ fn f6_the_last_handle_may_go_at_any_moment_of_a_renewal() {
         assert_eq!(Arc::strong_count(&script), 1, "something is left of the engine");
         let waiter = Waiter::new(landed);
         assert!(waiter.waits.is_none());
-        (script.asked(), waiter.landed.told.borrow().is_some())
+        (script.asked(), waiter.landed.0.told.borrow().is_some())
     });
     assert_eq!(outcomes, [(0, false), (1, false), (1, true)].into());
 }

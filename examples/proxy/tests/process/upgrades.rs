@@ -1,0 +1,217 @@
+//! Connections that become something else: WebSockets.
+
+use std::time::Duration;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
+
+use crate::support::{
+    Launch, Protocol, Proxy, Stream, Tls, raw, read_head, read_to_end, response_head, secret, soon,
+    unguessable,
+};
+
+const SWITCHED: &[u8] =
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade, X-Hop\r\nUpgrade: echo/2\r\nX-Hop: end\r\n\
+      Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nX-Kept: 1\r\n\r\n";
+
+fn handshake(more: &str) -> String {
+    format!(
+        "GET /v1/audio/live?voice=x HTTP/1.1\r\nHost: the.proxy\r\nConnection: X-Mine, Upgrade\r\nUpgrade: echo/2\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Mine: hop\r\nX-Api-Key: theirs\r\n{more}\r\n"
+    )
+}
+
+/// Both ends of a connection that was upgraded.
+async fn upgraded(proxy: &Proxy, api: &Stream) -> (TcpStream, Tls) {
+    let mut caller = raw(proxy).await;
+    caller.write_all(handshake("").as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    read_head(&mut connection).await;
+    connection.write_all(SWITCHED).await.unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 101 "));
+    (caller, connection)
+}
+
+async fn expect(stream: &mut (impl tokio::io::AsyncRead + Unpin), said: &[u8]) {
+    let mut heard = vec![0; said.len()];
+    soon(stream.read_exact(&mut heard)).await.unwrap();
+    assert_eq!(heard, said);
+}
+
+#[tokio::test]
+async fn the_handshake_passes_with_our_credentials_and_its_answer_comes_back() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let key = secret(format!("sk-selam-{}", unguessable()));
+    let proxy = Launch::toward(&api).env("SELAM_API_KEY", &key).start().await;
+    let mut caller = raw(&proxy).await;
+    caller.write_all(handshake("").as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    let head = read_head(&mut connection).await.to_ascii_lowercase();
+    for line in [
+        "get /v1/audio/live?voice=x http/1.1\r\n",
+        "\r\nconnection: upgrade\r\n",
+        "\r\nupgrade: echo/2\r\n",
+        "\r\nsec-websocket-key: dghlihnhbxbszsbub25jzq==\r\n",
+        &format!("\r\nauthorization: bearer {key}\r\n"),
+    ] {
+        assert!(head.contains(line), "{line:?} is not in {head}");
+    }
+    assert!(!head.contains("theirs") && !head.contains("hop"), "{head}");
+
+    connection.write_all(SWITCHED).await.unwrap();
+    let head = response_head(&mut caller).await.to_ascii_lowercase();
+    for line in [
+        "\r\nconnection: upgrade\r\n",
+        "\r\nupgrade: echo/2\r\n",
+        "\r\nx-kept: 1\r\n",
+        "\r\nsec-websocket-accept: ",
+    ] {
+        assert!(head.contains(line), "{line:?} is not in {head}");
+    }
+    assert!(!head.contains("x-hop"), "{head}");
+}
+
+#[tokio::test]
+async fn both_sides_hear_each_other_at_once() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
+    for number in 0_u32..50 {
+        caller.write_all(&number.to_be_bytes()).await.unwrap();
+        expect(&mut connection, &number.to_be_bytes()).await;
+        connection.write_all(&[number as u8; 3]).await.unwrap();
+        expect(&mut caller, &[number as u8; 3]).await;
+    }
+    // More than any buffer between them has room for.
+    let much = vec![7; 4 * 1024 * 1024];
+    let (mut hearing, mut saying) = tokio::io::split(connection);
+    let echo = tokio::spawn(async move { tokio::io::copy(&mut hearing, &mut saying).await.map(|_| saying) });
+    let (mut hearing, mut saying) = caller.into_split();
+    let asking = tokio::spawn({
+        let much = much.clone();
+        async move { saying.write_all(&much).await.map(|()| saying) }
+    });
+    expect(&mut hearing, &much).await;
+    let saying = asking.await.unwrap().unwrap();
+    drop(saying);
+    soon(echo).await.unwrap().unwrap().shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut hearing).await, b"");
+}
+
+#[tokio::test]
+async fn either_side_may_hang_up_first_and_still_hear() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+
+    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
+    caller.write_all(b"last words").await.unwrap();
+    caller.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut connection).await, b"last words");
+    connection.write_all(b"an answer to them").await.unwrap();
+    expect(&mut caller, b"an answer to them").await;
+    connection.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut caller).await, b"");
+
+    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
+    connection.write_all(b"last words").await.unwrap();
+    connection.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut caller).await, b"last words");
+    caller.write_all(b"an answer to them").await.unwrap();
+    expect(&mut connection, b"an answer to them").await;
+    caller.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut connection).await, b"");
+}
+
+#[tokio::test]
+async fn who_is_cut_off_is_missed_on_the_other_side() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+    let (caller, mut connection) = upgraded(&proxy, &api).await;
+    // Not politely, but with a reset.
+    caller.set_zero_linger().unwrap();
+    drop(caller);
+    let mut rest = Vec::new();
+    let _ = soon(connection.read_to_end(&mut rest)).await;
+    assert_eq!(rest, b"");
+
+    let (mut caller, connection) = upgraded(&proxy, &api).await;
+    connection.get_ref().0.set_zero_linger().unwrap();
+    drop(connection);
+    let _ = soon(caller.read_to_end(&mut rest)).await;
+    assert_eq!(rest, b"");
+}
+
+#[tokio::test]
+async fn bytes_that_come_right_behind_the_heads_are_not_lost() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+    let mut caller = raw(&proxy).await;
+    caller.write_all(format!("{}early", handshake("")).as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    read_head(&mut connection).await;
+    connection.write_all(&[SWITCHED, b"at once"].concat()).await.unwrap();
+    response_head(&mut caller).await;
+    expect(&mut caller, b"at once").await;
+    expect(&mut connection, b"early").await;
+}
+
+#[tokio::test]
+async fn an_api_that_does_not_want_to_answers_as_usual() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let proxy = Launch::to(&api).start().await;
+    let mut caller = raw(&proxy).await;
+    caller.write_all(handshake("").as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    read_head(&mut connection).await;
+    let refusal = b"HTTP/1.1 426 Upgrade Required\r\nContent-Length: 2\r\nX-Kept: 1\r\n\r\nno";
+    connection.write_all(refusal).await.unwrap();
+    let head = response_head(&mut caller).await;
+    assert!(head.starts_with("HTTP/1.1 426 ") && head.contains("x-kept: 1\r\n"), "{head}");
+    expect(&mut caller, b"no").await;
+    // It is the connection that it was.
+    caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
+}
+
+#[tokio::test]
+async fn nobody_gets_a_connection_to_the_api_without_a_token() {
+    let api = Stream::listen(Protocol::Http1).await;
+    let token = secret(unguessable());
+    let proxy = Launch::to(&api).callers(&format!("web:{token}\n")).start().await;
+    let mut caller = raw(&proxy).await;
+    caller.write_all(handshake("Connection: close\r\n").as_bytes()).await.unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 401 "));
+
+    let mut caller = raw(&proxy).await;
+    let head = handshake(&format!("Authorization: Bearer {token}\r\n"));
+    caller.write_all(head.as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    assert!(!read_head(&mut connection).await.contains(&token));
+}
+
+#[tokio::test]
+async fn the_voice_agent_has_jwt_and_key_in_its_query() {
+    let simulator = Simulator::new();
+    let api = Server::tls(&simulator).await.unwrap();
+    let (key, jwt) =
+        (simulator.issue_key(), simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
+    let proxy =
+        Launch::toward(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
+    let mut caller = raw(&proxy).await;
+    let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\n\
+         Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    caller.write_all(head.as_bytes()).await.unwrap();
+    let head = response_head(&mut caller).await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    // A frame of the other protocol: text, and Engine.IO's first packet.
+    let mut frame = [0; 4];
+    soon(caller.read_exact(&mut frame)).await.unwrap();
+    assert_eq!((frame[0], &frame[2..]), (0x81, &b"0{"[..]));
+    let sent = simulator.received().pop().unwrap();
+    let query = sent.uri.query().unwrap();
+    assert!(query.contains("voice=x") && query.contains(&key) && query.contains(&jwt), "{query}");
+    assert!(!query.contains("theirs"), "{query}");
+}
