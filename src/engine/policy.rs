@@ -102,6 +102,7 @@ impl RenewalPolicy {
         self
     }
 
+    #[inline]
     pub(crate) fn now(&self) -> Time {
         self.clock.now()
     }
