@@ -71,9 +71,9 @@ struct Flight {
 
 /// A renewal that is running, for those who wait for it.
 #[derive(Clone)]
-pub(crate) struct Landing(Arc<Waited>);
+pub(crate) struct Landing(Arc<InFlight>);
 
-struct Waited {
+struct InFlight {
     /// How it ended: nothing while it runs.
     told: watch::Receiver<Option<Result<(), AuthError>>>,
     /// It has ended by itself after this time, if its runtime is driven.
@@ -253,7 +253,7 @@ impl<C: Credential> Shared<C> {
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
         let (told, engine) = (land.subscribe(), self.address());
         let limit = self.policy.timeout;
-        let landed = Landing(Arc::new(Waited { told, limit, runtime, engine, abandon }));
+        let landed = Landing(Arc::new(InFlight { told, limit, runtime, engine, abandon }));
         let takeoff =
             Takeoff { start, land: Arc::clone(&land), task: Arc::clone(&task), landed: landed.clone() };
         state.flight = Some(Box::new(Flight { landed, land, task }));
@@ -479,7 +479,7 @@ impl<C: Credential> Drop for End<C> {
 /// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
 /// drives: it would have ended by now.
 pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let Waited { runtime, engine, .. } = &*landing.0;
+    let InFlight { runtime, engine, .. } = &*landing.0;
     // Another task may have asked for the one that waits.
     if is_renewed_by_this_task(*engine) {
         return Err(own_source());
@@ -490,8 +490,8 @@ pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
 }
 
 /// The end of a renewal; with a look at the time, at which it is given up.
-async fn ended(landing: &Waited, timed: bool) -> Result<(), AuthError> {
-    let Waited { told, limit, abandon, .. } = landing;
+async fn ended(landing: &InFlight, timed: bool) -> Result<(), AuthError> {
+    let InFlight { told, limit, abandon, .. } = landing;
     let mut told = told.clone();
     let ended = async {
         match told.wait_for(Option::is_some).await {
