@@ -336,7 +336,8 @@ impl<C: Credential> Shared<C> {
         }
     }
 
-    /// Gives a renewal up that has not ended in its time: its runtime is there, and nobody drives it.
+    /// Gives a renewal up that has not ended in its time, and tells who waits: nobody drives its runtime, or its source blocks
+    /// the thread.
     fn abandon(&self, id: u64) {
         let version = self.version();
         let mut state = self.state();

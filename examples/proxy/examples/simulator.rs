@@ -2,7 +2,7 @@
 //!
 //! ```console
 //! $ cargo run --example simulator
-//! $ cargo run --example simulator -- --ca /tmp/simulator.pem    # over TLS, HTTP/2 too
+//! $ cargo run --example simulator -- --ca simulator.pem    # over TLS, HTTP/2 too
 //! ```
 //!
 //! It prints the environment to run the proxy with.
