@@ -6,9 +6,9 @@
 
 use std::{
     fmt,
-    future::pending,
     pin::Pin,
-    sync::{Arc, Weak},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Renewing, Subject, Token,
     clock::{Deadline, Time},
     credentials::Form,
-    engine::{Demand, Epoch, Landing, Rejection, wait},
+    engine::{Demand, Epoch, Landing, Rejection, Wait},
     secret::Credential,
     shards::Shards,
     subjects::Entry,
@@ -34,7 +34,6 @@ pub(crate) struct Supply {
     sources: Arc<Sources>,
     whole: Shelf,
     key_alone: Shelf,
-    this: Weak<Self>,
 }
 
 /// Where the key and the JWT of a set come from; without the JWT where each user has its own.
@@ -84,7 +83,12 @@ struct Made {
     term: Term,
 }
 
-pub(crate) type Waiting = Pin<Box<dyn Future<Output = Result<Credentials, AuthError>> + Send + Sync>>;
+/// A set that is waited for.
+pub(crate) struct Waiting {
+    need: Need,
+    whose: Whose,
+    renewals: [Option<Wait>; 2],
+}
 
 /// A set, or what to wait for.
 pub(crate) enum Supplied {
@@ -106,13 +110,8 @@ impl Supply {
         key: Option<MaybeRenewing<ApiKey>>,
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
-        Arc::new_cyclic(|this| Self {
-            form,
-            sources: Arc::new(Sources { key, jwt }),
-            whole: Shelf::empty(),
-            key_alone: Shelf::empty(),
-            this: this.clone(),
-        })
+        let sources = Arc::new(Sources { key, jwt });
+        Arc::new(Self { form, sources, whole: Shelf::empty(), key_alone: Shelf::empty() })
     }
 
     /// The set, if nothing has to be asked about it.
@@ -150,33 +149,10 @@ impl Supply {
     pub(crate) fn demand(&self, need: Need, whose: &Whose) -> Result<Supplied, AuthError> {
         Ok(match self.offer(need, whose)? {
             Offer::Ready(credentials) => Supplied::Ready(credentials),
-            Offer::Wait(landings) => Supplied::Wait(match self.this.upgrade() {
-                Some(this) => Box::pin(this.obtain(need, whose.clone(), landings)),
-                None => Box::pin(pending()),
-            }),
+            Offer::Wait(landings) => {
+                Supplied::Wait(Waiting { need, whose: whose.clone(), renewals: renewals(landings) })
+            }
         })
-    }
-
-    async fn obtain(
-        self: Arc<Self>,
-        need: Need,
-        whose: Whose,
-        mut landings: Landings,
-    ) -> Result<Credentials, AuthError> {
-        loop {
-            for landing in landings.into_iter().flatten() {
-                wait(landing).await?;
-            }
-            // Of many who waited, the first makes the set.
-            if let Some(credentials) = self.fresh(need, &whose) {
-                return Ok(credentials);
-            }
-            // The one may have been refused while the other was awaited.
-            match self.offer(need, &whose)? {
-                Offer::Ready(credentials) => return Ok(credentials),
-                Offer::Wait(others) => landings = others,
-            }
-        }
     }
 
     fn offer(&self, need: Need, whose: &Whose) -> Result<Offer, AuthError> {
@@ -430,6 +406,38 @@ impl fmt::Debug for Supplies {
             .field("tokens", &self.tokens)
             .finish_non_exhaustive()
     }
+}
+
+impl Waiting {
+    /// Waits until `supply`, which it is of, has the set.
+    pub(crate) fn poll(
+        &mut self,
+        supply: &Supply,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Credentials, AuthError>> {
+        let Self { need, whose, renewals: awaited } = self;
+        loop {
+            for renewal in &mut *awaited {
+                if let Some(wait) = renewal {
+                    ready!(Pin::new(wait).poll(cx))?;
+                    *renewal = None;
+                }
+            }
+            // Of many who waited, the first makes the set.
+            if let Some(credentials) = supply.fresh(*need, whose) {
+                return Poll::Ready(Ok(credentials));
+            }
+            // The one may have been refused while the other was awaited.
+            match supply.offer(*need, whose)? {
+                Offer::Ready(credentials) => return Poll::Ready(Ok(credentials)),
+                Offer::Wait(others) => *awaited = renewals(others),
+            }
+        }
+    }
+}
+
+fn renewals(landings: Landings) -> [Option<Wait>; 2] {
+    landings.map(|landing| landing.map(Wait::new))
 }
 
 /// The part of a set that an API may refuse.

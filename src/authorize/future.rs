@@ -53,17 +53,19 @@ pin_project! {
     #[project = StateProj]
     enum State<F, S, B> {
         Sent { #[pin] response: F, credentials: Option<Credentials> },
-        Credentials { later: Option<Box<Later<S, B>>>, waiting: Waiting },
-        Readiness { later: Option<Box<Later<S, B>>>, credentials: Option<Credentials> },
+        Later { later: Option<Box<Later<S, B>>> },
         Refused { error: AuthError },
     }
 }
 
-/// A request that waits.
-struct Later<S, B> {
+/// A request that waits, with all that it takes to send it.
+pub(crate) struct Later<S, B> {
     service: S,
     request: Request<B>,
     policy: Arc<Policy>,
+    waiting: Waiting,
+    /// What came of that, for when there is nothing newer once the service is ready.
+    credentials: Option<Credentials>,
 }
 
 impl<F, S, B> ResponseFuture<F, S, B> {
@@ -73,9 +75,8 @@ impl<F, S, B> ResponseFuture<F, S, B> {
     }
 
     #[cold]
-    pub(super) fn waiting(service: S, request: Request<B>, policy: Arc<Policy>, waiting: Waiting) -> Self {
-        let later = Some(Box::new(Later { service, request, policy }));
-        Self { state: State::Credentials { later, waiting } }
+    pub(super) fn later(later: Box<Later<S, B>>) -> Self {
+        Self { state: State::Later { later: Some(later) } }
     }
 
     #[cold]
@@ -118,26 +119,47 @@ where
             let mut state = self.as_mut().project().state;
             match state.as_mut().project() {
                 StateProj::Sent { .. } => return self.poll(cx),
-                StateProj::Credentials { later, waiting } => {
-                    let credentials = Some(ready!(waiting.as_mut().poll(cx)).inspect_err(event::not_sent)?);
-                    let later = later.take();
-                    state.set(State::Readiness { later, credentials });
-                }
-                StateProj::Readiness { later: waiting, credentials } => {
-                    let Some(later) = waiting else { return Poll::Pending };
-                    ready!(later.service.poll_ready(cx))?;
-                    let (Some(later), Some(credentials)) = (waiting.take(), credentials.take()) else {
-                        return Poll::Pending;
-                    };
-                    let Later { mut service, mut request, policy } = *later;
-                    let credentials =
-                        policy.authorize_later(&mut request, &credentials).inspect_err(event::not_sent)?;
+                StateProj::Later { later } => {
+                    let (mut service, request, credentials) = ready!(Later::poll(later, cx, |_| ()))?;
                     let response = service.call(request);
                     state.set(State::Sent { response, credentials });
                 }
                 StateProj::Refused { error } => return Poll::Ready(Err(error.clone().into())),
             }
         }
+    }
+}
+
+impl<S, B> Later<S, B> {
+    pub(super) fn new(service: S, request: Request<B>, policy: Arc<Policy>, waiting: Waiting) -> Box<Self> {
+        Box::new(Self { service, request, policy, waiting, credentials: None })
+    }
+
+    /// Waits until the request can be sent, and writes the credentials: the service, the request, and what was written, if
+    /// anything. `as_it_came` sees the request before that.
+    pub(crate) fn poll(
+        waiting: &mut Option<Box<Self>>,
+        cx: &mut Context<'_>,
+        as_it_came: impl FnOnce(&Request<B>),
+    ) -> Poll<Result<(S, Request<B>, Option<Credentials>), S::Error>>
+    where
+        S: Service<Request<B>>,
+        S::Error: AuthErrorRoom,
+    {
+        let Some(later) = waiting else { return Poll::Pending };
+        if later.credentials.is_none() {
+            let credentials = ready!(later.policy.poll(&mut later.waiting, cx)).inspect_err(event::not_sent)?;
+            later.credentials = Some(credentials);
+        }
+        ready!(later.service.poll_ready(cx))?;
+        let Some(Self { service, mut request, policy, credentials: Some(credentials), .. }) =
+            waiting.take().map(|later| *later)
+        else {
+            return Poll::Pending;
+        };
+        as_it_came(&request);
+        let credentials = policy.authorize_later(&mut request, &credentials).inspect_err(event::not_sent)?;
+        Poll::Ready(Ok((service, request, credentials)))
     }
 }
 

@@ -56,6 +56,6 @@ pub use self::{
     service::Authorize,
 };
 pub(crate) use self::{
-    future::{Sent, is_remembered},
-    policy::{Policy, Provider},
+    future::{Later, Sent, is_remembered},
+    policy::{Policy, Provider, Unsent},
 };

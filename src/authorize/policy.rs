@@ -1,4 +1,7 @@
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use http::{HeaderMap, Request, header::AUTHORIZATION};
 
@@ -158,6 +161,19 @@ impl Policy {
             Provider::Nothing | Provider::Fixed(_) => None,
         };
         self.write(request, last.as_ref()).map_err(Unsent::Refused)
+    }
+
+    /// Waits for credentials.
+    pub(super) fn poll(
+        &self,
+        waiting: &mut Waiting,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Credentials, AuthError>> {
+        match &self.provider {
+            Provider::Renewing(supply) => waiting.poll(supply, cx),
+            Provider::PerSubject(supplies) => waiting.poll(supplies.supply(), cx),
+            Provider::Nothing | Provider::Fixed(_) => Poll::Pending,
+        }
     }
 
     /// After waiting: with what there is by now.

@@ -9,11 +9,13 @@ use tower_service::Service;
 
 use super::{
     ResponseFuture,
+    future::Later,
     policy::{Policy, Unsent},
 };
 use crate::{
-    Credentials,
+    AuthError, Credentials,
     bounds::{AuthErrorRoom, CloneClient},
+    supply::Waiting,
 };
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
@@ -46,19 +48,21 @@ impl<S: Clone> Authorize<S> {
         drop(mem::replace(&mut self.inner, unready));
     }
 
-    /// A request that is not sent, not yet or not at all.
+    /// A request that is not sent yet.
     #[cold]
-    pub(crate) fn unsent<B>(&mut self, request: Request<B>, unsent: Unsent) -> ResponseFuture<S::Future, S, B>
+    pub(crate) fn later<B>(&mut self, request: Request<B>, waiting: Waiting) -> Box<Later<S, B>> {
+        self.give_back();
+        Later::new(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
+    }
+
+    /// One that is not sent at all.
+    #[cold]
+    pub(crate) fn refused<B>(&mut self, error: AuthError) -> ResponseFuture<S::Future, S, B>
     where
         S: Service<Request<B>>,
     {
         self.give_back();
-        match unsent {
-            Unsent::Waits(waiting) => {
-                ResponseFuture::waiting(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
-            }
-            Unsent::Refused(error) => ResponseFuture::refused(error),
-        }
+        ResponseFuture::refused(error)
     }
 }
 
@@ -80,7 +84,8 @@ where
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
         match self.authorize(&mut request) {
             Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
-            Err(unsent) => self.unsent(request, unsent),
+            Err(Unsent::Waits(waiting)) => ResponseFuture::later(self.later(request, waiting)),
+            Err(Unsent::Refused(error)) => self.refused(error),
         }
     }
 }

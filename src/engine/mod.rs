@@ -1,6 +1,7 @@
 #![doc = include_str!("how_renewal_works.md")]
 
 mod core;
+mod landing;
 mod lease;
 mod policy;
 mod schedule;
@@ -18,10 +19,11 @@ use tokio::runtime::Handle;
 
 pub use self::policy::RenewalPolicy;
 use self::shell::Shared;
-pub(crate) use self::shell::{Demand, Landing, on_behalf, wait};
 pub(crate) use self::{
     core::Rejection,
+    landing::{Landing, Wait},
     lease::{Epoch, Lease},
+    shell::{Demand, on_behalf},
 };
 use crate::{
     ApiKey, AuthError, Token,

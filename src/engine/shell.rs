@@ -16,14 +16,14 @@ use std::{
 };
 
 use tokio::{
-    runtime::{self, Handle as Timers, RuntimeFlavor},
-    sync::watch,
-    time::{sleep, timeout},
+    runtime::{Handle as Timers, RuntimeFlavor},
+    time::timeout,
 };
 
 use super::{
     RenewalPolicy,
     core::{Answer, Brought, Core, Finish, Outcome, Rejection, Start, Trouble, Value},
+    landing::{InFlight, Landing, Wait, Word},
     lease::{Epoch, Lease, Published},
     schedule::{Offer, Unfit},
 };
@@ -36,9 +36,6 @@ use crate::{
     source::{DynSource, Fetched, Reason, SourceError},
     sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
 };
-
-/// Who waits for a renewal gives it so much longer than it has itself.
-const MARGIN: Duration = Duration::from_secs(1);
 
 const OWN_SOURCE: &str = "the source of this credential waits for the credential itself; have it send its \
      requests with `RequestAuth::Anonymous` or `RequestAuth::ApiKey`";
@@ -63,24 +60,8 @@ struct State<C> {
 
 /// The renewal that is running.
 struct Flight {
-    landed: Landing,
-    /// For when it is given up: its task may not end.
-    land: Sender,
+    landing: Landing,
     task: Arc<OnceLock<AbortHandle>>,
-}
-
-/// A renewal that is running, for those who wait for it.
-#[derive(Clone)]
-pub(crate) struct Landing(Arc<InFlight>);
-
-struct InFlight {
-    /// How it ended: nothing while it runs.
-    told: watch::Receiver<Option<Result<(), AuthError>>>,
-    /// It has ended by itself after this time, if its runtime is driven.
-    limit: Duration,
-    runtime: Option<runtime::Id>,
-    engine: usize,
-    abandon: Box<dyn Fn() + Send + Sync>,
 }
 
 /// What a caller has to do.
@@ -116,12 +97,12 @@ impl Renewals {
     }
 }
 
-fn is_renewed_by_this_task(engine: usize) -> bool {
+pub(super) fn is_renewed_by_this_task(engine: usize) -> bool {
     RENEWING.try_with(|renewals| renewals.contain(engine)).unwrap_or(false)
 }
 
 #[cold]
-fn own_source() -> AuthError {
+pub(super) fn own_source() -> AuthError {
     AuthError::renewal(AuthErrorKind::RenewalFailed, OWN_SOURCE, None, None)
 }
 
@@ -171,7 +152,7 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
         self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
@@ -179,7 +160,7 @@ impl<C: Credential> Shared<C> {
             Answer::TooShort => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, TOO_SHORT)),
             Answer::Wait if is_renewed_by_this_task(self.address()) => Err(own_source()),
             Answer::Wait => match &state.flight {
-                Some(flight) => Ok(Demand::Wait(flight.landed.clone())),
+                Some(flight) => Ok(Demand::Wait(flight.landing.clone())),
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, "", None, None)),
             },
         };
@@ -195,7 +176,7 @@ impl<C: Credential> Shared<C> {
         loop {
             match self.demand(lasting)? {
                 Demand::Ready(credential) => return Ok(credential),
-                Demand::Wait(landed) => wait(landed).await?,
+                Demand::Wait(landing) => Wait::new(landing).await?,
             }
         }
     }
@@ -211,11 +192,11 @@ impl<C: Credential> Shared<C> {
         let (mut state, version) = self.state_and_version();
         let now = self.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Arc::new(watch::Sender::new(None))));
+        let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
         self.publish(&state, now);
-        let landed = match rejection {
+        let landing = match rejection {
             Rejection::Renewing if !is_renewed_by_this_task(self.address()) => {
-                state.flight.as_ref().map(|flight| flight.landed.clone())
+                state.flight.as_ref().map(|flight| flight.landing.clone())
             }
             _ => None,
         };
@@ -223,7 +204,7 @@ impl<C: Credential> Shared<C> {
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
-        (rejection, landed)
+        (rejection, landing)
     }
 
     /// The API took what came after `refused`.
@@ -242,7 +223,7 @@ impl<C: Credential> Shared<C> {
         self.state().core.is_renewing()
     }
 
-    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, land: Sender) -> Takeoff<C> {
+    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, word: Arc<Word>) -> Takeoff<C> {
         let task = Arc::new(OnceLock::new());
         let (engine, id) = (Arc::downgrade(self), start.id);
         let abandon = Box::new(move || {
@@ -251,19 +232,17 @@ impl<C: Credential> Shared<C> {
             }
         });
         let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
-        let (told, engine) = (land.subscribe(), self.address());
-        let limit = self.policy.timeout;
-        let landed = Landing(Arc::new(InFlight { told, limit, runtime, engine, abandon }));
-        let takeoff =
-            Takeoff { start, land: Arc::clone(&land), task: Arc::clone(&task), landed: landed.clone() };
-        state.flight = Some(Box::new(Flight { landed, land, task }));
-        takeoff
+        let (limit, engine) = (self.policy.timeout, self.address());
+        let landing = Landing(Arc::new(InFlight { word, limit, runtime, engine, abandon }));
+        state.flight = Some(Box::new(Flight { landing: landing.clone(), task: Arc::clone(&task) }));
+        Takeoff { start, landing, task }
     }
 
     /// Starts the renewal's task; without the lock, as a runtime that is shutting down drops it at once.
     fn take_off(self: &Arc<Self>, takeoff: Takeoff<C>) {
-        let Takeoff { start: Start { id, reason }, land, task, landed } = takeoff;
-        let end = End { engine: Arc::downgrade(self), id, land: Some(land) };
+        let Takeoff { start: Start { id, reason }, landing, task } = takeoff;
+        let word = Some(Arc::clone(&landing.0.word));
+        let end = End { engine: Arc::downgrade(self), id, word };
         let Ok(runtime) = Handle::try_current() else {
             return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
         };
@@ -280,13 +259,13 @@ impl<C: Credential> Shared<C> {
             && timers.runtime_flavor() != RuntimeFlavor::CurrentThread
         {
             timers.spawn(async move {
-                let _ = ended(&landed.0, true).await;
+                let _ = Wait::with_patience(landing).await;
             });
         }
     }
 
     /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
-    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failure>>, land: Sender) {
+    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failure>>, word: Arc<Word>) {
         let version = self.version();
         let (outcome, failed, cause) = match ended {
             Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), Renewal::Failed, None),
@@ -301,7 +280,7 @@ impl<C: Credential> Shared<C> {
         let describe = |trouble, delay| describe(trouble, delay, cause);
         let over = match state.core.finish(now, id, outcome, version, describe) {
             Finish::Again(start) => {
-                let takeoff = self.prepare(&mut state, start, land);
+                let takeoff = self.prepare(&mut state, start, word);
                 self.publish(&state, now);
                 drop(state);
                 return self.take_off(takeoff);
@@ -313,7 +292,7 @@ impl<C: Credential> Shared<C> {
             (None, Some(error)) => Err(error.clone()),
             _ => Ok(()),
         };
-        // Its task and its channel are larger than all else together.
+        // Its task is larger than all else together.
         let flight = if state.core.is_renewing() { None } else { state.flight.take() };
         self.publish(&state, now);
         drop(state);
@@ -322,7 +301,7 @@ impl<C: Credential> Shared<C> {
         if let Some(ended) = over {
             self.tell(&ended);
         }
-        land.send_replace(Some(result));
+        word.tell(result);
     }
 
     /// Tells whoever watches; without the lock, as that is others' code.
@@ -358,7 +337,7 @@ impl<C: Credential> Shared<C> {
             self.tell(&ended);
         }
         let Some(flight) = flight else { return };
-        flight.land.send_replace(Some(Ok(())));
+        flight.landing.0.word.tell(Ok(()));
         if let Some(task) = flight.task.get() {
             task.abort();
         }
@@ -443,20 +422,17 @@ impl<C: Credential> Ended<C> {
     }
 }
 
-type Sender = Arc<watch::Sender<Option<Result<(), AuthError>>>>;
-
 struct Takeoff<C> {
     start: Start<C>,
-    land: Sender,
+    landing: Landing,
     task: Arc<OnceLock<AbortHandle>>,
-    landed: Landing,
 }
 
 /// Sees to it that a renewal ends, also when its task is dropped.
 struct End<C: Credential> {
     engine: Weak<Shared<C>>,
     id: u64,
-    land: Option<Sender>,
+    word: Option<Arc<Word>>,
 }
 
 impl<C: Credential> End<C> {
@@ -465,8 +441,11 @@ impl<C: Credential> End<C> {
     }
 
     fn end(&mut self, ended: Option<Result<Fetched<C>, Failure>>) {
-        if let (Some(land), Some(engine)) = (self.land.take(), self.engine.upgrade()) {
-            engine.land(self.id, ended, land);
+        match (self.word.take(), self.engine.upgrade()) {
+            (Some(word), Some(engine)) => engine.land(self.id, ended, word),
+            // There is nothing to be had any more.
+            (Some(word), None) => word.tell(Ok(())),
+            (None, _) => {}
         }
     }
 }
@@ -475,43 +454,6 @@ impl<C: Credential> Drop for End<C> {
     fn drop(&mut self) {
         self.end(None);
     }
-}
-
-/// Waits until a renewal has ended. One whose task was dropped has ended without a word, and so has one that nobody
-/// drives: it would have ended by now.
-pub(crate) async fn wait(landing: Landing) -> Result<(), AuthError> {
-    let InFlight { runtime, engine, .. } = &*landing.0;
-    // Another task may have asked for the one that waits.
-    if is_renewed_by_this_task(*engine) {
-        return Err(own_source());
-    }
-    // Whoever drives the runtime of both drives the renewal too.
-    let other = Timers::try_current().is_ok_and(|own| Some(own.id()) != *runtime);
-    ended(&landing.0, other).await
-}
-
-/// The end of a renewal; with a look at the time, at which it is given up.
-async fn ended(landing: &InFlight, timed: bool) -> Result<(), AuthError> {
-    let InFlight { told, limit, abandon, .. } = landing;
-    let mut told = told.clone();
-    let ended = async {
-        match told.wait_for(Option::is_some).await {
-            Ok(result) => result.clone().unwrap_or(Ok(())),
-            Err(_) => Ok(()),
-        }
-    };
-    // There is no asking a runtime whether it has timers.
-    let timer = || catch_unwind(|| Box::pin(sleep(limit.saturating_add(MARGIN)))).ok();
-    let Some(mut timer) = timed.then(timer).flatten() else { return ended.await };
-    let mut ended = pin!(ended);
-    poll_fn(|cx| match ended.as_mut().poll(cx) {
-        Poll::Pending => timer.as_mut().poll(cx).map(|()| {
-            abandon();
-            Ok(())
-        }),
-        ready => ready,
-    })
-    .await
 }
 
 /// Why nothing was fetched.
@@ -599,6 +541,7 @@ mod tests {
     };
 
     use http::{Request, Response};
+    use tokio::runtime;
     use tower::{Layer, Service, service_fn};
 
     use super::*;

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     ApiKey, AuthErrorKind, ConfigError, ConfigErrorKind, MaybeRenewing, Token,
-    engine::wait,
+    engine::Wait,
     error::{Place, Subject},
     secret::Credential,
     source::{Fetched, Reason, Source, SourceError},
@@ -373,9 +373,9 @@ impl<C: Credential> Sent<C> {
 
     async fn replaced(&self) -> bool {
         let fingerprint = self.value.secret().fingerprint();
-        if let (_, Some(landed)) = self.from.reject(fingerprint) {
+        if let (_, Some(landing)) = self.from.reject(fingerprint) {
             // Whether it succeeded shows in what there is afterwards.
-            let _ = wait(landed).await;
+            let _ = Wait::new(landing).await;
         }
         self.from.current().is_some_and(|other| other.secret().fingerprint() != fingerprint)
     }

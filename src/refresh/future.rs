@@ -16,7 +16,7 @@ use crate::{
     auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
     authorize::{Sent, is_remembered},
     bounds::CloneClient,
-    engine::{Landing, Rejection, wait},
+    engine::{Landing, Rejection, Wait},
     event,
     supply::Part,
 };
@@ -91,7 +91,8 @@ pub(crate) enum Stopped<E, B: Body> {
 
 /// What it takes to send a request again.
 pub(crate) struct Again<S, R: Replay<ReqBody>, ReqBody> {
-    pub(super) kept: Option<(HeadCopy, R::Kept)>,
+    pub(super) head: Option<HeadCopy>,
+    pub(super) kept: Option<R::Kept>,
     pub(super) replay: R,
     pub(super) spare: Option<Spare<S>>,
 }
@@ -107,7 +108,7 @@ pin_project! {
         // It is a 401, and what it says is read.
         Reading { refusal: Option<Box<Refusal<ResBody>>> },
         // Another credential is awaited.
-        Renewing { refusal: Option<Box<Refusal<ResBody>>>, renewal: Renewal },
+        Renewing { refusal: Option<Box<Refusal<ResBody>>>, renewal: Option<Box<Wait>> },
         // The client is awaited, which may still be sending the body.
         LettingGo { refusal: Option<Box<Refusal<ResBody>>>, patience: Timer },
         // The service is awaited, to be called again.
@@ -116,8 +117,6 @@ pin_project! {
         Second { #[pin] response: F, blamed: Option<Box<Blamed>> },
     }
 }
-
-type Renewal = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 /// A 401, and what it is about.
 struct Refusal<B: Body> {
@@ -184,21 +183,21 @@ where
                 StateProj::Reading { refusal: reading } => {
                     let Some(refusal) = reading else { return Poll::Pending };
                     ready!(refusal.poll_read(cx));
-                    let (rejection, landed) = refusal.reject();
+                    let (rejection, landing) = refusal.reject();
                     let Some(refusal) = reading.take() else { return Poll::Pending };
-                    let renewal: Renewal = match (rejection, landed) {
+                    let renewal = match (rejection, landing) {
                         _ if this.again.kept.is_none() => return Poll::Ready(Err(refusal.stop())),
-                        (Rejection::Superseded, _) => Box::pin(std::future::ready(())),
-                        // Whether it succeeded shows in what there is afterwards.
-                        (_, Some(landed)) => Box::pin(async move {
-                            let _ = wait(landed).await;
-                        }),
+                        (Rejection::Superseded, _) => None,
+                        (_, Some(landing)) => Some(Box::new(Wait::new(landing))),
                         (_, None) => return Poll::Ready(Err(refusal.stop())),
                     };
                     this.state.set(State::Renewing { refusal: Some(refusal), renewal });
                 }
                 StateProj::Renewing { refusal, renewal } => {
-                    ready!(renewal.as_mut().poll(cx));
+                    if let Some(wait) = renewal {
+                        // Whether it succeeded shows in what there is.
+                        let _ = ready!(Pin::new(wait).poll(cx));
+                    }
                     let Some(refusal) = refusal.take() else { return Poll::Pending };
                     if !refusal.has_other() {
                         return Poll::Ready(Err(refusal.stop()));
@@ -244,17 +243,30 @@ where
     }
 }
 
+impl<S, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
+    /// Keeps the head of a request that is about to be sent, if that is sent again at all.
+    #[inline]
+    pub(crate) fn keep_head(&mut self, request: &Request<R::Body>) {
+        self.head = self.kept.is_some().then(|| HeadCopy::of(request));
+    }
+
+    /// Of one that is not sent yet, no head is needed.
+    pub(crate) fn forget_head(&mut self) {
+        self.head = None;
+    }
+}
+
 impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
     fn poll_kept(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.kept {
-            Some((_, kept)) => self.replay.poll_kept(kept, cx),
+            Some(kept) => self.replay.poll_kept(kept, cx),
             None => Poll::Ready(()),
         }
     }
 
     /// The request as it was, and a service to send it with; `None` if either cannot be had.
     fn take(&mut self) -> Option<(S, Request<R::Body>)> {
-        let (head, body) = self.kept.take()?;
+        let (head, body) = (self.head.take()?, self.kept.take()?);
         let request = head.into_request(self.replay.again(body)?)?;
         Some((self.spare.take()?.service()?, request))
     }

@@ -3,7 +3,7 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use http::{Request, Response};
@@ -14,7 +14,7 @@ use tower_service::Service;
 use crate::{
     Credentials, Error,
     auth_error::{Bounds, Inspect},
-    authorize::{self, Authorize, is_remembered},
+    authorize::{self, Authorize, Later, Unsent, is_remembered},
     bounds::CloneClient,
     refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
@@ -38,7 +38,13 @@ pin_project! {
             again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
             bounds: Bounds,
         },
-        // This one concerns the layers, or the request waits.
+        // The request waits for credentials.
+        Waits {
+            later: Option<Box<Later<WrapError<S>, R::Body>>>,
+            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+            bounds: Bounds,
+        },
+        // This response concerns the layers, or the request is refused.
         Layers { layers: Pin<Box<Layers<F, S, R, ReqBody, ResBody>>> },
     }
 }
@@ -76,8 +82,20 @@ where
                 let response = authorize.get_mut().0.call(request);
                 Self::Client { response, sent, again: Some(again), bounds }
             }
-            Err(unsent) => Self::layers(authorize.unsent(request, unsent), again, bounds),
+            Err(Unsent::Waits(waiting)) => Self::waits(authorize.later(request, waiting), again, bounds),
+            Err(Unsent::Refused(error)) => Self::layers(authorize.refused(error), again, bounds),
         })
+    }
+
+    #[cold]
+    fn waits(
+        later: Box<Later<WrapError<S>, R::Body>>,
+        mut again: Again<Authorize<WrapError<S>>, R, ReqBody>,
+        bounds: Bounds,
+    ) -> Self {
+        // There may be many who wait, and each has its head still.
+        again.forget_head();
+        Self::Waits { later: Some(later), again: Some(again), bounds }
     }
 
     #[cold]
@@ -97,12 +115,11 @@ where
         stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> E,
     ) -> Poll<Result<Response<ResBody>, E>> {
         let SendingProj::Client { response, .. } = self.as_mut().project() else {
-            return self.poll_layers(cx).map_err(stop);
+            return self.poll_later(cx).map_err(stop);
         };
         match response.poll(cx) {
             Poll::Ready(Ok(response)) if is_remembered(&response) => {
-                self.as_mut().answered(response);
-                self.poll_layers(cx).map_err(stop)
+                self.answered(response, cx).map_err(stop)
             }
             polled => polled.map_err(|error| stop(Stopped::Failed(Error::Inner(error)))),
         }
@@ -110,7 +127,11 @@ where
 
     /// Hands a response to the layers.
     #[cold]
-    fn answered(mut self: Pin<&mut Self>, response: Response<ResBody>) {
+    fn answered(
+        mut self: Pin<&mut Self>,
+        response: Response<ResBody>,
+        cx: &mut Context<'_>,
+    ) -> Polled<ResBody, S::Error> {
         if let SendingProj::Client { sent, again, bounds, .. } = self.as_mut().project()
             && let Some(again) = again.take()
         {
@@ -118,15 +139,30 @@ where
             let response = WrapErrorFuture::Answered { response: Some(Box::new(response)) };
             self.set(Self::layers(authorize::ResponseFuture::sent(response, sent), again, bounds));
         }
+        self.poll_later(cx)
     }
 
+    /// What is not the client's response to a request that was sent at once.
     #[cold]
-    fn poll_layers(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
-        match self.project() {
+    fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
+        match self.as_mut().project() {
+            SendingProj::Client { .. } => Poll::Pending,
+            SendingProj::Waits { later, again, bounds } => {
+                let keep = |request: &Request<R::Body>| {
+                    if let Some(again) = again {
+                        again.keep_head(request);
+                    }
+                };
+                let (mut service, request, sent) =
+                    ready!(Later::poll(later, cx, keep)).map_err(Stopped::Failed)?;
+                let (again, bounds) = (again.take(), *bounds);
+                let response = service.0.call(request);
+                self.set(Self::Client { response, sent, again, bounds });
+                self.poll_or(cx, |stopped| stopped)
+            }
             SendingProj::Layers { layers } => {
                 layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
             }
-            SendingProj::Client { .. } => Poll::Pending,
         }
     }
 }

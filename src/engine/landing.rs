@@ -1,0 +1,202 @@
+//! The end of a renewal, and those who wait for it.
+
+use std::{
+    mem,
+    panic::catch_unwind,
+    pin::Pin,
+    sync::{Arc, PoisonError},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use tokio::{
+    runtime::{self, Handle as Timers},
+    time::{Sleep, sleep},
+};
+
+use super::shell::{is_renewed_by_this_task, own_source};
+use crate::{
+    AuthError,
+    sync::{Mutex, MutexGuard},
+};
+
+/// Who waits for a renewal gives it so much longer than it has itself.
+const MARGIN: Duration = Duration::from_secs(1);
+
+/// A renewal that is running, for those who wait for it.
+#[derive(Clone)]
+pub(crate) struct Landing(pub(super) Arc<InFlight>);
+
+/// What is known of it.
+pub(super) struct InFlight {
+    pub(super) word: Arc<Word>,
+    /// It has ended by itself after this time, if its runtime is driven.
+    pub(super) limit: Duration,
+    pub(super) runtime: Option<runtime::Id>,
+    pub(super) engine: usize,
+    pub(super) abandon: Box<dyn Fn() + Send + Sync>,
+}
+
+/// How a renewal ended: told once, to however many wait for it.
+pub(super) struct Word(Mutex<State>);
+
+enum State {
+    Awaited(Queue),
+    Told(Result<(), AuthError>),
+}
+
+/// Those who wait. Who leaves makes room for another.
+#[derive(Default)]
+struct Queue {
+    places: Vec<Option<Waker>>,
+    left: Vec<usize>,
+}
+
+impl Word {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State::Awaited(Queue::default()))))
+    }
+
+    /// The first word counts.
+    pub(super) fn tell(&self, how: Result<(), AuthError>) {
+        let mut state = self.state();
+        let State::Awaited(queue) = &mut *state else { return };
+        let queue = mem::take(queue);
+        *state = State::Told(how);
+        // What wakers do is others' code.
+        drop(state);
+        queue.places.into_iter().flatten().for_each(Waker::wake);
+    }
+
+    /// Who waits has a place, which is its own until the word is told.
+    fn poll(&self, place: &mut Option<usize>, cx: &mut Context<'_>) -> Poll<Result<(), AuthError>> {
+        let mut state = self.state();
+        let queue = match &mut *state {
+            State::Awaited(queue) => queue,
+            State::Told(how) => {
+                *place = None;
+                return Poll::Ready(how.clone());
+            }
+        };
+        let former = queue.wait(place, cx.waker());
+        drop(state);
+        drop(former);
+        Poll::Pending
+    }
+
+    fn leave(&self, place: usize) {
+        let mut state = self.state();
+        let State::Awaited(queue) = &mut *state else { return };
+        let former = queue.leave(place);
+        drop(state);
+        drop(former);
+    }
+
+    #[cfg(all(test, model))]
+    pub(super) fn told(&self) -> Option<Result<(), AuthError>> {
+        match &*self.state() {
+            State::Awaited(_) => None,
+            State::Told(how) => Some(how.clone()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    /// Takes a place, or keeps it. The waker that was there is for the caller to drop, without the lock.
+    fn wait(&mut self, place: &mut Option<usize>, waker: &Waker) -> Option<Waker> {
+        let at = *place.get_or_insert_with(|| {
+            self.left.pop().unwrap_or_else(|| {
+                self.places.push(None);
+                self.places.len() - 1
+            })
+        });
+        match self.places.get_mut(at) {
+            Some(Some(own)) if own.will_wake(waker) => None,
+            Some(own) => own.replace(waker.clone()),
+            None => None,
+        }
+    }
+
+    fn leave(&mut self, place: usize) -> Option<Waker> {
+        self.left.push(place);
+        self.places.get_mut(place)?.take()
+    }
+}
+
+/// Future of the end of a renewal. One whose task was dropped has ended without a word, and so has one that nobody drives:
+/// it would have ended by now.
+pub(crate) struct Wait {
+    landing: Landing,
+    place: Option<usize>,
+    patience: Patience,
+}
+
+/// Until when a renewal is waited for.
+enum Patience {
+    /// It depends on where it is first polled.
+    Undecided,
+    /// Whoever drives the runtime of both drives the renewal too.
+    Endless,
+    Until(Pin<Box<Sleep>>),
+}
+
+impl Wait {
+    pub(crate) fn new(landing: Landing) -> Self {
+        Self { landing, place: None, patience: Patience::Undecided }
+    }
+
+    /// Waits so long as a renewal may take, wherever it runs.
+    pub(super) fn with_patience(landing: Landing) -> Self {
+        let patience = Patience::until(&landing);
+        Self { landing, place: None, patience }
+    }
+}
+
+impl Patience {
+    fn of(landing: &Landing) -> Self {
+        match Timers::try_current() {
+            Ok(own) if Some(own.id()) != landing.0.runtime => Self::until(landing),
+            _ => Self::Endless,
+        }
+    }
+
+    fn until(landing: &Landing) -> Self {
+        let limit = landing.0.limit.saturating_add(MARGIN);
+        // There is no asking a runtime whether it has timers.
+        catch_unwind(|| Box::pin(sleep(limit))).map_or(Self::Endless, Self::Until)
+    }
+}
+
+impl Future for Wait {
+    type Output = Result<(), AuthError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Self { landing, place, patience } = self.get_mut();
+        if let Patience::Undecided = patience {
+            // Another task may have asked for the one that waits.
+            if is_renewed_by_this_task(landing.0.engine) {
+                return Poll::Ready(Err(own_source()));
+            }
+            *patience = Patience::of(landing);
+        }
+        match (landing.0.word.poll(place, cx), patience) {
+            (Poll::Pending, Patience::Until(timer)) => timer.as_mut().poll(cx).map(|()| {
+                (landing.0.abandon)();
+                Ok(())
+            }),
+            (polled, _) => polled,
+        }
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            self.landing.0.word.leave(place);
+        }
+    }
+}
