@@ -200,3 +200,108 @@ impl Drop for Wait {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        task::Wake,
+    };
+
+    use super::*;
+
+    fn landing() -> Landing {
+        let (word, abandon) = (Word::new(), Box::new(|| ()));
+        Landing(Arc::new(InFlight { word, limit: Duration::ZERO, runtime: None, engine: 0, abandon }))
+    }
+
+    /// A waker that counts, and finds the lock free whatever becomes of it.
+    struct Looks {
+        word: Arc<Word>,
+        woken: AtomicUsize,
+    }
+
+    impl Looks {
+        fn at(landing: &Landing) -> Arc<Self> {
+            Arc::new(Self { word: Arc::clone(&landing.0.word), woken: AtomicUsize::new(0) })
+        }
+
+        fn woken(&self) -> usize {
+            self.woken.load(Ordering::Relaxed)
+        }
+
+        fn look(&self) {
+            assert!(self.word.0.try_lock().is_ok(), "others' code runs under the lock");
+        }
+    }
+
+    impl Wake for Looks {
+        fn wake(self: Arc<Self>) {
+            self.look();
+            self.woken.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl Drop for Looks {
+        fn drop(&mut self) {
+            self.look();
+        }
+    }
+
+    fn poll(wait: &mut Wait, waker: &Arc<Looks>) -> Poll<Result<(), AuthError>> {
+        Pin::new(wait).poll(&mut Context::from_waker(&Waker::from(Arc::clone(waker))))
+    }
+
+    #[test]
+    fn f1_each_is_woken_once_by_the_waker_it_came_with_last() {
+        let landing = landing();
+        let mut waits = [(); 3].map(|()| Wait::new(landing.clone()));
+        let wakers = [(); 3].map(|()| Looks::at(&landing));
+        for _ in 0..2 {
+            for (wait, waker) in waits.iter_mut().zip(&wakers) {
+                assert!(poll(wait, waker).is_pending());
+            }
+        }
+        let moved = Looks::at(&landing);
+        assert!(poll(&mut waits[1], &moved).is_pending());
+        assert_eq!(Arc::strong_count(&wakers[1]), 1, "the former waker is kept");
+
+        landing.0.word.tell(Ok(()));
+        landing.0.word.tell(Ok(()));
+        assert_eq!(wakers.each_ref().map(|waker| waker.woken()), [1, 0, 1]);
+        assert_eq!(moved.woken(), 1);
+        for wait in &mut waits {
+            assert!(matches!(poll(wait, &moved), Poll::Ready(Ok(()))));
+        }
+    }
+
+    #[test]
+    fn f4_who_leaves_is_not_woken_and_makes_room() {
+        let landing = landing();
+        let (stays, leaves) = (Looks::at(&landing), Looks::at(&landing));
+        let mut first = Wait::new(landing.clone());
+        assert!(poll(&mut first, &stays).is_pending());
+        for _ in 0..1_000 {
+            let mut other = Wait::new(landing.clone());
+            assert!(poll(&mut other, &leaves).is_pending());
+        }
+        assert_eq!(Arc::strong_count(&leaves), 1);
+        let State::Awaited(Queue { places, left }) = &*landing.0.word.state() else {
+            panic!("nobody has told anything")
+        };
+        assert_eq!((places.len(), left.len()), (2, 1));
+    }
+
+    #[test]
+    fn f8_a_waker_that_is_the_last_of_its_kind_is_dropped_without_the_lock() {
+        let landing = landing();
+        let last = |wait: &mut Wait| assert!(poll(wait, &Looks::at(&landing)).is_pending());
+        let mut left = Wait::new(landing.clone());
+        last(&mut left);
+        last(&mut left);
+        drop(left);
+        let mut told = Wait::new(landing.clone());
+        last(&mut told);
+        landing.0.word.tell(Ok(()));
+    }
+}
