@@ -47,7 +47,8 @@ struct Field {
     value: Option<usize>,
 }
 
-/// A copied head. Goes back to where it came from when it is dropped.
+/// A copied head, or none. Goes back to where it came from when it is dropped.
+#[derive(Default)]
 pub(super) struct HeadCopy(Option<Box<Head>>);
 
 impl HeadCopy {

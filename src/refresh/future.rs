@@ -91,8 +91,7 @@ pub(crate) enum Stopped<E, B: Body> {
 
 /// What it takes to send a request again.
 pub(crate) struct Again<S, R: Replay<ReqBody>, ReqBody> {
-    pub(super) head: Option<HeadCopy>,
-    pub(super) kept: Option<R::Kept>,
+    pub(super) kept: Option<(HeadCopy, R::Kept)>,
     pub(super) replay: R,
     pub(super) spare: Option<Spare<S>>,
 }
@@ -244,29 +243,32 @@ where
 }
 
 impl<S, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
-    /// Keeps the head of a request that is about to be sent, if that is sent again at all.
-    #[inline]
-    pub(crate) fn keep_head(&mut self, request: &Request<R::Body>) {
-        self.head = self.kept.is_some().then(|| HeadCopy::of(request));
+    /// A request that is not sent yet still has its head.
+    pub(crate) fn forget_head(&mut self) {
+        if let Some((head, _)) = &mut self.kept {
+            *head = HeadCopy::default();
+        }
     }
 
-    /// Of one that is not sent yet, no head is needed.
-    pub(crate) fn forget_head(&mut self) {
-        self.head = None;
+    /// The request is about to be sent.
+    pub(crate) fn keep_head(&mut self, request: &Request<R::Body>) {
+        if let Some((head, _)) = &mut self.kept {
+            *head = HeadCopy::of(request);
+        }
     }
 }
 
 impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
     fn poll_kept(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.kept {
-            Some(kept) => self.replay.poll_kept(kept, cx),
+            Some((_, kept)) => self.replay.poll_kept(kept, cx),
             None => Poll::Ready(()),
         }
     }
 
     /// The request as it was, and a service to send it with; `None` if either cannot be had.
     fn take(&mut self) -> Option<(S, Request<R::Body>)> {
-        let (head, body) = (self.head.take()?, self.kept.take()?);
+        let (head, body) = self.kept.take()?;
         let request = head.into_request(self.replay.again(body)?)?;
         Some((self.spare.take()?.service()?, request))
     }

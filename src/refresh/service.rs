@@ -10,6 +10,7 @@ use tower_service::Service;
 
 use super::{
     CloneBody, Replay, ResponseFuture,
+    copy::HeadCopy,
     future::{Again, Replaying},
 };
 use crate::{
@@ -75,13 +76,13 @@ impl<S: Clone, R: Clone> Refresh<S, R> {
         let replay = self.replay.clone();
         if self.idle {
             let request = replay.once_of(request);
-            return send(&mut self.inner, request, Again { head: None, kept: None, replay, spare: None });
+            return send(&mut self.inner, request, Again { kept: None, replay, spare: None });
         }
         let (parts, body) = request.into_parts();
         let (body, kept) = replay.keep(body);
         let request = Request::from_parts(parts, body);
-        let mut again = Again { head: None, kept, replay, spare: Some(self.spare()) };
-        again.keep_head(&request);
+        let kept = kept.map(|body| (HeadCopy::of(&request), body));
+        let again = Again { kept, replay, spare: Some(self.spare()) };
         send(&mut self.inner, request, again)
     }
 
