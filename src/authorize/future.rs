@@ -130,25 +130,28 @@ where
     }
 }
 
+/// A service that is ready, a request with its credentials, and which these are, if any.
+type ToSend<S, B> = (S, Request<B>, Option<Credentials>);
+
 impl<S, B> Later<S, B> {
     pub(super) fn new(service: S, request: Request<B>, policy: Arc<Policy>, waiting: Waiting) -> Box<Self> {
         Box::new(Self { service, request, policy, waiting, credentials: None })
     }
 
-    /// Waits until the request can be sent, and writes the credentials: the service, the request, and what was written, if
-    /// anything. `as_it_came` sees the request before that.
+    /// Waits until the request can be sent, and writes the credentials. `as_it_came` sees the request before that.
     pub(crate) fn poll(
         waiting: &mut Option<Box<Self>>,
         cx: &mut Context<'_>,
         as_it_came: impl FnOnce(&Request<B>),
-    ) -> Poll<Result<(S, Request<B>, Option<Credentials>), S::Error>>
+    ) -> Poll<Result<ToSend<S, B>, S::Error>>
     where
         S: Service<Request<B>>,
         S::Error: AuthErrorRoom,
     {
         let Some(later) = waiting else { return Poll::Pending };
         if later.credentials.is_none() {
-            let credentials = ready!(later.policy.poll(&mut later.waiting, cx)).inspect_err(event::not_sent)?;
+            let credentials =
+                ready!(later.policy.poll(&mut later.waiting, cx)).inspect_err(event::not_sent)?;
             later.credentials = Some(credentials);
         }
         ready!(later.service.poll_ready(cx))?;

@@ -38,27 +38,40 @@ pin_project! {
             again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
             bounds: Bounds,
         },
-        // The request waits for credentials.
-        Waits {
-            later: Option<Box<Later<WrapError<S>, R::Body>>>,
-            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
-            bounds: Bounds,
-        },
-        // This response concerns the layers, or the request is refused.
-        Layers { layers: Pin<Box<Layers<F, S, R, ReqBody, ResBody>>> },
+        // Anything else: one state, so that one look tells it from the usual.
+        Unusual { case: Unusual<F, S, R, ReqBody, ResBody> },
     }
 }
 
+pub(super) enum Unusual<F, S, R, ReqBody, ResBody>
+where
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    /// The request waits for credentials.
+    Waits {
+        later: Option<Box<Later<WrapError<S>, R::Body>>>,
+        again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+        bounds: Bounds,
+    },
+    /// This response concerns the layers, or the request is refused.
+    Layers(Layers<F, S, R, ReqBody, ResBody>),
+}
+
 /// The future that the layers make, one around the other.
-type Layers<F, S, R, ReqBody, ResBody> = Inspect<
-    Replaying<
-        Authorized<F, S, <R as Replay<ReqBody>>::Body, ResBody>,
-        Authorize<WrapError<S>>,
-        R,
-        ReqBody,
-        ResBody,
+type Layers<F, S, R, ReqBody, ResBody> = Pin<
+    Box<
+        Inspect<
+            Replaying<
+                Authorized<F, S, <R as Replay<ReqBody>>::Body, ResBody>,
+                Authorize<WrapError<S>>,
+                R,
+                ReqBody,
+                ResBody,
+            >,
+            ResBody,
+        >,
     >,
-    ResBody,
 >;
 
 type Polled<B, E> = Poll<Result<Response<B>, Stopped<Error<E>, B>>>;
@@ -95,7 +108,7 @@ where
     ) -> Self {
         // There may be many who wait, and each has its head still.
         again.forget_head();
-        Self::Waits { later: Some(later), again: Some(again), bounds }
+        Self::Unusual { case: Unusual::Waits { later: Some(later), again: Some(again), bounds } }
     }
 
     #[cold]
@@ -104,7 +117,8 @@ where
         again: Again<Authorize<WrapError<S>>, R, ReqBody>,
         bounds: Bounds,
     ) -> Self {
-        Self::Layers { layers: Box::pin(Inspect::new(Replaying::new(response, again), bounds)) }
+        let layers = Box::pin(Inspect::new(Replaying::new(response, again), bounds));
+        Self::Unusual { case: Unusual::Layers(layers) }
     }
 
     /// The response, or what `stop` makes of that which comes instead.
@@ -145,9 +159,9 @@ where
     /// What is not the client's response to a request that was sent at once.
     #[cold]
     fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
-        match self.as_mut().project() {
-            SendingProj::Client { .. } => Poll::Pending,
-            SendingProj::Waits { later, again, bounds } => {
+        let SendingProj::Unusual { case } = self.as_mut().project() else { return Poll::Pending };
+        match case {
+            Unusual::Waits { later, again, bounds } => {
                 let keep = |request: &Request<R::Body>| {
                     if let Some(again) = again {
                         again.keep_head(request);
@@ -160,7 +174,7 @@ where
                 self.set(Self::Client { response, sent, again, bounds });
                 self.poll_or(cx, |stopped| stopped)
             }
-            SendingProj::Layers { layers } => {
+            Unusual::Layers(layers) => {
                 layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
             }
         }

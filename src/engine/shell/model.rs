@@ -209,8 +209,7 @@ impl Waiter {
     fn new(landing: Landing) -> Self {
         let woken = Arc::new(Woken::default());
         let mut waits = Wait::new(landing.clone());
-        let polled =
-            Pin::new(&mut waits).poll(&mut Context::from_waker(&Waker::from(Arc::clone(&woken))));
+        let polled = Pin::new(&mut waits).poll(&mut Context::from_waker(&Waker::from(Arc::clone(&woken))));
         Self { landing, waits: polled.is_pending().then_some(waits), woken }
     }
 
