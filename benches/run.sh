@@ -20,6 +20,7 @@ cargo bench --locked --package benches --no-run
 printf '%s, %s with %s cores. Load when it began: %s.\n' "$(rustc --version | cut -d ' ' -f 1-2)" \
     "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$load" >>"$results"
 if command -v valgrind >/dev/null; then
+    # What has grown or misses a target that was met is said before it is recorded, and does not end up in the page.
     run instructions -- --update
 else
     echo 'valgrind is missing: instructions are not counted (Debian: apt-get install valgrind)' >&2

@@ -12,6 +12,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::collect::{Bounds, End, Inspect};
+use crate::cold_box::ColdBox;
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -91,8 +92,15 @@ pin_project! {
         B: Body,
     {
         Unread { #[pin] body: B },
-        Read { chunks: VecDeque<Bytes>, rest: Rest<B> },
+        // Seldom, and in a box for that: a body that was not read is as small and as quickly dropped as can be.
+        Read { read: ColdBox<ReadBody<B>> },
     }
+}
+
+/// What was read of a body, and what follows it.
+struct ReadBody<B: Body> {
+    chunks: VecDeque<Bytes>,
+    rest: Rest<B>,
 }
 
 /// What follows the chunks that were read.
@@ -115,7 +123,8 @@ impl<B: Body> InspectedBody<B> {
             End::Failed(error) => Rest::Error(error),
             End::OutOfBounds => Rest::Body(body),
         };
-        Self { content: Content::Read { chunks: chunks.into(), rest } }
+        let read = ColdBox::new(ReadBody { chunks: chunks.into(), rest });
+        Self { content: Content::Read { read } }
     }
 }
 
@@ -127,17 +136,36 @@ impl<B: Body> Body for InspectedBody<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let (chunks, rest) = match self.project().content.project() {
-            ContentProj::Unread { body } => return body.poll_frame(cx).map_ok(to_bytes),
-            ContentProj::Read { chunks, rest } => (chunks, rest),
-        };
-        if let Some(chunk) = chunks.pop_front() {
+        match self.project().content.project() {
+            ContentProj::Unread { body } => body.poll_frame(cx).map_ok(to_bytes),
+            ContentProj::Read { read } => read.as_mut().map_or(Poll::Ready(None), |read| read.poll_frame(cx)),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Unread { body } => body.is_end_stream(),
+            Content::Read { read } => read.as_ref().is_none_or(ReadBody::is_end_stream),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Unread { body } => body.size_hint(),
+            Content::Read { read } => read.as_ref().map_or(SizeHint::with_exact(0), ReadBody::size_hint),
+        }
+    }
+}
+
+impl<B: Body> ReadBody<B> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(chunk) = self.chunks.pop_front() {
             return Poll::Ready(Some(Ok(Frame::data(chunk))));
         }
-        if let Rest::Body(body) = rest {
+        if let Rest::Body(body) = &mut self.rest {
             return body.as_mut().poll_frame(cx).map_ok(to_bytes);
         }
-        Poll::Ready(match std::mem::replace(rest, Rest::Nothing) {
+        Poll::Ready(match std::mem::replace(&mut self.rest, Rest::Nothing) {
             Rest::Trailers(trailers) => Some(Ok(Frame::trailers(trailers))),
             Rest::Error(error) => Some(Err(error)),
             Rest::Body(_) | Rest::Nothing => None,
@@ -145,26 +173,17 @@ impl<B: Body> Body for InspectedBody<B> {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.content {
-            Content::Unread { body } => body.is_end_stream(),
-            Content::Read { chunks, rest } => {
-                chunks.is_empty()
-                    && match rest {
-                        Rest::Nothing => true,
-                        Rest::Body(body) => body.is_end_stream(),
-                        Rest::Trailers(_) | Rest::Error(_) => false,
-                    }
+        self.chunks.is_empty()
+            && match &self.rest {
+                Rest::Nothing => true,
+                Rest::Body(body) => body.is_end_stream(),
+                Rest::Trailers(_) | Rest::Error(_) => false,
             }
-        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        let (chunks, rest) = match &self.content {
-            Content::Unread { body } => return body.size_hint(),
-            Content::Read { chunks, rest } => (chunks, rest),
-        };
-        let read: u64 = chunks.iter().map(|chunk| chunk.len() as u64).sum();
-        let rest = match rest {
+        let read: u64 = self.chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let rest = match &self.rest {
             Rest::Nothing | Rest::Trailers(_) => SizeHint::with_exact(0),
             Rest::Body(body) => body.size_hint(),
             // More was announced, or nobody knows: the body broke off.

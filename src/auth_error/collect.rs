@@ -17,7 +17,9 @@ use tokio::{
 };
 
 use super::InspectedBody;
-use crate::{AuthError, BoxError, Credentials, authorize::Sent, error::is_auth_status, event};
+use crate::{
+    AuthError, BoxError, Credentials, authorize::Sent, cold_box::ColdBox, error::is_auth_status, event,
+};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +55,7 @@ pin_project! {
     #[project = StateProj]
     enum State<F, B> {
         Response { #[pin] response: F, bounds: Bounds },
-        Body { collect: Option<Box<Collect<B>>> },
+        Body { collect: ColdBox<Collect<B>> },
     }
 }
 
@@ -100,7 +102,7 @@ impl<F, B: Body> Inspect<F, B> {
     fn begin(self: Pin<&mut Self>, response: Response<B>) {
         let mut state = self.project().state;
         if let StateProj::Response { bounds, .. } = state.as_mut().project() {
-            let collect = Some(Collect::new(response, *bounds));
+            let collect = Collect::new(response, *bounds).into();
             state.set(State::Body { collect });
         }
     }
@@ -108,7 +110,7 @@ impl<F, B: Body> Inspect<F, B> {
     #[cold]
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Box<Read<B>>> {
         let StateProj::Body { collect } = self.project().state.project() else { return Poll::Pending };
-        let Some(reading) = collect else { return Poll::Pending };
+        let Some(reading) = collect.as_mut() else { return Poll::Pending };
         let end = ready!(reading.poll(cx));
         match collect.take() {
             Some(collect) => Poll::Ready(Box::new(Read { collect: *collect, end })),
