@@ -241,8 +241,16 @@ impl Kept {
         Self(ArcSwapOption::empty())
     }
 
-    pub(crate) fn store(&self, credentials: Credentials) {
-        self.0.store(Some(credentials.0));
+    pub(crate) fn store(&self, credentials: Option<Credentials>) {
+        self.0.store(credentials.map(|credentials| credentials.0));
+    }
+
+    /// Forgets the set if it is such a one.
+    pub(crate) fn forget_if(&self, such: impl FnOnce(&Credentials) -> bool) {
+        let set = self.0.load();
+        if set.as_ref().is_some_and(|set| such(&Credentials(Arc::clone(set)))) {
+            self.store(None);
+        }
     }
 
     /// The set that there is, if it is still of use.

@@ -17,7 +17,7 @@ use quick_cache::{Lifecycle, UnitWeighter, sync::Cache};
 use tokio::runtime::Handle;
 
 use crate::{
-    MaybeRenewing, RenewalPolicy, Renewing, Token,
+    Credentials, MaybeRenewing, RenewalPolicy, Renewing, Token,
     clock::Time,
     credentials::Kept,
     source::{DynSource, Source},
@@ -279,14 +279,27 @@ impl PerSubject {
         if !due || swept.compare_exchange(last, now, Relaxed, Relaxed).is_err() {
             return;
         }
+        self.later(Subjects::forget_idle);
+    }
+
+    /// Forgets such sets, on a task: there may be many.
+    pub(crate) fn let_go(&self, such: impl Fn(&Credentials) -> bool + Send + 'static) {
+        self.later(move |subjects| {
+            for (_, entry) in subjects.entries.iter() {
+                entry.kept.forget_if(&such);
+            }
+        });
+    }
+
+    fn later(&self, work: impl FnOnce(&Subjects) + Send + 'static) {
         let subjects = Arc::downgrade(&self.0);
-        let sweep = async move {
+        let task = async move {
             if let Some(subjects) = subjects.upgrade() {
-                subjects.forget_idle();
+                work(&subjects);
             }
         };
         if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(sweep);
+            runtime.spawn(task);
         }
     }
 }

@@ -7,7 +7,7 @@
 use std::{
     fmt,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -16,7 +16,7 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Renewing, Subject, Token,
     clock::{Deadline, Time},
     credentials::Form,
-    engine::{Demand, Epoch, Landing, Rejection, Wait},
+    engine::{Demand, Epoch, Keeper, Landing, Rejection, Wait},
     secret::Credential,
     shards::Shards,
     subjects::Entry,
@@ -111,7 +111,16 @@ impl Supply {
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
         let sources = Arc::new(Sources { key, jwt });
-        Arc::new(Self { form, sources, whole: Shelf::empty(), key_alone: Shelf::empty() })
+        let this = Arc::new(Self { form, sources, whole: Shelf::empty(), key_alone: Shelf::empty() });
+        let own = Arc::downgrade(&this);
+        let keeper: Weak<dyn Keeper> = own;
+        if let Some(key) = &this.sources.key {
+            key.kept_by(&keeper);
+        }
+        if let Some(jwt) = &this.sources.jwt {
+            jwt.kept_by(&keeper);
+        }
+        this
     }
 
     /// The set, if nothing has to be asked about it.
@@ -226,7 +235,14 @@ impl Supply {
                 self.shelf(need).store(Some(Arc::new(made)));
             }
             // One user's requests are few, and users are many.
-            Whose::Users(entry) => entry.kept().store(credentials.clone()),
+            Whose::Users(entry) => entry.kept().store(Some(credentials.clone())),
+        }
+        // Whoever let go of what was kept may have done so a moment before.
+        if term.epochs != self.epochs(need, whose) {
+            match whose {
+                Whose::Everybodys => self.shelf(need).store(None),
+                Whose::Users(entry) => entry.kept().store(None),
+            }
         }
     }
 
@@ -292,6 +308,14 @@ impl Supply {
     }
 }
 
+/// Nobody may ask for the sets again, and what is in them is to be wiped.
+impl Keeper for Supply {
+    fn let_go(&self) {
+        self.whole.store(None);
+        self.key_alone.store(None);
+    }
+}
+
 impl Provenance {
     fn jwt(&self) -> Option<MaybeRenewing<Token>> {
         self.jwt.as_ref().map(MaybeRenewing::from).or_else(|| self.sources.jwt.clone())
@@ -349,7 +373,13 @@ pub(crate) struct Supplies {
 
 impl Supplies {
     pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, tokens: PerSubject) -> Arc<Self> {
-        Arc::new(Self { supply: Supply::new(form, key, None), tokens })
+        let this = Arc::new(Self { supply: Supply::new(form, key, None), tokens });
+        let own = Arc::downgrade(&this);
+        let keeper: Weak<dyn Keeper> = own;
+        if let Some(key) = &this.supply.sources.key {
+            key.kept_by(&keeper);
+        }
+        this
     }
 
     pub(crate) fn supply(&self) -> &Supply {
@@ -396,6 +426,20 @@ impl Supplies {
     /// A request has to wait: a moment to look for users who are idle.
     pub(crate) fn sweep(&self) {
         self.tokens.sweep();
+    }
+}
+
+/// Users may stay away, and the key that is in their sets is not theirs.
+impl Keeper for Supplies {
+    fn let_go(&self) {
+        let sources = Arc::clone(&self.supply.sources);
+        let key = self.supply.sources.key.as_ref().and_then(MaybeRenewing::current);
+        let key = key.map(|key| key.0.fingerprint());
+        self.tokens.let_go(move |credentials| {
+            let is_ours = |from: &Provenance| Arc::ptr_eq(&from.sources, &sources);
+            let own = credentials.api_key().map(|own| own.0.fingerprint());
+            credentials.provenance().is_some_and(is_ours) && own.is_some() && own != key
+        });
     }
 }
 

@@ -11,7 +11,7 @@ mod walk;
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, SystemTime},
 };
 
@@ -23,7 +23,7 @@ pub(crate) use self::{
     core::Rejection,
     landing::{Landing, Wait},
     lease::{Epoch, Lease},
-    shell::{Demand, on_behalf},
+    shell::{Demand, Keeper, on_behalf},
 };
 use crate::{
     ApiKey, AuthError, Token,
@@ -276,6 +276,13 @@ impl<C: Credential> MaybeRenewing<C> {
     #[inline]
     pub(crate) fn now(&self) -> Option<Time> {
         self.renewing().map(Renewing::now)
+    }
+
+    /// Has `keeper` told when there is another credential, or none.
+    pub(crate) fn kept_by(&self, keeper: &Weak<dyn Keeper>) {
+        if let Self::Renewing(renewing) = self {
+            renewing.0.kept_by(keeper);
+        }
     }
 
     /// The API took what came after `refused`.

@@ -56,6 +56,14 @@ pub(super) struct Shared<C> {
 struct State<C> {
     core: Core<C, AuthError>,
     flight: Option<Box<Flight>>,
+    /// Few, and in the engines of a user's tokens none.
+    keepers: Box<[Weak<dyn Keeper>]>,
+}
+
+/// Who keeps what it made of the credential, to use it again.
+pub(crate) trait Keeper: Send + Sync {
+    /// The credential is another now, or none: what was made of the former is to go.
+    fn let_go(&self);
 }
 
 /// The renewal that is running.
@@ -120,7 +128,7 @@ pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
 impl<C: Credential> Shared<C> {
     pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: Arc<RenewalPolicy>) -> Arc<Self> {
         let core = Core::new(Arc::clone(&policy), fastrand::u64(..));
-        let state = Mutex::new(State { core, flight: None });
+        let state = Mutex::new(State { core, flight: None, keepers: Box::default() });
         let (published, in_use) = (Published::new(), KeyInUse::default());
         Arc::new(Self { published, state, source, policy, in_use })
     }
@@ -153,7 +161,6 @@ impl<C: Credential> Shared<C> {
         let now = self.now();
         let (answer, start) = state.core.demand(now, lasting, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
-        self.publish(&state, now);
         let demand = match answer {
             Answer::Serve(value) => Ok(Demand::Ready(value)),
             Answer::Fail(error) => Err(error),
@@ -164,7 +171,7 @@ impl<C: Credential> Shared<C> {
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, "", None, None)),
             },
         };
-        drop(state);
+        self.publish(state, now);
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
@@ -193,14 +200,13 @@ impl<C: Credential> Shared<C> {
         let now = self.now();
         let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
         let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
-        self.publish(&state, now);
         let landing = match rejection {
             Rejection::Renewing if !is_renewed_by_this_task(self.address()) => {
                 state.flight.as_ref().map(|flight| flight.landing.clone())
             }
             _ => None,
         };
-        drop(state);
+        self.publish(state, now);
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
@@ -281,8 +287,7 @@ impl<C: Credential> Shared<C> {
         let over = match state.core.finish(now, id, outcome, version, describe) {
             Finish::Again(start) => {
                 let takeoff = self.prepare(&mut state, start, word);
-                self.publish(&state, now);
-                drop(state);
+                self.publish(state, now);
                 return self.take_off(takeoff);
             }
             Finish::Over(how) => Some(Ended::of(how, failed, &state.core)),
@@ -294,8 +299,7 @@ impl<C: Credential> Shared<C> {
         };
         // Its task is larger than all else together.
         let flight = if state.core.is_renewing() { None } else { state.flight.take() };
-        self.publish(&state, now);
-        drop(state);
+        self.publish(state, now);
         drop(flight);
         // Before those who wait go on, so that they find it told.
         if let Some(ended) = over {
@@ -331,8 +335,7 @@ impl<C: Credential> Shared<C> {
             Finish::Again(_) | Finish::Late => None,
         };
         let flight = state.flight.take();
-        self.publish(&state, now);
-        drop(state);
+        self.publish(state, now);
         if let Some(ended) = ended {
             self.tell(&ended);
         }
@@ -360,20 +363,30 @@ impl<C: Credential> Shared<C> {
         (self.state(), version)
     }
 
-    /// Changes what requests read, if it is another than before: they look at all of it anew then.
-    fn publish(&self, state: &State<C>, now: Time) {
+    /// Changes what requests read, if it is another than before: they look at all of it anew then. Gives up the lock.
+    fn publish(&self, state: MutexGuard<'_, State<C>>, now: Time) {
         let lease = state.core.lease(now);
-        let is_published = |value: &C, until| {
-            self.published.load(|lease| {
-                let same = lease.value.secret().fingerprint() == value.secret().fingerprint();
-                (same && lease.until == until).then_some(())
-            })
-        };
-        match &lease {
-            Some((value, until)) if is_published(value, *until).is_some() => {}
-            None if self.published.load(|_| Some(())).is_none() => {}
-            _ => self.published.store(lease),
+        let next = lease.as_ref().map(|(value, until)| (value.secret().fingerprint(), *until));
+        let former = self.published.load(|former| Some((former.value.secret().fingerprint(), former.until)));
+        if former != next {
+            self.published.store(lease);
         }
+        let is_same = former.map(|(former, _)| former) == next.map(|(next, _)| next);
+        let keepers: Vec<_> = match is_same {
+            true => Vec::new(),
+            false => state.keepers.iter().filter_map(Weak::upgrade).collect(),
+        };
+        drop(state);
+        for keeper in keepers {
+            keeper.let_go();
+        }
+    }
+
+    /// Has it told when the credential is another.
+    pub(super) fn kept_by(&self, keeper: &Weak<dyn Keeper>) {
+        let mut state = self.state();
+        let there = state.keepers.iter().filter(|keeper| keeper.strong_count() > 0);
+        state.keepers = there.chain([keeper]).cloned().collect();
     }
 
     fn address(&self) -> usize {

@@ -2,15 +2,22 @@
 
 use std::{
     fmt::{self, Write as _},
-    sync::{Arc, Mutex},
+    future::ready,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use bytes::Bytes;
 use http::Response;
+use tokio::task::yield_now;
 use tower::{Layer, ServiceExt};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, AuthError, BaseUrl, Credentials, JwtLayer, Origins, RequestAuth, SelamLayer, Token,
+    ApiKey, ApiKeyLayer, AuthError, BaseUrl, BoxError, Credentials, JwtLayer, Origins, PerSubject, Renewing,
+    RequestAuth, SelamLayer, Subject, Token,
     simulator::{Fault, Server, Simulator},
+    source::{Reason, source_fn},
 };
 
 #[cfg(target_os = "linux")]
@@ -229,6 +236,22 @@ pub(crate) fn resident(masked: &[u8]) -> usize {
     found
 }
 
+/// A secret of 120 bytes, made where it is needed, so that no other copy of it is anywhere.
+#[cfg(target_os = "linux")]
+fn unmasked(masked: &[u8]) -> String {
+    let mut text = String::with_capacity(masked.len());
+    text.extend(masked.iter().map(|byte| char::from(!byte)));
+    text
+}
+
+/// Letters that do not repeat, so that a text is found once where it stands once.
+#[cfg(target_os = "linux")]
+fn masked(seed: u32) -> Vec<u8> {
+    let next = |state: &u32| Some(state.wrapping_mul(1_103_515_245).wrapping_add(12_345));
+    let states = std::iter::successors(Some(seed), next);
+    states.map(|state| !(b'a' + (state >> 16) as u8 % 26)).take(120).collect()
+}
+
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
@@ -236,18 +259,6 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
     if std::env::var_os(CASE).is_none() {
         run("secrets::s3_our_bytes_are_wiped_when_the_last_reference_drops", "own process", &[]);
         return;
-    }
-    /// A secret of 120 bytes, made where it is needed, so that no other copy of it is anywhere.
-    fn unmasked(masked: &[u8]) -> String {
-        let mut text = String::with_capacity(masked.len());
-        text.extend(masked.iter().map(|byte| char::from(!byte)));
-        text
-    }
-    /// Letters that do not repeat, so that a text is found once where it stands once.
-    fn masked(seed: u32) -> Vec<u8> {
-        let next = |state: &u32| Some(state.wrapping_mul(1_103_515_245).wrapping_add(12_345));
-        let states = std::iter::successors(Some(seed), next);
-        states.map(|state| !(b'a' + (state >> 16) as u8 % 26)).take(120).collect()
     }
     let (masked_key, masked_jwt) = (masked(1), masked(2));
 
@@ -273,6 +284,61 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
 
     drop((replaced, parts, credentials));
     assert_eq!((resident(&masked_key), resident(&masked_jwt)), (0, 0));
+    tell("wiped");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
+    if std::env::var_os(CASE).is_none() {
+        run("secrets::s3_what_was_replaced_is_wiped_of_those_who_stay_away_too", "own process", &[]);
+        return;
+    }
+    let next = |asked: &AtomicUsize, seeds: [u32; 2]| unmasked(&masked(seeds[asked.fetch_add(1, Relaxed)]));
+    let asked = AtomicUsize::new(0);
+    let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+        ready(ApiKey::new(next(&asked, [3, 4])).map_err(BoxError::from))
+    }));
+    let asked = AtomicUsize::new(0);
+    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+        ready(Token::new(next(&asked, [5, 6])).map_err(BoxError::from))
+    }));
+    let users = PerSubject::new(|_: &Subject| source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
+    let (shared, of_users) = (JwtLayer::new(&jwts, &keys), JwtLayer::new(users, &keys));
+    let idle = JwtLayer::new(&jwts, key());
+    let of = |name: &str| {
+        let mut request = get(MODELS);
+        request.extensions_mut().insert(Subject::new(name));
+        request
+    };
+    let alone = || {
+        let mut request = get(MODELS);
+        request.extensions_mut().insert(RequestAuth::ApiKey);
+        request
+    };
+    for (layer, request) in [
+        (&of_users, of("stays away")),
+        (&of_users, of("comes again")),
+        (&of_users, alone()),
+        (&shared, get(MODELS)),
+        (&shared, alone()),
+        (&idle, get(MODELS)),
+    ] {
+        drop(send(layer, request).await.unwrap());
+    }
+    assert!(resident(&masked(3)) > 0 && resident(&masked(5)) > 0);
+
+    keys.invalidate(&keys.current().unwrap());
+    jwts.invalidate(&jwts.current().unwrap());
+    while resident(&masked(4)) == 0 || resident(&masked(6)) == 0 {
+        yield_now().await;
+    }
+    // Who lets go of many does so on a task.
+    yield_now().await;
+    drop(send(&of_users, of("comes again")).await.unwrap());
+    drop(send(&shared, get(MODELS)).await.unwrap());
+    assert_eq!((resident(&masked(3)), resident(&masked(5))), (0, 0));
+    drop((idle, shared, of_users));
     tell("wiped");
 }
 
