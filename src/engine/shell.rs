@@ -558,7 +558,7 @@ mod tests {
     use tower::{Layer, Service, service_fn};
 
     use super::*;
-    use crate::{ApiKey, BoxError, JwtLayer, Renewing, Token, source::source_fn};
+    use crate::{ApiKey, ApiKeyLayer, BoxError, JwtLayer, Renewing, Token, source::source_fn};
 
     #[test]
     fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
@@ -585,5 +585,19 @@ mod tests {
         let told = told.recv_timeout(Duration::from_secs(10));
         drop(held);
         assert_eq!(told.expect("nobody waits for the lock"), (true, true));
+    }
+
+    #[test]
+    fn s3_layers_that_are_gone_are_not_remembered() {
+        let keys = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+            Ok::<_, BoxError>(ApiKey::new("sk-selam-x")?)
+        }));
+        let keepers = || keys.0.state().keepers.len();
+        let stays = ApiKeyLayer::bearer(&keys);
+        for _ in 0..100 {
+            drop(ApiKeyLayer::bearer(&keys));
+        }
+        assert_eq!(keepers(), 2, "the one that stays, and the last that went");
+        drop(stays);
     }
 }
