@@ -26,6 +26,22 @@ pub fn read() -> Vec<Recorded> {
     parse(&fs::read_to_string(PATH).unwrap_or_default())
 }
 
+/// Whether it was recorded with this compiler, as [`head`] has it.
+#[must_use]
+pub fn is_of(compiler: &str) -> bool {
+    fs::read_to_string(PATH).is_ok_and(|text| text.starts_with(&head(compiler)))
+}
+
+/// What stands above the lines.
+#[must_use]
+pub fn head(compiler: &str) -> String {
+    format!(
+        "# Instructions of a request that is built already, and how many times its floor's they are.\n\
+         # The ratios are compared: the counts are another compiler's elsewhere. Made by `benches/instructions.sh --update`,\n\
+         # with {compiler}.\n"
+    )
+}
+
 fn parse(text: &str) -> Vec<Recorded> {
     text.lines().filter(|line| !line.starts_with('#')).filter_map(parse_line).collect()
 }
