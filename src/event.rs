@@ -162,17 +162,29 @@ pub(crate) fn key_given(key: Option<&MaybeRenewing<ApiKey>>) {
     }
 }
 
-/// The key of an engine, as the gauge shows it.
+/// What a gauge shows of an engine's credential.
+pub(crate) trait Shown: Default + Send + Sync {
+    /// It may be another by now.
+    fn show(&self, current: impl FnOnce() -> Option<KeyId>);
+}
+
+/// Nothing.
+impl Shown for () {
+    fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
+}
+
+/// Which key it is.
 #[derive(Debug, Default)]
-pub(crate) struct KeyInUse {
+#[expect(unnameable_types, reason = "nobody outside is to use it")]
+pub struct KeyInUse {
     #[cfg(feature = "metrics")]
     shown: Mutex<Option<KeyId>>,
 }
 
-impl KeyInUse {
-    /// It may be another by now. One after the other, so that the last to be shown is the last there is.
+impl Shown for KeyInUse {
+    /// One after the other, so that the last to be shown is the last there is.
     #[cfg(feature = "metrics")]
-    pub(crate) fn show(&self, current: impl FnOnce() -> Option<KeyId>) {
+    fn show(&self, current: impl FnOnce() -> Option<KeyId>) {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let current = current();
         if *shown != current {
@@ -187,7 +199,7 @@ impl KeyInUse {
     }
 
     #[cfg(not(feature = "metrics"))]
-    pub(crate) fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
+    fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
 }
 
 /// With the engine, its key is out of use.

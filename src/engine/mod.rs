@@ -50,7 +50,7 @@ use crate::{
 /// # Ok::<(), BoxError>(())
 /// # }).unwrap();
 /// ```
-pub struct Renewing<C>(Arc<Shared<C>>);
+pub struct Renewing<C: Credential>(Arc<Shared<C>>);
 
 impl<C: Credential> Renewing<C> {
     /// An engine that renews from `source`, which it asks when the credential is first needed.
@@ -176,7 +176,7 @@ impl Renewing<ApiKey> {
     }
 }
 
-impl<C> Clone for Renewing<C> {
+impl<C: Credential> Clone for Renewing<C> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }

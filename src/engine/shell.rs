@@ -30,8 +30,7 @@ use super::{
 use crate::{
     AuthError, AuthErrorKind,
     clock::Time,
-    error::Subject,
-    event::{self, KeyInUse, Renewal},
+    event::{self, Renewal, Shown},
     secret::{Credential, Fingerprint},
     source::{DynSource, Fetched, Reason, SourceError},
     sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
@@ -44,21 +43,24 @@ const NO_TIME: &str = "a renewal needs a tokio runtime with its timers enabled";
 const TOO_SHORT: &str = "the source's tokens do not live as long as was asked for";
 
 /// What all handles of one engine share.
-pub(super) struct Shared<C> {
+pub(super) struct Shared<C: Credential> {
     /// What a request reads, and all of it while the credential is fresh.
     published: Published<C>,
     state: Mutex<State<C>>,
     source: Arc<dyn DynSource<C>>,
     policy: Arc<RenewalPolicy>,
-    in_use: KeyInUse,
+    in_use: C::InUse,
 }
 
 struct State<C> {
     core: Core<C, AuthError>,
     flight: Option<Box<Flight>>,
-    /// Few, and in the engines of a user's tokens none.
-    keepers: Box<[Weak<dyn Keeper>]>,
+    /// In the engine of a user's tokens there are none.
+    keepers: Option<Box<Keepers>>,
 }
+
+#[derive(Default)]
+struct Keepers(Vec<Weak<dyn Keeper>>);
 
 /// Who keeps what it made of the credential, to use it again.
 pub(crate) trait Keeper: Send + Sync {
@@ -128,8 +130,8 @@ pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
 impl<C: Credential> Shared<C> {
     pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: Arc<RenewalPolicy>) -> Arc<Self> {
         let core = Core::new(Arc::clone(&policy), fastrand::u64(..));
-        let state = Mutex::new(State { core, flight: None, keepers: Box::default() });
-        let (published, in_use) = (Published::new(), KeyInUse::default());
+        let state = Mutex::new(State { core, flight: None, keepers: None });
+        let (published, in_use) = (Published::new(), C::InUse::default());
         Arc::new(Self { published, state, source, policy, in_use })
     }
 
@@ -314,9 +316,7 @@ impl<C: Credential> Shared<C> {
         let (id, shows) =
             (secret.map(|secret| secret.fingerprint().id()), secret.map(|secret| secret.expose()));
         event::renewal_ended(C::SUBJECT, ended.outcome, id, ended.error.as_ref(), shows);
-        if C::SUBJECT == Subject::ApiKey {
-            self.in_use.show(|| Some(self.state().core.last()?.secret().fingerprint().id()));
-        }
+        self.in_use.show(|| Some(self.state().core.last()?.secret().fingerprint().id()));
     }
 
     /// Gives a renewal up that has not ended in its time, and tells who waits: nobody drives its runtime, or its source blocks
@@ -374,7 +374,7 @@ impl<C: Credential> Shared<C> {
         let is_same = former.map(|(former, _)| former) == next.map(|(next, _)| next);
         let keepers: Vec<_> = match is_same {
             true => Vec::new(),
-            false => state.keepers.iter().filter_map(Weak::upgrade).collect(),
+            false => state.keepers.iter().flat_map(|keepers| &keepers.0).filter_map(Weak::upgrade).collect(),
         };
         drop(state);
         for keeper in keepers {
@@ -385,8 +385,9 @@ impl<C: Credential> Shared<C> {
     /// Has it told when the credential is another.
     pub(super) fn kept_by(&self, keeper: &Weak<dyn Keeper>) {
         let mut state = self.state();
-        let there = state.keepers.iter().filter(|keeper| keeper.strong_count() > 0);
-        state.keepers = there.chain([keeper]).cloned().collect();
+        let keepers = &mut state.keepers.get_or_insert_default().0;
+        keepers.retain(|keeper| keeper.strong_count() > 0);
+        keepers.push(Weak::clone(keeper));
     }
 
     fn address(&self) -> usize {
@@ -399,7 +400,7 @@ impl<C: Credential> Shared<C> {
 }
 
 /// Ends the renewal that nobody is there for any more.
-impl<C> Drop for Shared<C> {
+impl<C: Credential> Drop for Shared<C> {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Some(task) = state.flight.as_ref().and_then(|flight| flight.task.get()) {
@@ -592,12 +593,12 @@ mod tests {
         let keys = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
             Ok::<_, BoxError>(ApiKey::new("sk-selam-x")?)
         }));
-        let keepers = || keys.0.state().keepers.len();
+        let keepers = || keys.0.state().keepers.as_ref().map(|keepers| keepers.0.len());
         let stays = ApiKeyLayer::bearer(&keys);
         for _ in 0..100 {
             drop(ApiKeyLayer::bearer(&keys));
         }
-        assert_eq!(keepers(), 2, "the one that stays, and the last that went");
+        assert_eq!(keepers(), Some(2), "the one that stays, and the last that went");
         drop(stays);
     }
 }

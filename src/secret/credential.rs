@@ -1,4 +1,5 @@
 #![expect(
+    private_bounds,
     private_interfaces,
     unnameable_types,
     reason = "the trait is sealed: nobody outside calls or implements it"
@@ -7,7 +8,10 @@
 use std::time::{Duration, SystemTime};
 
 use super::{ApiKey, Secret, Token};
-use crate::error::{ConfigError, ConfigErrorKind, Place, Subject};
+use crate::{
+    error::{ConfigError, ConfigErrorKind, Place, Subject},
+    event::{KeyInUse, Shown},
+};
 
 /// What can be renewed: an [`ApiKey`] or a [`Token`]. Sealed.
 pub trait Credential: Sealed {}
@@ -18,6 +22,9 @@ impl Credential for Token {}
 /// What a [`Credential`] is to this crate.
 pub trait Sealed: Clone + Send + Sync + 'static {
     const SUBJECT: Subject;
+
+    /// What is shown of the one that is in use.
+    type InUse: Shown;
 
     /// Whether it is used on when the API refused it and its source has no other.
     ///
@@ -41,6 +48,8 @@ pub trait Sealed: Clone + Send + Sync + 'static {
 
 impl Sealed for ApiKey {
     const SUBJECT: Subject = Subject::ApiKey;
+    type InUse = KeyInUse;
+
     const OUTLIVES_REJECTION: bool = true;
 
     fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
@@ -62,6 +71,8 @@ impl Sealed for ApiKey {
 
 impl Sealed for Token {
     const SUBJECT: Subject = Subject::Token;
+    type InUse = ();
+
     const OUTLIVES_REJECTION: bool = false;
 
     fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
