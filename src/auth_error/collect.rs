@@ -70,6 +70,15 @@ impl<F, B> Inspect<F, B> {
     pub(crate) fn new(response: F, bounds: Bounds) -> Self {
         Self { state: State::Response { response, bounds } }
     }
+
+    /// What the response is of, unless it is read.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
+        match self.project().state.project() {
+            StateProj::Response { response, .. } => Some(response),
+            StateProj::Body { .. } => None,
+        }
+    }
 }
 
 impl<F, B, E> Inspect<F, B>

@@ -12,12 +12,7 @@ use tower_service::Service;
 use super::policy::Policy;
 use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, event, supply::Waiting};
 
-/// On a response that can yet turn out to be a refusal, in its trailers: the layers outside need to know what was
-/// sent.
-#[derive(Clone, Copy)]
-pub(crate) struct Undecided;
-
-/// On a 401 or 403, and on what is `Undecided`: the credentials that were sent, for the layers outside.
+/// On a 401 or 403: the credentials that were sent, for the layers outside.
 #[derive(Clone)]
 pub(crate) struct Sent {
     pub(crate) credentials: Credentials,
@@ -74,6 +69,13 @@ impl<F, S, B> ResponseFuture<F, S, B> {
         Self { state: State::Sent { response, credentials } }
     }
 
+    /// What was sent, for who learns of a refusal after the response has begun.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn take_sent(self: Pin<&mut Self>) -> Option<Sent> {
+        let StateProj::Sent { credentials, .. } = self.project().state.project() else { return None };
+        credentials.take().map(|credentials| Sent { credentials, beside: None })
+    }
+
     #[cold]
     pub(super) fn later(later: Box<Later<S, B>>) -> Self {
         Self { state: State::Later { later: Some(later) } }
@@ -99,8 +101,9 @@ where
         let StateProj::Sent { response, credentials } = state.as_mut().project() else {
             return self.poll_later(cx);
         };
+        // The status alone, which is looked at where the response goes: what is more would have it go there by a detour.
         match response.poll(cx) {
-            Poll::Ready(Ok(response)) if is_remembered(&response) => {
+            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
                 Poll::Ready(Ok(remember(response, credentials.take())))
             }
             polled => polled,
@@ -164,12 +167,6 @@ impl<S, B> Later<S, B> {
         let credentials = policy.authorize_later(&mut request, &credentials).inspect_err(event::not_sent)?;
         Poll::Ready(Ok((service, request, credentials)))
     }
-}
-
-/// Whether layers outside need to know what was sent: others pass as they are.
-#[inline]
-pub(crate) fn is_remembered<B>(response: &Response<B>) -> bool {
-    is_auth_status(response.status()) || response.extensions().get::<Undecided>().is_some()
 }
 
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.

@@ -14,7 +14,7 @@ use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
     auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
-    authorize::{Sent, is_remembered},
+    authorize::Sent,
     bounds::CloneClient,
     engine::{Landing, Rejection, Wait},
     event,
@@ -83,6 +83,10 @@ pin_project! {
     }
 }
 
+/// On a response that can yet turn out to be a refusal, in its trailers.
+#[derive(Clone, Copy)]
+pub(crate) struct Undecided;
+
 /// What comes of [`Replaying`] instead of a response that passes: a 401 that goes up has been read.
 pub(crate) enum Stopped<E, B: Body> {
     Failed(E),
@@ -134,6 +138,15 @@ impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> Replaying<F, S, R, ReqBod
     #[inline]
     pub(crate) fn new(response: F, again: Again<S, R, ReqBody>) -> Self {
         Self { state: State::First { response }, again }
+    }
+
+    /// What the response is of that went up.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
+        match self.project().state.project() {
+            StateProj::First { response } | StateProj::Second { response, .. } => Some(response),
+            _ => None,
+        }
     }
 }
 
@@ -356,7 +369,8 @@ impl Blamed {
 /// Whether the credentials were good. A server that fails, limits or redirects may not have looked at them.
 fn is_accepted<B>(response: &Response<B>) -> bool {
     let status = response.status();
-    !is_remembered(response) && (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
+    (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
+        && response.extensions().get::<Undecided>().is_none()
 }
 
 fn renews(sent: &Credentials) -> bool {

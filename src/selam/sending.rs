@@ -14,8 +14,9 @@ use tower_service::Service;
 use crate::{
     Credentials, Error,
     auth_error::{Bounds, Inspect},
-    authorize::{self, Authorize, Later, Unsent, is_remembered},
+    authorize::{self, Authorize, Later, Unsent},
     bounds::CloneClient,
+    error::is_auth_status,
     refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
 
@@ -132,7 +133,7 @@ where
             return self.poll_later(cx).map_err(stop);
         };
         match response.poll(cx) {
-            Poll::Ready(Ok(response)) if is_remembered(&response) => {
+            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
                 self.answered(response, cx).map_err(stop)
             }
             polled => polled.map_err(|error| stop(Stopped::Failed(Error::Inner(error)))),
