@@ -16,6 +16,7 @@ use crate::{
     auth_error::{Bounds, Inspect},
     authorize::{self, Authorize, Later, Unsent},
     bounds::CloneClient,
+    cold::Cold,
     error::is_auth_status,
     refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
@@ -51,7 +52,7 @@ where
 {
     /// The request waits for credentials.
     Waits {
-        later: Option<Box<Later<WrapError<S>, R::Body>>>,
+        later: Cold<Box<Later<WrapError<S>, R::Body>>>,
         again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
         bounds: Bounds,
     },
@@ -109,7 +110,7 @@ where
     ) -> Self {
         // There may be many who wait, and each has its head still.
         again.forget_head();
-        Self::Unusual { case: Unusual::Waits { later: Some(later), again: Some(again), bounds } }
+        Self::Unusual { case: Unusual::Waits { later: Cold::new(later), again: Some(again), bounds } }
     }
 
     #[cold]
@@ -163,13 +164,16 @@ where
         let SendingProj::Unusual { case } = self.as_mut().project() else { return Poll::Pending };
         match case {
             Unusual::Waits { later, again, bounds } => {
+                let Some(waiting) = later.as_mut() else { return Poll::Pending };
                 let keep = |request: &Request<R::Body>| {
                     if let Some(again) = again {
                         again.keep_head(request);
                     }
                 };
+                let credentials = ready!(waiting.poll(cx)).map_err(Stopped::Failed)?;
+                let Some(later) = later.take() else { return Poll::Pending };
                 let (mut service, request, sent) =
-                    ready!(Later::poll(later, cx, keep)).map_err(Stopped::Failed)?;
+                    later.write(&credentials, keep).map_err(|error| Stopped::Failed(error.into()))?;
                 let (again, bounds) = (again.take(), *bounds);
                 let response = service.0.call(request);
                 self.set(Self::Client { response, sent, again, bounds });
