@@ -11,7 +11,7 @@ use tower_service::Service;
 use super::{
     CloneBody, Replay, ResponseFuture,
     copy::HeadCopy,
-    future::{Again, Replaying},
+    future::{Again, Kept, Replaying},
 };
 use crate::{
     auth_error::InspectedBody,
@@ -76,14 +76,13 @@ impl<S: Clone, R: Clone> Refresh<S, R> {
         let replay = self.replay.clone();
         if self.idle {
             let request = replay.once_of(request);
-            return send(&mut self.inner, request, Again { kept: None, replay, spare: None });
+            return send(&mut self.inner, request, Again { kept: None, replay });
         }
         let (parts, body) = request.into_parts();
         let (body, kept) = replay.keep(body);
         let request = Request::from_parts(parts, body);
-        let kept = kept.map(|body| (HeadCopy::of(&request), body));
-        let again = Again { kept, replay, spare: Some(self.spare()) };
-        send(&mut self.inner, request, again)
+        let kept = kept.map(|body| Kept { head: HeadCopy::of(&request), body, spare: self.spare() });
+        send(&mut self.inner, request, Again { kept, replay })
     }
 
     #[inline]
