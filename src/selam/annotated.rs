@@ -134,7 +134,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        AnnotatedFuture { sending: Sending::new(&mut self.stack, request, self.bounds) }
+        Sending::new(&mut self.stack, request, self.bounds, |sending| AnnotatedFuture { sending })
     }
 }
 

@@ -87,18 +87,26 @@ where
     R: Replay<ReqBody>,
     ResBody: Body,
 {
+    /// `wrap` makes the future of it, where that goes.
     #[inline]
-    pub(super) fn new(stack: &mut Stack<S, R>, request: Request<ReqBody>, bounds: Bounds) -> Self
+    pub(super) fn new<T>(
+        stack: &mut Stack<S, R>,
+        request: Request<ReqBody>,
+        bounds: Bounds,
+        wrap: impl FnOnce(Self) -> T,
+    ) -> T
     where
         R: Clone,
     {
         stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
             Ok(sent) => {
                 let response = authorize.get_mut().0.call(request);
-                Self::Client { response, sent, again: Some(again), bounds }
+                wrap(Self::Client { response, sent, again: Some(again), bounds })
             }
-            Err(Unsent::Waits(waiting)) => Self::waits(authorize.later(request, waiting), again, bounds),
-            Err(Unsent::Refused(error)) => Self::layers(authorize.refused(error), again, bounds),
+            Err(Unsent::Waits(waiting)) => {
+                wrap(Self::waits(authorize.later(request, waiting), again, bounds))
+            }
+            Err(Unsent::Refused(error)) => wrap(Self::layers(authorize.refused(error), again, bounds)),
         })
     }
 

@@ -108,7 +108,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        ResponseFuture { sending: Sending::new(&mut self.stack, request, self.bounds) }
+        Sending::new(&mut self.stack, request, self.bounds, |sending| ResponseFuture { sending })
     }
 }
 
