@@ -24,6 +24,13 @@ impl<T> Cold<T> {
     }
 }
 
+/// As one that is taken.
+impl<T> Default for Cold<T> {
+    fn default() -> Self {
+        Self(ManuallyDrop::new(None))
+    }
+}
+
 impl<T> Drop for Cold<T> {
     // All there is to drop, as nothing else drops what `ManuallyDrop` holds.
     #[cold]

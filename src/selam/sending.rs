@@ -27,6 +27,7 @@ pub(super) type Stack<S, R> = Refresh<Authorize<WrapError<S>>, R>;
 pin_project! {
     /// A request on its way.
     #[project = SendingProj]
+    #[project_replace = SendingReplaced]
     pub(super) enum Sending<F, S, R, ReqBody, ResBody>
     where
         R: Replay<ReqBody>,
@@ -37,11 +38,11 @@ pin_project! {
             #[pin]
             response: F,
             sent: Option<Credentials>,
-            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+            again: Again<Authorize<WrapError<S>>, R, ReqBody>,
             bounds: Bounds,
         },
         // Anything else: one state, so that one look tells it from the usual.
-        Unusual { case: Unusual<F, S, R, ReqBody, ResBody> },
+        Unusual { case: Cold<Unusual<F, S, R, ReqBody, ResBody>> },
     }
 }
 
@@ -52,8 +53,8 @@ where
 {
     /// The request waits for credentials.
     Waits {
-        later: Cold<Box<Later<WrapError<S>, R::Body>>>,
-        again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+        later: Box<Later<WrapError<S>, R::Body>>,
+        again: Again<Authorize<WrapError<S>>, R, ReqBody>,
         bounds: Bounds,
     },
     /// This response concerns the layers, or the request is refused.
@@ -101,7 +102,7 @@ where
         stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
             Ok(sent) => {
                 let response = authorize.get_mut().0.call(request);
-                wrap(Self::Client { response, sent, again: Some(again), bounds })
+                wrap(Self::Client { response, sent, again, bounds })
             }
             Err(Unsent::Waits(waiting)) => {
                 wrap(Self::waits(authorize.later(request, waiting), again, bounds))
@@ -118,7 +119,7 @@ where
     ) -> Self {
         // There may be many who wait, and each has its head still.
         again.forget_head();
-        Self::Unusual { case: Unusual::Waits { later: Cold::new(later), again: Some(again), bounds } }
+        Self::Unusual { case: Cold::new(Unusual::Waits { later, again, bounds }) }
     }
 
     #[cold]
@@ -128,7 +129,7 @@ where
         bounds: Bounds,
     ) -> Self {
         let layers = Box::pin(Inspect::new(Replaying::new(response, again), bounds));
-        Self::Unusual { case: Unusual::Layers(layers) }
+        Self::Unusual { case: Cold::new(Unusual::Layers(layers)) }
     }
 
     /// The response, or what `stop` makes of that which comes instead.
@@ -156,10 +157,8 @@ where
         response: Response<ResBody>,
         cx: &mut Context<'_>,
     ) -> Polled<ResBody, S::Error> {
-        if let SendingProj::Client { sent, again, bounds, .. } = self.as_mut().project()
-            && let Some(again) = again.take()
-        {
-            let (sent, bounds) = (sent.take(), *bounds);
+        let nothing = Self::Unusual { case: Cold::default() };
+        if let SendingReplaced::Client { sent, again, bounds, .. } = self.as_mut().project_replace(nothing) {
             let response = WrapErrorFuture::Answered { response: Some(Box::new(response)) };
             self.set(Self::layers(authorize::ResponseFuture::sent(response, sent), again, bounds));
         }
@@ -170,27 +169,20 @@ where
     #[cold]
     fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
         let SendingProj::Unusual { case } = self.as_mut().project() else { return Poll::Pending };
-        match case {
-            Unusual::Waits { later, again, bounds } => {
-                let Some(waiting) = later.as_mut() else { return Poll::Pending };
-                let keep = |request: &Request<R::Body>| {
-                    if let Some(again) = again {
-                        again.keep_head(request);
-                    }
-                };
-                let credentials = ready!(waiting.poll(cx)).map_err(Stopped::Failed)?;
-                let Some(later) = later.take() else { return Poll::Pending };
-                let (mut service, request, sent) =
-                    later.write(&credentials, keep).map_err(|error| Stopped::Failed(error.into()))?;
-                let (again, bounds) = (again.take(), *bounds);
-                let response = service.0.call(request);
-                self.set(Self::Client { response, sent, again, bounds });
-                self.poll_or(cx, |stopped| stopped)
+        let credentials = match case.as_mut() {
+            None => return Poll::Pending,
+            Some(Unusual::Layers(layers)) => {
+                let stop = |read| Err(Stopped::Refused(read));
+                return layers.as_mut().poll_or(cx, |response| response, stop);
             }
-            Unusual::Layers(layers) => {
-                layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
-            }
-        }
+            Some(Unusual::Waits { later, .. }) => ready!(later.poll(cx)).map_err(Stopped::Failed)?,
+        };
+        let Some(Unusual::Waits { later, mut again, bounds }) = case.take() else { return Poll::Pending };
+        let written = later.write(&credentials, |request| again.keep_head(request));
+        let (mut service, request, sent) = written.map_err(|error| Stopped::Failed(error.into()))?;
+        let response = service.0.call(request);
+        self.set(Self::Client { response, sent, again, bounds });
+        self.poll_or(cx, |stopped| stopped)
     }
 }
 
