@@ -277,7 +277,8 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        ResponseFuture { inspect: Inspect::new(self.stack.send(request), self.bounds) }
+        let bounds = self.bounds;
+        self.stack.send(request, |response| ResponseFuture { inspect: Inspect::new(response, bounds) })
     }
 }
 

@@ -92,18 +92,19 @@ impl<S: Clone, R: Clone> Refresh<S, R> {
         spare.clone()
     }
 
-    /// What `call` does, for a stack that makes an error of a 401 that goes up.
+    /// What `call` does, for a stack that makes an error of a 401 that goes up. `wrap` makes the future, where it goes.
     #[inline]
-    pub(crate) fn send<ReqBody, ResBody>(
+    pub(crate) fn send<ReqBody, ResBody, T>(
         &mut self,
         request: Request<ReqBody>,
-    ) -> Replaying<S::Future, S, R, ReqBody, ResBody>
+        wrap: impl FnOnce(Replaying<S::Future, S, R, ReqBody, ResBody>) -> T,
+    ) -> T
     where
         S: Service<Request<R::Body>, Response = Response<ResBody>>,
         R: Replay<ReqBody>,
         ResBody: Body,
     {
-        self.keep(request, |inner, request, again| Replaying::new(inner.call(request), again))
+        self.keep(request, |inner, request, again| wrap(Replaying::new(inner.call(request), again)))
     }
 }
 
@@ -124,7 +125,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        ResponseFuture::new(self.send(request))
+        self.send(request, ResponseFuture::new)
     }
 }
 

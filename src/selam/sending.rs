@@ -88,7 +88,7 @@ where
     R: Replay<ReqBody>,
     ResBody: Body,
 {
-    /// `wrap` makes the future of it, where that goes.
+    /// `wrap` makes the future, where it goes.
     #[inline]
     pub(super) fn new<T>(
         stack: &mut Stack<S, R>,
