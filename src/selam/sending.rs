@@ -88,9 +88,9 @@ where
     R: Replay<ReqBody>,
     ResBody: Body,
 {
-    /// `wrap` makes the future, where it goes.
+    /// Sends a request, or has it wait. `wrap` makes the future, where it goes.
     #[inline]
-    pub(super) fn new<T>(
+    pub(super) fn send<T>(
         stack: &mut Stack<S, R>,
         request: Request<ReqBody>,
         bounds: Bounds,
@@ -132,22 +132,26 @@ where
         Self::Unusual { case: Cold::new(Unusual::Layers(layers)) }
     }
 
-    /// The response, or what `stop` makes of that which comes instead.
+    /// Polls for the response that passes, and what comes instead is for `stop` to say.
     #[inline]
-    pub(super) fn poll_or<E>(
+    pub(super) fn poll_or<T, E>(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> E,
-    ) -> Poll<Result<Response<ResBody>, E>> {
-        let SendingProj::Client { response, .. } = self.as_mut().project() else {
-            return self.poll_later(cx).map_err(stop);
+        pass: impl FnOnce(Response<ResBody>) -> T,
+        stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> Result<T, E>,
+    ) -> Poll<Result<T, E>> {
+        let polled = match self.as_mut().project() {
+            SendingProj::Client { response, .. } => match response.poll(cx) {
+                Poll::Ready(Ok(response)) if is_auth_status(response.status()) => self.answered(response, cx),
+                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(pass(response))),
+                polled => polled.map_err(|error| Stopped::Failed(Error::Inner(error))),
+            },
+            SendingProj::Unusual { .. } => self.poll_later(cx),
         };
-        match response.poll(cx) {
-            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
-                self.answered(response, cx).map_err(stop)
-            }
-            polled => polled.map_err(|error| stop(Stopped::Failed(Error::Inner(error)))),
-        }
+        Poll::Ready(match ready!(polled) {
+            Ok(response) => Ok(pass(response)),
+            Err(stopped) => stop(stopped),
+        })
     }
 
     /// Hands a response to the layers.
@@ -182,7 +186,7 @@ where
         let (mut service, request, sent) = written.map_err(|error| Stopped::Failed(error.into()))?;
         let response = service.0.call(request);
         self.set(Self::Client { response, sent, again, bounds });
-        self.poll_or(cx, |stopped| stopped)
+        self.poll_or(cx, |response| response, Err)
     }
 }
 
