@@ -89,7 +89,7 @@ mod base_url;
 pub mod bounds;
 pub mod choose_auth;
 mod clock;
-mod cold_box;
+mod cold;
 pub mod composition {
     #![doc = include_str!("composition.md")]
 }

@@ -158,11 +158,11 @@ use tower_service::Service;
 use crate::{
     AuthError, AuthErrorKind, BoxError, ConfigError, Credentials, SelamLayer,
     auth_error::{Bounds, Inspect, Read},
-    authorize::{self, Authorize, Policy, Sent, Undecided},
+    authorize::{self, Authorize, Policy, Sent},
     bounds::CloneClient,
     error::{Redactor, grpc_message},
     event,
-    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying, Stopped},
+    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying, Stopped, Undecided},
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -277,7 +277,8 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        ResponseFuture { inspect: Inspect::new(self.stack.send(request), self.bounds) }
+        let bounds = self.bounds;
+        self.stack.send(request, |response| ResponseFuture { inspect: Inspect::new(response, bounds) })
     }
 }
 
@@ -313,14 +314,15 @@ where
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let refuse = |read| Err(Stopped::Refused(read));
-        let polled = self.project().inspect.poll_or(cx, |response| response, refuse);
+        let mut inspect = self.project().inspect;
+        let polled = inspect.as_mut().poll_or(cx, |response| response, refuse);
         let response = ready!(polled).map_err(|stopped| match stopped {
             Stopped::Failed(status) => status,
             Stopped::Refused(read) => refused_in_head(*read),
         })?;
         let (mut parts, body) = response.into_parts();
-        parts.extensions.remove::<Undecided>();
-        let sent = parts.extensions.remove::<Sent>();
+        let undecided = parts.extensions.remove::<Undecided>();
+        let sent = undecided.and_then(|_| inspect.response()?.response()?.take_sent());
         Poll::Ready(Ok(Response::from_parts(parts, ResponseBody { body, sent })))
     }
 }

@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::collect::{Bounds, End, Inspect};
-use crate::cold_box::ColdBox;
+use crate::cold::Cold;
 
 /// Puts an [`AuthError`](crate::AuthError) into the extensions of a 401 or 403. Made by
 /// [`AnnotateAuthErrorLayer`](super::AnnotateAuthErrorLayer).
@@ -93,7 +93,7 @@ pin_project! {
     {
         Unread { #[pin] body: B },
         // Seldom, and in a box for that: a body that was not read is as small and as quickly dropped as can be.
-        Read { read: ColdBox<ReadBody<B>> },
+        Read { read: Cold<Box<ReadBody<B>>> },
     }
 }
 
@@ -123,7 +123,7 @@ impl<B: Body> InspectedBody<B> {
             End::Failed(error) => Rest::Error(error),
             End::OutOfBounds => Rest::Body(body),
         };
-        let read = ColdBox::new(ReadBody { chunks: chunks.into(), rest });
+        let read = Cold::new(Box::new(ReadBody { chunks: chunks.into(), rest }));
         Self { content: Content::Read { read } }
     }
 }
@@ -145,14 +145,14 @@ impl<B: Body> Body for InspectedBody<B> {
     fn is_end_stream(&self) -> bool {
         match &self.content {
             Content::Unread { body } => body.is_end_stream(),
-            Content::Read { read } => read.as_ref().is_none_or(ReadBody::is_end_stream),
+            Content::Read { read } => read.as_ref().is_none_or(|read| read.is_end_stream()),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
             Content::Unread { body } => body.size_hint(),
-            Content::Read { read } => read.as_ref().map_or(SizeHint::with_exact(0), ReadBody::size_hint),
+            Content::Read { read } => read.as_ref().map_or(SizeHint::with_exact(0), |read| read.size_hint()),
         }
     }
 }

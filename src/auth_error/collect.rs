@@ -17,9 +17,7 @@ use tokio::{
 };
 
 use super::InspectedBody;
-use crate::{
-    AuthError, BoxError, Credentials, authorize::Sent, cold_box::ColdBox, error::is_auth_status, event,
-};
+use crate::{AuthError, BoxError, Credentials, authorize::Sent, cold::Cold, error::is_auth_status, event};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +53,7 @@ pin_project! {
     #[project = StateProj]
     enum State<F, B> {
         Response { #[pin] response: F, bounds: Bounds },
-        Body { collect: ColdBox<Collect<B>> },
+        Body { collect: Cold<Box<Collect<B>>> },
     }
 }
 
@@ -69,6 +67,15 @@ impl<F, B> Inspect<F, B> {
     #[inline]
     pub(crate) fn new(response: F, bounds: Bounds) -> Self {
         Self { state: State::Response { response, bounds } }
+    }
+
+    /// What the response is of, unless it is read.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
+        match self.project().state.project() {
+            StateProj::Response { response, .. } => Some(response),
+            StateProj::Body { .. } => None,
+        }
     }
 }
 
@@ -102,7 +109,7 @@ impl<F, B: Body> Inspect<F, B> {
     fn begin(self: Pin<&mut Self>, response: Response<B>) {
         let mut state = self.project().state;
         if let StateProj::Response { bounds, .. } = state.as_mut().project() {
-            let collect = Collect::new(response, *bounds).into();
+            let collect = Cold::new(Collect::new(response, *bounds));
             state.set(State::Body { collect });
         }
     }

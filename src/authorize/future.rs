@@ -10,14 +10,11 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::policy::Policy;
-use crate::{AuthError, Credentials, bounds::AuthErrorRoom, error::is_auth_status, event, supply::Waiting};
+use crate::{
+    AuthError, Credentials, bounds::AuthErrorRoom, cold::Cold, error::is_auth_status, event, supply::Waiting,
+};
 
-/// On a response that can yet turn out to be a refusal, in its trailers: the layers outside need to know what was
-/// sent.
-#[derive(Clone, Copy)]
-pub(crate) struct Undecided;
-
-/// On a 401 or 403, and on what is `Undecided`: the credentials that were sent, for the layers outside.
+/// On a 401 or 403: the credentials that were sent, for the layers outside.
 #[derive(Clone)]
 pub(crate) struct Sent {
     pub(crate) credentials: Credentials,
@@ -53,9 +50,14 @@ pin_project! {
     #[project = StateProj]
     enum State<F, S, B> {
         Sent { #[pin] response: F, credentials: Option<Credentials> },
-        Later { later: Option<Box<Later<S, B>>> },
-        Refused { error: AuthError },
+        // Anything else: one state, so that one look tells it from the usual.
+        Unsent { unsent: Cold<Unsent<S, B>> },
     }
+}
+
+enum Unsent<S, B> {
+    Waits(Box<Later<S, B>>),
+    Refused(AuthError),
 }
 
 /// A request that waits, with all that it takes to send it.
@@ -74,15 +76,22 @@ impl<F, S, B> ResponseFuture<F, S, B> {
         Self { state: State::Sent { response, credentials } }
     }
 
+    /// What was sent, for who learns of a refusal after the response has begun.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn take_sent(self: Pin<&mut Self>) -> Option<Sent> {
+        let StateProj::Sent { credentials, .. } = self.project().state.project() else { return None };
+        credentials.take().map(|credentials| Sent { credentials, beside: None })
+    }
+
     #[cold]
     pub(super) fn later(later: Box<Later<S, B>>) -> Self {
-        Self { state: State::Later { later: Some(later) } }
+        Self { state: State::Unsent { unsent: Cold::new(Unsent::Waits(later)) } }
     }
 
     #[cold]
     pub(super) fn refused(error: AuthError) -> Self {
         event::not_sent(&error);
-        Self { state: State::Refused { error } }
+        Self { state: State::Unsent { unsent: Cold::new(Unsent::Refused(error)) } }
     }
 }
 
@@ -97,10 +106,11 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut state = self.as_mut().project().state;
         let StateProj::Sent { response, credentials } = state.as_mut().project() else {
-            return self.poll_later(cx);
+            return self.poll_unsent(cx);
         };
+        // The status alone, which is looked at where the response goes: what is more would have it go there by a detour.
         match response.poll(cx) {
-            Poll::Ready(Ok(response)) if is_remembered(&response) => {
+            Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
                 Poll::Ready(Ok(remember(response, credentials.take())))
             }
             polled => polled,
@@ -114,19 +124,21 @@ where
     S::Error: AuthErrorRoom,
 {
     #[cold]
-    fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
-        loop {
-            let mut state = self.as_mut().project().state;
-            match state.as_mut().project() {
-                StateProj::Sent { .. } => return self.poll(cx),
-                StateProj::Later { later } => {
-                    let (mut service, request, credentials) = ready!(Later::poll(later, cx, |_| ()))?;
-                    let response = service.call(request);
-                    state.set(State::Sent { response, credentials });
-                }
-                StateProj::Refused { error } => return Poll::Ready(Err(error.clone().into())),
-            }
+    fn poll_unsent(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
+        let mut state = self.as_mut().project().state;
+        if let StateProj::Unsent { unsent } = state.as_mut().project() {
+            let later = match unsent.as_mut() {
+                Some(Unsent::Waits(later)) => later,
+                Some(Unsent::Refused(error)) => return Poll::Ready(Err(error.clone().into())),
+                None => return Poll::Pending,
+            };
+            let credentials = ready!(later.poll(cx))?;
+            let Some(Unsent::Waits(later)) = unsent.take() else { return Poll::Pending };
+            let (mut service, request, credentials) = later.write(&credentials, |_| ())?;
+            let response = service.call(request);
+            state.set(State::Sent { response, credentials });
         }
+        self.poll(cx)
     }
 }
 
@@ -138,38 +150,34 @@ impl<S, B> Later<S, B> {
         Box::new(Self { service, request, policy, waiting, credentials: None })
     }
 
-    /// Waits until the request can be sent, and writes the credentials. `as_it_came` sees the request before that.
-    pub(crate) fn poll(
-        waiting: &mut Option<Box<Self>>,
-        cx: &mut Context<'_>,
-        as_it_came: impl FnOnce(&Request<B>),
-    ) -> Poll<Result<ToSend<S, B>, S::Error>>
+    /// Waits until the request can be sent: with what there is then, unless there is something newer.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Credentials, S::Error>>
     where
         S: Service<Request<B>>,
         S::Error: AuthErrorRoom,
     {
-        let Some(later) = waiting else { return Poll::Pending };
-        if later.credentials.is_none() {
-            let credentials =
-                ready!(later.policy.poll(&mut later.waiting, cx)).inspect_err(event::not_sent)?;
-            later.credentials = Some(credentials);
-        }
-        ready!(later.service.poll_ready(cx))?;
-        let Some(Self { service, mut request, policy, credentials: Some(credentials), .. }) =
-            waiting.take().map(|later| *later)
-        else {
-            return Poll::Pending;
+        let credentials = match &self.credentials {
+            Some(credentials) => credentials,
+            None => {
+                let credentials = ready!(self.policy.poll(&mut self.waiting, cx));
+                self.credentials.insert(credentials.inspect_err(event::not_sent)?)
+            }
         };
-        as_it_came(&request);
-        let credentials = policy.authorize_later(&mut request, &credentials).inspect_err(event::not_sent)?;
-        Poll::Ready(Ok((service, request, credentials)))
+        ready!(self.service.poll_ready(cx))?;
+        Poll::Ready(Ok(credentials.clone()))
     }
-}
 
-/// Whether layers outside need to know what was sent: others pass as they are.
-#[inline]
-pub(crate) fn is_remembered<B>(response: &Response<B>) -> bool {
-    is_auth_status(response.status()) || response.extensions().get::<Undecided>().is_some()
+    /// Writes the credentials. `as_it_came` sees the request before that.
+    pub(crate) fn write(
+        self,
+        credentials: &Credentials,
+        as_it_came: impl FnOnce(&Request<B>),
+    ) -> Result<ToSend<S, B>, AuthError> {
+        let Self { service, mut request, policy, .. } = self;
+        as_it_came(&request);
+        let credentials = policy.authorize_later(&mut request, credentials).inspect_err(event::not_sent)?;
+        Ok((service, request, credentials))
+    }
 }
 
 /// Two layers beside each other each sent their half: the outer one adds its own to the inner one's.

@@ -48,14 +48,12 @@ mod layer;
 mod policy;
 mod service;
 
-#[cfg(feature = "tonic")]
-pub(crate) use self::future::Undecided;
 pub use self::{
     future::ResponseFuture,
     layer::{ApiKeyLayer, JwtLayer},
     service::Authorize,
 };
 pub(crate) use self::{
-    future::{Later, Sent, is_remembered},
+    future::{Later, Sent},
     policy::{Policy, Provider, Unsent},
 };

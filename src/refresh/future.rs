@@ -14,8 +14,9 @@ use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
     auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
-    authorize::{Sent, is_remembered},
+    authorize::Sent,
     bounds::CloneClient,
+    cold::Cold,
     engine::{Landing, Rejection, Wait},
     event,
     supply::Part,
@@ -54,11 +55,14 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(match ready!(self.project().replaying.poll(cx)) {
-            Ok(response) => Ok(response.map(InspectedBody::unread)),
-            Err(Stopped::Refused(read)) => Ok(read.into_response()),
-            Err(Stopped::Failed(error)) => Err(error),
-        })
+        self.project().replaying.poll_or(
+            cx,
+            |response| response.map(InspectedBody::unread),
+            |stopped| match stopped {
+                Stopped::Refused(read) => Ok(read.into_response()),
+                Stopped::Failed(error) => Err(error),
+            },
+        )
     }
 }
 
@@ -83,6 +87,10 @@ pin_project! {
     }
 }
 
+/// On a response that can yet turn out to be a refusal, in its trailers.
+#[derive(Clone, Copy)]
+pub(crate) struct Undecided;
+
 /// What comes of [`Replaying`] instead of a response that passes: a 401 that goes up has been read.
 pub(crate) enum Stopped<E, B: Body> {
     Failed(E),
@@ -91,9 +99,14 @@ pub(crate) enum Stopped<E, B: Body> {
 
 /// What it takes to send a request again.
 pub(crate) struct Again<S, R: Replay<ReqBody>, ReqBody> {
-    pub(super) kept: Option<(HeadCopy, R::Kept)>,
+    pub(super) kept: Option<Kept<S, R::Kept>>,
     pub(super) replay: R,
-    pub(super) spare: Option<Spare<S>>,
+}
+
+pub(super) struct Kept<S, B> {
+    pub(super) head: HeadCopy,
+    pub(super) body: B,
+    pub(super) spare: Spare<S>,
 }
 
 pin_project! {
@@ -104,17 +117,23 @@ pin_project! {
     {
         // The first response is awaited.
         First { #[pin] response: F },
-        // It is a 401, and what it says is read.
-        Reading { refusal: Option<Box<Refusal<ResBody>>> },
-        // Another credential is awaited.
-        Renewing { refusal: Option<Box<Refusal<ResBody>>>, renewal: Option<Box<Wait>> },
-        // The client is awaited, which may still be sending the body.
-        LettingGo { refusal: Option<Box<Refusal<ResBody>>>, patience: Timer },
-        // The service is awaited, to be called again.
-        Readiness { again: Option<Box<(S, Request<B>)>>, blamed: Option<Box<Blamed>> },
-        // The second response is awaited, and goes up whatever it is.
-        Second { #[pin] response: F, blamed: Option<Box<Blamed>> },
+        // It is a 401: seldom, and one state, so that the usual one is dropped as quickly as can be.
+        Refused { step: Cold<Step<F, S, B, ResBody>> },
     }
+}
+
+/// What is awaited since the API refused.
+enum Step<F, S, B, ResBody: Body> {
+    /// What the 401 says.
+    Reading { refusal: Box<Refusal<ResBody>> },
+    /// Another credential.
+    Renewing { refusal: Box<Refusal<ResBody>>, renewal: Option<Box<Wait>> },
+    /// The client, which may still be sending the body.
+    LettingGo { refusal: Box<Refusal<ResBody>>, patience: Timer },
+    /// The service, to be called again.
+    Readiness { again: Box<(S, Request<B>)>, blamed: Option<Box<Blamed>> },
+    /// The second response, which goes up whatever it is.
+    Second { response: Pin<Box<F>>, blamed: Option<Box<Blamed>> },
 }
 
 /// A 401, and what it is about.
@@ -135,6 +154,18 @@ impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> Replaying<F, S, R, ReqBod
     pub(crate) fn new(response: F, again: Again<S, R, ReqBody>) -> Self {
         Self { state: State::First { response }, again }
     }
+
+    /// What the response is of that went up.
+    #[cfg(feature = "tonic")]
+    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
+        match self.project().state.project() {
+            StateProj::First { response } => Some(response),
+            StateProj::Refused { step } => match step.as_mut()? {
+                Step::Second { response, .. } => Some(response.as_mut()),
+                _ => None,
+            },
+        }
+    }
 }
 
 impl<S, R, ReqBody, ResBody> Future for Replaying<S::Future, S, R, ReqBody, ResBody>
@@ -146,14 +177,8 @@ where
     type Output = Result<Response<ResBody>, Stopped<S::Error, ResBody>>;
 
     #[inline]
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let StateProj::First { response, .. } = self.as_mut().project().state.project() else {
-            return self.poll_again(cx);
-        };
-        match response.poll(cx).map_err(Stopped::Failed) {
-            Poll::Ready(Ok(response)) if can_be_renewed(&response) => self.refused(response, cx),
-            polled => polled,
-        }
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.poll_or(cx, |response| response, Err)
     }
 }
 
@@ -163,97 +188,144 @@ where
     R: Replay<ReqBody>,
     ResBody: Body,
 {
+    /// Polls for the response that passes, and what comes instead is for `stop` to say.
+    #[inline]
+    fn poll_or<T, E>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        pass: impl FnOnce(Response<ResBody>) -> T,
+        stop: impl FnOnce(Stopped<S::Error, ResBody>) -> Result<T, E>,
+    ) -> Poll<Result<T, E>> {
+        let polled = match self.as_mut().project().state.project() {
+            StateProj::First { response } => match response.poll(cx) {
+                Poll::Ready(Ok(response)) if response.status() == StatusCode::UNAUTHORIZED => {
+                    self.refused(response, cx)
+                }
+                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(pass(response))),
+                polled => polled.map_err(Stopped::Failed),
+            },
+            _ => self.poll_refused(cx),
+        };
+        Poll::Ready(match ready!(polled) {
+            Ok(response) => Ok(pass(response)),
+            Err(stopped) => stop(stopped),
+        })
+    }
+
     #[cold]
     fn refused(
         mut self: Pin<&mut Self>,
         response: Response<ResBody>,
         cx: &mut Context<'_>,
     ) -> Poll<<Self as Future>::Output> {
-        self.as_mut().project().state.set(State::Reading { refusal: Some(Refusal::new(response)) });
-        self.poll_again(cx)
+        if !can_be_renewed(&response) {
+            return Poll::Ready(Ok(response));
+        }
+        let step = Cold::new(Step::Reading { refusal: Refusal::new(response) });
+        self.as_mut().project().state.set(State::Refused { step });
+        self.poll_refused(cx)
     }
 
     #[cold]
-    fn poll_again(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
-        let mut this = self.project();
+    fn poll_refused(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
+        let this = self.project();
+        let StateProj::Refused { step } = this.state.project() else { return Poll::Pending };
         loop {
-            match this.state.as_mut().project() {
-                StateProj::First { .. } => return Poll::Pending,
-                StateProj::Reading { refusal: reading } => {
-                    let Some(refusal) = reading else { return Poll::Pending };
-                    ready!(refusal.poll_read(cx));
-                    let (rejection, landing) = refusal.reject();
-                    let Some(refusal) = reading.take() else { return Poll::Pending };
-                    let renewal = match (rejection, landing) {
-                        _ if this.again.kept.is_none() => return Poll::Ready(Err(refusal.stop())),
-                        (Rejection::Superseded, _) => None,
-                        (_, Some(landing)) => Some(Box::new(Wait::new(landing))),
-                        (_, None) => return Poll::Ready(Err(refusal.stop())),
-                    };
-                    this.state.set(State::Renewing { refusal: Some(refusal), renewal });
+            let Some(current) = step.as_mut() else { return Poll::Pending };
+            if let Step::Second { response, blamed } = current {
+                let second = ready!(response.as_mut().poll(cx));
+                if let (Ok(response), Some(blamed)) = (&second, blamed)
+                    && is_accepted(response)
+                {
+                    blamed.accept();
                 }
-                StateProj::Renewing { refusal, renewal } => {
-                    if let Some(wait) = renewal {
-                        // Whether it succeeded shows in what there is.
-                        let _ = ready!(Pin::new(wait).poll(cx));
-                    }
-                    let Some(refusal) = refusal.take() else { return Poll::Pending };
-                    if !refusal.has_other() {
-                        return Poll::Ready(Err(refusal.stop()));
-                    }
-                    let patience = Timer::new(PATIENCE);
-                    this.state.set(State::LettingGo { refusal: Some(refusal), patience });
-                }
-                StateProj::LettingGo { refusal, patience } => {
-                    if this.again.poll_kept(cx).is_pending() {
-                        ready!(patience.poll(cx));
-                    }
-                    let Some(refusal) = refusal.take() else { return Poll::Pending };
-                    match this.again.take() {
-                        Some(again) => {
-                            let (again, blamed) = (Some(Box::new(again)), refusal.blamed.map(Box::new));
-                            this.state.set(State::Readiness { again, blamed });
-                        }
-                        None => return Poll::Ready(Err(refusal.stop())),
-                    }
-                }
-                StateProj::Readiness { again, blamed } => {
-                    let Some(waiting) = again else { return Poll::Pending };
-                    ready!(waiting.0.poll_ready(cx)).map_err(Stopped::Failed)?;
-                    let Some((mut service, request)) = again.take().map(|again| *again) else {
-                        return Poll::Pending;
-                    };
-                    let blamed = blamed.take();
-                    let response = service.call(request);
-                    this.state.set(State::Second { response, blamed });
-                }
-                StateProj::Second { response, blamed } => {
-                    let second = ready!(response.poll(cx));
-                    if let (Ok(response), Some(blamed)) = (&second, blamed)
-                        && is_accepted(response)
-                    {
-                        blamed.accept();
-                    }
-                    event::sent_again(second.as_ref().ok().map(Response::status));
-                    return Poll::Ready(second.map_err(Stopped::Failed));
+                event::sent_again(second.as_ref().ok().map(Response::status));
+                return Poll::Ready(second.map_err(Stopped::Failed));
+            }
+            ready!(current.poll(this.again, cx)).map_err(Stopped::Failed)?;
+            let Some(current) = step.take() else { return Poll::Pending };
+            *step = Cold::new(current.next(this.again)?);
+        }
+    }
+}
+
+impl<S, B, ResBody> Step<S::Future, S, B, ResBody>
+where
+    S: Service<Request<B>, Response = Response<ResBody>> + CloneClient,
+    ResBody: Body,
+{
+    /// Waits until there is a next step.
+    fn poll<R, ReqBody>(
+        &mut self,
+        again: &mut Again<S, R, ReqBody>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), S::Error>>
+    where
+        R: Replay<ReqBody, Body = B>,
+    {
+        match self {
+            Self::Reading { refusal } => ready!(refusal.poll_read(cx)),
+            Self::Renewing { renewal: Some(wait), .. } => {
+                // Whether it succeeded shows in what there is.
+                let _ = ready!(Pin::new(wait).poll(cx));
+            }
+            Self::LettingGo { patience, .. } => {
+                if again.poll_kept(cx).is_pending() {
+                    ready!(patience.poll(cx));
                 }
             }
+            Self::Readiness { again, .. } => ready!(again.0.poll_ready(cx))?,
+            Self::Renewing { renewal: None, .. } | Self::Second { .. } => {}
         }
+        Poll::Ready(Ok(()))
+    }
+
+    /// The next step, unless the 401 goes up.
+    fn next<R, ReqBody>(self, again: &mut Again<S, R, ReqBody>) -> Result<Self, Stopped<S::Error, ResBody>>
+    where
+        R: Replay<ReqBody, Body = B>,
+    {
+        Ok(match self {
+            Self::Reading { mut refusal } => {
+                let renewal = match refusal.reject() {
+                    _ if again.kept.is_none() => return Err(refusal.stop()),
+                    (Rejection::Superseded, _) => None,
+                    (_, Some(landing)) => Some(Box::new(Wait::new(landing))),
+                    (_, None) => return Err(refusal.stop()),
+                };
+                Self::Renewing { refusal, renewal }
+            }
+            Self::Renewing { refusal, .. } if refusal.has_other() => {
+                Self::LettingGo { refusal, patience: Timer::new(PATIENCE) }
+            }
+            Self::Renewing { refusal, .. } => return Err(refusal.stop()),
+            Self::LettingGo { refusal, .. } => match again.take() {
+                Some(again) => {
+                    Self::Readiness { again: Box::new(again), blamed: refusal.blamed.map(Box::new) }
+                }
+                None => return Err(refusal.stop()),
+            },
+            Self::Readiness { again, blamed } => {
+                let (mut service, request) = *again;
+                Self::Second { response: Box::pin(service.call(request)), blamed }
+            }
+            second @ Self::Second { .. } => second,
+        })
     }
 }
 
 impl<S, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
     /// A request that is not sent yet still has its head.
     pub(crate) fn forget_head(&mut self) {
-        if let Some((head, _)) = &mut self.kept {
-            *head = HeadCopy::default();
+        if let Some(kept) = &mut self.kept {
+            kept.head = HeadCopy::default();
         }
     }
 
     /// The request is about to be sent.
     pub(crate) fn keep_head(&mut self, request: &Request<R::Body>) {
-        if let Some((head, _)) = &mut self.kept {
-            *head = HeadCopy::of(request);
+        if let Some(kept) = &mut self.kept {
+            kept.head = HeadCopy::of(request);
         }
     }
 }
@@ -261,24 +333,22 @@ impl<S, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
 impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
     fn poll_kept(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.kept {
-            Some((_, kept)) => self.replay.poll_kept(kept, cx),
+            Some(kept) => self.replay.poll_kept(&mut kept.body, cx),
             None => Poll::Ready(()),
         }
     }
 
     /// The request as it was, and a service to send it with; `None` if either cannot be had.
     fn take(&mut self) -> Option<(S, Request<R::Body>)> {
-        let (head, body) = self.kept.take()?;
+        let Kept { head, body, spare } = self.kept.take()?;
         let request = head.into_request(self.replay.again(body)?)?;
-        Some((self.spare.take()?.service()?, request))
+        Some((spare.service()?, request))
     }
 }
 
-/// Whether it is a 401 on what can be another.
-#[inline]
-fn can_be_renewed<B>(response: &Response<B>) -> bool {
-    response.status() == StatusCode::UNAUTHORIZED
-        && response.extensions().get::<Sent>().is_some_and(|sent| sent.parts().any(renews))
+/// Whether a 401 is on what can be another.
+fn can_be_renewed<B>(refusal: &Response<B>) -> bool {
+    refusal.extensions().get::<Sent>().is_some_and(|sent| sent.parts().any(renews))
 }
 
 impl<B: Body> Refusal<B> {
@@ -356,7 +426,8 @@ impl Blamed {
 /// Whether the credentials were good. A server that fails, limits or redirects may not have looked at them.
 fn is_accepted<B>(response: &Response<B>) -> bool {
     let status = response.status();
-    !is_remembered(response) && (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
+    (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
+        && response.extensions().get::<Undecided>().is_none()
 }
 
 fn renews(sent: &Credentials) -> bool {

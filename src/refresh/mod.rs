@@ -66,9 +66,9 @@ mod layer;
 mod replay;
 mod service;
 
-#[cfg(feature = "tonic")]
-pub(crate) use self::future::Blamed;
 pub(crate) use self::future::{Again, Replaying, Stopped};
+#[cfg(feature = "tonic")]
+pub(crate) use self::future::{Blamed, Undecided};
 pub use self::{
     future::ResponseFuture,
     layer::RefreshLayer,

@@ -11,7 +11,7 @@ use tower_service::Service;
 use super::{
     CloneBody, Replay, ResponseFuture,
     copy::HeadCopy,
-    future::{Again, Replaying},
+    future::{Again, Kept, Replaying},
 };
 use crate::{
     auth_error::InspectedBody,
@@ -76,14 +76,13 @@ impl<S: Clone, R: Clone> Refresh<S, R> {
         let replay = self.replay.clone();
         if self.idle {
             let request = replay.once_of(request);
-            return send(&mut self.inner, request, Again { kept: None, replay, spare: None });
+            return send(&mut self.inner, request, Again { kept: None, replay });
         }
         let (parts, body) = request.into_parts();
         let (body, kept) = replay.keep(body);
         let request = Request::from_parts(parts, body);
-        let kept = kept.map(|body| (HeadCopy::of(&request), body));
-        let again = Again { kept, replay, spare: Some(self.spare()) };
-        send(&mut self.inner, request, again)
+        let kept = kept.map(|body| Kept { head: HeadCopy::of(&request), body, spare: self.spare() });
+        send(&mut self.inner, request, Again { kept, replay })
     }
 
     #[inline]
@@ -93,18 +92,19 @@ impl<S: Clone, R: Clone> Refresh<S, R> {
         spare.clone()
     }
 
-    /// What `call` does, for a stack that makes an error of a 401 that goes up.
+    /// What `call` does, for a stack that makes an error of a 401 that goes up. `wrap` makes the future, where it goes.
     #[inline]
-    pub(crate) fn send<ReqBody, ResBody>(
+    pub(crate) fn send<ReqBody, ResBody, T>(
         &mut self,
         request: Request<ReqBody>,
-    ) -> Replaying<S::Future, S, R, ReqBody, ResBody>
+        wrap: impl FnOnce(Replaying<S::Future, S, R, ReqBody, ResBody>) -> T,
+    ) -> T
     where
         S: Service<Request<R::Body>, Response = Response<ResBody>>,
         R: Replay<ReqBody>,
         ResBody: Body,
     {
-        self.keep(request, |inner, request, again| Replaying::new(inner.call(request), again))
+        self.keep(request, |inner, request, again| wrap(Replaying::new(inner.call(request), again)))
     }
 }
 
@@ -125,7 +125,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        ResponseFuture::new(self.send(request))
+        self.send(request, ResponseFuture::new)
     }
 }
 

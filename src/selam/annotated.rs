@@ -2,7 +2,7 @@ use std::{
     fmt,
     future::poll_fn,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use http::{Request, Response};
@@ -134,7 +134,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        AnnotatedFuture { sending: Sending::new(&mut self.stack, request, self.bounds) }
+        Sending::send(&mut self.stack, request, self.bounds, |sending| AnnotatedFuture { sending })
     }
 }
 
@@ -161,10 +161,10 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(match ready!(self.project().sending.poll_or(cx, |stopped| stopped)) {
-            Ok(response) => Ok(response.map(InspectedBody::unread)),
-            Err(Stopped::Refused(read)) => Ok(read.into_annotated()),
-            Err(Stopped::Failed(error)) => Err(error),
+        let pass = |response: Response<ResBody>| response.map(InspectedBody::unread);
+        self.project().sending.poll_or(cx, pass, |stopped| match stopped {
+            Stopped::Refused(read) => Ok(read.into_annotated()),
+            Stopped::Failed(error) => Err(error),
         })
     }
 }

@@ -14,8 +14,10 @@ use tower_service::Service;
 use crate::{
     Credentials, Error,
     auth_error::{Bounds, Inspect},
-    authorize::{self, Authorize, Later, Unsent, is_remembered},
+    authorize::{self, Authorize, Later, Unsent},
     bounds::CloneClient,
+    cold::Cold,
+    error::is_auth_status,
     refresh::{Again, Refresh, Replay, Replaying, Stopped},
 };
 
@@ -25,6 +27,7 @@ pub(super) type Stack<S, R> = Refresh<Authorize<WrapError<S>>, R>;
 pin_project! {
     /// A request on its way.
     #[project = SendingProj]
+    #[project_replace = SendingReplaced]
     pub(super) enum Sending<F, S, R, ReqBody, ResBody>
     where
         R: Replay<ReqBody>,
@@ -35,11 +38,11 @@ pin_project! {
             #[pin]
             response: F,
             sent: Option<Credentials>,
-            again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+            again: Again<Authorize<WrapError<S>>, R, ReqBody>,
             bounds: Bounds,
         },
         // Anything else: one state, so that one look tells it from the usual.
-        Unusual { case: Unusual<F, S, R, ReqBody, ResBody> },
+        Unusual { case: Cold<Unusual<F, S, R, ReqBody, ResBody>> },
     }
 }
 
@@ -50,8 +53,8 @@ where
 {
     /// The request waits for credentials.
     Waits {
-        later: Option<Box<Later<WrapError<S>, R::Body>>>,
-        again: Option<Again<Authorize<WrapError<S>>, R, ReqBody>>,
+        later: Box<Later<WrapError<S>, R::Body>>,
+        again: Again<Authorize<WrapError<S>>, R, ReqBody>,
         bounds: Bounds,
     },
     /// This response concerns the layers, or the request is refused.
@@ -85,18 +88,26 @@ where
     R: Replay<ReqBody>,
     ResBody: Body,
 {
+    /// Sends a request, or has it wait. `wrap` makes the future, where it goes.
     #[inline]
-    pub(super) fn new(stack: &mut Stack<S, R>, request: Request<ReqBody>, bounds: Bounds) -> Self
+    pub(super) fn send<T>(
+        stack: &mut Stack<S, R>,
+        request: Request<ReqBody>,
+        bounds: Bounds,
+        wrap: impl FnOnce(Self) -> T,
+    ) -> T
     where
         R: Clone,
     {
         stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
             Ok(sent) => {
                 let response = authorize.get_mut().0.call(request);
-                Self::Client { response, sent, again: Some(again), bounds }
+                wrap(Self::Client { response, sent, again, bounds })
             }
-            Err(Unsent::Waits(waiting)) => Self::waits(authorize.later(request, waiting), again, bounds),
-            Err(Unsent::Refused(error)) => Self::layers(authorize.refused(error), again, bounds),
+            Err(Unsent::Waits(waiting)) => {
+                wrap(Self::waits(authorize.later(request, waiting), again, bounds))
+            }
+            Err(Unsent::Refused(error)) => wrap(Self::layers(authorize.refused(error), again, bounds)),
         })
     }
 
@@ -108,7 +119,7 @@ where
     ) -> Self {
         // There may be many who wait, and each has its head still.
         again.forget_head();
-        Self::Unusual { case: Unusual::Waits { later: Some(later), again: Some(again), bounds } }
+        Self::Unusual { case: Cold::new(Unusual::Waits { later, again, bounds }) }
     }
 
     #[cold]
@@ -118,25 +129,29 @@ where
         bounds: Bounds,
     ) -> Self {
         let layers = Box::pin(Inspect::new(Replaying::new(response, again), bounds));
-        Self::Unusual { case: Unusual::Layers(layers) }
+        Self::Unusual { case: Cold::new(Unusual::Layers(layers)) }
     }
 
-    /// The response, or what `stop` makes of that which comes instead.
+    /// Polls for the response that passes, and what comes instead is for `stop` to say.
     #[inline]
-    pub(super) fn poll_or<E>(
+    pub(super) fn poll_or<T, E>(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> E,
-    ) -> Poll<Result<Response<ResBody>, E>> {
-        let SendingProj::Client { response, .. } = self.as_mut().project() else {
-            return self.poll_later(cx).map_err(stop);
+        pass: impl FnOnce(Response<ResBody>) -> T,
+        stop: impl FnOnce(Stopped<Error<S::Error>, ResBody>) -> Result<T, E>,
+    ) -> Poll<Result<T, E>> {
+        let polled = match self.as_mut().project() {
+            SendingProj::Client { response, .. } => match response.poll(cx) {
+                Poll::Ready(Ok(response)) if is_auth_status(response.status()) => self.answered(response, cx),
+                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(pass(response))),
+                polled => polled.map_err(|error| Stopped::Failed(Error::Inner(error))),
+            },
+            SendingProj::Unusual { .. } => self.poll_later(cx),
         };
-        match response.poll(cx) {
-            Poll::Ready(Ok(response)) if is_remembered(&response) => {
-                self.answered(response, cx).map_err(stop)
-            }
-            polled => polled.map_err(|error| stop(Stopped::Failed(Error::Inner(error)))),
-        }
+        Poll::Ready(match ready!(polled) {
+            Ok(response) => Ok(pass(response)),
+            Err(stopped) => stop(stopped),
+        })
     }
 
     /// Hands a response to the layers.
@@ -146,10 +161,8 @@ where
         response: Response<ResBody>,
         cx: &mut Context<'_>,
     ) -> Polled<ResBody, S::Error> {
-        if let SendingProj::Client { sent, again, bounds, .. } = self.as_mut().project()
-            && let Some(again) = again.take()
-        {
-            let (sent, bounds) = (sent.take(), *bounds);
+        let nothing = Self::Unusual { case: Cold::default() };
+        if let SendingReplaced::Client { sent, again, bounds, .. } = self.as_mut().project_replace(nothing) {
             let response = WrapErrorFuture::Answered { response: Some(Box::new(response)) };
             self.set(Self::layers(authorize::ResponseFuture::sent(response, sent), again, bounds));
         }
@@ -160,24 +173,20 @@ where
     #[cold]
     fn poll_later(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Polled<ResBody, S::Error> {
         let SendingProj::Unusual { case } = self.as_mut().project() else { return Poll::Pending };
-        match case {
-            Unusual::Waits { later, again, bounds } => {
-                let keep = |request: &Request<R::Body>| {
-                    if let Some(again) = again {
-                        again.keep_head(request);
-                    }
-                };
-                let (mut service, request, sent) =
-                    ready!(Later::poll(later, cx, keep)).map_err(Stopped::Failed)?;
-                let (again, bounds) = (again.take(), *bounds);
-                let response = service.0.call(request);
-                self.set(Self::Client { response, sent, again, bounds });
-                self.poll_or(cx, |stopped| stopped)
+        let credentials = match case.as_mut() {
+            None => return Poll::Pending,
+            Some(Unusual::Layers(layers)) => {
+                let stop = |read| Err(Stopped::Refused(read));
+                return layers.as_mut().poll_or(cx, |response| response, stop);
             }
-            Unusual::Layers(layers) => {
-                layers.as_mut().poll_or(cx, |response| response, |read| Err(Stopped::Refused(read)))
-            }
-        }
+            Some(Unusual::Waits { later, .. }) => ready!(later.poll(cx)).map_err(Stopped::Failed)?,
+        };
+        let Some(Unusual::Waits { later, mut again, bounds }) = case.take() else { return Poll::Pending };
+        let written = later.write(&credentials, |request| again.keep_head(request));
+        let (mut service, request, sent) = written.map_err(|error| Stopped::Failed(error.into()))?;
+        let response = service.0.call(request);
+        self.set(Self::Client { response, sent, again, bounds });
+        self.poll_or(cx, |response| response, Err)
     }
 }
 

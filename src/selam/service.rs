@@ -108,7 +108,7 @@ where
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        ResponseFuture { sending: Sending::new(&mut self.stack, request, self.bounds) }
+        Sending::send(&mut self.stack, request, self.bounds, |sending| ResponseFuture { sending })
     }
 }
 
@@ -136,10 +136,13 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().sending.poll_or(cx, |stopped| match stopped {
-            Stopped::Failed(error) => error,
-            Stopped::Refused(read) => read.into_error().into(),
-        })
+        let stop = |stopped| {
+            Err(match stopped {
+                Stopped::Failed(error) => error,
+                Stopped::Refused(read) => read.into_error().into(),
+            })
+        };
+        self.project().sending.poll_or(cx, |response| response, stop)
     }
 }
 

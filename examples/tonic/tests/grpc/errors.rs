@@ -13,7 +13,7 @@ use tower_selam::{
     source::{Reason, SourceError, source_fn},
 };
 
-use crate::support::{DETAILS, Gate, HANG, How, KEY, client, greet, layer};
+use crate::support::{DETAILS, Gate, HANG, How, KEY, client, greet, layer, until};
 
 fn failing(permanent: bool) -> Renewing<Token> {
     Renewing::new(source_fn(move |_: Reason<Token>| async move {
@@ -155,6 +155,24 @@ async fn s2_no_status_shows_a_credential_that_the_server_echoes() {
         }
         assert!(!shown.contains("canary"), "{how:?} {code:?}: {shown}");
     }
+}
+
+#[tokio::test]
+async fn s2_nor_one_that_was_sent_again_and_is_echoed_in_trailers() {
+    let gate = Gate::refusing(How::Headers).echoing();
+    let (_server, mut client) = gate.revoked().await;
+    gate.refuse_all();
+    gate.hold();
+    let renewed = async {
+        until(|| gate.asked() == 2).await;
+        gate.refuse(How::Trailers(0), Code::Unauthenticated);
+        gate.release();
+    };
+    let (refused, ()) = tokio::join!(greet(&mut client), renewed);
+    let status = refused.unwrap_err();
+    assert_eq!((gate.seen().len(), gate.minted()), (2, 2));
+    assert!(status.message().ends_with("Bearer [redacted] [redacted]"), "{status}");
+    assert!(!format!("{status:?}").contains("canary"), "{status:?}");
 }
 
 #[tokio::test]

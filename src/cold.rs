@@ -1,36 +1,37 @@
-//! A box for what there seldom is.
+//! What there seldom is.
 
 use std::mem::ManuallyDrop;
 
-/// A box, until it is taken, that is dropped out of line: in the drop of an enum with such a variant, the usual ones stay
+/// A value, until it is taken, that is dropped out of line: in the drop of an enum with such a variant, the usual ones stay
 /// as cheap as without it.
-pub(crate) struct ColdBox<T>(ManuallyDrop<Option<Box<T>>>);
+pub(crate) struct Cold<T>(ManuallyDrop<Option<T>>);
 
-impl<T> ColdBox<T> {
+impl<T> Cold<T> {
     pub(crate) fn new(value: T) -> Self {
-        Box::new(value).into()
+        Self(ManuallyDrop::new(Some(value)))
     }
 
     pub(crate) fn as_ref(&self) -> Option<&T> {
-        self.0.as_deref()
+        self.0.as_ref()
     }
 
     pub(crate) fn as_mut(&mut self) -> Option<&mut T> {
-        self.0.as_deref_mut()
+        self.0.as_mut()
     }
 
-    pub(crate) fn take(&mut self) -> Option<Box<T>> {
+    pub(crate) fn take(&mut self) -> Option<T> {
         self.0.take()
     }
 }
 
-impl<T> From<Box<T>> for ColdBox<T> {
-    fn from(value: Box<T>) -> Self {
-        Self(ManuallyDrop::new(Some(value)))
+/// As one that is taken.
+impl<T> Default for Cold<T> {
+    fn default() -> Self {
+        Self(ManuallyDrop::new(None))
     }
 }
 
-impl<T> Drop for ColdBox<T> {
+impl<T> Drop for Cold<T> {
     // All there is to drop, as nothing else drops what `ManuallyDrop` holds.
     #[cold]
     #[inline(never)]
@@ -48,10 +49,10 @@ mod tests {
     #[test]
     fn what_it_holds_is_dropped_with_it_or_taken() {
         let value = Rc::new(());
-        drop(ColdBox::new(Rc::clone(&value)));
+        drop(Cold::new(Rc::clone(&value)));
         assert_eq!(Rc::strong_count(&value), 1);
 
-        let mut cold = ColdBox::new(Rc::clone(&value));
+        let mut cold = Cold::new(Rc::clone(&value));
         let taken = cold.take();
         assert!(cold.as_ref().is_none() && cold.as_mut().is_none() && cold.take().is_none());
         drop(cold);
