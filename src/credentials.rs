@@ -1,6 +1,9 @@
 //! What is written into a request, and how a request may choose it.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
 use http::{Extensions, HeaderMap, HeaderValue, Uri, request::Parts};
 
@@ -116,11 +119,6 @@ impl Credentials {
         Self(Arc::new(Set { form, api_key, jwt, key_alone: None, provenance: Some(from) }))
     }
 
-    /// A copy for each of a few threads, which then do not wait for one another's reference counts.
-    pub(crate) fn sharded(&self) -> Shards<Self> {
-        Shards::new(|| self.apart())
-    }
-
     /// A copy that shares nothing which is counted when it is sent.
     fn apart(&self) -> Self {
         let Set { form, api_key, jwt, key_alone, provenance } = &*self.0;
@@ -230,6 +228,40 @@ impl Credentials {
     pub(crate) fn secrets(&self) -> impl Iterator<Item = &Secret> {
         let key = self.api_key().map(|key| &key.0);
         key.into_iter().chain(self.jwt().map(|jwt| &jwt.secret))
+    }
+}
+
+/// A set of which each of a few threads has a copy, so that they do not wait for one another's reference counts. A thread
+/// makes its own when it first needs it.
+#[derive(Clone, Debug)]
+pub(crate) struct Copies {
+    set: Credentials,
+    copies: Shards<OnceLock<Credentials>>,
+}
+
+impl Copies {
+    /// The present thread is going to need its own.
+    pub(crate) fn of(set: Credentials) -> Self {
+        let this = Self { set, copies: Shards::new(OnceLock::new) };
+        let _ = this.local();
+        this
+    }
+
+    /// The present thread's.
+    #[inline]
+    pub(crate) fn local(&self) -> &Credentials {
+        let own = self.copies.local();
+        match own.get() {
+            Some(copy) => copy,
+            None => self.fill(own),
+        }
+    }
+
+    #[cold]
+    fn fill<'a>(&self, own: &'a OnceLock<Credentials>) -> &'a Credentials {
+        // Where threads share one, none waits until another has made it.
+        let copy = self.set.apart();
+        own.get_or_init(|| copy)
     }
 }
 

@@ -15,10 +15,9 @@ use std::{
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, MaybeRenewing, PerSubject, Renewing, Subject, Token,
     clock::{Deadline, Time},
-    credentials::Form,
+    credentials::{Copies, Form},
     engine::{Demand, Epoch, Keeper, Landing, Rejection, Wait},
     secret::Credential,
-    shards::Shards,
     subjects::Entry,
     sync::ArcSwapOption,
 };
@@ -79,7 +78,7 @@ type Shelf = ArcSwapOption<Made>;
 
 /// A set for everybody.
 struct Made {
-    credentials: Shards<Credentials>,
+    credentials: Copies,
     term: Term,
 }
 
@@ -231,7 +230,7 @@ impl Supply {
     fn keep(&self, need: Need, whose: &Whose, credentials: &Credentials, term: Term) {
         match whose {
             Whose::Everybodys => {
-                let made = Made { credentials: credentials.sharded(), term };
+                let made = Made { credentials: Copies::of(credentials.clone()), term };
                 self.shelf(need).store(Some(Arc::new(made)));
             }
             // One user's requests are few, and users are many.

@@ -7,11 +7,10 @@ use http::{HeaderMap, Request, header::AUTHORIZATION};
 
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
-    credentials::Form,
+    credentials::{Copies, Form},
     event,
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY, write_usual},
-    shards::Shards,
     supply::{Need, Supplied, Supplies, Supply, Waiting, Whose},
 };
 
@@ -31,7 +30,7 @@ pub(crate) struct Policy {
 pub(crate) enum Provider {
     /// Every request brings its own.
     Nothing,
-    Fixed(Shards<Credentials>),
+    Fixed(Copies),
     Renewing(Arc<Supply>),
     PerSubject(Arc<Supplies>),
 }
@@ -60,7 +59,7 @@ impl Provider {
         };
         let supply = Supply::new(form, key, jwt);
         match supply.fixed() {
-            Some(credentials) => Self::Fixed(credentials.sharded()),
+            Some(credentials) => Self::Fixed(Copies::of(credentials)),
             None => Self::Renewing(supply),
         }
     }
