@@ -65,7 +65,7 @@ struct Part {
 }
 
 fn main() {
-    let rounds = or_short(15, 1);
+    let rounds = or_short(41, 1);
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let mut outside: Vec<Vec<Part>> = CONTENDERS.iter().map(|_| Vec::new()).collect();
     let mut during: Vec<Vec<Part>> = CONTENDERS.iter().map(|_| Vec::new()).collect();
