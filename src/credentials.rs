@@ -184,7 +184,7 @@ impl Credentials {
     }
 
     fn rules<'a>(&'a self, origins: &'a Origins) -> Rules<'a> {
-        Rules { credentials: Some(self), origins, if_absent: false, require_choice: false }
+        Rules { credentials: Some(self), origins, if_absent: false, require_choice: false, former: None }
     }
 
     #[inline]

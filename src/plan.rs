@@ -12,7 +12,7 @@ use crate::{
     error::{AuthError, AuthErrorKind},
     handshake,
     origin::{Admission, Origins},
-    scrub::Secrets,
+    scrub::{Former, Secrets},
 };
 
 pub(crate) static X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -39,6 +39,8 @@ pub(crate) struct Rules<'a> {
     pub(crate) origins: &'a Origins,
     pub(crate) if_absent: bool,
     pub(crate) require_choice: bool,
+    /// What was sent before.
+    pub(crate) former: Option<&'a Former>,
 }
 
 pub(crate) struct Plan {
@@ -136,7 +138,8 @@ impl Plan {
                 match Self::send(Some(credentials), rules, head)?.action {
                     Action::Write(credentials) => Ok(Self {
                         uri: Some(Box::new(handshake::with_query(head, &credentials)?)),
-                        drop_referer: Secrets([Some(&credentials), None]).are_in_referer(head.headers),
+                        drop_referer: Secrets([Some(&credentials), None], rules.former)
+                            .are_in_referer(head.headers),
                         action: Action::Query(credentials),
                         keep_theirs: false,
                     }),
@@ -158,7 +161,7 @@ impl Plan {
     /// Sends nothing of ours, neither the layer's own nor what the request chose.
     #[cold]
     fn scrub(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
-        let secrets = Secrets([rules.credentials, credentials]);
+        let secrets = Secrets([rules.credentials, credentials], rules.former);
         Ok(Self {
             action: Action::Scrub,
             uri: secrets.uri_without(head.uri)?.map(Box::new),
@@ -331,7 +334,7 @@ mod tests {
                 headers.append(name, value);
             }
             let (origins, uri) = (Origins::selam(), Uri::from_static("https://api.selamgpt.com/v1/models"));
-            let rules = Rules { credentials: Some(&credentials), origins: &origins, if_absent, require_choice: false };
+            let rules = Rules { credentials: Some(&credentials), origins: &origins, if_absent, require_choice: false, former: None };
             let head = Head { method: None, uri: &uri, headers: &headers, extensions: &Extensions::new() };
             let (mut planned, mut usual) = (headers.clone(), headers.clone());
             Plan::new(rules, head).unwrap().apply(&mut planned).unwrap();

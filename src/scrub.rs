@@ -1,5 +1,11 @@
 //! Takes our credentials out of a request to somewhere that may not have them.
 
+use std::{
+    collections::VecDeque,
+    iter::successors,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
 use http::{HeaderMap, Uri, header::REFERER};
 use percent_encoding::percent_decode;
 use zeroize::Zeroizing;
@@ -8,15 +14,57 @@ use crate::{
     credentials::Credentials,
     error::{AuthError, AuthErrorKind},
     query::{Query, params},
-    secret::MIN_SECRET,
+    secret::{Fingerprint, MIN_SECRET},
 };
 
 /// So many times a secret may have been percent-encoded: in a query, in a URL in a query, and once more.
 const ENCODED: usize = 3;
 
-/// What may not go along.
+/// So many of those that were replaced are remembered.
+const FORMER: usize = 16;
+
+/// What may not go along: what there is, and what there was.
 #[derive(Clone, Copy)]
-pub(crate) struct Secrets<'a>(pub(crate) [Option<&'a Credentials>; 2]);
+pub(crate) struct Secrets<'a>(pub(crate) [Option<&'a Credentials>; 2], pub(crate) Option<&'a Former>);
+
+/// Secrets that were replaced, by their fingerprints: what was sent of them may come back, and they themselves are wiped.
+#[derive(Default)]
+pub(crate) struct Former(Mutex<VecDeque<Fingerprint>>);
+
+impl Former {
+    pub(crate) fn remember(&self, former: Fingerprint) {
+        let mut all = self.all();
+        if !all.contains(&former) {
+            all.truncate(FORMER - 1);
+            all.push_front(former);
+        }
+    }
+
+    /// Whether one stands in `text` by itself, as a parameter or a part of a path does, and percent-encoded or not.
+    fn are_in(&self, text: &[u8]) -> bool {
+        let all = self.all();
+        !all.is_empty()
+            && text.split(|byte| b"&=?#/;, ".contains(byte)).any(|part| {
+                decodings(part).any(|part| part.len() >= MIN_SECRET && all.contains(&Fingerprint::of(&part)))
+            })
+    }
+
+    fn all(&self) -> MutexGuard<'_, VecDeque<Fingerprint>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `text`, and what comes of decoding it time and again.
+fn decodings(text: &[u8]) -> impl Iterator<Item = Zeroizing<Vec<u8>>> {
+    let first = Some(Zeroizing::new(text.to_vec()));
+    let next = |text: &Zeroizing<Vec<u8>>| {
+        // What comes of it is never longer, so this does not grow and leave copies behind.
+        let mut decoded = Zeroizing::new(Vec::with_capacity(text.len()));
+        decoded.extend(percent_decode(text));
+        (*decoded != **text).then_some(decoded)
+    };
+    successors(first, next).take(ENCODED + 1)
+}
 
 impl Secrets<'_> {
     /// `uri` without the query parameters that hold one of them; `None` when it is clean as it is.
@@ -43,20 +91,7 @@ impl Secrets<'_> {
     }
 
     fn are_in(self, text: &[u8]) -> bool {
-        // What comes of decoding is never longer, so this does not grow and leave copies behind.
-        let mut text = Zeroizing::new(text.to_vec());
-        for _ in 0..=ENCODED {
-            if self.are_in_plain(&text) {
-                return true;
-            }
-            let mut decoded = Zeroizing::new(Vec::with_capacity(text.len()));
-            decoded.extend(percent_decode(&text));
-            if *decoded == *text {
-                return false;
-            }
-            text = decoded;
-        }
-        false
+        decodings(text).any(|text| self.are_in_plain(&text))
     }
 
     fn are_in_plain(self, text: &[u8]) -> bool {
@@ -64,7 +99,7 @@ impl Secrets<'_> {
         secrets.any(|secret| {
             let secret = secret.expose().as_bytes();
             secret.len() >= MIN_SECRET && text.windows(secret.len()).any(|window| window == secret)
-        })
+        }) || self.1.is_some_and(|former| former.are_in(text))
     }
 }
 
@@ -83,7 +118,7 @@ mod tests {
     fn parameters_that_hold_a_secret_are_taken_off_and_no_others() {
         let credentials = credentials();
         let strip = |uri: &str| {
-            let stripped = Secrets([Some(&credentials), None]).uri_without(&uri.parse().unwrap());
+            let stripped = Secrets([Some(&credentials), None], None).uri_without(&uri.parse().unwrap());
             stripped.unwrap().map(|uri| uri.to_string())
         };
         assert_eq!(strip("https://h/p?token=theirs"), None);
@@ -100,9 +135,31 @@ mod tests {
     }
 
     #[test]
+    fn o4_one_that_was_replaced_is_known_by_its_fingerprint() {
+        let former = Former::default();
+        let secrets = Secrets([None, None], Some(&former));
+        let strip =
+            |uri: &str| secrets.uri_without(&uri.parse().unwrap()).unwrap().map(|uri| uri.to_string());
+        assert_eq!(strip("https://h/p?token=a+b/c%3D"), None);
+        former.remember(Fingerprint::of(b"a+b/c="));
+        for (uri, expected) in [
+            ("https://h/p?token=a%2Bb%2Fc%3D&x=1", "https://h/p?x=1"),
+            ("https://h/?x=1&next=https%3A%2F%2Fa%2F%3Ftoken%3Da%252Bb%252Fc%253D%26y", "https://h/?x=1"),
+        ] {
+            assert_eq!(strip(uri).as_deref(), Some(expected));
+        }
+        for number in 0..20 {
+            former.remember(Fingerprint::of(format!("sk-{number}").as_bytes()));
+        }
+        assert_eq!(strip("https://h/p?token=a%2Bb%2Fc%3D"), None, "so many are remembered");
+        assert_eq!(strip("https://h/p?q=Bearer%20sk-4&x").as_deref(), Some("https://h/p?x"));
+        assert!(secrets.uri_without(&"https://h/sk-19/p".parse().unwrap()).is_err());
+    }
+
+    #[test]
     fn one_in_the_path_is_refused() {
         let credentials = credentials();
-        let secrets = Secrets([None, Some(&credentials)]);
+        let secrets = Secrets([None, Some(&credentials)], None);
         for uri in ["https://h/p/sk-key", "https://h/p/jw%2Bt?x=1", "https://h/p/jw%252Bt"] {
             let refused = secrets.uri_without(&uri.parse().unwrap()).unwrap_err();
             assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
@@ -118,7 +175,7 @@ mod tests {
             for referer in referers {
                 headers.append(REFERER, HeaderValue::from_bytes(referer).unwrap());
             }
-            Secrets([Some(&credentials), None]).are_in_referer(&headers)
+            Secrets([Some(&credentials), None], None).are_in_referer(&headers)
         };
         assert!(found(&[b"https://a.example/?token=jw%2Bt"]));
         assert!(found(&[b"https://a.example/", b"not a \xff uri sk-key"]));

@@ -282,7 +282,7 @@ impl PerSubject {
         self.later(Subjects::forget_idle);
     }
 
-    /// Forgets such sets, on a task: there may be many.
+    /// Forgets such sets, on a task where there is a runtime: there may be many.
     pub(crate) fn let_go(&self, such: impl Fn(&Credentials) -> bool + Send + 'static) {
         self.later(move |subjects| {
             for (_, entry) in subjects.entries.iter() {
@@ -293,13 +293,14 @@ impl PerSubject {
 
     fn later(&self, work: impl FnOnce(&Subjects) + Send + 'static) {
         let subjects = Arc::downgrade(&self.0);
-        let task = async move {
+        let work = move || {
             if let Some(subjects) = subjects.upgrade() {
                 work(&subjects);
             }
         };
-        if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(task);
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn(async move { work() })),
+            Err(_) => work(),
         }
     }
 }

@@ -17,7 +17,8 @@ use crate::{
     clock::{Deadline, Time},
     credentials::{Copies, Form},
     engine::{Demand, Epoch, Keeper, Landing, Rejection, Wait},
-    secret::Credential,
+    scrub::Former,
+    secret::{Credential, Fingerprint},
     subjects::Entry,
     sync::ArcSwapOption,
 };
@@ -33,6 +34,7 @@ pub(crate) struct Supply {
     sources: Arc<Sources>,
     whole: Shelf,
     key_alone: Shelf,
+    former: Former,
 }
 
 /// Where the key and the JWT of a set come from; without the JWT where each user has its own.
@@ -110,7 +112,13 @@ impl Supply {
         jwt: Option<MaybeRenewing<Token>>,
     ) -> Arc<Self> {
         let sources = Arc::new(Sources { key, jwt });
-        let this = Arc::new(Self { form, sources, whole: Shelf::empty(), key_alone: Shelf::empty() });
+        let this = Arc::new(Self {
+            form,
+            sources,
+            whole: Shelf::empty(),
+            key_alone: Shelf::empty(),
+            former: Former::default(),
+        });
         let own = Arc::downgrade(&this);
         let keeper: Weak<dyn Keeper> = own;
         if let Some(key) = &this.sources.key {
@@ -260,6 +268,11 @@ impl Supply {
         self.form
     }
 
+    /// What was replaced by what there is.
+    pub(crate) fn former(&self) -> &Former {
+        &self.former
+    }
+
     /// The set, if none of it is ever another.
     pub(crate) fn fixed(&self) -> Option<Credentials> {
         let (key, jwt) = (fixed(self.sources.key.as_ref())?, fixed(self.sources.jwt.as_ref())?);
@@ -309,7 +322,10 @@ impl Supply {
 
 /// Nobody may ask for the sets again, and what is in them is to be wiped.
 impl Keeper for Supply {
-    fn let_go(&self) {
+    fn let_go(&self, former: Option<Fingerprint>) {
+        if let Some(former) = former {
+            self.former.remember(former);
+        }
         self.whole.store(None);
         self.key_alone.store(None);
     }
@@ -430,14 +446,25 @@ impl Supplies {
 
 /// Users may stay away, and the key that is in their sets is not theirs.
 impl Keeper for Supplies {
-    fn let_go(&self) {
-        let sources = Arc::clone(&self.supply.sources);
+    fn let_go(&self, _: Option<Fingerprint>) {
+        let sources = Arc::downgrade(&self.supply.sources);
         let key = self.supply.sources.key.as_ref().and_then(MaybeRenewing::current);
         let key = key.map(|key| key.0.fingerprint());
         self.tokens.let_go(move |credentials| {
-            let is_ours = |from: &Provenance| Arc::ptr_eq(&from.sources, &sources);
+            let is_ours = |from: &Provenance| Arc::as_ptr(&from.sources) == sources.as_ptr();
             let own = credentials.api_key().map(|own| own.0.fingerprint());
             credentials.provenance().is_some_and(is_ours) && own.is_some() && own != key
+        });
+    }
+}
+
+/// Others may go on with these users.
+impl Drop for Supplies {
+    fn drop(&mut self) {
+        let sources = Arc::downgrade(&self.supply.sources);
+        self.tokens.let_go(move |credentials| {
+            let from = credentials.provenance();
+            from.is_some_and(|from| Arc::as_ptr(&from.sources) == sources.as_ptr())
         });
     }
 }

@@ -246,7 +246,12 @@ impl Policy {
         credentials: Option<&Credentials>,
     ) -> Result<Option<Credentials>, AuthError> {
         let Self { if_absent, require_choice, .. } = *self;
-        let rules = Rules { credentials, origins: &self.origins, if_absent, require_choice };
+        let former = match &self.provider {
+            Provider::Renewing(supply) => Some(supply.former()),
+            Provider::PerSubject(supplies) => Some(supplies.supply().former()),
+            Provider::Nothing | Provider::Fixed(_) => None,
+        };
+        let rules = Rules { credentials, origins: &self.origins, if_absent, require_choice, former };
         let head = Head {
             method: Some(request.method()),
             uri: request.uri(),

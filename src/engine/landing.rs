@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, PoisonError},
     task::{Context, Poll, Waker},
     time::Duration,
+    vec,
 };
 
 use tokio::{
@@ -45,6 +46,21 @@ enum State {
     Told(Result<(), AuthError>),
 }
 
+/// Those who are woken, all of them though a waker may panic.
+struct Awake(vec::IntoIter<Option<Waker>>);
+
+impl Awake {
+    fn wake(&mut self) {
+        self.0.by_ref().flatten().for_each(Waker::wake);
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.wake();
+    }
+}
+
 /// Those who wait. Who leaves makes room for another.
 #[derive(Default)]
 struct Queue {
@@ -65,7 +81,7 @@ impl Word {
         *state = State::Told(how);
         // What wakers do is others' code.
         drop(state);
-        queue.places.into_iter().flatten().for_each(Waker::wake);
+        Awake(queue.places.into_iter()).wake();
     }
 
     /// Who waits has a place, which is its own until the word is told.
@@ -204,6 +220,7 @@ impl Drop for Wait {
 #[cfg(test)]
 mod tests {
     use std::{
+        panic::AssertUnwindSafe,
         sync::atomic::{AtomicUsize, Ordering},
         task::Wake,
     };
@@ -273,6 +290,27 @@ mod tests {
         for wait in &mut waits {
             assert!(matches!(poll(wait, &moved), Poll::Ready(Ok(()))));
         }
+    }
+
+    #[test]
+    fn f5_a_waker_that_panics_leaves_nobody_waiting() {
+        struct Panics;
+
+        impl Wake for Panics {
+            fn wake(self: Arc<Self>) {
+                panic!("a waker that panics");
+            }
+        }
+
+        let landing = landing();
+        let mut waits = [(); 3].map(|()| Wait::new(landing.clone()));
+        let waker = Looks::at(&landing);
+        assert!(poll(&mut waits[0], &waker).is_pending());
+        let panics = Waker::from(Arc::new(Panics));
+        assert!(Pin::new(&mut waits[1]).poll(&mut Context::from_waker(&panics)).is_pending());
+        assert!(poll(&mut waits[2], &waker).is_pending());
+        assert!(catch_unwind(AssertUnwindSafe(|| landing.0.word.tell(Ok(())))).is_err());
+        assert_eq!(waker.woken(), 2);
     }
 
     #[test]

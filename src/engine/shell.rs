@@ -62,10 +62,38 @@ struct State<C> {
 #[derive(Default)]
 struct Keepers(Vec<Weak<dyn Keeper>>);
 
+impl Keepers {
+    fn add(&mut self, keeper: &Weak<dyn Keeper>) {
+        // Those that are gone are looked for before the room is doubled, and not each time.
+        if self.0.len() == self.0.capacity() {
+            self.0.retain(|keeper| keeper.strong_count() > 0);
+        }
+        self.0.push(Weak::clone(keeper));
+    }
+
+    fn there(&mut self) -> Vec<Arc<dyn Keeper>> {
+        self.0.retain(|keeper| keeper.strong_count() > 0);
+        self.0.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// A credential that was replaced, and who is to be told.
+struct Replaced {
+    former: Option<Fingerprint>,
+    keepers: Vec<Arc<dyn Keeper>>,
+}
+
+impl Replaced {
+    /// Without the lock: what goes may be the last of other things.
+    fn tell(self) {
+        self.keepers.iter().for_each(|keeper| keeper.let_go(self.former));
+    }
+}
+
 /// Who keeps what it made of the credential, to use it again.
 pub(crate) trait Keeper: Send + Sync {
-    /// The credential is another now, or none: what was made of the former is to go.
-    fn let_go(&self);
+    /// The credential is another now, or none: what was made of the former, if there was one, is to go.
+    fn let_go(&self, former: Option<Fingerprint>);
 }
 
 /// The renewal that is running.
@@ -173,10 +201,11 @@ impl<C: Credential> Shared<C> {
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, "", None, None)),
             },
         };
-        self.publish(state, now);
+        let replaced = self.publish(state, now);
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
+        replaced.tell();
         demand
     }
 
@@ -208,10 +237,11 @@ impl<C: Credential> Shared<C> {
             }
             _ => None,
         };
-        self.publish(state, now);
+        let replaced = self.publish(state, now);
         if let Some(takeoff) = takeoff {
             self.take_off(takeoff);
         }
+        replaced.tell();
         (rejection, landing)
     }
 
@@ -289,8 +319,9 @@ impl<C: Credential> Shared<C> {
         let over = match state.core.finish(now, id, outcome, version, describe) {
             Finish::Again(start) => {
                 let takeoff = self.prepare(&mut state, start, word);
-                self.publish(state, now);
-                return self.take_off(takeoff);
+                let replaced = self.publish(state, now);
+                self.take_off(takeoff);
+                return replaced.tell();
             }
             Finish::Over(how) => Some(Ended::of(how, failed, &state.core)),
             Finish::Late => None,
@@ -301,7 +332,7 @@ impl<C: Credential> Shared<C> {
         };
         // Its task is larger than all else together.
         let flight = if state.core.is_renewing() { None } else { state.flight.take() };
-        self.publish(state, now);
+        self.publish(state, now).tell();
         drop(flight);
         // Before those who wait go on, so that they find it told.
         if let Some(ended) = over {
@@ -335,7 +366,7 @@ impl<C: Credential> Shared<C> {
             Finish::Again(_) | Finish::Late => None,
         };
         let flight = state.flight.take();
-        self.publish(state, now);
+        self.publish(state, now).tell();
         if let Some(ended) = ended {
             self.tell(&ended);
         }
@@ -364,30 +395,25 @@ impl<C: Credential> Shared<C> {
     }
 
     /// Changes what requests read, if it is another than before: they look at all of it anew then. Gives up the lock.
-    fn publish(&self, state: MutexGuard<'_, State<C>>, now: Time) {
+    #[must_use]
+    fn publish(&self, mut state: MutexGuard<'_, State<C>>, now: Time) -> Replaced {
         let lease = state.core.lease(now);
         let next = lease.as_ref().map(|(value, until)| (value.secret().fingerprint(), *until));
         let former = self.published.load(|former| Some((former.value.secret().fingerprint(), former.until)));
         if former != next {
             self.published.store(lease);
         }
-        let is_same = former.map(|(former, _)| former) == next.map(|(next, _)| next);
-        let keepers: Vec<_> = match is_same {
-            true => Vec::new(),
-            false => state.keepers.iter().flat_map(|keepers| &keepers.0).filter_map(Weak::upgrade).collect(),
+        let former = former.map(|(former, _)| former);
+        let keepers = match &mut state.keepers {
+            Some(keepers) if former != next.map(|(next, _)| next) => keepers.there(),
+            _ => Vec::new(),
         };
-        drop(state);
-        for keeper in keepers {
-            keeper.let_go();
-        }
+        Replaced { former, keepers }
     }
 
     /// Has it told when the credential is another.
     pub(super) fn kept_by(&self, keeper: &Weak<dyn Keeper>) {
-        let mut state = self.state();
-        let keepers = &mut state.keepers.get_or_insert_default().0;
-        keepers.retain(|keeper| keeper.strong_count() > 0);
-        keepers.push(Weak::clone(keeper));
+        self.state().keepers.get_or_insert_default().add(keeper);
     }
 
     fn address(&self) -> usize {
@@ -593,12 +619,12 @@ mod tests {
         let keys = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
             Ok::<_, BoxError>(ApiKey::new("sk-selam-x")?)
         }));
-        let keepers = || keys.0.state().keepers.as_ref().map(|keepers| keepers.0.len());
+        let keepers = || keys.0.state().keepers.as_ref().map_or(0, |keepers| keepers.0.len());
         let stays = ApiKeyLayer::bearer(&keys);
         for _ in 0..100 {
             drop(ApiKeyLayer::bearer(&keys));
         }
-        assert_eq!(keepers(), Some(2), "the one that stays, and the last that went");
+        assert!(keepers() < 10, "{} layers", keepers());
         drop(stays);
     }
 }

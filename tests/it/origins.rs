@@ -5,7 +5,10 @@ use tower_selam::{
     ApiKeyLayer, AuthErrorKind, BaseUrl, ConfigErrorKind, JwtLayer, Origins, RequestAuth, SelamLayer,
 };
 
-use crate::support::{JWT, KEY, get, jwt, key, send, values};
+use crate::{
+    api::counting,
+    support::{JWT, KEY, MODELS, get, handshake, jwt, key, send, values},
+};
 
 fn with_referer(uri: &str, referer: &str) -> Request<()> {
     let mut request = get(uri);
@@ -156,6 +159,30 @@ async fn o4_a_secret_does_not_leave_inside_another_url() {
     let mut request = get(&format!("https://evil.com/?a={JWT}"));
     request.extensions_mut().insert(RequestAuth::ApiKey);
     assert_eq!(send(&layer, request).await.unwrap().uri(), "https://evil.com/");
+}
+
+/// What was sent in a handshake may come back by a redirect when it has been replaced already.
+#[tokio::test(start_paused = true)]
+async fn o4_a_credential_that_was_replaced_does_not_leave_either() {
+    let (jwts, _) = counting();
+    let layer = JwtLayer::new(&jwts, key()).with_origins(Origins::selam().pass_others());
+    let sent = send(&layer, handshake("wss://api.selamgpt.com/v1/audio/agent")).await.unwrap();
+    let query = sent.uri().query().unwrap().to_owned();
+    assert!(query.contains("token=token-1"), "{query}");
+    let leave = async || {
+        let back = format!("https://evil.com/v1/audio/agent?x=1&{query}");
+        let sent = send(&layer, with_referer(&back, &format!("https://a.example/?{query}"))).await.unwrap();
+        assert_eq!(sent.uri(), "https://evil.com/v1/audio/agent?x=1");
+        assert!(!sent.headers().contains_key("referer"));
+    };
+    leave().await;
+    jwts.invalidate(&jwts.current().unwrap());
+    leave().await;
+    jwts.prefetch().await.unwrap();
+    leave().await;
+    let sent = send(&layer, get(MODELS)).await.unwrap();
+    assert_eq!(values(&sent, "authorization"), ["Bearer token-2"]);
+    leave().await;
 }
 
 #[tokio::test]

@@ -304,7 +304,8 @@ async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
         ready(Token::new(next(&asked, [5, 6])).map_err(BoxError::from))
     }));
     let users = PerSubject::new(|_: &Subject| source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
-    let (shared, of_users) = (JwtLayer::new(&jwts, &keys), JwtLayer::new(users, &keys));
+    let (shared, of_users) = (JwtLayer::new(&jwts, &keys), JwtLayer::new(&users, &keys));
+    let goes = JwtLayer::new(&users, &keys);
     let idle = JwtLayer::new(&jwts, key());
     let of = |name: &str| {
         let mut request = get(MODELS);
@@ -323,9 +324,11 @@ async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
         (&shared, get(MODELS)),
         (&shared, alone()),
         (&idle, get(MODELS)),
+        (&goes, of("came by another layer")),
     ] {
         drop(send(layer, request).await.unwrap());
     }
+    drop(goes);
     assert!(resident(&masked(3)) > 0 && resident(&masked(5)) > 0);
 
     keys.invalidate(&keys.current().unwrap());
