@@ -271,7 +271,7 @@ impl PerSubject {
         }
     }
 
-    /// Looks for idle subjects, if it is time to, on a task: there may be many.
+    /// Looks for idle subjects, if it is time to.
     pub(crate) fn sweep(&self) {
         let Subjects { idle, swept, .. } = &*self.0;
         let (now, last) = (self.0.millis(), swept.load(Relaxed));
@@ -282,7 +282,7 @@ impl PerSubject {
         self.later(Subjects::forget_idle);
     }
 
-    /// Forgets such sets, on a task where there is a runtime: there may be many.
+    /// Forgets such sets.
     pub(crate) fn let_go(&self, such: impl Fn(&Credentials) -> bool + Send + 'static) {
         self.later(move |subjects| {
             for (_, entry) in subjects.entries.iter() {
@@ -291,6 +291,7 @@ impl PerSubject {
         });
     }
 
+    /// Has something done with all of them, of whom there may be many: on a task, where there is a runtime.
     fn later(&self, work: impl FnOnce(&Subjects) + Send + 'static) {
         let subjects = Arc::downgrade(&self.0);
         let work = move || {

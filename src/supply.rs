@@ -88,6 +88,7 @@ struct Made {
 pub(crate) struct Waiting {
     need: Need,
     whose: Whose,
+    /// Of the key and of the JWT, as far as they are running.
     renewals: [Option<Wait>; 2],
 }
 
@@ -96,14 +97,6 @@ pub(crate) enum Supplied {
     Ready(Credentials),
     Wait(Waiting),
 }
-
-enum Offer {
-    Ready(Credentials),
-    Wait(Landings),
-}
-
-/// The renewals of key and JWT that are running.
-type Landings = [Option<Landing>; 2];
 
 impl Supply {
     pub(crate) fn new(
@@ -119,14 +112,7 @@ impl Supply {
             key_alone: Shelf::empty(),
             former: Former::default(),
         });
-        let own = Arc::downgrade(&this);
-        let keeper: Weak<dyn Keeper> = own;
-        if let Some(key) = &this.sources.key {
-            key.kept_by(&keeper);
-        }
-        if let Some(jwt) = &this.sources.jwt {
-            jwt.kept_by(&keeper);
-        }
+        this.sources.kept_by(&this);
         this
     }
 
@@ -163,18 +149,9 @@ impl Supply {
 
     /// The set, or what to wait for; starts renewals if need be.
     pub(crate) fn demand(&self, need: Need, whose: &Whose) -> Result<Supplied, AuthError> {
-        Ok(match self.offer(need, whose)? {
-            Offer::Ready(credentials) => Supplied::Ready(credentials),
-            Offer::Wait(landings) => {
-                Supplied::Wait(Waiting { need, whose: whose.clone(), renewals: renewals(landings) })
-            }
-        })
-    }
-
-    fn offer(&self, need: Need, whose: &Whose) -> Result<Offer, AuthError> {
         let source_of_key = self.sources.key.as_ref();
         if need == Need::KeyAlone && source_of_key.is_none() {
-            return Ok(Offer::Ready(Credentials::beside()));
+            return Ok(Supplied::Ready(Credentials::beside()));
         }
         let source_of_jwt = self.jwt(need, whose);
         let source_of_jwt = source_of_jwt.as_ref();
@@ -184,7 +161,10 @@ impl Supply {
             let key = demand(source_of_key)?;
             let (jwt, key) = match (jwt, key) {
                 (Demand::Ready(jwt), Demand::Ready(key)) => (jwt, key),
-                (jwt, key) => return Ok(Offer::Wait([key.landing(), jwt.landing()])),
+                (jwt, key) => {
+                    let renewals = [key.landing(), jwt.landing()].map(|landing| landing.map(Wait::new));
+                    return Ok(Supplied::Wait(Waiting { need, whose: whose.clone(), renewals }));
+                }
             };
 
             let (jwt, key, term) = match (lease(source_of_jwt), lease(source_of_key)) {
@@ -205,7 +185,7 @@ impl Supply {
             if let Some(term) = term {
                 self.keep(need, whose, &credentials, term);
             }
-            return Ok(Offer::Ready(credentials));
+            return Ok(Supplied::Ready(credentials));
         }
     }
 
@@ -331,6 +311,19 @@ impl Keeper for Supply {
     }
 }
 
+impl Sources {
+    fn kept_by<K: Keeper + 'static>(&self, keeper: &Arc<K>) {
+        let keeper = Arc::downgrade(keeper);
+        let keeper: Weak<dyn Keeper> = keeper;
+        if let Some(key) = &self.key {
+            key.kept_by(&keeper);
+        }
+        if let Some(jwt) = &self.jwt {
+            jwt.kept_by(&keeper);
+        }
+    }
+}
+
 impl Provenance {
     fn jwt(&self) -> Option<MaybeRenewing<Token>> {
         self.jwt.as_ref().map(MaybeRenewing::from).or_else(|| self.sources.jwt.clone())
@@ -389,11 +382,7 @@ pub(crate) struct Supplies {
 impl Supplies {
     pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, tokens: PerSubject) -> Arc<Self> {
         let this = Arc::new(Self { supply: Supply::new(form, key, None), tokens });
-        let own = Arc::downgrade(&this);
-        let keeper: Weak<dyn Keeper> = own;
-        if let Some(key) = &this.supply.sources.key {
-            key.kept_by(&keeper);
-        }
+        this.supply.sources.kept_by(&this);
         this
     }
 
@@ -438,6 +427,15 @@ impl Supplies {
         }
     }
 
+    /// Forgets such of its users' sets; other layers have theirs.
+    fn forget(&self, such: impl Fn(&Credentials) -> bool + Send + 'static) {
+        let sources = Arc::downgrade(&self.supply.sources);
+        self.tokens.let_go(move |credentials| {
+            let is_ours = |from: &Provenance| Arc::as_ptr(&from.sources) == sources.as_ptr();
+            credentials.provenance().is_some_and(is_ours) && such(credentials)
+        });
+    }
+
     /// A request has to wait: a moment to look for users who are idle.
     pub(crate) fn sweep(&self) {
         self.tokens.sweep();
@@ -447,13 +445,11 @@ impl Supplies {
 /// Users may stay away, and the key that is in their sets is not theirs.
 impl Keeper for Supplies {
     fn let_go(&self, _: Option<Fingerprint>) {
-        let sources = Arc::downgrade(&self.supply.sources);
         let key = self.supply.sources.key.as_ref().and_then(MaybeRenewing::current);
         let key = key.map(|key| key.0.fingerprint());
-        self.tokens.let_go(move |credentials| {
-            let is_ours = |from: &Provenance| Arc::as_ptr(&from.sources) == sources.as_ptr();
+        self.forget(move |credentials| {
             let own = credentials.api_key().map(|own| own.0.fingerprint());
-            credentials.provenance().is_some_and(is_ours) && own.is_some() && own != key
+            own.is_some() && own != key
         });
     }
 }
@@ -461,11 +457,7 @@ impl Keeper for Supplies {
 /// Others may go on with these users.
 impl Drop for Supplies {
     fn drop(&mut self) {
-        let sources = Arc::downgrade(&self.supply.sources);
-        self.tokens.let_go(move |credentials| {
-            let from = credentials.provenance();
-            from.is_some_and(|from| Arc::as_ptr(&from.sources) == sources.as_ptr())
-        });
+        self.forget(|_| true);
     }
 }
 
@@ -485,29 +477,24 @@ impl Waiting {
         supply: &Supply,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Credentials, AuthError>> {
-        let Self { need, whose, renewals: awaited } = self;
         loop {
-            for renewal in &mut *awaited {
+            for renewal in &mut self.renewals {
                 if let Some(wait) = renewal {
                     ready!(Pin::new(wait).poll(cx))?;
                     *renewal = None;
                 }
             }
             // Of many who waited, the first makes the set.
-            if let Some(credentials) = supply.fresh(*need, whose) {
+            if let Some(credentials) = supply.fresh(self.need, &self.whose) {
                 return Poll::Ready(Ok(credentials));
             }
             // The one may have been refused while the other was awaited.
-            match supply.offer(*need, whose)? {
-                Offer::Ready(credentials) => return Poll::Ready(Ok(credentials)),
-                Offer::Wait(others) => *awaited = renewals(others),
+            match supply.demand(self.need, &self.whose)? {
+                Supplied::Ready(credentials) => return Poll::Ready(Ok(credentials)),
+                Supplied::Wait(others) => *self = others,
             }
         }
     }
-}
-
-fn renewals(landings: Landings) -> [Option<Wait>; 2] {
-    landings.map(|landing| landing.map(Wait::new))
 }
 
 /// The part of a set that an API may refuse.

@@ -64,8 +64,16 @@ impl Provider {
         }
     }
 
+    fn supply(&self) -> Option<&Supply> {
+        match self {
+            Self::Renewing(supply) => Some(supply),
+            Self::PerSubject(supplies) => Some(supplies.supply()),
+            Self::Nothing | Self::Fixed(_) => None,
+        }
+    }
+
     pub(crate) fn renews(&self) -> bool {
-        matches!(self, Self::Renewing(_) | Self::PerSubject(_))
+        self.supply().is_some()
     }
 }
 
@@ -168,10 +176,9 @@ impl Policy {
         waiting: &mut Waiting,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Credentials, AuthError>> {
-        match &self.provider {
-            Provider::Renewing(supply) => waiting.poll(supply, cx),
-            Provider::PerSubject(supplies) => waiting.poll(supplies.supply(), cx),
-            Provider::Nothing | Provider::Fixed(_) => Poll::Pending,
+        match self.provider.supply() {
+            Some(supply) => waiting.poll(supply, cx),
+            None => Poll::Pending,
         }
     }
 
@@ -246,11 +253,7 @@ impl Policy {
         credentials: Option<&Credentials>,
     ) -> Result<Option<Credentials>, AuthError> {
         let Self { if_absent, require_choice, .. } = *self;
-        let former = match &self.provider {
-            Provider::Renewing(supply) => Some(supply.former()),
-            Provider::PerSubject(supplies) => Some(supplies.supply().former()),
-            Provider::Nothing | Provider::Fixed(_) => None,
-        };
+        let former = self.provider.supply().map(Supply::former);
         let rules = Rules { credentials, origins: &self.origins, if_absent, require_choice, former };
         let head = Head {
             method: Some(request.method()),
