@@ -40,13 +40,20 @@ pub struct Credentials(Arc<Set>);
 
 /// Of each user there may be one: what is in it is small.
 struct Set {
-    form: Form,
+    /// What goes into `Authorization`.
+    bearer: Option<Bearer>,
+    /// What goes into `X-API-Key`.
     api_key: Option<ApiKey>,
-    jwt: Option<Token>,
+    takes_off: TakesOff,
     /// For requests that want the key without the JWT. A [`Supply`](crate::supply::Supply) has such sets beside the others.
     key_alone: Option<Credentials>,
     /// Where it came from, if another can come from there.
     provenance: Option<Provenance>,
+}
+
+enum Bearer {
+    Key(ApiKey),
+    Jwt(Token),
 }
 
 /// Which set it is.
@@ -62,6 +69,26 @@ pub(crate) enum Form {
     KeyHalf,
     /// The JWT, beside a layer that has the key.
     JwtHalf,
+}
+
+/// What is written.
+pub(crate) struct Values<'a> {
+    pub(crate) authorization: Option<&'a HeaderValue>,
+    pub(crate) x_api_key: Option<&'a HeaderValue>,
+    pub(crate) takes_off: TakesOff,
+}
+
+/// Of these headers, whether it is taken off where nothing goes into it; the other layer of the pair writes it else.
+#[derive(Clone, Copy)]
+pub(crate) struct TakesOff {
+    pub(crate) authorization: bool,
+    pub(crate) x_api_key: bool,
+}
+
+impl TakesOff {
+    const NOTHING: Self = Self { authorization: false, x_api_key: false };
+    const AUTHORIZATION: Self = Self { authorization: true, ..Self::NOTHING };
+    const X_API_KEY: Self = Self { x_api_key: true, ..Self::NOTHING };
 }
 
 /// What becomes of a header.
@@ -106,7 +133,7 @@ impl Credentials {
             Form::Pair | Form::KeyHalf => api_key.clone().map(Self::bearer),
             Form::Bearer | Form::Header | Form::JwtHalf => None,
         };
-        Self(Arc::new(Set { form, api_key, jwt, key_alone, provenance: None }))
+        Self::of(form, api_key, jwt, key_alone, None)
     }
 
     /// Made of what comes from there.
@@ -116,16 +143,33 @@ impl Credentials {
         jwt: Option<Token>,
         from: Provenance,
     ) -> Self {
-        Self(Arc::new(Set { form, api_key, jwt, key_alone: None, provenance: Some(from) }))
+        Self::of(form, api_key, jwt, None, Some(from))
+    }
+
+    fn of(
+        form: Form,
+        api_key: Option<ApiKey>,
+        jwt: Option<Token>,
+        key_alone: Option<Self>,
+        provenance: Option<Provenance>,
+    ) -> Self {
+        let (bearer, api_key, takes_off) = match form {
+            Form::Bearer => (api_key.map(Bearer::Key), None, TakesOff::X_API_KEY),
+            Form::Header => (None, api_key, TakesOff::AUTHORIZATION),
+            Form::Pair => (jwt.map(Bearer::Jwt), api_key, TakesOff::NOTHING),
+            Form::KeyHalf => (None, api_key, TakesOff::NOTHING),
+            Form::JwtHalf => (jwt.map(Bearer::Jwt), None, TakesOff::NOTHING),
+        };
+        Self(Arc::new(Set { bearer, api_key, takes_off, key_alone, provenance }))
     }
 
     /// A copy that shares nothing which is counted when it is sent.
     fn apart(&self) -> Self {
-        let Set { form, api_key, jwt, key_alone, provenance } = &*self.0;
+        let Set { bearer, api_key, takes_off, key_alone, provenance } = &*self.0;
         Self(Arc::new(Set {
-            form: *form,
+            bearer: bearer.as_ref().map(Bearer::apart),
             api_key: api_key.as_ref().map(|key| ApiKey(key.0.apart())),
-            jwt: jwt.as_ref().map(|jwt| Token { secret: jwt.secret.apart() }),
+            takes_off: *takes_off,
             key_alone: key_alone.as_ref().map(Self::apart),
             provenance: provenance.clone(),
         }))
@@ -138,13 +182,19 @@ impl Credentials {
     /// The key, where there is one.
     #[must_use]
     pub fn api_key(&self) -> Option<&ApiKey> {
-        self.0.api_key.as_ref()
+        match &self.0.bearer {
+            Some(Bearer::Key(key)) => Some(key),
+            _ => self.0.api_key.as_ref(),
+        }
     }
 
     /// The JWT, where there is one.
     #[must_use]
     pub fn jwt(&self) -> Option<&Token> {
-        self.0.jwt.as_ref()
+        match &self.0.bearer {
+            Some(Bearer::Jwt(jwt)) => Some(jwt),
+            _ => None,
+        }
     }
 
     /// Writes the credentials into `parts`, if they may go to its URI; its [`RequestAuth`] is obeyed.
@@ -187,25 +237,35 @@ impl Credentials {
         Rules { credentials: Some(self), origins, if_absent: false, require_choice: false, former: None }
     }
 
-    #[inline]
     pub(crate) fn form(&self) -> Form {
-        self.0.form
+        let Set { bearer, api_key, takes_off, .. } = &*self.0;
+        match (bearer, api_key, takes_off) {
+            (Some(Bearer::Key(_)), ..) => Form::Bearer,
+            (Some(Bearer::Jwt(_)), Some(_), _) => Form::Pair,
+            (None, Some(_), TakesOff { authorization: true, .. }) => Form::Header,
+            (None, Some(_), TakesOff { authorization: false, .. }) => Form::KeyHalf,
+            (_, None, _) => Form::JwtHalf,
+        }
+    }
+
+    /// What is written into `Authorization` and `X-API-Key`.
+    #[inline]
+    pub(crate) fn values(&self) -> Values<'_> {
+        let Set { bearer, api_key, takes_off, .. } = &*self.0;
+        Values {
+            authorization: bearer.as_ref().map(|bearer| bearer.secret().bearer()),
+            x_api_key: api_key.as_ref().map(|key| key.0.bare()),
+            takes_off: *takes_off,
+        }
     }
 
     /// What becomes of `Authorization` and of `X-API-Key`.
-    #[inline]
     pub(crate) fn slots(&self) -> [Slot<'_>; 2] {
-        let Set { form, api_key, jwt, .. } = &*self.0;
-        match (form, api_key, jwt) {
-            (Form::Pair, Some(key), Some(jwt)) => {
-                [Slot::Write(jwt.secret.bearer()), Slot::Write(key.0.bare())]
-            }
-            (Form::Bearer, Some(key), _) => [Slot::Write(key.0.bearer()), Slot::Remove],
-            (Form::Header, Some(key), _) => [Slot::Remove, Slot::Write(key.0.bare())],
-            (Form::KeyHalf, Some(key), _) => [Slot::Yield, Slot::Write(key.0.bare())],
-            (Form::JwtHalf, _, Some(jwt)) => [Slot::Write(jwt.secret.bearer()), Slot::Yield],
-            _ => [Slot::Yield, Slot::Yield],
-        }
+        let Values { authorization, x_api_key, takes_off } = self.values();
+        let slot = |value: Option<_>, takes_off| {
+            value.map_or(if takes_off { Slot::Remove } else { Slot::Yield }, Slot::Write)
+        };
+        [slot(authorization, takes_off.authorization), slot(x_api_key, takes_off.x_api_key)]
     }
 
     /// The set without its JWT; `None` when there is no key in it.
@@ -228,6 +288,23 @@ impl Credentials {
     pub(crate) fn secrets(&self) -> impl Iterator<Item = &Secret> {
         let key = self.api_key().map(|key| &key.0);
         key.into_iter().chain(self.jwt().map(|jwt| &jwt.secret))
+    }
+}
+
+impl Bearer {
+    #[inline]
+    fn secret(&self) -> &Secret {
+        match self {
+            Self::Key(key) => &key.0,
+            Self::Jwt(jwt) => &jwt.secret,
+        }
+    }
+
+    fn apart(&self) -> Self {
+        match self {
+            Self::Key(key) => Self::Key(ApiKey(key.0.apart())),
+            Self::Jwt(jwt) => Self::Jwt(Token { secret: jwt.secret.apart() }),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    fmt,
+    fmt, iter,
     net::{Ipv4Addr, Ipv6Addr},
 };
 
@@ -37,7 +37,9 @@ const SELAM: &str = "https://api.selamgpt.com";
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origins {
-    allowed: Vec<Origin>,
+    /// Usually the only one.
+    first: Origin,
+    others: Vec<Origin>,
     pass_others: bool,
     relative: bool,
 }
@@ -73,7 +75,7 @@ impl Origins {
     ///
     /// As [`new`](Self::new).
     pub fn with_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::secure(origin)?);
+        self.others.push(Origin::secure(origin)?);
         Ok(self)
     }
 
@@ -83,7 +85,7 @@ impl Origins {
     ///
     /// When the host is neither a literal loopback address (`127.0.0.0/8`, `[::1]`) nor exactly `localhost`.
     pub fn allow_insecure_loopback(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::loopback(origin)?);
+        self.others.push(Origin::loopback(origin)?);
         Ok(self)
     }
 
@@ -107,7 +109,7 @@ impl Origins {
     /// When `origin` is not one of the allowed ones, or no origin at all.
     pub fn with_stated_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
         let stated = Origin::parse(origin)?;
-        if !self.allowed.contains(&stated) {
+        if !self.contains(&stated) {
             return Err(ConfigError::new(Subject::Origin, Place::Argument, ConfigErrorKind::NotAllowed));
         }
         self.relative = true;
@@ -121,11 +123,15 @@ impl Origins {
     }
 
     pub(crate) fn contains(&self, origin: &Origin) -> bool {
-        self.allowed.contains(origin)
+        self.allowed().any(|allowed| allowed == origin)
+    }
+
+    fn allowed(&self) -> impl Iterator<Item = &Origin> {
+        iter::once(&self.first).chain(&self.others)
     }
 
     pub(crate) fn of(origin: Origin) -> Self {
-        Self { allowed: vec![origin], pass_others: false, relative: false }
+        Self { first: origin, others: Vec::new(), pass_others: false, relative: false }
     }
 
     /// What a request to `uri` with these headers may have.
@@ -141,7 +147,7 @@ impl Origins {
     fn admit_host(&self, headers: &HeaderMap) -> Result<Admission, AuthError> {
         let named = |host: &HeaderValue| {
             let host = host.to_str().unwrap_or_default();
-            self.allowed.iter().any(|origin| {
+            self.allowed().any(|origin| {
                 origin.authority == host
                     || Origin::from_parts(origin.scheme, host).is_ok_and(|named| named == *origin)
             })
@@ -156,9 +162,12 @@ impl Origins {
     /// Whether `uri` is spelled just as an allowed origin usually is. One that is not may be allowed too.
     #[inline]
     pub(crate) fn spell(&self, uri: &Uri) -> bool {
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return false };
-        let as_written = |origin: &Origin| origin.scheme.is(scheme) && origin.authority == authority.as_str();
-        self.allowed.iter().any(as_written)
+        self.first.is_spelled(uri) || self.is_other_spelled(uri)
+    }
+
+    #[cold]
+    fn is_other_spelled(&self, uri: &Uri) -> bool {
+        self.others.iter().any(|origin| origin.is_spelled(uri))
     }
 
     fn admit_uri(&self, uri: &Uri) -> Result<Admission, AuthError> {
@@ -186,7 +195,7 @@ impl Origins {
     fn admit_other(&self, scheme: &str, authority: &str) -> Result<Admission, AuthError> {
         let origin = Scheme::parse(scheme).and_then(|scheme| Origin::from_parts(scheme, authority).ok());
         match origin {
-            Some(origin) if self.allowed.contains(&origin) => Ok(Admission::Write),
+            Some(origin) if self.contains(&origin) => Ok(Admission::Write),
             _ if self.pass_others => Ok(Admission::Scrub),
             Some(origin) if origin.scheme == Scheme::Http => {
                 Err(refused(format!("credentials are not sent over plain http, as to {origin}")))
@@ -277,6 +286,13 @@ impl Origin {
             Scheme::Http if self.is_loopback() => Ok(()),
             Scheme::Http => Err(ConfigErrorKind::NotLoopback),
         }
+    }
+
+    /// Whether this is how `uri` spells it.
+    #[inline]
+    fn is_spelled(&self, uri: &Uri) -> bool {
+        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return false };
+        self.scheme.is(scheme) && is_same(self.authority.as_bytes(), authority.as_str().as_bytes())
     }
 
     fn is_loopback(&self) -> bool {
@@ -383,6 +399,24 @@ impl fmt::Display for Host {
     }
 }
 
+/// Whether they are equal. It makes no call for those of 16 to 32 bytes, as most hosts are.
+#[inline]
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    if one.len() != other.len() {
+        return false;
+    }
+    let ends = |text: &[u8]| Some((*text.first_chunk::<16>()?, *text.last_chunk::<16>()?));
+    match (ends(one), ends(other)) {
+        (Some(one_ends), Some(other_ends)) if one.len() <= 32 => one_ends == other_ends,
+        _ => is_same_text(one, other),
+    }
+}
+
+#[inline(never)]
+fn is_same_text(one: &[u8], other: &[u8]) -> bool {
+    one == other
+}
+
 /// A URL as people give it, surrounding white space aside.
 pub(crate) fn parse_url(url: &str) -> Result<Uri, ConfigErrorKind> {
     let url = url.trim();
@@ -401,7 +435,7 @@ pub(crate) fn parse_url(url: &str) -> Result<Uri, ConfigErrorKind> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
 
@@ -411,6 +445,22 @@ mod tests {
 
     fn kind(origin: &str) -> ConfigErrorKind {
         Origins::new(origin).unwrap_err().kind()
+    }
+
+    proptest! {
+        #[test]
+        fn o2_hosts_of_every_length_are_compared_to_the_last_byte(
+            host in vec(any::<u8>(), 0..40), other in vec(any::<u8>(), 0..40), at in 0..40_usize, bits in 1..=u8::MAX,
+        ) {
+            prop_assert!(is_same(&host, &host.clone()));
+            prop_assert_eq!(is_same(&host, &other), host == other);
+            let mut changed = host.clone();
+            if let Some(byte) = changed.get_mut(at) {
+                *byte ^= bits;
+                prop_assert!(!is_same(&host, &changed) && !is_same(&changed, &host));
+            }
+            prop_assert!(!is_same(&host, &[&host[..], &[0]].concat()));
+        }
     }
 
     #[test]

@@ -8,14 +8,14 @@ use http::{
 };
 
 use crate::{
-    credentials::{Credentials, Form, RequestAuth, Slot},
+    credentials::{Credentials, Form, RequestAuth, Slot, Values},
     error::{AuthError, AuthErrorKind},
     handshake,
     origin::{Admission, Origins},
     scrub::{Former, Secrets},
 };
 
-pub(crate) static X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+pub(crate) const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 const NO_CHOICE: &str = "the request has no `RequestAuth` extension, and this layer requires one";
 const NO_OWN: &str = "the request asks for the layer's own credentials, and it has none";
@@ -73,41 +73,38 @@ enum Action {
 /// would come to, at less cost.
 #[inline]
 pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_absent: bool) -> bool {
-    let [authorization, x_api_key] = credentials.slots();
-    let minds = |slot| if_absent || matches!(slot, Slot::Remove);
-    let (minds_authorization, minds_x_api_key) = (minds(authorization), minds(x_api_key));
-    // One look at each name costs less than a few look-ups: a request has few, and the length of most rules them out.
-    let is_minded = |name: &HeaderName| match name.as_str().len() {
-        4 => *name == HOST,
-        9 => minds_x_api_key && *name == X_API_KEY,
-        10 => *name == CONNECTION,
-        13 => minds_authorization && *name == AUTHORIZATION,
-        _ => false,
+    let Values { authorization, x_api_key, takes_off } = credentials.values();
+    let (minds_authorization, minds_x_api_key) =
+        (takes_off.authorization | if_absent, takes_off.x_api_key | if_absent);
+    // One look at each name costs less than a few look-ups: a request has few.
+    let is_minded = |name: &HeaderName| {
+        *name == HOST
+            || *name == CONNECTION
+            || (minds_authorization && *name == AUTHORIZATION)
+            || (minds_x_api_key && *name == X_API_KEY)
     };
     if headers.keys().any(is_minded) {
         return false;
     }
-    let is_authorized = match authorization {
-        Slot::Write(value) => headers.try_insert(AUTHORIZATION, value.clone()).is_ok(),
-        slot => pass_over(headers, &AUTHORIZATION, slot),
-    };
-    let is_written = is_authorized
-        && match x_api_key {
-            Slot::Write(value) => headers.try_insert(X_API_KEY.clone(), value.clone()).is_ok(),
-            slot => pass_over(headers, &X_API_KEY, slot),
-        };
-    if !is_written {
-        // Not to be taken for what the request came with.
-        headers.remove(AUTHORIZATION);
+    match authorization {
+        Some(value) => {
+            if headers.try_insert(AUTHORIZATION, value.clone()).is_err() {
+                return false;
+            }
+        }
+        None if takes_off.authorization => {}
+        None => yield_to_other(headers, &AUTHORIZATION),
     }
-    is_written
-}
-
-/// What is not written, and is not there if it would be taken off.
-#[inline]
-fn pass_over(headers: &mut HeaderMap, name: &HeaderName, slot: Slot<'_>) -> bool {
-    if let Slot::Yield = slot {
-        yield_to_other(headers, name);
+    match x_api_key {
+        Some(value) => {
+            if headers.try_insert(X_API_KEY, value.clone()).is_err() {
+                // Not to be taken for what the request came with.
+                headers.remove(AUTHORIZATION);
+                return false;
+            }
+        }
+        None if takes_off.x_api_key => {}
+        None => yield_to_other(headers, &X_API_KEY),
     }
     true
 }
@@ -270,6 +267,7 @@ fn put(
 ///
 /// They are told apart by the sensitive mark: all that we write has it, and nothing that is parsed from a
 /// connection does.
+#[inline(never)]
 fn yield_to_other(headers: &mut HeaderMap, name: &HeaderName) {
     if headers.get_all(name).iter().any(|value| !value.is_sensitive()) {
         headers.remove(name);

@@ -22,10 +22,11 @@ static COUNT: LazyLock<usize> = LazyLock::new(|| {
     threads.saturating_mul(SPREAD).min(MOST).next_power_of_two()
 });
 
-static NEXT: AtomicUsize = AtomicUsize::new(0);
+/// The first number is that of the first shard.
+static NEXT: AtomicUsize = AtomicUsize::new(MOST);
 
 thread_local! {
-    /// One more than the thread's number; zero until it has one.
+    /// Zero until it has one.
     static NUMBER: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -67,14 +68,14 @@ impl<T> Shards<T> {
 fn number() -> usize {
     match NUMBER.get() {
         0 => enumerate(),
-        number => number - 1,
+        number => number,
     }
 }
 
 #[cold]
 fn enumerate() -> usize {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    NUMBER.set(number.wrapping_add(1));
+    NUMBER.set(number);
     number
 }
 

@@ -119,22 +119,31 @@ impl Supply {
     /// The set, if nothing has to be asked about it.
     #[inline]
     pub(crate) fn fresh(&self, need: Need, whose: &Whose) -> Option<Credentials> {
-        let is_in_force = |term: &Term| {
-            let now = || self.now(whose);
-            let has_come = |until: Deadline| now().is_none_or(|now| until.has_come(now));
-            term.epochs == self.epochs(need, whose) && term.until.is_none_or(|until| !has_come(until))
-        };
         match whose {
-            Whose::Everybodys => {
-                let made = self.shelf(need).load();
-                let made = made.as_deref().filter(|made| is_in_force(&made.term))?;
-                Some(made.credentials.local().clone())
+            Whose::Everybodys => self.fresh_for_all(need),
+            Whose::Users(entry) => {
+                let tokens = entry.tokens();
+                let epochs = || [epoch(self.sources.key.as_ref()), tokens.epoch()];
+                entry.kept().load(|from| {
+                    // Layers may share users, and each writes its own over the others'.
+                    Arc::ptr_eq(&from.sources, &self.sources)
+                        && from
+                            .term
+                            .as_ref()
+                            .is_some_and(|term| term.is_in_force(epochs(), || Some(tokens.now())))
+                })
             }
-            Whose::Users(entry) => entry.kept().load(|from| {
-                // Layers may share users, and each writes its own over the others'.
-                Arc::ptr_eq(&from.sources, &self.sources) && from.term.as_ref().is_some_and(is_in_force)
-            }),
         }
+    }
+
+    /// Everybody's.
+    #[inline]
+    pub(crate) fn fresh_for_all(&self, need: Need) -> Option<Credentials> {
+        let shelf = self.shelf(need).load();
+        let made = shelf.as_deref()?;
+        made.term
+            .is_in_force(self.epochs(need, &Whose::Everybodys), || self.now())
+            .then(|| made.credentials.local().clone())
     }
 
     /// What there is for everybody, fresh or not.
@@ -270,25 +279,20 @@ impl Supply {
     #[inline]
     fn epochs(&self, need: Need, whose: &Whose) -> [Epoch; 2] {
         let Sources { key, jwt } = &*self.sources;
-        let key = key.as_ref().map(MaybeRenewing::epoch).unwrap_or_default();
         let jwt = match (need, whose) {
-            (Need::KeyAlone, _) => None,
-            (Need::All, Whose::Everybodys) => jwt.as_ref().map(MaybeRenewing::epoch),
-            (Need::All, Whose::Users(entry)) => Some(entry.tokens().epoch()),
+            (Need::KeyAlone, _) => Epoch::default(),
+            (Need::All, Whose::Everybodys) => epoch(jwt.as_ref()),
+            (Need::All, Whose::Users(entry)) => entry.tokens().epoch(),
         };
-        [key, jwt.unwrap_or_default()]
+        [epoch(key.as_ref()), jwt]
     }
 
+    /// Either engine's time does.
     #[inline]
-    fn now(&self, whose: &Whose) -> Option<Time> {
+    fn now(&self) -> Option<Time> {
         let Sources { key, jwt } = &*self.sources;
-        match whose {
-            Whose::Users(entry) => Some(entry.tokens().now()),
-            Whose::Everybodys => {
-                let now = jwt.as_ref().and_then(MaybeRenewing::now);
-                now.or_else(|| key.as_ref().and_then(MaybeRenewing::now))
-            }
-        }
+        let now = jwt.as_ref().and_then(MaybeRenewing::now);
+        now.or_else(|| key.as_ref().and_then(MaybeRenewing::now))
     }
 
     #[inline]
@@ -308,6 +312,14 @@ impl Keeper for Supply {
         }
         self.whole.store(None);
         self.key_alone.store(None);
+    }
+}
+
+impl Term {
+    #[inline]
+    fn is_in_force(&self, epochs: [Epoch; 2], now: impl FnOnce() -> Option<Time>) -> bool {
+        let has_come = |until: Deadline| now().is_none_or(|now| until.has_come(now));
+        self.epochs == epochs && !self.until.is_some_and(has_come)
     }
 }
 
@@ -511,6 +523,11 @@ fn demand<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Result<Demand<Optio
         Some(Demand::Ready(credential)) => Demand::Ready(Some(credential)),
         Some(Demand::Wait(landed)) => Demand::Wait(landed),
     })
+}
+
+#[inline]
+fn epoch<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Epoch {
+    part.map(MaybeRenewing::epoch).unwrap_or_default()
 }
 
 fn fixed<C: Credential>(part: Option<&MaybeRenewing<C>>) -> Option<Option<C>> {

@@ -3,7 +3,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{HeaderMap, Request, header::AUTHORIZATION};
+use http::{Extensions, HeaderMap, Request, header::AUTHORIZATION};
 
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
@@ -77,40 +77,45 @@ impl Provider {
     }
 }
 
+/// Whether a request asks for anything in particular.
+#[inline(never)]
+fn chooses(extensions: &Extensions) -> bool {
+    extensions.get::<RequestAuth>().is_some() || extensions.get::<Subject>().is_some()
+}
+
 impl Policy {
     pub(super) fn new(provider: Provider) -> Self {
         Self { provider, origins: Origins::selam(), if_absent: false, require_choice: false }
     }
 
-    /// Writes credentials into a request that may be sent: which, if any.
-    #[inline]
-    pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
-        match self.authorize_usual(request) {
-            Some(credentials) => Ok(Some(credentials)),
-            None => self.authorize_any(request),
-        }
-    }
-
     /// The usual request: with the credentials that are at hand, to an origin spelled as usual, and nothing in it that
     /// asks for anything else. What was written; `None` where it is another, or they are not at hand.
-    #[inline]
-    fn authorize_usual<B>(&self, request: &mut Request<B>) -> Option<Credentials> {
+    ///
+    /// A function of its own, with all that it calls for such a request in it: it needs fewer registers so than as a part of
+    /// its caller, and leaves that small.
+    #[inline(never)]
+    pub(crate) fn authorize_usual<B>(&self, request: &mut Request<B>) -> Option<Credentials> {
         let extensions = request.extensions();
-        let chooses = !extensions.is_empty()
-            && (extensions.get::<RequestAuth>().is_some() || extensions.get::<Subject>().is_some());
-        if chooses || self.require_choice || !self.origins.spell(request.uri()) {
+        if self.require_choice || (!extensions.is_empty() && chooses(extensions)) {
             return None;
         }
-        let credentials = match &self.provider {
-            Provider::Fixed(credentials) => credentials.local().clone(),
-            Provider::Renewing(supply) => supply.fresh(Need::All, &Whose::Everybodys)?,
-            Provider::PerSubject(_) | Provider::Nothing => return None,
+        if !self.origins.spell(request.uri()) {
+            return None;
+        }
+        // Not matched: a table to jump by costs more than two comparisons.
+        let credentials = if let Provider::Fixed(credentials) = &self.provider {
+            credentials.local().clone()
+        } else if let Provider::Renewing(supply) = &self.provider {
+            supply.fresh_for_all(Need::All)?
+        } else {
+            return None;
         };
         write_usual(request.headers_mut(), &credentials, self.if_absent).then_some(credentials)
     }
 
     /// Writes credentials into any request that may be sent: which, if any.
-    fn authorize_any<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
+    #[inline(never)]
+    pub(crate) fn authorize_any<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
         match &self.provider {
             Provider::Nothing => self.write(request, None).map_err(Unsent::Refused),
             Provider::Fixed(credentials) => {

@@ -13,7 +13,7 @@ use super::{
     policy::{Policy, Unsent},
 };
 use crate::{
-    AuthError, Credentials,
+    AuthError,
     bounds::{AuthErrorRoom, CloneClient},
     supply::Waiting,
 };
@@ -33,10 +33,9 @@ impl<S> Authorize<S> {
 
     inner_accessors!();
 
-    /// Writes credentials into a request that may be sent now: which, if any.
     #[inline]
-    pub(crate) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
-        self.policy.authorize(request)
+    pub(crate) fn policy(&self) -> &Policy {
+        &self.policy
     }
 }
 
@@ -53,6 +52,19 @@ impl<S: Clone> Authorize<S> {
     pub(crate) fn later<B>(&mut self, request: Request<B>, waiting: Waiting) -> Box<Later<S, B>> {
         self.give_back();
         Later::new(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
+    }
+
+    /// What is not usual, out of line: so small, the call is compiled into what calls it.
+    #[inline(never)]
+    fn call_any<B>(&mut self, mut request: Request<B>) -> ResponseFuture<S::Future, S, B>
+    where
+        S: Service<Request<B>>,
+    {
+        match self.policy.authorize_any(&mut request) {
+            Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
+            Err(Unsent::Waits(waiting)) => ResponseFuture::later(self.later(request, waiting)),
+            Err(Unsent::Refused(error)) => self.refused(error),
+        }
     }
 
     /// One that is not sent at all.
@@ -82,10 +94,9 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        match self.authorize(&mut request) {
-            Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
-            Err(Unsent::Waits(waiting)) => ResponseFuture::later(self.later(request, waiting)),
-            Err(Unsent::Refused(error)) => self.refused(error),
+        match self.policy.authorize_usual(&mut request) {
+            Some(credentials) => ResponseFuture::sent(self.inner.call(request), Some(credentials)),
+            None => self.call_any(request),
         }
     }
 }

@@ -99,15 +99,21 @@ where
     where
         R: Clone,
     {
-        stack.keep(request, |authorize, mut request, again| match authorize.authorize(&mut request) {
-            Ok(sent) => {
-                let response = authorize.get_mut().0.call(request);
-                wrap(Self::Client { response, sent, again, bounds })
-            }
-            Err(Unsent::Waits(waiting)) => {
-                wrap(Self::waits(authorize.later(request, waiting), again, bounds))
-            }
-            Err(Unsent::Refused(error)) => wrap(Self::layers(authorize.refused(error), again, bounds)),
+        stack.keep(request, |authorize, mut request, again| {
+            let sent = match authorize.policy().authorize_usual(&mut request) {
+                Some(credentials) => Some(credentials),
+                None => match authorize.policy().authorize_any(&mut request) {
+                    Ok(credentials) => credentials,
+                    Err(Unsent::Waits(waiting)) => {
+                        return wrap(Self::waits(authorize.later(request, waiting), again, bounds));
+                    }
+                    Err(Unsent::Refused(error)) => {
+                        return wrap(Self::layers(authorize.refused(error), again, bounds));
+                    }
+                },
+            };
+            let response = authorize.get_mut().0.call(request);
+            wrap(Self::Client { response, sent, again, bounds })
         })
     }
 
