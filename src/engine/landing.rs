@@ -2,7 +2,7 @@
 
 use std::{
     mem,
-    panic::catch_unwind,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{Arc, PoisonError},
     task::{Context, Poll, Waker},
@@ -148,42 +148,71 @@ impl Queue {
 pub(crate) struct Wait {
     landing: Landing,
     place: Option<usize>,
+    is_begun: bool,
     patience: Patience,
 }
 
 /// Until when a renewal is waited for.
-enum Patience {
-    /// It depends on where it is first polled.
-    Undecided,
-    /// Whoever drives the runtime of both drives the renewal too.
-    Endless,
-    Until(Pin<Box<Sleep>>),
+struct Patience {
+    /// Wherever it is polled; else not where the renewal runs: whoever drives that runtime drives the renewal too.
+    everywhere: bool,
+    /// Boxed, as many wait and few of them have one.
+    timer: Option<Box<Timer>>,
+}
+
+struct Timer {
+    /// Where it was last polled. Another may not drive the timers of this one, which may even be gone by then.
+    runtime: runtime::Id,
+    /// `None` where that has no timers.
+    sleep: Option<Pin<Box<Sleep>>>,
 }
 
 impl Wait {
     pub(crate) fn new(landing: Landing) -> Self {
-        Self { landing, place: None, patience: Patience::Undecided }
+        Self::with(landing, false)
     }
 
-    /// Waits so long as a renewal may take, wherever it runs.
+    /// Waits no longer than a renewal may take, wherever it runs.
     pub(super) fn with_patience(landing: Landing) -> Self {
-        let patience = Patience::until(&landing);
-        Self { landing, place: None, patience }
+        Self::with(landing, true)
+    }
+
+    fn with(landing: Landing, everywhere: bool) -> Self {
+        let patience = Patience { everywhere, timer: None };
+        Self { landing, place: None, is_begun: false, patience }
     }
 }
 
 impl Patience {
-    fn of(landing: &Landing) -> Self {
-        match Timers::try_current() {
-            Ok(own) if Some(own.id()) != landing.0.runtime => Self::until(landing),
-            _ => Self::Endless,
+    fn poll(&mut self, landing: &InFlight, cx: &mut Context<'_>) -> Poll<()> {
+        if let Ok(here) = Timers::try_current() {
+            let here = here.id();
+            if Some(here) == landing.runtime && !self.everywhere {
+                return Poll::Pending;
+            }
+            if self.timer.as_ref().is_none_or(|timer| timer.runtime != here) {
+                let timer = Timer::new(here, landing.limit.saturating_add(MARGIN));
+                self.timer = Some(Box::new(timer));
+            }
         }
+        self.timer.as_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
+    }
+}
+
+impl Timer {
+    fn new(runtime: runtime::Id, limit: Duration) -> Self {
+        // There is no asking a runtime whether it has timers.
+        Self { runtime, sleep: catch_unwind(|| Box::pin(sleep(limit))).ok() }
     }
 
-    fn until(landing: &Landing) -> Self {
-        let limit = landing.0.limit.saturating_add(MARGIN);
-        // There is no asking a runtime whether it has timers.
-        catch_unwind(|| Box::pin(sleep(limit))).map_or(Self::Endless, Self::Until)
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(sleep) = &mut self.sleep else { return Poll::Pending };
+        // Nor whether it is gone: who polls outside of any runtime, or with the handle of one that is gone, finds that out.
+        let polled = catch_unwind(AssertUnwindSafe(|| sleep.as_mut().poll(cx)));
+        polled.unwrap_or_else(|_| {
+            self.sleep = None;
+            Poll::Pending
+        })
     }
 }
 
@@ -191,21 +220,18 @@ impl Future for Wait {
     type Output = Result<(), AuthError>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Self { landing, place, patience } = self.get_mut();
-        if let Patience::Undecided = patience {
-            // Another task may have asked for the one that waits.
-            if is_renewed_by_this_task(landing.0.engine) {
-                return Poll::Ready(Err(own_source()));
-            }
-            *patience = Patience::of(landing);
+        let Self { landing, place, is_begun, patience } = self.get_mut();
+        // Another task may have asked for the one that waits.
+        if !*is_begun && is_renewed_by_this_task(landing.0.engine) {
+            return Poll::Ready(Err(own_source()));
         }
-        match (landing.0.word.poll(place, cx), patience) {
-            (Poll::Pending, Patience::Until(timer)) => timer.as_mut().poll(cx).map(|()| {
-                (landing.0.abandon)();
-                Ok(())
-            }),
-            (polled, _) => polled,
+        *is_begun = true;
+        let told = landing.0.word.poll(place, cx);
+        if told.is_pending() && patience.poll(&landing.0, cx).is_ready() {
+            (landing.0.abandon)();
+            return Poll::Ready(Ok(()));
         }
+        told
     }
 }
 
@@ -220,7 +246,6 @@ impl Drop for Wait {
 #[cfg(test)]
 mod tests {
     use std::{
-        panic::AssertUnwindSafe,
         sync::atomic::{AtomicUsize, Ordering},
         task::Wake,
     };

@@ -278,6 +278,33 @@ fn f4_f5_a_runtime_that_nobody_drives_holds_up_no_other() {
     assert_eq!((jwts.current().unwrap().expose_secret(), asked.load(SeqCst)), ("token-1", 1));
 }
 
+/// A wait is a future like any other: it may be polled on one runtime and then on another. `renews` lives, and nobody
+/// drives it.
+#[test]
+fn f4_f5_a_wait_that_moves_to_another_runtime_ends_there_in_its_time() {
+    let paused = || Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    for (begins_where_it_renews, is_shut_down) in [(true, false), (false, false), (false, true)] {
+        let (renews, begins, ends) = (paused(), paused(), paused());
+        let jwts = Renewing::new(Mint::default());
+        {
+            let _guard = renews.enter();
+            assert_pending!(task::spawn(jwts.token()).poll());
+        }
+        let mut waiting = task::spawn(jwts.token());
+        {
+            let _guard = if begins_where_it_renews { &renews } else { &begins }.enter();
+            assert_pending!(waiting.poll());
+        }
+        if is_shut_down {
+            drop(begins);
+        }
+        let began = ends.block_on(async { tokio::time::Instant::now() });
+        let token = ends.block_on(async { tokio::time::timeout(60 * SECOND, waiting).await });
+        assert_eq!(token.expect("it ends").unwrap().expose_secret(), "token-1");
+        assert_eq!(ends.block_on(async { began.elapsed() }), 31 * SECOND, "a renewal's time, and a second");
+    }
+}
+
 /// The source's own time limit cannot come while it blocks; a second later, somebody else looks at the time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
 async fn f4_a_source_that_blocks_its_thread_releases_all_who_wait() {
