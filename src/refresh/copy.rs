@@ -247,10 +247,32 @@ impl Room<'_> {
     #[inline]
     fn push(&mut self, text: &[u8]) -> Option<usize> {
         let (into, left) = mem::take(&mut self.0).split_at_mut_checked(text.len())?;
-        into.copy_from_slice(text);
+        copy_short(into, text).unwrap_or_else(|| copy_long(into, text));
         self.0 = left;
         Some(text.len())
     }
+}
+
+/// Copies texts of 8 to 32 bytes, as most are: both ends, which may overlap, in a few instructions. `None`: it is another.
+#[inline]
+fn copy_short(into: &mut [u8], text: &[u8]) -> Option<()> {
+    if text.len() > 32 {
+        return None;
+    }
+    if let (Some(first), Some(last)) = (text.first_chunk::<16>(), text.last_chunk::<16>()) {
+        *into.first_chunk_mut()? = *first;
+        *into.last_chunk_mut()? = *last;
+    } else {
+        let (first, last) = (text.first_chunk::<8>()?, text.last_chunk::<8>()?);
+        *into.first_chunk_mut()? = *first;
+        *into.last_chunk_mut()? = *last;
+    }
+    Some(())
+}
+
+#[inline(never)]
+fn copy_long(into: &mut [u8], text: &[u8]) {
+    into.copy_from_slice(text);
 }
 
 impl Drop for HeadCopy {
