@@ -238,11 +238,16 @@ impl PerSubject {
         self.0.entries.is_empty()
     }
 
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        self.0.policy.now()
+    }
+
     /// What is known of a subject that a request has come for.
     #[inline]
-    pub(crate) fn find(&self, subject: &Subject) -> Option<Arc<Entry>> {
+    pub(crate) fn find(&self, subject: &Subject, now: Time) -> Option<Arc<Entry>> {
         let entry = self.0.entries.get(subject)?;
-        let now = self.0.millis();
+        let now = self.0.millis_at(now);
         if entry.used.load(Relaxed) != now {
             entry.used.store(now, Relaxed);
         }
@@ -257,7 +262,7 @@ impl PerSubject {
     /// The same; if nothing is known yet, it is from now on. `None` when there is no room: those whose token is being
     /// fetched are not forgotten for others.
     pub(crate) fn entry(&self, subject: &Subject) -> Option<Arc<Entry>> {
-        if let Some(entry) = self.find(subject) {
+        if let Some(entry) = self.find(subject, self.now()) {
             return Some(entry);
         }
         self.sweep();
@@ -354,7 +359,12 @@ impl Subjects {
     }
 
     fn millis(&self) -> u64 {
-        millis(self.policy.now().since(self.began))
+        self.millis_at(self.policy.now())
+    }
+
+    #[inline]
+    fn millis_at(&self, now: Time) -> u64 {
+        millis(now.since(self.began))
     }
 }
 

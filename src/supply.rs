@@ -116,9 +116,9 @@ impl Supply {
         this
     }
 
-    /// The set, if nothing has to be asked about it.
+    /// The set, if nothing has to be asked about it. `now`: where the clocks have just been read.
     #[inline]
-    pub(crate) fn fresh(&self, need: Need, whose: &Whose) -> Option<Credentials> {
+    pub(crate) fn fresh(&self, need: Need, whose: &Whose, now: Option<Time>) -> Option<Credentials> {
         match whose {
             Whose::Everybodys => self.fresh_for_all(need),
             Whose::Users(entry) => {
@@ -127,10 +127,9 @@ impl Supply {
                 entry.kept().load(|from| {
                     // Layers may share users, and each writes its own over the others'.
                     Arc::ptr_eq(&from.sources, &self.sources)
-                        && from
-                            .term
-                            .as_ref()
-                            .is_some_and(|term| term.is_in_force(epochs(), || Some(tokens.now())))
+                        && from.term.as_ref().is_some_and(|term| {
+                            term.is_in_force(epochs(), || now.or_else(|| Some(tokens.now())))
+                        })
                 })
             }
         }
@@ -404,18 +403,23 @@ impl Supplies {
 
     /// Whose set a request gets that names this user; `None` for one who is not known yet.
     #[inline]
-    pub(crate) fn find(&self, need: Need, subject: Option<&Subject>) -> Result<Option<Whose>, AuthError> {
+    pub(crate) fn find(
+        &self,
+        need: Need,
+        subject: Option<&Subject>,
+        now: Time,
+    ) -> Result<Option<Whose>, AuthError> {
         match (need, subject) {
             (Need::KeyAlone, _) => Ok(Some(Whose::Everybodys)),
-            (Need::All, Some(subject)) => Ok(self.tokens.find(subject).map(Whose::Users)),
+            (Need::All, Some(subject)) => Ok(self.tokens.find(subject, now).map(Whose::Users)),
             (Need::All, None) => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)),
         }
     }
 
     /// The same for anybody.
     #[cold]
-    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Whose, AuthError> {
-        match (self.find(need, subject)?, subject) {
+    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>, now: Time) -> Result<Whose, AuthError> {
+        match (self.find(need, subject, now)?, subject) {
             (Some(whose), _) => Ok(whose),
             (None, Some(subject)) => match self.tokens.entry(subject) {
                 Some(entry) => Ok(Whose::Users(entry)),
@@ -446,6 +450,12 @@ impl Supplies {
             let is_ours = |from: &Provenance| Arc::as_ptr(&from.sources) == sources.as_ptr();
             credentials.provenance().is_some_and(is_ours) && such(credentials)
         });
+    }
+
+    /// The time by the clock of its users.
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        self.tokens.now()
     }
 
     /// A request has to wait: a moment to look for users who are idle.
@@ -497,7 +507,7 @@ impl Waiting {
                 }
             }
             // Of many who waited, the first makes the set.
-            if let Some(credentials) = supply.fresh(self.need, &self.whose) {
+            if let Some(credentials) = supply.fresh(self.need, &self.whose, None) {
                 return Poll::Ready(Ok(credentials));
             }
             // The one may have been refused while the other was awaited.

@@ -7,6 +7,7 @@ use http::{Extensions, HeaderMap, Request, header::AUTHORIZATION};
 
 use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
+    clock::Time,
     credentials::{Copies, Form},
     event,
     origin::Admission,
@@ -126,7 +127,7 @@ impl Policy {
             Provider::Renewing(supply) => {
                 self.refuse_subject(request, supply.form())?;
                 match self.need(request) {
-                    Some(need) => self.authorize_from(supply, need, &Whose::Everybodys, request),
+                    Some(need) => self.authorize_from(supply, need, &Whose::Everybodys, None, request),
                     None => self.write_none(request),
                 }
             }
@@ -139,9 +140,10 @@ impl Policy {
         supply: &Supply,
         need: Need,
         whose: &Whose,
+        now: Option<Time>,
         request: &mut Request<B>,
     ) -> Result<Option<Credentials>, Unsent> {
-        match supply.fresh(need, whose) {
+        match supply.fresh(need, whose, now) {
             Some(credentials) => self.write(request, Some(&credentials)).map_err(Unsent::Refused),
             None => self.authorize_stale(supply, need, whose, request),
         }
@@ -154,15 +156,17 @@ impl Policy {
     ) -> Result<Option<Credentials>, Unsent> {
         let Some(need) = self.need(request) else { return self.write_none(request) };
         let subject = request.extensions().get::<Subject>();
-        let whose = match supplies.find(need, subject)? {
+        // Once for all that follows.
+        let now = supplies.now();
+        let whose = match supplies.find(need, subject, now)? {
             Some(whose) => whose,
             // Nobody is remembered for a request that is refused or goes without.
             None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
                 return self.write_none(request);
             }
-            None => supplies.of(need, subject)?,
+            None => supplies.of(need, subject, now)?,
         };
-        self.authorize_from(supplies.supply(), need, &whose, request)
+        self.authorize_from(supplies.supply(), need, &whose, Some(now), request)
     }
 
     /// Its own credentials, or none: ours are not sent, but must not leave with it either.
@@ -195,10 +199,11 @@ impl Policy {
     ) -> Result<Option<Credentials>, AuthError> {
         let need = self.need(request);
         let fresh = need.and_then(|need| match &self.provider {
-            Provider::Renewing(supply) => supply.fresh(need, &Whose::Everybodys),
+            Provider::Renewing(supply) => supply.fresh_for_all(need),
             Provider::PerSubject(supplies) => {
-                let whose = supplies.find(need, request.extensions().get()).ok()??;
-                supplies.supply().fresh(need, &whose)
+                let now = supplies.now();
+                let whose = supplies.find(need, request.extensions().get(), now).ok()??;
+                supplies.supply().fresh(need, &whose, Some(now))
             }
             Provider::Nothing | Provider::Fixed(_) => None,
         });

@@ -166,9 +166,9 @@ fn jwt(set: &Credentials) -> usize {
 /// The token, in every way in which it is had, one after the other.
 fn all_ways(engine: &Renewing<Token>, supply: &Supply) -> Vec<usize> {
     [
-        supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)),
+        supply.fresh_for_all(Need::All).map(|set| jwt(&set)),
         engine.fresh().map(|token| token.number()),
-        supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)),
+        supply.fresh_for_all(Need::All).map(|set| jwt(&set)),
         engine.0.lease().map(|lease| lease.value.number()),
         demand(supply).map(|set| jwt(&set)),
         engine.current().map(|token| token.number()),
@@ -340,16 +340,14 @@ fn j3_what_was_rejected_is_had_in_no_way_any_more() {
                 // The set that is made here may be put on the shelf when its token is rejected already.
                 let before = demand(&supply).map(|set| jwt(&set));
                 let after = rejected.load(Ordering::Acquire);
-                assert!(
-                    !after || supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1)
-                );
+                assert!(!after || supply.fresh_for_all(Need::All).is_none_or(|set| jwt(&set) == 1));
                 (before, after)
             }
         });
         assert_eq!(reject(&engine, 0).0, Rejection::Renewing);
         rejected.store(true, Ordering::Release);
         assert!(engine.fresh().is_none_or(|token| token.number() == 1));
-        assert!(supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1));
+        assert!(supply.fresh_for_all(Need::All).is_none_or(|set| jwt(&set) == 1));
         let outcome = other.join().unwrap();
         Tasks::join();
 
@@ -422,9 +420,9 @@ fn h5_no_set_is_older_than_what_was_seen_before_it() {
         other.join().unwrap();
         Tasks::join();
 
-        assert!(supply.fresh(Need::All, &Whose::Everybodys).is_none_or(|set| jwt(&set) == 1));
+        assert!(supply.fresh_for_all(Need::All).is_none_or(|set| jwt(&set) == 1));
         assert_eq!(demand(&supply).map(|set| jwt(&set)), Some(1));
-        assert_eq!(supply.fresh(Need::All, &Whose::Everybodys).map(|set| jwt(&set)), Some(1));
+        assert_eq!(supply.fresh_for_all(Need::All).map(|set| jwt(&set)), Some(1));
         (ways[0], ways[ways.len() - 1])
     });
     assert_eq!(outcomes, [(0, 0), (0, 1), (1, 1)].into());
@@ -451,7 +449,7 @@ fn signed(first: impl FnOnce(&Renewing<Token>)) -> Option<(usize, usize)> {
     let set = Tasks::AtOnce.during(|| demand(&supply));
     rotates.join().unwrap();
     let parts = |set: &Credentials| (set.api_key().unwrap().number(), jwt(set));
-    for set in set.iter().chain(&supply.fresh(Need::All, &Whose::Everybodys)) {
+    for set in set.iter().chain(&supply.fresh_for_all(Need::All)) {
         let (key, jwt) = parts(set);
         assert!(key >= jwt / 4, "token {jwt} with key {key}");
     }
