@@ -160,7 +160,9 @@ impl Credentials {
             Form::KeyHalf => (None, api_key, TakesOff::NOTHING),
             Form::JwtHalf => (jwt.map(Bearer::Jwt), None, TakesOff::NOTHING),
         };
-        Self(Arc::new(Set { bearer, api_key, takes_off, key_alone, provenance }))
+        let this = Self(Arc::new(Set { bearer, api_key, takes_off, key_alone, provenance }));
+        debug_assert!(this.form() == form, "{form:?} of other parts");
+        this
     }
 
     /// A copy that shares nothing which is counted when it is sent.

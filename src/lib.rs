@@ -116,6 +116,7 @@ mod subjects;
 mod supply;
 mod sync;
 pub mod telemetry;
+mod timer;
 
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},

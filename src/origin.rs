@@ -165,7 +165,7 @@ impl Origins {
         self.first.is_spelled(uri) || self.is_other_spelled(uri)
     }
 
-    #[cold]
+    #[inline(never)]
     fn is_other_spelled(&self, uri: &Uri) -> bool {
         self.others.iter().any(|origin| origin.is_spelled(uri))
     }
@@ -412,6 +412,7 @@ fn is_same(one: &[u8], other: &[u8]) -> bool {
     }
 }
 
+// A call out of line, which leaves the registers to the rest.
 #[inline(never)]
 fn is_same_text(one: &[u8], other: &[u8]) -> bool {
     one == other

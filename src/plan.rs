@@ -98,8 +98,10 @@ pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if
     match x_api_key {
         Some(value) => {
             if headers.try_insert(X_API_KEY, value.clone()).is_err() {
-                // Not to be taken for what the request came with.
-                headers.remove(AUTHORIZATION);
+                // Not to be taken for what the request came with. What the other layer wrote stays.
+                if authorization.is_some() {
+                    headers.remove(AUTHORIZATION);
+                }
                 return false;
             }
         }
@@ -267,6 +269,7 @@ fn put(
 ///
 /// They are told apart by the sensitive mark: all that we write has it, and nothing that is parsed from a
 /// connection does.
+// Out of line: only halves of a pair come here.
 #[inline(never)]
 fn yield_to_other(headers: &mut HeaderMap, name: &HeaderName) {
     if headers.get_all(name).iter().any(|value| !value.is_sensitive()) {
@@ -362,5 +365,14 @@ mod tests {
             assert!(!write_usual(&mut headers, &pair, if_absent));
             assert!(!headers.contains_key(AUTHORIZATION) && !headers.contains_key(&X_API_KEY));
         }
+
+        // Nor does the half with the key take off what the layer beside it wrote, which would make room.
+        let mut theirs = HeaderValue::from_static("Bearer a.b.c");
+        theirs.set_sensitive(true);
+        full.insert(AUTHORIZATION, theirs);
+        let key = Credentials::new(Form::KeyHalf, Some(ApiKey::new("sk-selam-example").unwrap()), None);
+        assert!(!write_usual(&mut full, &key, false));
+        assert!(full.contains_key(AUTHORIZATION) && !full.contains_key(&X_API_KEY));
+        assert!(write(&mut full, &key, false).is_err());
     }
 }

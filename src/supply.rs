@@ -51,6 +51,13 @@ pub(crate) enum Whose {
     Users(Arc<Entry>),
 }
 
+/// Whose set a request gets.
+pub(crate) struct Found {
+    pub(crate) whose: Whose,
+    /// By the clocks of users, where they have been read.
+    pub(crate) now: Option<Time>,
+}
+
 /// What a request needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
@@ -116,7 +123,7 @@ impl Supply {
         this
     }
 
-    /// The set, if nothing has to be asked about it. `now`: where the clocks have just been read.
+    /// The set, if nothing has to be asked about it. `now`: for a user's, where the clocks have just been read.
     #[inline]
     pub(crate) fn fresh(&self, need: Need, whose: &Whose, now: Option<Time>) -> Option<Credentials> {
         match whose {
@@ -403,29 +410,28 @@ impl Supplies {
 
     /// Whose set a request gets that names this user; `None` for one who is not known yet.
     #[inline]
-    pub(crate) fn find(
-        &self,
-        need: Need,
-        subject: Option<&Subject>,
-        now: Time,
-    ) -> Result<Option<Whose>, AuthError> {
+    pub(crate) fn find(&self, need: Need, subject: Option<&Subject>) -> Result<Option<Found>, AuthError> {
         match (need, subject) {
-            (Need::KeyAlone, _) => Ok(Some(Whose::Everybodys)),
-            (Need::All, Some(subject)) => Ok(self.tokens.find(subject, now).map(Whose::Users)),
+            (Need::KeyAlone, _) => Ok(Some(Found { whose: Whose::Everybodys, now: None })),
+            (Need::All, Some(subject)) => {
+                let now = self.tokens.now();
+                let entry = self.tokens.find(subject, now);
+                Ok(entry.map(|entry| Found { whose: Whose::Users(entry), now: Some(now) }))
+            }
             (Need::All, None) => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)),
         }
     }
 
     /// The same for anybody.
     #[cold]
-    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>, now: Time) -> Result<Whose, AuthError> {
-        match (self.find(need, subject, now)?, subject) {
-            (Some(whose), _) => Ok(whose),
+    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Found, AuthError> {
+        match (self.find(need, subject)?, subject) {
+            (Some(found), _) => Ok(found),
             (None, Some(subject)) => match self.tokens.entry(subject) {
-                Some(entry) => Ok(Whose::Users(entry)),
+                Some(entry) => Ok(Found { whose: Whose::Users(entry), now: None }),
                 None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, FULL, Some(AGAIN), None)),
             },
-            (None, None) => Ok(Whose::Everybodys),
+            (None, None) => Ok(Found { whose: Whose::Everybodys, now: None }),
         }
     }
 
@@ -450,12 +456,6 @@ impl Supplies {
             let is_ours = |from: &Provenance| Arc::as_ptr(&from.sources) == sources.as_ptr();
             credentials.provenance().is_some_and(is_ours) && such(credentials)
         });
-    }
-
-    /// The time by the clock of its users.
-    #[inline]
-    pub(crate) fn now(&self) -> Time {
-        self.tokens.now()
     }
 
     /// A request has to wait: a moment to look for users who are idle.

@@ -1,7 +1,6 @@
 //! Reads an error body within bounds.
 
 use std::{
-    panic::catch_unwind,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -11,13 +10,11 @@ use bytes::{Buf, Bytes};
 use http::{HeaderMap, Response, response::Parts};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::{
-    runtime::Handle,
-    time::{Sleep, sleep},
-};
 
 use super::InspectedBody;
-use crate::{AuthError, BoxError, Credentials, authorize::Sent, cold::Cold, error::is_auth_status, event};
+use crate::{
+    AuthError, BoxError, Credentials, authorize::Sent, cold::Cold, error::is_auth_status, event, timer::Timer,
+};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,33 +159,6 @@ pub(crate) struct Collect<B> {
     timer: Timer,
 }
 
-/// What ends a wait that somebody else could draw out.
-pub(crate) enum Timer {
-    Running(Pin<Box<Sleep>>),
-    /// No runtime has the time: what is not there at once is not waited for.
-    Missing,
-}
-
-impl Timer {
-    pub(crate) fn new(time: Duration) -> Self {
-        if Handle::try_current().is_err() {
-            return Self::Missing;
-        }
-        // There is no asking a runtime whether it has timers: `sleep` panics where it does not.
-        match catch_unwind(|| sleep(time)) {
-            Ok(sleep) => Self::Running(Box::pin(sleep)),
-            Err(_) => Self::Missing,
-        }
-    }
-
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match self {
-            Self::Running(sleep) => sleep.as_mut().poll(cx),
-            Self::Missing => Poll::Ready(()),
-        }
-    }
-}
-
 /// Why reading ended.
 pub(crate) enum End<E> {
     Complete {
@@ -215,7 +185,7 @@ impl<B: Body> Collect<B> {
                 return Poll::Ready(End::OutOfBounds);
             }
             let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
-                return self.timer.poll(cx).map(|()| End::OutOfBounds);
+                return self.poll_timer(cx);
             };
             match frame {
                 None => return Poll::Ready(End::Complete { trailers: None }),
@@ -234,7 +204,12 @@ impl<B: Body> Collect<B> {
             }
         }
         cx.waker().wake_by_ref();
-        self.timer.poll(cx).map(|()| End::OutOfBounds)
+        self.poll_timer(cx)
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+        // Where no runtime has the time, what is not there at once is not waited for.
+        self.timer.poll(cx).unwrap_or(Poll::Ready(())).map(|()| End::OutOfBounds)
     }
 
     /// The response as it came.

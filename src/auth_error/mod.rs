@@ -44,7 +44,7 @@ mod future;
 mod layer;
 mod service;
 
-pub(crate) use self::collect::{Bounds, Collect, End, Inspect, Read, Timer};
+pub(crate) use self::collect::{Bounds, Collect, End, Inspect, Read};
 pub use self::{
     annotate::{AnnotateAuthError, AnnotateFuture, InspectedBody},
     future::ResponseFuture,

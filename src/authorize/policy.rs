@@ -12,7 +12,7 @@ use crate::{
     event,
     origin::Admission,
     plan::{Head, Plan, Rules, X_API_KEY, write_usual},
-    supply::{Need, Supplied, Supplies, Supply, Waiting, Whose},
+    supply::{Found, Need, Supplied, Supplies, Supply, Waiting, Whose},
 };
 
 const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer has the same credentials for all";
@@ -78,7 +78,7 @@ impl Provider {
     }
 }
 
-/// Whether a request asks for anything in particular.
+/// Whether a request asks for anything in particular. Out of line, as most have no extensions.
 #[inline(never)]
 fn chooses(extensions: &Extensions) -> bool {
     extensions.get::<RequestAuth>().is_some() || extensions.get::<Subject>().is_some()
@@ -114,7 +114,8 @@ impl Policy {
         write_usual(request.headers_mut(), &credentials, self.if_absent).then_some(credentials)
     }
 
-    /// Writes credentials into any request that may be sent: which, if any.
+    /// Writes credentials into any request that may be sent: which, if any. Out of line, so that who asks for the usual first
+    /// stays small.
     #[inline(never)]
     pub(crate) fn authorize_any<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
         match &self.provider {
@@ -156,17 +157,15 @@ impl Policy {
     ) -> Result<Option<Credentials>, Unsent> {
         let Some(need) = self.need(request) else { return self.write_none(request) };
         let subject = request.extensions().get::<Subject>();
-        // Once for all that follows.
-        let now = supplies.now();
-        let whose = match supplies.find(need, subject, now)? {
-            Some(whose) => whose,
+        let Found { whose, now } = match supplies.find(need, subject)? {
+            Some(found) => found,
             // Nobody is remembered for a request that is refused or goes without.
             None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
                 return self.write_none(request);
             }
-            None => supplies.of(need, subject, now)?,
+            None => supplies.of(need, subject)?,
         };
-        self.authorize_from(supplies.supply(), need, &whose, Some(now), request)
+        self.authorize_from(supplies.supply(), need, &whose, now, request)
     }
 
     /// Its own credentials, or none: ours are not sent, but must not leave with it either.
@@ -201,9 +200,8 @@ impl Policy {
         let fresh = need.and_then(|need| match &self.provider {
             Provider::Renewing(supply) => supply.fresh_for_all(need),
             Provider::PerSubject(supplies) => {
-                let now = supplies.now();
-                let whose = supplies.find(need, request.extensions().get(), now).ok()??;
-                supplies.supply().fresh(need, &whose, Some(now))
+                let Found { whose, now } = supplies.find(need, request.extensions().get()).ok()??;
+                supplies.supply().fresh(need, &whose, now)
             }
             Provider::Nothing | Provider::Fixed(_) => None,
         });

@@ -54,7 +54,7 @@ impl<S: Clone> Authorize<S> {
         Later::new(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
     }
 
-    /// What is not usual, out of line: so small, the call is compiled into what calls it.
+    /// What [`call`](Service::call) does with a request that is not usual, out of line: that one stays so small.
     #[inline(never)]
     fn call_any<B>(&mut self, mut request: Request<B>) -> ResponseFuture<S::Future, S, B>
     where

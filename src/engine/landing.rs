@@ -2,7 +2,6 @@
 
 use std::{
     mem,
-    panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{Arc, PoisonError},
     task::{Context, Poll, Waker},
@@ -10,15 +9,13 @@ use std::{
     vec,
 };
 
-use tokio::{
-    runtime::{self, Handle as Timers},
-    time::{Sleep, sleep},
-};
+use tokio::runtime::{self, Handle as Timers};
 
 use super::shell::{is_renewed_by_this_task, own_source};
 use crate::{
     AuthError,
     sync::{Mutex, MutexGuard},
+    timer::Timer,
 };
 
 /// Who waits for a renewal gives it so much longer than it has itself.
@@ -147,88 +144,49 @@ impl Queue {
 /// it would have ended by now.
 pub(crate) struct Wait {
     landing: Landing,
+    /// From the first time it is polled.
     place: Option<usize>,
-    is_begun: bool,
-    patience: Patience,
-}
-
-/// Until when a renewal is waited for.
-struct Patience {
-    /// Wherever it is polled; else not where the renewal runs: whoever drives that runtime drives the renewal too.
-    everywhere: bool,
+    /// Whether it looks at the time wherever it is polled; else not where the renewal runs: whoever drives that runtime drives
+    /// the renewal too.
+    is_watch: bool,
     /// Boxed, as many wait and few of them have one.
     timer: Option<Box<Timer>>,
 }
 
-struct Timer {
-    /// Where it was last polled. Another may not drive the timers of this one, which may even be gone by then.
-    runtime: runtime::Id,
-    /// `None` where that has no timers.
-    sleep: Option<Pin<Box<Sleep>>>,
-}
-
 impl Wait {
     pub(crate) fn new(landing: Landing) -> Self {
-        Self::with(landing, false)
+        Self { landing, place: None, is_watch: false, timer: None }
     }
 
-    /// Waits no longer than a renewal may take, wherever it runs.
-    pub(super) fn with_patience(landing: Landing) -> Self {
-        Self::with(landing, true)
+    /// One that looks at the time wherever it is polled.
+    pub(super) fn watch(landing: Landing) -> Self {
+        Self { landing, place: None, is_watch: true, timer: None }
     }
 
-    fn with(landing: Landing, everywhere: bool) -> Self {
-        let patience = Patience { everywhere, timer: None };
-        Self { landing, place: None, is_begun: false, patience }
-    }
-}
-
-impl Patience {
-    fn poll(&mut self, landing: &InFlight, cx: &mut Context<'_>) -> Poll<()> {
-        if let Ok(here) = Timers::try_current() {
-            let here = here.id();
-            if Some(here) == landing.runtime && !self.everywhere {
-                return Poll::Pending;
-            }
-            if self.timer.as_ref().is_none_or(|timer| timer.runtime != here) {
-                let timer = Timer::new(here, landing.limit.saturating_add(MARGIN));
-                self.timer = Some(Box::new(timer));
-            }
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let InFlight { limit, runtime, .. } = &*self.landing.0;
+        let here = Timers::try_current().ok().map(|here| here.id());
+        if !self.is_watch && here.is_some() && here == *runtime {
+            return Poll::Pending;
         }
-        self.timer.as_mut().map_or(Poll::Pending, |timer| timer.poll(cx))
-    }
-}
-
-impl Timer {
-    fn new(runtime: runtime::Id, limit: Duration) -> Self {
-        // There is no asking a runtime whether it has timers.
-        Self { runtime, sleep: catch_unwind(|| Box::pin(sleep(limit))).ok() }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(sleep) = &mut self.sleep else { return Poll::Pending };
-        // Nor whether it is gone: who polls outside of any runtime, or with the handle of one that is gone, finds that out.
-        let polled = catch_unwind(AssertUnwindSafe(|| sleep.as_mut().poll(cx)));
-        polled.unwrap_or_else(|_| {
-            self.sleep = None;
-            Poll::Pending
-        })
+        let timer = self.timer.get_or_insert_with(|| Box::new(Timer::new(limit.saturating_add(MARGIN))));
+        // Where no runtime has the time, it waits for the word alone.
+        timer.poll(cx).unwrap_or(Poll::Pending)
     }
 }
 
 impl Future for Wait {
     type Output = Result<(), AuthError>;
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Self { landing, place, is_begun, patience } = self.get_mut();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Self { landing, place, .. } = &mut *self;
         // Another task may have asked for the one that waits.
-        if !*is_begun && is_renewed_by_this_task(landing.0.engine) {
+        if place.is_none() && is_renewed_by_this_task(landing.0.engine) {
             return Poll::Ready(Err(own_source()));
         }
-        *is_begun = true;
         let told = landing.0.word.poll(place, cx);
-        if told.is_pending() && patience.poll(&landing.0, cx).is_ready() {
-            (landing.0.abandon)();
+        if told.is_pending() && self.poll_timer(cx).is_ready() {
+            (self.landing.0.abandon)();
             return Poll::Ready(Ok(()));
         }
         told
@@ -246,6 +204,7 @@ impl Drop for Wait {
 #[cfg(test)]
 mod tests {
     use std::{
+        panic::{AssertUnwindSafe, catch_unwind},
         sync::atomic::{AtomicUsize, Ordering},
         task::Wake,
     };

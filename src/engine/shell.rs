@@ -297,7 +297,7 @@ impl<C: Credential> Shared<C> {
             && timers.runtime_flavor() != RuntimeFlavor::CurrentThread
         {
             timers.spawn(async move {
-                let _ = Wait::with_patience(landing).await;
+                let _ = Wait::watch(landing).await;
             });
         }
     }

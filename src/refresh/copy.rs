@@ -270,6 +270,7 @@ fn copy_short(into: &mut [u8], text: &[u8]) -> Option<()> {
     Some(())
 }
 
+// A call out of line, which leaves the registers to the rest.
 #[inline(never)]
 fn copy_long(into: &mut [u8], text: &[u8]) {
     into.copy_from_slice(text);

@@ -13,13 +13,14 @@ use tower_service::Service;
 use super::{Replay, copy::HeadCopy, service::Spare};
 use crate::{
     AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody, Read, Timer},
+    auth_error::{Bounds, Collect, End, InspectedBody, Read},
     authorize::Sent,
     bounds::CloneClient,
     cold::Cold,
     engine::{Landing, Rejection, Wait},
     event,
     supply::Part,
+    timer::Timer,
 };
 
 /// How long a client may take to let go of the body of a request that was refused.
@@ -271,7 +272,7 @@ where
             }
             Self::LettingGo { patience, .. } => {
                 if again.poll_kept(cx).is_pending() {
-                    ready!(patience.poll(cx));
+                    ready!(patience.poll(cx).unwrap_or(Poll::Ready(())));
                 }
             }
             Self::Readiness { again, .. } => ready!(again.0.poll_ready(cx))?,

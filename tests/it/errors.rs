@@ -582,6 +582,26 @@ fn e4_a_runtime_without_timers_reads_what_is_there() {
     assert_reads_what_is_there();
 }
 
+#[test]
+fn e4_a_body_that_is_read_on_in_another_runtime_has_its_five_seconds_there() {
+    let runtime =
+        || tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let api = service_fn(|_: Request<()>| async {
+        Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
+    });
+    let mut service = AuthErrorLayer::new().layer(api);
+    let mut call = task::spawn(service.call(get(MODELS)));
+    let (first, second) = (runtime(), runtime());
+    {
+        let _guard = first.enter();
+        assert_pending!(call.poll());
+    }
+    drop(first);
+    let error = second.block_on(async { tokio::time::timeout(Duration::from_secs(6), call).await });
+    let error = error.expect("it ends").unwrap_err();
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
+}
+
 #[tokio::test]
 async fn t2_a_future_dropped_before_its_first_poll_does_nothing() {
     let polled = Arc::new(AtomicBool::new(false));

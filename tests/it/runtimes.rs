@@ -301,7 +301,9 @@ fn f4_f5_a_wait_that_moves_to_another_runtime_ends_there_in_its_time() {
         let began = ends.block_on(async { tokio::time::Instant::now() });
         let token = ends.block_on(async { tokio::time::timeout(60 * SECOND, waiting).await });
         assert_eq!(token.expect("it ends").unwrap().expose_secret(), "token-1");
-        assert_eq!(ends.block_on(async { began.elapsed() }), 31 * SECOND, "a renewal's time, and a second");
+        // A renewal's time and a second, less what lies between the beginnings of two runtimes.
+        let waited = ends.block_on(async { began.elapsed() });
+        assert!((30 * SECOND..=31 * SECOND).contains(&waited), "{waited:?}");
     }
 }
 
