@@ -284,3 +284,125 @@ fn brings(headers: &HeaderMap, form: Form) -> bool {
     let authorization = form != Form::KeyHalf && headers.contains_key(AUTHORIZATION);
     authorization || (form != Form::JwtHalf && headers.contains_key(&X_API_KEY))
 }
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::{collection::vec, prelude::*, sample::select};
+
+    use super::*;
+    use crate::Token;
+
+    const URIS: [&str; 12] = [
+        "https://api.selamgpt.com/v1/models",
+        "https://API.selamgpt.com/v1/models",
+        "https://api.selamgpt.com:443/v1/models",
+        "https://api.selamgpt.com./v1/models",
+        "https://api.selamgpt.com:8443/v1/models",
+        "https://api.selamgpt.com@evil.com/v1/models",
+        "https://evil.com/v1/models",
+        "http://api.selamgpt.com/v1/models",
+        "wss://api.selamgpt.com/v1/models",
+        "https://gateway.example:8443/v1/models",
+        "/v1/models",
+        "api.selamgpt.com:443",
+    ];
+
+    fn policy(form: Option<Form>, origins: usize) -> Policy {
+        let (key, jwt) = (ApiKey::new("sk-selam-example").unwrap(), Token::new("a.b.c").unwrap());
+        let credentials = |form| match form {
+            Form::Bearer | Form::Header | Form::KeyHalf => Credentials::new(form, Some(key), None),
+            Form::Pair => Credentials::new(form, Some(key), Some(jwt)),
+            Form::JwtHalf => Credentials::new(form, None, Some(jwt)),
+        };
+        let provider = form.map_or(Provider::Nothing, |form| Provider::Fixed(Copies::of(credentials(form))));
+        let gateway = "https://gateway.example:8443";
+        let origins = match origins {
+            0 => Origins::selam(),
+            1 => Origins::selam().pass_others(),
+            2 => Origins::new(gateway).unwrap(),
+            3 => Origins::new(gateway).unwrap().with_origin("https://api.selamgpt.com").unwrap(),
+            _ => Origins::selam().with_stated_origin("https://api.selamgpt.com").unwrap(),
+        };
+        Policy { origins, ..Policy::new(provider) }
+    }
+
+    /// What becomes of a request.
+    #[derive(Debug, PartialEq)]
+    struct Outcome {
+        /// What of it was ours.
+        written: Result<Vec<String>, String>,
+        uri: String,
+        headers: Vec<(String, Vec<u8>, bool)>,
+    }
+
+    impl Outcome {
+        fn of(result: Result<Option<Credentials>, Unsent>, request: &Request<()>) -> Self {
+            let exposed = |credentials: Credentials| -> Vec<_> {
+                credentials.secrets().map(|secret| secret.expose().to_owned()).collect()
+            };
+            let written = match result {
+                Ok(credentials) => Ok(credentials.map(exposed).unwrap_or_default()),
+                Err(Unsent::Refused(error)) => Err(format!("{:?} {error}", error.kind())),
+                Err(Unsent::Waits(_)) => Err("it waits".to_owned()),
+            };
+            let headers = request.headers().iter();
+            let headers = headers
+                .map(|(name, value)| (name.to_string(), value.as_bytes().to_vec(), value.is_sensitive()));
+            Self { written, uri: request.uri().to_string(), headers: headers.collect() }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn h3_h4_o2_the_usual_way_comes_to_what_the_long_one_does(
+            form in select(vec![
+                None,
+                Some(Form::Bearer),
+                Some(Form::Header),
+                Some(Form::Pair),
+                Some(Form::KeyHalf),
+                Some(Form::JwtHalf),
+            ]),
+            // The usual ones most of the time, or else hardly any request would be.
+            origins in prop_oneof![3 => Just(0_usize), 1 => 1..5_usize],
+            uri in prop_oneof![3 => Just(URIS[0]), 1 => select(&URIS[..])],
+            names in vec(
+                select(vec!["accept", "authorization", "x-api-key", "host", "connection", "x-other"]), 0..4
+            ),
+            sensitive in any::<bool>(),
+            choice in prop_oneof![3 => Just(0), 1 => 1..6],
+            if_absent in any::<bool>(),
+            require_choice in prop::bool::weighted(0.1),
+        ) {
+            let policy = Policy { if_absent, require_choice, ..policy(form, origins) };
+            let request = || {
+                let mut request = Request::builder().uri(uri).body(()).unwrap();
+                for name in &names {
+                    let mut value = HeaderValue::from_static("api.selamgpt.com");
+                    value.set_sensitive(sensitive);
+                    request.headers_mut().append(*name, value);
+                }
+                let extensions = request.extensions_mut();
+                match choice {
+                    1 => _ = extensions.insert(RequestAuth::ApiKey),
+                    2 => _ = extensions.insert(RequestAuth::ApiKeyAndJwt),
+                    3 => _ = extensions.insert(RequestAuth::Anonymous),
+                    4 => _ = extensions.insert(Subject::new("user-7")),
+                    5 => _ = extensions.insert(7_u8),
+                    _ => {}
+                }
+                request
+            };
+            let (mut usual, mut long) = (request(), request());
+            let by_usual = match policy.authorize_usual(&mut usual) {
+                Some(credentials) => Ok(Some(credentials)),
+                None => policy.authorize_any(&mut usual),
+            };
+            let by_long = policy.authorize_any(&mut long);
+            prop_assert_eq!(Outcome::of(by_usual, &usual), Outcome::of(by_long, &long));
+        }
+    }
+}
