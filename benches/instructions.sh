@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Instructions per request, counted by valgrind and compared with benches/instructions.txt: fails when one has grown by
-# more than 5 %, or by more than 1 % to beyond a target that what is recorded meets. `--update` says so too, and records them anew.
+# more than 5 %, or by more than 1 % to beyond a target that what is recorded meets. `--update` says so too, and records
+# them anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -101,7 +101,7 @@ impl Clock {
 
 /// tokio's, which a test can pause.
 #[inline]
-fn monotonic() -> Instant {
+pub(crate) fn monotonic() -> Instant {
     Instant::now()
 }
 

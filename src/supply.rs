@@ -128,17 +128,12 @@ impl Supply {
     pub(crate) fn fresh(&self, need: Need, whose: &Whose, now: Option<Time>) -> Option<Credentials> {
         match whose {
             Whose::Everybodys => self.fresh_for_all(need),
-            Whose::Users(entry) => {
-                let tokens = entry.tokens();
-                let epochs = || [epoch(self.sources.key.as_ref()), tokens.epoch()];
-                entry.kept().load(|from| {
-                    // Layers may share users, and each writes its own over the others'.
-                    Arc::ptr_eq(&from.sources, &self.sources)
-                        && from.term.as_ref().is_some_and(|term| {
-                            term.is_in_force(epochs(), || now.or_else(|| Some(tokens.now())))
-                        })
-                })
-            }
+            Whose::Users(entry) => entry.kept().load(|from| {
+                let now = || now.or_else(|| Some(entry.tokens().now()));
+                // Layers may share users, and each writes its own over the others'.
+                Arc::ptr_eq(&from.sources, &self.sources)
+                    && from.term.as_ref().is_some_and(|term| term.is_in_force(self.epochs(need, whose), now))
+            }),
         }
     }
 
@@ -418,21 +413,18 @@ impl Supplies {
                 let entry = self.tokens.find(subject, now);
                 Ok(entry.map(|entry| Found { whose: Whose::Users(entry), now: Some(now) }))
             }
-            (Need::All, None) => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)),
+            (Need::All, None) => Err(no_subject()),
         }
     }
 
-    /// The same for anybody.
+    /// The same for one who is not known yet.
     #[cold]
-    pub(crate) fn of(&self, need: Need, subject: Option<&Subject>) -> Result<Found, AuthError> {
-        match (self.find(need, subject)?, subject) {
-            (Some(found), _) => Ok(found),
-            (None, Some(subject)) => match self.tokens.entry(subject) {
-                Some(entry) => Ok(Found { whose: Whose::Users(entry), now: None }),
-                None => Err(AuthError::renewal(AuthErrorKind::RenewalFailed, FULL, Some(AGAIN), None)),
-            },
-            (None, None) => Ok(Found { whose: Whose::Everybodys, now: None }),
-        }
+    pub(crate) fn of(&self, subject: Option<&Subject>) -> Result<Found, AuthError> {
+        let subject = subject.ok_or_else(no_subject)?;
+        let Some(entry) = self.tokens.entry(subject) else {
+            return Err(AuthError::renewal(AuthErrorKind::RenewalFailed, FULL, Some(AGAIN), None));
+        };
+        Ok(Found { whose: Whose::Users(entry), now: None })
     }
 
     /// What there is of this user's, or else of everybody's.
@@ -517,6 +509,11 @@ impl Waiting {
             }
         }
     }
+}
+
+#[cold]
+fn no_subject() -> AuthError {
+    AuthError::local(AuthErrorKind::CredentialUnavailable, NO_SUBJECT)
 }
 
 /// The part of a set that an API may refuse.

@@ -12,7 +12,7 @@ use tokio::{
     time::{Instant, Sleep, sleep_until},
 };
 
-use crate::clock::LONG;
+use crate::clock::{LONG, monotonic};
 
 /// A time from when it is made, wherever it is polled: a runtime drives its own timers alone, and may be gone when a future
 /// goes on in another.
@@ -32,10 +32,7 @@ struct There {
 impl Timer {
     pub(crate) fn new(limit: Duration) -> Self {
         let limit = limit.min(LONG);
-        let now = Instant::now();
-        let mut this = Self { limit, due: now.checked_add(limit).unwrap_or(now), there: None };
-        this.follow();
-        this
+        Self { limit, due: after(limit), there: None }
     }
 
     /// `None` where no runtime has the time.
@@ -53,12 +50,17 @@ impl Timer {
         if self.there.as_ref().is_some_and(|there| there.runtime == here.id()) {
             return;
         }
-        let (due, limit) = (self.due, self.limit);
-        // There is no asking a runtime whether it has timers either. The time of a test may be another there.
-        let sleep =
-            || Box::pin(sleep_until(Instant::now().checked_add(limit).map_or(due, |latest| latest.min(due))));
-        self.there = Some(There { runtime: here.id(), sleep: catch_unwind(sleep).ok() });
+        // The time of a test may be another there.
+        let due = self.due.min(after(self.limit));
+        // There is no asking a runtime whether it has timers either.
+        let sleep = catch_unwind(|| Box::pin(sleep_until(due))).ok();
+        self.there = Some(There { runtime: here.id(), sleep });
     }
+}
+
+fn after(limit: Duration) -> Instant {
+    let now = monotonic();
+    now.checked_add(limit).unwrap_or(now)
 }
 
 #[cfg(test)]

@@ -127,7 +127,8 @@ impl Change {
         matches!(self, Self::Grown { .. } | Self::Missed { .. })
     }
 
-    /// Whether it is more than another libc or machine makes of it, with the compiler that it was recorded with or with another.
+    /// Whether the run fails for it. With another compiler than it was recorded with, one may be some instructions better or
+    /// worse, and with another libc or machine a few.
     #[must_use]
     pub fn fails(self, same_compiler: bool) -> bool {
         match self {

@@ -163,7 +163,7 @@ impl Policy {
             None if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub => {
                 return self.write_none(request);
             }
-            None => supplies.of(need, subject)?,
+            None => supplies.of(subject)?,
         };
         self.authorize_from(supplies.supply(), need, &whose, now, request)
     }
