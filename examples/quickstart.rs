@@ -93,7 +93,7 @@ async fn with_the_simulator() -> Result<(), BoxError> {
     let revoked = simulator.issue_key();
     simulator.revoke_key(&revoked);
     let limited = simulator.issue_limited_key();
-    let own = |key: String| Ok::<_, BoxError>(RequestAuth::Own(Credentials::bearer(ApiKey::new(key)?)));
+    let own = |key: String| Ok::<_, BoxError>(RequestAuth::Custom(Credentials::bearer(ApiKey::new(key)?)));
     refusal(&mut selam, "A key that was revoked", &chat, own(revoked)?, AuthErrorKind::InvalidApiKey).await?;
     refusal(&mut selam, "No key at all", &chat, RequestAuth::Anonymous, AuthErrorKind::MissingApiKey).await?;
     let speech = base_url.endpoint("audio/speech")?;
@@ -135,7 +135,7 @@ async fn with_the_api() -> Result<(), BoxError> {
     } else {
         println!("  skipped  {} is not set", env::SELAM_JWT);
     }
-    let unknown = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-not-a-key-of-anybody")?));
+    let unknown = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-not-a-key-of-anybody")?));
     refusal(&mut selam, "A key that nobody has", &chat, unknown, AuthErrorKind::InvalidApiKey).await?;
     refusal(&mut selam, "No key at all", &chat, RequestAuth::Anonymous, AuthErrorKind::MissingApiKey).await?;
     step("A feature beyond the account's level");
@@ -252,7 +252,7 @@ fn credentials(auth: &RequestAuth) -> String {
     match auth {
         RequestAuth::ApiKey => "the key as `Authorization: Bearer`".to_owned(),
         RequestAuth::ApiKeyAndJwt => "the JWT as `Authorization: Bearer`, the key as `X-API-Key`".to_owned(),
-        RequestAuth::Own(own) => format!("{own:?}"),
+        RequestAuth::Custom(own) => format!("{own:?}"),
         _ => "no credentials".to_owned(),
     }
 }

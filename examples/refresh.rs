@@ -30,7 +30,7 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    ApiKey, BoxError, RenewalPolicy, Renewing, SelamLayer,
+    ApiKey, BoxError, RefreshPolicy, Refreshing, SelamLayer,
     oauth::{ClientAuth, OAuthSource, TokenEndpoint},
     simulator::Simulator,
     source::FileSource,
@@ -58,12 +58,12 @@ async fn main() -> Result<ExitCode, BoxError> {
     let file = KeyFile::new()?;
     let first = simulator.issue_key();
     file.write(&first)?;
-    let keys: Renewing<ApiKey> = Renewing::new(FileSource::new(&file.0));
-    let policy = RenewalPolicy::new().with_backoff(Duration::from_millis(100), Duration::from_secs(1));
+    let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(&file.0));
+    let policy = RefreshPolicy::new().with_backoff(Duration::from_millis(100), Duration::from_secs(1));
     let endpoint =
         TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", simulator.clone())?
             .with_client_auth(ClientAuth::api_key(&keys));
-    let jwts = Renewing::with_policy(OAuthSource::client_credentials(endpoint), policy);
+    let jwts = Refreshing::with_policy(OAuthSource::client_credentials(endpoint), policy);
     let layer = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build()?;
     let uri = layer.base_url().endpoint("audio/agent/sessions")?;
     let selam = layer.layer(simulator.clone());

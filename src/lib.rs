@@ -7,7 +7,7 @@
 //! request ─▶ 401 and 403 become a  ─▶ 401: renew, and send  ─▶ write Authorization and   ─▶ your client
 //!            typed error              once more                X-API-Key, for allowed
 //!                                          │                   https origins only
-//!                                          └──▶ Renewing ◀──┘
+//!                                          └──▶ Refreshing ◀──┘
 //!                                                  ▲ source: file, OAuth 2.0, signed here,
 //!                                                    closure, service
 //! ```
@@ -42,8 +42,8 @@
 //! |---|---|
 //! | [`SelamLayer`], [`Selam`] | the stack, in annotate mode too; see [`selam`] |
 //! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
-//! | [`Renewing`], [`RenewalPolicy`], [`MaybeRenewing`] | credentials that renew themselves; see [how renewal works](engine) |
-//! | [`PerSubject`], [`Subject`], [`Jwts`] | a JWT for each user, and the name of one |
+//! | [`Refreshing`], [`RefreshPolicy`], [`Provider`] | credentials that renew themselves; see [how renewal works](engine) |
+//! | [`PerSubject`], [`Subject`], [`JwtProvider`] | a JWT for each user, and the name of one |
 //! | [`mod@source`] | where they come from |
 //! | [`oauth`] | from an OAuth 2.0 token endpoint |
 //! | [`RefreshLayer`] | renews after a 401 and sends once more; see [`refresh`] |
@@ -79,62 +79,43 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[macro_use]
-mod macros;
+mod util;
 
 #[cfg(any(feature = "reqwest", feature = "tonic"))]
 pub mod adapter;
 pub mod auth_error;
 pub mod authorize;
-mod base_url;
-pub mod bounds;
 pub mod choose_auth;
-mod clock;
-mod cold;
-pub mod composition {
-    #![doc = include_str!("composition.md")]
-}
-mod credentials;
-pub mod engine;
-pub mod env;
+mod credential;
 mod error;
-mod event;
-mod handshake;
+pub mod guide;
 pub mod inbound;
 pub mod oauth;
 mod origin;
-mod plan;
-mod query;
 pub mod refresh;
-mod scrub;
-mod secret;
-pub mod selam;
-mod shards;
+pub mod replay;
 #[cfg(feature = "test-util")]
 pub mod simulator;
 pub mod source;
-mod subjects;
-mod supply;
-mod sync;
+pub mod stack;
 pub mod telemetry;
-mod timer;
 
+#[cfg(feature = "test-util")]
+pub use self::util::clock::TestClock;
 pub use self::{
     auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},
     authorize::{ApiKeyLayer, JwtLayer},
-    base_url::BaseUrl,
     choose_auth::ChooseAuthLayer,
-    credentials::{Credentials, RequestAuth},
-    engine::{MaybeRenewing, RenewalPolicy, Renewing},
-    error::{AuthError, AuthErrorKind, BoxError, ConfigError, ConfigErrorKind, Error, ErrorBody, RateLimit},
-    origin::Origins,
-    refresh::RefreshLayer,
-    secret::{ApiKey, Credential, KeyId, Token},
-    selam::{Selam, SelamLayer, SelamLayerBuilder},
-    subjects::{Jwts, PerSubject, Subject},
+    credential::{ApiKey, Credential, Credentials, KeyId, RequestAuth, Subject, Token, env},
+    error::{
+        AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, ConfigErrorKind, Error, ErrorBody,
+        FromAuthError, RateLimit,
+    },
+    origin::{BaseUrl, Origins},
+    refresh::{JwtProvider, PerSubject, Provider, RefreshPolicy, Refreshing},
+    replay::RefreshLayer,
+    stack::{Selam, SelamLayer, SelamLayerBuilder},
 };
-
-#[cfg(feature = "test-util")]
-pub use self::clock::TestClock;
 
 /// The README's example compiles.
 #[cfg(doctest)]

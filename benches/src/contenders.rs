@@ -17,8 +17,8 @@ use tokio::runtime::Runtime;
 use tower::{Layer, Service, ServiceBuilder, service_fn};
 use tower_http::set_header::SetRequestHeaderLayer;
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, RefreshLayer, Renewing,
-    SelamLayer, Token,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, RefreshLayer,
+    Refreshing, SelamLayer, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -179,8 +179,8 @@ impl fmt::Display for Target {
 }
 
 /// A key that renews itself, and has just been fetched.
-pub fn renewing_key(runtime: &Runtime) -> Renewing<ApiKey> {
-    let keys = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+pub fn renewing_key(runtime: &Runtime) -> Refreshing<ApiKey> {
+    let keys = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
         Ok::<_, BoxError>(Fetched::new(ApiKey::new(KEY)?).with_recheck_after(HOUR))
     }));
     runtime.block_on(keys.prefetch()).expect("a key");
@@ -188,8 +188,8 @@ pub fn renewing_key(runtime: &Runtime) -> Renewing<ApiKey> {
 }
 
 /// A JWT that renews itself, and lives for an hour yet.
-pub fn renewing_jwt(runtime: &Runtime) -> Renewing<Token> {
-    let jwts = Renewing::new(source_fn(|_: Reason<Token>| async {
+pub fn renewing_jwt(runtime: &Runtime) -> Refreshing<Token> {
+    let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async {
         Ok::<_, BoxError>(Fetched::new(Token::new(JWT)?).with_lifetime(HOUR))
     }));
     runtime.block_on(jwts.prefetch()).expect("a JWT");

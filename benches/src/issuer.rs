@@ -12,7 +12,7 @@ use http::{HeaderName, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tokio::time::sleep;
 use tower::{Service, service_fn};
 use tower_selam::{
-    BoxError, Renewing, Token,
+    BoxError, Refreshing, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -65,9 +65,9 @@ impl Issuer {
 
     /// The first token and every other, by this crate.
     #[must_use]
-    pub fn renewing(self: &Arc<Self>) -> Renewing<Token> {
+    pub fn renewing(self: &Arc<Self>) -> Refreshing<Token> {
         let issuer = Arc::clone(self);
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let issuer = Arc::clone(&issuer);
             async move {
                 let (token, lifetime) = issuer.issue().await;

@@ -68,7 +68,7 @@
 //! So [`Client::new`] and [`HttpService::new`] take a `ClientBuilder`, and set [`redirect_policy`] in place of whatever
 //! policy it has: redirects within an origin are followed, and the others come up as the responses they are, with
 //! their 3xx status. To follow those too, put tower-http's `FollowRedirect` around the layers, with
-//! [`Origins::pass_others`](crate::Origins::pass_others): then each has what the layers let it have.
+//! [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins): then each has what the layers let it have.
 //!
 //! A `reqwest::Client` that is already built does not tell its policy. [`HttpService::dangerous_with_client`] takes it
 //! on your word.
@@ -103,7 +103,7 @@ use tower_service::Service;
 
 use crate::{
     BoxError, Error, RequestAuth, Selam, SelamLayer,
-    refresh::{Replay, ReplayBody},
+    replay::{Replay, ReplayBody},
 };
 
 /// Sends reqwest's requests through layers. See the [module docs](self).
@@ -517,9 +517,9 @@ pub struct TryCloneBody;
 
 impl Replay<Body> for TryCloneBody {
     type Body = Body;
-    type Kept = Body;
+    type Captured = Body;
 
-    fn keep(&self, body: Body) -> (Body, Option<Body>) {
+    fn capture(&self, body: Body) -> (Body, Option<Body>) {
         if body.as_bytes().is_none() {
             return (body, None);
         }
@@ -532,11 +532,11 @@ impl Replay<Body> for TryCloneBody {
         (request.body_mut().take().unwrap_or_default(), kept)
     }
 
-    fn once(&self, body: Body) -> Body {
+    fn pass_through(&self, body: Body) -> Body {
         body
     }
 
-    fn again(&self, kept: Body) -> Option<Body> {
+    fn restore(&self, kept: Body) -> Option<Body> {
         Some(kept)
     }
 }

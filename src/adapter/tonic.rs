@@ -48,7 +48,7 @@
 //! use tonic::{Code, Status, body::Body};
 //! use tower::{Layer, ServiceExt, service_fn};
 //! use tower_selam::{
-//!     ApiKey, AuthError, AuthErrorKind, BoxError, Renewing, SelamLayer, Token, adapter::tonic::SelamGrpcLayer,
+//!     ApiKey, AuthError, AuthErrorKind, BoxError, Refreshing, SelamLayer, Token, adapter::tonic::SelamGrpcLayer,
 //!     source::{Reason, source_fn},
 //! };
 //!
@@ -61,7 +61,7 @@
 //!         _ => Response::new(Body::empty()),
 //!     })
 //! });
-//! let jwts = Renewing::new(source_fn(|reason: Reason<Token>| async move {
+//! let jwts = Refreshing::new(source_fn(|reason: Reason<Token>| async move {
 //!     let text = if let Reason::Rejected(_) = reason { "second" } else { "first" };
 //!     Ok::<_, BoxError>(Token::new(text)?)
 //! }));
@@ -159,10 +159,10 @@ use crate::{
     AuthError, AuthErrorKind, BoxError, ConfigError, Credentials, SelamLayer,
     auth_error::{Bounds, Inspect, Read},
     authorize::{self, Authorize, Policy, Sent},
-    bounds::CloneClient,
+    error::CloneClient,
     error::{Redactor, grpc_message},
-    event,
-    refresh::{Blamed, BufferBody, KeptBody, Refresh, Replay, ReplayBody, Replaying, Stopped, Undecided},
+    replay::{Blamed, BufferBody, CapturedBody, Refresh, Replay, ReplayBody, Replaying, Stopped, Undecided},
+    telemetry::event,
 };
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -204,7 +204,7 @@ impl SelamGrpcLayer {
             (Some(scheme), Some(authority)) => format!("{scheme}://{authority}"),
             _ => origin.to_string(),
         };
-        policy.origins = policy.origins.with_stated_origin(&stated)?;
+        policy.origins = policy.origins.with_relative_uri_origin(&stated)?;
         let replay = ReplayRequests(Some(BufferBody::new(Self::REPLAY_LIMIT)));
         Ok(Self { policy: Arc::new(policy), bounds: errors.0, replay })
     }
@@ -481,11 +481,11 @@ struct ReplayRequests(Option<BufferBody>);
 
 impl Replay<Body> for ReplayRequests {
     type Body = Body;
-    type Kept = KeptRequest;
+    type Captured = KeptRequest;
 
-    fn keep(&self, body: Body) -> (Body, Option<KeptRequest>) {
+    fn capture(&self, body: Body) -> (Body, Option<KeptRequest>) {
         let Some(buffer) = self.0 else { return (body, None) };
-        match buffer.keep(body) {
+        match buffer.capture(body) {
             (body, None) => (Body::new(body), None),
             (body, Some(kept)) => {
                 let loan = Arc::new(Mutex::new(Loan { body: Some(body), waker: None }));
@@ -494,24 +494,24 @@ impl Replay<Body> for ReplayRequests {
         }
     }
 
-    fn once(&self, body: Body) -> Body {
+    fn pass_through(&self, body: Body) -> Body {
         body
     }
 
-    fn again(&self, KeptRequest { buffer, kept, loan }: KeptRequest) -> Option<Body> {
+    fn restore(&self, KeptRequest { buffer, kept, loan }: KeptRequest) -> Option<Body> {
         let Loan { body, waker } = std::mem::take(&mut *lock(&loan));
         // What the connection has not sent is handed over.
         drop(body);
         if let Some(waker) = waker {
             waker.wake();
         }
-        buffer.again(kept).map(Body::new)
+        buffer.restore(kept).map(Body::new)
     }
 }
 
 struct KeptRequest {
     buffer: BufferBody,
-    kept: KeptBody<Body>,
+    kept: CapturedBody<Body>,
     loan: Arc<Mutex<Loan>>,
 }
 
@@ -657,7 +657,7 @@ mod tests {
     fn j7_a_stream_is_taken_back_from_a_connection_that_would_wait_for_its_end() {
         let (send, frames) = mpsc::unbounded_channel();
         let replay = ReplayRequests(Some(BufferBody::new(64)));
-        let (mut lent, kept) = replay.keep(Body::new(Fed(frames)));
+        let (mut lent, kept) = replay.capture(Body::new(Fed(frames)));
         let mut polled = task::spawn(lent.frame());
         assert_pending!(polled.poll());
         send.send(Bytes::from_static(b"first")).unwrap();
@@ -666,7 +666,7 @@ mod tests {
         let mut polled = task::spawn(lent.frame());
         assert_pending!(polled.poll());
 
-        let mut again = replay.again(kept.unwrap()).unwrap();
+        let mut again = replay.restore(kept.unwrap()).unwrap();
         assert!(polled.is_woken());
         // An error resets the stream: it did not end.
         assert_eq!(assert_ready!(polled.poll()).unwrap().unwrap_err().code(), Code::Cancelled);

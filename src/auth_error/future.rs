@@ -8,8 +8,8 @@ use http::Response;
 use http_body::Body;
 use pin_project_lite::pin_project;
 
-use super::collect::{Bounds, Inspect};
-use crate::{BoxError, bounds::AuthErrorRoom};
+use super::inspect::{Bounds, Inspect};
+use crate::{BoxError, error::FromAuthError};
 
 pin_project! {
     /// Response future of [`MapAuthError`](super::MapAuthError). Dropping it drops the request, or the
@@ -30,7 +30,7 @@ impl<F, B> ResponseFuture<F, B> {
 impl<F, B, E> Future for ResponseFuture<F, B>
 where
     F: Future<Output = Result<Response<B>, E>>,
-    E: AuthErrorRoom,
+    E: FromAuthError,
     B: Body,
     B::Error: Into<BoxError>,
 {

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use tower_layer::Layer;
 
-use super::{AnnotateAuthError, MapAuthError, collect::Bounds};
+use super::{AnnotateAuthError, MapAuthError, inspect::Bounds};
 
 /// Makes a 401 or 403 an [`AuthError`](crate::AuthError). See the [module docs](super).
 #[derive(Clone, Copy, Debug, Default)]

@@ -38,15 +38,15 @@
 //! Outside of the layers that write credentials. Those tell it which they sent, so that an API that echoes a
 //! key cannot get it printed. Layers that retry or time out go on either side.
 
-mod annotate;
-mod collect;
+mod body;
 mod future;
+mod inspect;
 mod layer;
 mod service;
 
-pub(crate) use self::collect::{Bounds, Collect, End, Inspect, Read};
+pub(crate) use self::inspect::{Bounds, Collect, End, Inspect, Read};
 pub use self::{
-    annotate::{AnnotateAuthError, AnnotateFuture, InspectedBody},
+    body::{AnnotateAuthError, AnnotateFuture, InspectedBody},
     future::ResponseFuture,
     layer::{AnnotateAuthErrorLayer, AuthErrorLayer},
     service::MapAuthError,

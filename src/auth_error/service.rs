@@ -4,8 +4,8 @@ use http::{Request, Response};
 use http_body::Body;
 use tower_service::Service;
 
-use super::{ResponseFuture, collect::Bounds};
-use crate::{BoxError, bounds::AuthErrorRoom};
+use super::{ResponseFuture, inspect::Bounds};
+use crate::{BoxError, error::FromAuthError};
 
 /// Makes a 401 or 403 an [`AuthError`](crate::AuthError). Made by [`AuthErrorLayer`](super::AuthErrorLayer); see the
 /// [module docs](super).
@@ -26,7 +26,7 @@ impl<S> MapAuthError<S> {
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for MapAuthError<S>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    S::Error: AuthErrorRoom,
+    S::Error: FromAuthError,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {

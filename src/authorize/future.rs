@@ -11,7 +11,8 @@ use tower_service::Service;
 
 use super::policy::Policy;
 use crate::{
-    AuthError, Credentials, bounds::AuthErrorRoom, cold::Cold, error::is_auth_status, event, supply::Waiting,
+    AuthError, Credentials, authorize::provider::Waiting, error::FromAuthError, error::is_auth_status,
+    telemetry::event, util::cold::Cold,
 };
 
 /// On a 401 or 403: the credentials that were sent, for the layers outside.
@@ -98,7 +99,7 @@ impl<F, S, B> ResponseFuture<F, S, B> {
 impl<S, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, ReqBody>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    S::Error: AuthErrorRoom,
+    S::Error: FromAuthError,
 {
     type Output = Result<S::Response, S::Error>;
 
@@ -121,7 +122,7 @@ where
 impl<S, ReqBody, ResBody> ResponseFuture<S::Future, S, ReqBody>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>>,
-    S::Error: AuthErrorRoom,
+    S::Error: FromAuthError,
 {
     #[cold]
     fn poll_unsent(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
@@ -154,7 +155,7 @@ impl<S, B> Later<S, B> {
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Credentials, S::Error>>
     where
         S: Service<Request<B>>,
-        S::Error: AuthErrorRoom,
+        S::Error: FromAuthError,
     {
         let credentials = match &self.credentials {
             Some(credentials) => credentials,

@@ -5,7 +5,7 @@
 //! | To send | Build |
 //! |---|---|
 //! | the key as `Authorization: Bearer` | [`ApiKeyLayer::bearer`] |
-//! | the key as `X-API-Key` | [`ApiKeyLayer::header`] |
+//! | the key as `X-API-Key` | [`ApiKeyLayer::x_api_key`] |
 //! | the JWT as `Authorization: Bearer` and the key as `X-API-Key` | [`JwtLayer::new`] |
 //! | the same, from two layers in either order | [`ApiKeyLayer::beside_jwt`] and [`JwtLayer::beside_api_key`] |
 //! | what each request brings along | [`ApiKeyLayer::per_request`] |
@@ -41,12 +41,16 @@
 //! # Order
 //!
 //! Innermost, next to the client: what is further in sees the credentials. A layer that follows redirects
-//! goes outside, with [`Origins::pass_others`](crate::Origins::pass_others).
+//! goes outside, with [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins).
 
 mod future;
+pub(crate) mod headers;
 mod layer;
 mod policy;
+pub(crate) mod provider;
 mod service;
+pub(crate) mod strip;
+pub(crate) mod voice_agent;
 
 pub use self::{
     future::ResponseFuture,
@@ -55,5 +59,5 @@ pub use self::{
 };
 pub(crate) use self::{
     future::{Later, Sent},
-    policy::{Policy, Provider, Unsent},
+    policy::{LayerCredentials, Policy, Unsent},
 };

@@ -6,13 +6,13 @@ use std::{
 use http::{Extensions, HeaderMap, Request, header::AUTHORIZATION};
 
 use crate::{
-    ApiKey, AuthError, AuthErrorKind, Credentials, Jwts, MaybeRenewing, Origins, RequestAuth, Subject,
-    clock::Time,
-    credentials::{Copies, Form},
-    event,
+    ApiKey, AuthError, AuthErrorKind, Credentials, JwtProvider, Origins, Provider, RequestAuth, Subject,
+    authorize::headers::{Head, Plan, Rules, X_API_KEY, write_usual},
+    authorize::provider::{Found, Need, Supplied, Supplies, Supply, Waiting, Whose},
+    credential::{Copies, Form},
     origin::Admission,
-    plan::{Head, Plan, Rules, X_API_KEY, write_usual},
-    supply::{Found, Need, Supplied, Supplies, Supply, Waiting, Whose},
+    telemetry::event,
+    util::clock::Time,
 };
 
 const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer has the same credentials for all";
@@ -20,19 +20,19 @@ const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer has the
 /// What is written, and when.
 #[derive(Clone, Debug)]
 pub(crate) struct Policy {
-    pub(crate) provider: Provider,
+    pub(crate) provider: LayerCredentials,
     pub(crate) origins: Origins,
-    pub(crate) if_absent: bool,
-    pub(crate) require_choice: bool,
+    pub(crate) if_not_present: bool,
+    pub(crate) require_request_auth: bool,
 }
 
 /// Where the credentials come from.
 #[derive(Clone, Debug)]
-pub(crate) enum Provider {
+pub(crate) enum LayerCredentials {
     /// Every request brings its own.
     Nothing,
     Fixed(Copies),
-    Renewing(Arc<Supply>),
+    Refreshing(Arc<Supply>),
     PerSubject(Arc<Supplies>),
 }
 
@@ -49,25 +49,27 @@ impl From<AuthError> for Unsent {
     }
 }
 
-impl Provider {
+impl LayerCredentials {
     /// Of a key and a JWT, one of which may be missing.
-    pub(crate) fn new(form: Form, key: Option<MaybeRenewing<ApiKey>>, jwt: Option<Jwts>) -> Self {
+    pub(crate) fn new(form: Form, key: Option<Provider<ApiKey>>, jwt: Option<JwtProvider>) -> Self {
         event::key_given(key.as_ref());
         let jwt = match jwt {
-            Some(Jwts::PerSubject(tokens)) => return Self::PerSubject(Supplies::new(form, key, tokens)),
-            Some(Jwts::Shared(jwt)) => Some(jwt),
+            Some(JwtProvider::PerSubject(tokens)) => {
+                return Self::PerSubject(Supplies::new(form, key, tokens));
+            }
+            Some(JwtProvider::Shared(jwt)) => Some(jwt),
             None => None,
         };
         let supply = Supply::new(form, key, jwt);
         match supply.fixed() {
             Some(credentials) => Self::Fixed(Copies::of(credentials)),
-            None => Self::Renewing(supply),
+            None => Self::Refreshing(supply),
         }
     }
 
     fn supply(&self) -> Option<&Supply> {
         match self {
-            Self::Renewing(supply) => Some(supply),
+            Self::Refreshing(supply) => Some(supply),
             Self::PerSubject(supplies) => Some(supplies.supply()),
             Self::Nothing | Self::Fixed(_) => None,
         }
@@ -85,8 +87,8 @@ fn chooses(extensions: &Extensions) -> bool {
 }
 
 impl Policy {
-    pub(super) fn new(provider: Provider) -> Self {
-        Self { provider, origins: Origins::selam(), if_absent: false, require_choice: false }
+    pub(super) fn new(provider: LayerCredentials) -> Self {
+        Self { provider, origins: Origins::selam(), if_not_present: false, require_request_auth: false }
     }
 
     /// The usual request: with the credentials that are at hand, to an origin spelled as usual, and nothing in it that
@@ -97,21 +99,21 @@ impl Policy {
     #[inline(never)]
     pub(crate) fn authorize_usual<B>(&self, request: &mut Request<B>) -> Option<Credentials> {
         let extensions = request.extensions();
-        if self.require_choice || (!extensions.is_empty() && chooses(extensions)) {
+        if self.require_request_auth || (!extensions.is_empty() && chooses(extensions)) {
             return None;
         }
         if !self.origins.spell(request.uri()) {
             return None;
         }
         // Not matched: a table to jump by costs more than two comparisons.
-        let credentials = if let Provider::Fixed(credentials) = &self.provider {
+        let credentials = if let LayerCredentials::Fixed(credentials) = &self.provider {
             credentials.local().clone()
-        } else if let Provider::Renewing(supply) = &self.provider {
+        } else if let LayerCredentials::Refreshing(supply) = &self.provider {
             supply.fresh_for_all(Need::All)?
         } else {
             return None;
         };
-        write_usual(request.headers_mut(), &credentials, self.if_absent).then_some(credentials)
+        write_usual(request.headers_mut(), &credentials, self.if_not_present).then_some(credentials)
     }
 
     /// Writes credentials into any request that may be sent: which, if any. Out of line, so that who asks for the usual first
@@ -119,20 +121,20 @@ impl Policy {
     #[inline(never)]
     pub(crate) fn authorize_any<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
         match &self.provider {
-            Provider::Nothing => self.write(request, None).map_err(Unsent::Refused),
-            Provider::Fixed(credentials) => {
+            LayerCredentials::Nothing => self.write(request, None).map_err(Unsent::Refused),
+            LayerCredentials::Fixed(credentials) => {
                 let credentials = credentials.local();
                 self.refuse_subject(request, credentials.form())?;
                 self.write(request, Some(credentials)).map_err(Unsent::Refused)
             }
-            Provider::Renewing(supply) => {
+            LayerCredentials::Refreshing(supply) => {
                 self.refuse_subject(request, supply.form())?;
                 match self.need(request) {
                     Some(need) => self.authorize_from(supply, need, &Whose::Everybodys, None, request),
                     None => self.write_none(request),
                 }
             }
-            Provider::PerSubject(supplies) => self.authorize_subject(supplies, request),
+            LayerCredentials::PerSubject(supplies) => self.authorize_subject(supplies, request),
         }
     }
 
@@ -171,9 +173,9 @@ impl Policy {
     /// Its own credentials, or none: ours are not sent, but must not leave with it either.
     fn write_none<B>(&self, request: &mut Request<B>) -> Result<Option<Credentials>, Unsent> {
         let last = match &self.provider {
-            Provider::Renewing(supply) => supply.last(),
-            Provider::PerSubject(supplies) => supplies.last(request.extensions().get()),
-            Provider::Nothing | Provider::Fixed(_) => None,
+            LayerCredentials::Refreshing(supply) => supply.last(),
+            LayerCredentials::PerSubject(supplies) => supplies.last(request.extensions().get()),
+            LayerCredentials::Nothing | LayerCredentials::Fixed(_) => None,
         };
         self.write(request, last.as_ref()).map_err(Unsent::Refused)
     }
@@ -198,12 +200,12 @@ impl Policy {
     ) -> Result<Option<Credentials>, AuthError> {
         let need = self.need(request);
         let fresh = need.and_then(|need| match &self.provider {
-            Provider::Renewing(supply) => supply.fresh_for_all(need),
-            Provider::PerSubject(supplies) => {
+            LayerCredentials::Refreshing(supply) => supply.fresh_for_all(need),
+            LayerCredentials::PerSubject(supplies) => {
                 let Found { whose, now } = supplies.find(need, request.extensions().get()).ok()??;
                 supplies.supply().fresh(need, &whose, now)
             }
-            Provider::Nothing | Provider::Fixed(_) => None,
+            LayerCredentials::Nothing | LayerCredentials::Fixed(_) => None,
         });
         self.write(request, Some(fresh.as_ref().unwrap_or(credentials)))
     }
@@ -233,10 +235,10 @@ impl Policy {
         if self.origins.admit(request.uri(), request.headers())? == Admission::Scrub {
             return self.write_none(request);
         }
-        if self.if_absent && brings(request.headers(), supply.form()) {
+        if self.if_not_present && brings(request.headers(), supply.form()) {
             return Ok(None);
         }
-        if let Provider::PerSubject(supplies) = &self.provider {
+        if let LayerCredentials::PerSubject(supplies) = &self.provider {
             supplies.sweep();
         }
         match supply.demand(need, whose)? {
@@ -248,10 +250,10 @@ impl Policy {
     /// What the request needs of ours.
     fn need<B>(&self, request: &Request<B>) -> Option<Need> {
         match request.extensions().get::<RequestAuth>() {
-            None if self.require_choice => None,
+            None if self.require_request_auth => None,
             None | Some(RequestAuth::ApiKeyAndJwt | RequestAuth::VoiceAgent) => Some(Need::All),
             Some(RequestAuth::ApiKey) => Some(Need::KeyAlone),
-            Some(RequestAuth::Anonymous | RequestAuth::Own(_)) => None,
+            Some(RequestAuth::Anonymous | RequestAuth::Custom(_)) => None,
         }
     }
 
@@ -260,9 +262,10 @@ impl Policy {
         request: &mut Request<B>,
         credentials: Option<&Credentials>,
     ) -> Result<Option<Credentials>, AuthError> {
-        let Self { if_absent, require_choice, .. } = *self;
+        let Self { if_not_present, require_request_auth, .. } = *self;
         let former = self.provider.supply().map(Supply::former);
-        let rules = Rules { credentials, origins: &self.origins, if_absent, require_choice, former };
+        let rules =
+            Rules { credentials, origins: &self.origins, if_not_present, require_request_auth, former };
         let head = Head {
             method: Some(request.method()),
             uri: request.uri(),
@@ -315,14 +318,15 @@ mod tests {
             Form::Pair => Credentials::new(form, Some(key), Some(jwt)),
             Form::JwtHalf => Credentials::new(form, None, Some(jwt)),
         };
-        let provider = form.map_or(Provider::Nothing, |form| Provider::Fixed(Copies::of(credentials(form))));
+        let provider = form
+            .map_or(LayerCredentials::Nothing, |form| LayerCredentials::Fixed(Copies::of(credentials(form))));
         let gateway = "https://gateway.example:8443";
         let origins = match origins {
             0 => Origins::selam(),
-            1 => Origins::selam().pass_others(),
+            1 => Origins::selam().strip_for_other_origins(),
             2 => Origins::new(gateway).unwrap(),
             3 => Origins::new(gateway).unwrap().with_origin("https://api.selamgpt.com").unwrap(),
-            _ => Origins::selam().with_stated_origin("https://api.selamgpt.com").unwrap(),
+            _ => Origins::selam().with_relative_uri_origin("https://api.selamgpt.com").unwrap(),
         };
         Policy { origins, ..Policy::new(provider) }
     }
@@ -374,10 +378,10 @@ mod tests {
             ),
             sensitive in any::<bool>(),
             choice in prop_oneof![3 => Just(0), 1 => 1..6],
-            if_absent in any::<bool>(),
-            require_choice in prop::bool::weighted(0.1),
+            if_not_present in any::<bool>(),
+            require_request_auth in prop::bool::weighted(0.1),
         ) {
-            let policy = Policy { if_absent, require_choice, ..policy(form, origins) };
+            let policy = Policy { if_not_present, require_request_auth, ..policy(form, origins) };
             let request = || {
                 let mut request = Request::builder().uri(uri).body(()).unwrap();
                 for name in &names {

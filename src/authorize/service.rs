@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     AuthError,
-    bounds::{AuthErrorRoom, CloneClient},
-    supply::Waiting,
+    authorize::provider::Waiting,
+    error::{CloneClient, FromAuthError},
 };
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
@@ -81,7 +81,7 @@ impl<S: Clone> Authorize<S> {
 impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Authorize<S>
 where
     S: Service<Request<ReqBody>, Response = Response<ResBody>> + CloneClient,
-    S::Error: AuthErrorRoom,
+    S::Error: FromAuthError,
 {
     type Response = S::Response;
     type Error = S::Error;

@@ -16,7 +16,7 @@ use super::{
     AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge,
     is_auth_status, rate_limit, redact::Redactor,
 };
-use crate::{clock, credentials::Credentials};
+use crate::{credential::Credentials, util::clock};
 
 const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];

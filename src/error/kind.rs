@@ -23,9 +23,9 @@ pub enum AuthErrorKind {
     /// Nothing was sent: there is no credential of the sort that the request needs.
     CredentialUnavailable,
     /// Nothing was sent: the credential could not be renewed, and may be later.
-    RenewalFailed,
+    RefreshFailed,
     /// Nothing was sent: the credential cannot be renewed until somebody does something about it.
-    RenewalRefused,
+    RefreshRejected,
     /// Nothing was sent: the request cannot carry credentials.
     InvalidRequest,
 }
@@ -55,8 +55,8 @@ impl AuthErrorKind {
             Self::Forbidden => "forbidden",
             Self::OriginNotAllowed => "origin_not_allowed",
             Self::CredentialUnavailable => "credential_unavailable",
-            Self::RenewalFailed => "renewal_failed",
-            Self::RenewalRefused => "renewal_refused",
+            Self::RefreshFailed => "renewal_failed",
+            Self::RefreshRejected => "renewal_refused",
             Self::InvalidRequest => "invalid_request",
         }
     }
@@ -82,15 +82,15 @@ impl AuthErrorKind {
             self,
             Self::OriginNotAllowed
                 | Self::CredentialUnavailable
-                | Self::RenewalFailed
-                | Self::RenewalRefused
+                | Self::RefreshFailed
+                | Self::RefreshRejected
                 | Self::InvalidRequest
         )
     }
 
     pub(super) fn is_permanent(self) -> bool {
         // A token may be renewed, and a bare 401 may be about one.
-        !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::RenewalFailed)
+        !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::RefreshFailed)
     }
 
     pub(super) fn remedy(self) -> Option<&'static str> {
@@ -103,10 +103,10 @@ impl AuthErrorKind {
                 "send the request to an allowed https origin, or allow this one in `Origins`"
             }
             Self::CredentialUnavailable => "give the layer the credential that the request asks for",
-            Self::RenewalRefused => {
+            Self::RefreshRejected => {
                 "renew by hand what the credential is made from: a login, a key, a client secret"
             }
-            Self::Unauthorized | Self::Forbidden | Self::RenewalFailed | Self::InvalidRequest => return None,
+            Self::Unauthorized | Self::Forbidden | Self::RefreshFailed | Self::InvalidRequest => return None,
         })
     }
 }
@@ -122,8 +122,8 @@ impl fmt::Display for AuthErrorKind {
             Self::Forbidden => "forbidden",
             Self::OriginNotAllowed => "origin not allowed",
             Self::CredentialUnavailable => "no credential available",
-            Self::RenewalFailed => "credential not renewed",
-            Self::RenewalRefused => "credential cannot be renewed",
+            Self::RefreshFailed => "credential not renewed",
+            Self::RefreshRejected => "credential cannot be renewed",
             Self::InvalidRequest => "invalid request",
         })
     }

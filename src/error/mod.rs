@@ -2,12 +2,14 @@
 
 mod auth;
 mod body;
+mod bounds;
 mod challenge;
 mod config;
+#[expect(clippy::module_inception, reason = "the type of that name")]
+mod error;
 mod kind;
 mod rate_limit;
 mod redact;
-mod wrap;
 
 use std::error::Error as StdError;
 
@@ -18,10 +20,11 @@ pub(crate) use self::auth::grpc_message;
 pub use self::{
     auth::AuthError,
     body::ErrorBody,
+    bounds::{CloneClient, FromAuthError},
     config::{ConfigError, ConfigErrorKind},
+    error::Error,
     kind::AuthErrorKind,
     rate_limit::RateLimit,
-    wrap::Error,
 };
 pub(crate) use self::{
     auth::shown,

@@ -5,7 +5,7 @@ use http::{
     header::{HeaderName, RETRY_AFTER},
 };
 
-use crate::clock;
+use crate::util::clock;
 
 const LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use percent_encoding::utf8_percent_encode;
 use zeroize::Zeroizing;
 
-use crate::{credentials::Credentials, query::QUERY_VALUE, secret::MIN_SECRET};
+use crate::{credential::Credentials, credential::MIN_SECRET, util::query::QUERY_VALUE};
 
 const MASK: &[u8] = b"[redacted]";
 

@@ -9,9 +9,10 @@ use zeroize::Zeroizing;
 
 use super::{RefreshToken, client::Answer};
 use crate::{
-    ErrorBody, Token, clock,
+    ErrorBody, Token,
     error::{Redactor, retry_after, shown},
     source::{Fetched, SourceError},
+    util::clock,
 };
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -28,13 +29,13 @@ const NOT_BEARER: &str = "the token is not of the type `Bearer`";
 /// use bytes::Bytes;
 /// use http_body_util::Full;
 /// use std::error::Error;
-/// use tower_selam::{Renewing, simulator::Simulator};
+/// use tower_selam::{Refreshing, simulator::Simulator};
 /// use tower_selam::oauth::{ClientAuth, OAuthError, OAuthSource, TokenEndpoint};
 ///
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
 /// let auth = ClientAuth::client_secret_basic("nobody", "knows")?;
 /// let endpoint = TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", Simulator::new())?;
-/// let jwts = Renewing::new(OAuthSource::client_credentials(endpoint.with_client_auth(auth)));
+/// let jwts = Refreshing::new(OAuthSource::client_credentials(endpoint.with_client_auth(auth)));
 ///
 /// let error = jwts.token().await.unwrap_err();
 /// let cause = error.source().and_then(|cause| cause.downcast_ref::<OAuthError>()).unwrap();

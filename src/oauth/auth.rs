@@ -7,9 +7,9 @@ use http::HeaderValue;
 use zeroize::Zeroizing;
 
 use crate::{
-    ApiKey, ConfigError, MaybeRenewing,
+    ApiKey, ConfigError, Provider,
+    credential::text,
     error::{Place, Subject},
-    secret::text,
 };
 
 /// How a [`TokenEndpoint`](super::TokenEndpoint) knows who asks
@@ -41,7 +41,7 @@ pub(super) enum Method {
     Public {
         id: String,
     },
-    ApiKey(MaybeRenewing<ApiKey>),
+    ApiKey(Provider<ApiKey>),
 }
 
 impl ClientAuth {
@@ -79,7 +79,7 @@ impl ClientAuth {
 
     /// The API key as `Authorization: Bearer <key>`. One that renews itself is read again when it is refused.
     #[must_use]
-    pub fn api_key(key: impl Into<MaybeRenewing<ApiKey>>) -> Self {
+    pub fn api_key(key: impl Into<Provider<ApiKey>>) -> Self {
         Self(Method::ApiKey(key.into()))
     }
 

@@ -14,7 +14,7 @@
 //! use bytes::Bytes;
 //! use http_body_util::Full;
 //! use tower_selam::{
-//!     Renewing,
+//!     Refreshing,
 //!     oauth::{ClientAuth, OAuthSource, TokenEndpoint},
 //!     simulator::Simulator,
 //! };
@@ -25,7 +25,7 @@
 //!
 //! let endpoint = TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", client)?
 //!     .with_client_auth(ClientAuth::client_secret_basic(id, secret)?);
-//! let jwts = Renewing::new(OAuthSource::client_credentials(endpoint).with_scope("audio"));
+//! let jwts = Refreshing::new(OAuthSource::client_credentials(endpoint).with_scope("audio"));
 //! assert!(jwts.token().await?.expires_at().is_some());
 //! # Ok::<(), tower_selam::BoxError>(())
 //! # }).unwrap();
@@ -35,7 +35,7 @@
 //!
 //! | It answers | then |
 //! |---|---|
-//! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | it lives for `expires_in` from its arrival; where that is missing or no number, for as long as a JWT says itself, else as the [policy](crate::RenewalPolicy::with_assumed_lifetime) says |
+//! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | it lives for `expires_in` from its arrival; where that is missing or no number, for as long as a JWT says itself, else as the [policy](crate::RefreshPolicy::with_assumed_lifetime) says |
 //! | `invalid_grant`, `invalid_client`, `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | what was refused is renewed, where it renews itself, and sent once more; otherwise the source has failed for good, until one of its credentials changes |
 //! | another error, 429, 5xx, no answer | it is asked again, after `Retry-After` if that is given |
 //! | a redirect | the same: it is not followed, as it would take the client's secret along |

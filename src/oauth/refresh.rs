@@ -13,11 +13,11 @@ use super::{
 };
 use crate::{
     BoxError, Token,
-    clock::{Clock, Time},
-    engine::on_behalf,
-    event,
-    secret::Fingerprint,
+    credential::Fingerprint,
+    refresh::on_behalf,
     source::{Fetched, SourceError},
+    telemetry::event,
+    util::clock::{Clock, Time},
 };
 
 /// An exchange that nobody waits for any more ends after this time, and so does the saving of a token.

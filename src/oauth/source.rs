@@ -15,10 +15,10 @@ use super::{
     refresh::Rotation,
 };
 use crate::{
-    ApiKey, AuthErrorKind, ConfigError, ConfigErrorKind, MaybeRenewing, Token,
-    engine::Wait,
+    ApiKey, AuthErrorKind, ConfigError, ConfigErrorKind, Provider, Token,
+    credential::Credential,
     error::{Place, Subject},
-    secret::Credential,
+    refresh::Wait,
     source::{Fetched, Reason, Source, SourceError},
 };
 
@@ -39,13 +39,8 @@ struct Parts {
 enum Grant {
     ClientCredentials,
     RefreshToken(Arc<Rotation>),
-    TokenExchange {
-        subject: (MaybeRenewing<Token>, TokenType),
-        actor: Option<(MaybeRenewing<Token>, TokenType)>,
-    },
-    JwtBearer {
-        assertion: MaybeRenewing<Token>,
-    },
+    TokenExchange { subject: (Provider<Token>, TokenType), actor: Option<(Provider<Token>, TokenType)> },
+    JwtBearer { assertion: Provider<Token> },
 }
 
 /// What a token that is exchanged is ([RFC 8693 section 3](https://www.rfc-editor.org/rfc/rfc8693#section-3)).
@@ -81,7 +76,7 @@ impl OAuthSource {
     /// ```
     /// use bytes::Bytes;
     /// use http_body_util::Full;
-    /// use tower_selam::{Renewing, simulator::Simulator};
+    /// use tower_selam::{Refreshing, simulator::Simulator};
     /// use tower_selam::oauth::{ClientAuth, MemoryStore, OAuthSource, RefreshToken, TokenEndpoint};
     ///
     /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
@@ -91,7 +86,7 @@ impl OAuthSource {
     ///     .with_client_auth(ClientAuth::public("my-app")?);
     ///
     /// let store = MemoryStore::new(first.clone()); // a store of yours, to outlive the program
-    /// let jwts = Renewing::new(OAuthSource::refresh_token(endpoint, store.clone()));
+    /// let jwts = Refreshing::new(OAuthSource::refresh_token(endpoint, store.clone()));
     /// jwts.token().await?;
     /// assert_ne!(store.current().id(), first.id());
     /// # Ok::<(), tower_selam::BoxError>(())
@@ -109,7 +104,7 @@ impl OAuthSource {
     #[must_use]
     pub fn token_exchange(
         endpoint: TokenEndpoint,
-        subject: impl Into<MaybeRenewing<Token>>,
+        subject: impl Into<Provider<Token>>,
         subject_type: TokenType,
     ) -> Self {
         Self::new(endpoint, Grant::TokenExchange { subject: (subject.into(), subject_type), actor: None })
@@ -117,9 +112,9 @@ impl OAuthSource {
 
     /// Tokens for a JWT, the assertion
     /// ([RFC 7523 section 2.1](https://www.rfc-editor.org/rfc/rfc7523#section-2.1)): a
-    /// [`Renewing`](crate::Renewing) of a source that signs it, say.
+    /// [`Refreshing`](crate::Refreshing) of a source that signs it, say.
     #[must_use]
-    pub fn jwt_bearer(endpoint: TokenEndpoint, assertion: impl Into<MaybeRenewing<Token>>) -> Self {
+    pub fn jwt_bearer(endpoint: TokenEndpoint, assertion: impl Into<Provider<Token>>) -> Self {
         Self::new(endpoint, Grant::JwtBearer { assertion: assertion.into() })
     }
 
@@ -130,7 +125,7 @@ impl OAuthSource {
     /// The party that acts for the subject of a [token exchange](Self::token_exchange); other grants have none, and
     /// leave it out.
     #[must_use]
-    pub fn with_actor(mut self, actor: impl Into<MaybeRenewing<Token>>, actor_type: TokenType) -> Self {
+    pub fn with_actor(mut self, actor: impl Into<Provider<Token>>, actor_type: TokenType) -> Self {
         if let Grant::TokenExchange { actor: slot, .. } = &mut Arc::make_mut(&mut self.0).grant {
             *slot = Some((actor.into(), actor_type));
         }
@@ -337,7 +332,7 @@ struct Used {
 }
 
 struct Sent<C: Credential> {
-    from: MaybeRenewing<C>,
+    from: Provider<C>,
     value: C,
 }
 
@@ -360,11 +355,11 @@ impl Used {
 }
 
 impl<C: Credential> Sent<C> {
-    async fn of(from: &MaybeRenewing<C>) -> Result<Self, Trouble> {
+    async fn of(from: &Provider<C>) -> Result<Self, Trouble> {
         match from.get().await {
             Ok(value) => Ok(Self { from: from.clone(), value }),
             Err(error) => Err(Trouble::Failed(match error.retry_after() {
-                _ if error.kind() == AuthErrorKind::RenewalRefused => SourceError::permanent(error),
+                _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
                 Some(time) => SourceError::transient(error).with_retry_after(time),
                 None => SourceError::transient(error),
             })),

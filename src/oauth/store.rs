@@ -8,8 +8,8 @@ use zeroize::Zeroizing;
 
 use crate::{
     BoxError, ConfigError, KeyId,
+    credential::{Fingerprint, text},
     error::{Place, Subject},
-    secret::{Fingerprint, text},
 };
 
 /// A refresh token ([RFC 6749 section 1.5](https://www.rfc-editor.org/rfc/rfc6749#section-1.5)). Redacted and wiped like

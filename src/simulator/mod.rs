@@ -85,7 +85,7 @@ use self::{
 };
 use crate::{
     BoxError,
-    clock::{Clock, TestClock},
+    util::clock::{Clock, TestClock},
 };
 
 /// So many requests are remembered.

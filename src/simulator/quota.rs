@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName};
 use tokio::time::Instant;
 
 use super::{jwt::epoch_seconds, replies::set};
-use crate::clock;
+use crate::util::clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
 
 use super::{SimulatorBody, api::Answer, jwt::epoch_seconds};
-use crate::clock;
+use crate::util::clock;
 
 pub(super) fn chat(body: &Value) -> Answer {
     let model = model(body);

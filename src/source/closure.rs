@@ -1,7 +1,7 @@
 use std::{fmt, marker::PhantomData};
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::secret::Credential;
+use crate::credential::Credential;
 
 /// A [`Source`] of an async closure. Made by [`source_fn`].
 pub struct SourceFn<F, C> {

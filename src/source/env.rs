@@ -1,7 +1,7 @@
 use std::marker::PhantomData;
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{ApiKey, Token, env, error::Place, secret::Credential};
+use crate::{ApiKey, Token, credential::Credential, env, error::Place};
 
 /// A [`Source`] of an environment variable, read when there is no credential yet and when the one there was
 /// rejected.

@@ -8,7 +8,7 @@ use std::{
 use zeroize::Zeroizing;
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{ConfigError, ConfigErrorKind, error::Place, secret::Credential};
+use crate::{ConfigError, ConfigErrorKind, credential::Credential, error::Place};
 
 /// No key and no token is larger.
 const LIMIT: u64 = 64 * 1024;
@@ -25,12 +25,12 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// until it expires. A byte order mark and a line end are trimmed.
 ///
 /// ```
-/// use tower_selam::{ApiKey, Renewing, source::FileSource};
+/// use tower_selam::{ApiKey, Refreshing, source::FileSource};
 ///
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
 /// # let path = std::env::temp_dir().join(format!("tower-selam-doc-{}", std::process::id()));
 /// std::fs::write(&path, "sk-selam-from-a-file\n")?;
-/// let keys: Renewing<ApiKey> = Renewing::new(FileSource::new(&path));
+/// let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(&path));
 /// assert_eq!(keys.api_key().await?.expose_secret(), "sk-selam-from-a-file");
 /// # std::fs::remove_file(&path)?;
 /// # Ok::<(), tower_selam::BoxError>(())

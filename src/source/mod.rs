@@ -13,14 +13,14 @@
 //! [`Token`](crate::Token) as it is.
 //!
 //! A source does one thing: it fetches when it is asked. It does not retry, cache or wait: the engine that
-//! asks it does ([`Renewing`](crate::Renewing)). For a token of each user, there is a source of each:
+//! asks it does ([`Refreshing`](crate::Refreshing)). For a token of each user, there is a source of each:
 //! [`PerSubject`](crate::PerSubject).
 //!
 //! ```
-//! use tower_selam::{BoxError, Renewing, Token, source::{Reason, source_fn}};
+//! use tower_selam::{BoxError, Refreshing, Token, source::{Reason, source_fn}};
 //!
 //! # tokio_test::block_on(async {
-//! let jwts = Renewing::new(source_fn(|reason: Reason<Token>| async move {
+//! let jwts = Refreshing::new(source_fn(|reason: Reason<Token>| async move {
 //!     if let Reason::Rejected(refused) = reason {
 //!         eprintln!("the API refused {refused:?}");
 //!     }
@@ -48,7 +48,7 @@ pub use self::{
     file::FileSource,
     service::ServiceSource,
 };
-use crate::{BoxError, ConfigError, secret::Credential};
+use crate::{BoxError, ConfigError, credential::Credential};
 
 /// Where a credential comes from. See the [module docs](self).
 ///

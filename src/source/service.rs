@@ -7,7 +7,7 @@ use std::{
 use tower_service::Service;
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{BoxError, secret::Credential};
+use crate::{BoxError, credential::Credential};
 
 /// A [`Source`] of a Tower service, so that layers of your own fit around it: a timeout, a limit, a buffer.
 ///
@@ -16,13 +16,13 @@ use crate::{BoxError, secret::Credential};
 /// ```
 /// use std::time::Duration;
 /// use tower::{BoxError, ServiceBuilder, service_fn};
-/// use tower_selam::{ApiKey, Renewing, source::{Reason, ServiceSource}};
+/// use tower_selam::{ApiKey, Refreshing, source::{Reason, ServiceSource}};
 ///
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
 /// let vault = ServiceBuilder::new()
 ///     .timeout(Duration::from_secs(5))
 ///     .service_fn(|_: Reason<ApiKey>| async { Ok::<_, BoxError>(ApiKey::new("sk-selam-from-the-vault")?) });
-/// let keys = Renewing::new(ServiceSource::new(vault));
+/// let keys = Refreshing::new(ServiceSource::new(vault));
 /// assert_eq!(keys.api_key().await?.expose_secret(), "sk-selam-from-the-vault");
 /// # Ok::<(), BoxError>(())
 /// # }).unwrap();

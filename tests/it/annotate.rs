@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, Renewing, SelamLayer,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, Refreshing, SelamLayer,
     Token,
     auth_error::InspectedBody,
     simulator::{Fault, JwtAlgorithm, Simulator},
@@ -159,10 +159,10 @@ async fn e6_the_body_keeps_an_echo_that_the_error_masks() {
 }
 
 /// A simulator, and the stack in annotate mode over it with JWTs that renew themselves.
-fn renewing() -> (Simulator, tower_selam::selam::AnnotatedSelam<Simulator>) {
+fn renewing() -> (Simulator, tower_selam::stack::AnnotatedSelam<Simulator>) {
     let simulator = Simulator::new();
     let minting = simulator.clone();
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         let jwt = minting.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(600));
         async { Ok::<_, BoxError>(Token::new(jwt)?) }
     }));
@@ -240,7 +240,8 @@ async fn e6_a_401_that_stalls_and_is_not_sent_again_goes_through_the_stack_as_it
     let mut response = Some(response);
     let api =
         service_fn(move |_: Request<()>| ready(Ok::<_, BoxError>(response.take().expect("one request"))));
-    let jwts = Renewing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a.b.c")?) }));
+    let jwts =
+        Refreshing::new(source_fn(|_: Reason<Token>| async { Ok::<_, BoxError>(Token::new("a.b.c")?) }));
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
     let selam = layer.without_replay().annotated().layer(tower::buffer::Buffer::new(api, 1));
     feed.send(data(INVALID)).unwrap();
@@ -293,11 +294,11 @@ async fn e6_what_was_not_sent_is_an_error_of_the_stack() {
         selam.send(Request::get("http://api.selamgpt.com/v1/models").body(String::new()).unwrap()).await;
     assert_eq!(refused.unwrap_err().auth().unwrap().kind(), AuthErrorKind::OriginNotAllowed);
 
-    let none = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+    let none = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
         Err::<ApiKey, _>(BoxError::from("no key today"))
     }));
     let layer = SelamLayer::builder().with_api_key(none).build().unwrap().annotated();
     let failed = layer.layer(simulator.clone()).send(chat()).await.unwrap_err();
-    assert_eq!(failed.auth().unwrap().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(failed.auth().unwrap().kind(), AuthErrorKind::RefreshFailed);
     assert_eq!(simulator.requests(), 0);
 }

@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Full};
 use tokio::sync::Semaphore;
 use tower::{Layer, Service, service_fn};
 use tower_selam::{
-    BoxError, JwtLayer, RefreshLayer, Renewing, RequestAuth, Token,
+    BoxError, JwtLayer, RefreshLayer, Refreshing, RequestAuth, Token,
     authorize::Authorize,
     source::{Reason, source_fn},
 };
@@ -125,7 +125,7 @@ pub(crate) fn request_with(choice: Option<RequestAuth>) -> Request<Body> {
 }
 
 /// A source of `token-1`, `token-2`, …, and how often it was asked.
-pub(crate) fn counting() -> (Renewing<Token>, Arc<AtomicUsize>) {
+pub(crate) fn counting() -> (Refreshing<Token>, Arc<AtomicUsize>) {
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&asked);
     let source = source_fn(move |_: Reason<Token>| {
@@ -135,11 +135,11 @@ pub(crate) fn counting() -> (Renewing<Token>, Arc<AtomicUsize>) {
             Ok::<_, BoxError>(Token::new(format!("token-{number}"))?)
         }
     });
-    (Renewing::new(source), asked)
+    (Refreshing::new(source), asked)
 }
 
 pub(crate) fn stack<S: Clone>(
-    jwts: &Renewing<Token>,
+    jwts: &Refreshing<Token>,
     inner: S,
 ) -> <RefreshLayer as Layer<Authorize<S>>>::Service {
     RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(inner))

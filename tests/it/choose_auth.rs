@@ -5,8 +5,8 @@ use std::time::Duration;
 use http::{Method, Request, request::Parts};
 use tower::{ServiceBuilder, ServiceExt};
 use tower_selam::{
-    ApiKey, BoxError, ChooseAuthLayer, ConfigErrorKind, JwtLayer, Renewing, RequestAuth, SelamLayer, Subject,
-    Token,
+    ApiKey, BoxError, ChooseAuthLayer, ConfigErrorKind, JwtLayer, Refreshing, RequestAuth, SelamLayer,
+    Subject, Token,
     simulator::{JwtAlgorithm, Simulator},
     source::{Reason, source_fn},
 };
@@ -91,13 +91,13 @@ async fn a_closure_chooses_or_leaves_it_to_the_layers() {
 async fn a_request_that_is_sent_again_has_the_same_choice() {
     let simulator = Simulator::new();
     let minting = simulator.clone();
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         let jwt = minting.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(600));
         async { Ok::<_, BoxError>(Token::new(jwt)?) }
     }));
     let keys = [simulator.issue_key(), simulator.issue_key()];
     let (first, second) = (keys[0].clone(), keys[1].clone());
-    let rotating = Renewing::new(source_fn(move |reason: Reason<ApiKey>| {
+    let rotating = Refreshing::new(source_fn(move |reason: Reason<ApiKey>| {
         let key = if let Reason::Rejected(_) = reason { second.clone() } else { first.clone() };
         async { Ok::<_, BoxError>(ApiKey::new(key)?) }
     }));

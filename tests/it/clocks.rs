@@ -9,7 +9,7 @@ use http::{Request, Response, StatusCode};
 use tokio::time::{Instant, advance, sleep};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_selam::{
-    ApiKey, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing, TestClock, Token,
+    ApiKey, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy, Refreshing, TestClock, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -58,15 +58,15 @@ async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
         for strict in [false, true] {
             let expected = lives.filter(|_| says || !strict);
             let clock = clock();
-            let policy = RenewalPolicy::new().with_clock(clock.clone());
+            let policy = RefreshPolicy::new().with_clock(clock.clone());
             let policy = if strict { policy.require_expiry() } else { policy };
             // There is one token, and never another.
             let mint = Mint::default().then(Answer::Bare(jwt_claiming(claims))).then_always(Answer::Refused);
-            let jwts = Renewing::with_policy(mint.clone(), policy);
+            let jwts = Refreshing::with_policy(mint.clone(), policy);
             let fetched = jwts.token().await;
             let Some(expected) = expected else {
                 let error = fetched.unwrap_err();
-                assert_eq!(error.kind(), AuthErrorKind::RenewalFailed, "{claims}");
+                assert_eq!(error.kind(), AuthErrorKind::RefreshFailed, "{claims}");
                 let why = if says { "has expired or is about to" } else { "does not say when it expires" };
                 assert!(error.to_string().contains(why), "{claims}: {error}");
                 assert_eq!((jwts.expires_at(), mint.asked()), (None, 1), "{claims}");
@@ -78,7 +78,7 @@ async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
             assert!(jwts.current().is_some(), "{claims}");
             advance(Duration::from_millis(1)).await;
             assert!(jwts.current().is_none(), "not for ever: {claims}");
-            assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalRefused), "{claims}");
+            assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshRejected), "{claims}");
         }
     }
 }
@@ -100,9 +100,9 @@ async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever(
             let fetched = Fetched::new(jwt.clone()).with_lifetime(stated);
             async move { Ok::<_, BoxError>(fetched) }
         });
-        let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock.clone()));
+        let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock.clone()));
         let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
-        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RenewalFailed), "{stated:?}");
+        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{stated:?}");
         assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{stated:?}");
     }
     // A key lasts, unless its source knows better.
@@ -111,7 +111,7 @@ async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever(
             let fetched = Fetched::new(ApiKey::new("sk-selam-x")?);
             Ok::<_, BoxError>(if let Some(stated) = stated { fetched.with_lifetime(stated) } else { fetched })
         });
-        let keys = Renewing::new(source);
+        let keys = Refreshing::new(source);
         keys.prefetch().await.unwrap();
         assert_eq!(keys.expires_at().is_none(), lasts, "{stated:?}");
     }
@@ -122,11 +122,11 @@ async fn r4_whatever_lifetime_is_assumed_is_not_for_ever_either() {
     let year = 365 * 24 * 60 * MINUTE;
     for (assumed, lives) in [(Duration::ZERO, None), (MINUTE, Some(MINUTE)), (Duration::MAX, Some(year))] {
         let clock = clock();
-        let policy = RenewalPolicy::new().with_clock(clock.clone()).with_assumed_lifetime(assumed);
+        let policy = RefreshPolicy::new().with_clock(clock.clone()).with_assumed_lifetime(assumed);
         let mint = Mint::default().then(Answer::Bare(Token::new("opaque").unwrap()));
-        let jwts = Renewing::with_policy(mint, policy);
+        let jwts = Refreshing::with_policy(mint, policy);
         let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
-        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RenewalFailed), "{assumed:?}");
+        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{assumed:?}");
         assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{assumed:?}");
     }
 }
@@ -181,7 +181,7 @@ impl Machine {
     }
 
     /// An engine whose tokens live a minute from when they are asked for, and come a while later.
-    fn engine(&self, takes: Duration) -> Renewing<Token> {
+    fn engine(&self, takes: Duration) -> Refreshing<Token> {
         let machine = self.clone();
         let source = source_fn(move |_: Reason<Token>| {
             let mut issued = machine.issued.lock().unwrap();
@@ -192,8 +192,8 @@ impl Machine {
                 Ok::<_, BoxError>(Fetched::new(token?).with_lifetime(MINUTE))
             }
         });
-        let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(self.clock.clone());
-        Renewing::with_policy(source, policy)
+        let policy = RefreshPolicy::new().with_jitter(0.0).with_clock(self.clock.clone());
+        Refreshing::with_policy(source, policy)
     }
 
     fn api(
@@ -277,10 +277,10 @@ async fn r5_a_jwt_expires_in_time_by_a_clock_that_is_wrong() {
     let (jwts, clock) = engine(&mint);
     clock.jump(WRONG);
     let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     assert!(error.to_string().contains("this machine's clock is ahead"), "{error}");
     for _ in 0..100 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     }
     assert_eq!(mint.asked(), 1, "no storm");
 }

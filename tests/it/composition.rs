@@ -27,7 +27,7 @@ use tower_http::{
     decompression::DecompressionLayer, follow_redirect::FollowRedirectLayer, trace::TraceLayer,
 };
 use tower_selam::{
-    ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, Error, JwtLayer, Origins, Renewing, SelamLayer,
+    ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, Error, JwtLayer, Origins, Refreshing, SelamLayer,
     Token,
     simulator::{Fault, Simulator},
     source::{Fetched, Reason, source_fn},
@@ -42,9 +42,9 @@ fn request() -> Request<Body> {
 }
 
 /// Tokens that take so long: `jwt-1`, `jwt-2` and so on.
-fn tokens(takes: Duration) -> Renewing<Token> {
+fn tokens(takes: Duration) -> Refreshing<Token> {
     let count = Arc::new(Mutex::new(0));
-    Renewing::new(source_fn(move |_: Reason<Token>| {
+    Refreshing::new(source_fn(move |_: Reason<Token>| {
         let number = {
             let mut count = count.lock().unwrap();
             *count += 1;
@@ -120,7 +120,7 @@ async fn a_retry_outside_has_the_credential_of_its_moment_and_one_inside_that_of
 #[tokio::test(start_paused = true)]
 async fn a_timeout_outside_counts_the_wait_for_a_credential_and_one_inside_does_not() {
     let layer =
-        |jwts: &Renewing<Token>| SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
+        |jwts: &Refreshing<Token>| SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
     let timeout = TimeoutLayer::new(SECOND);
     let jwts = tokens(3 * SECOND);
     let (client, seen) = api(&[]);
@@ -321,8 +321,10 @@ async fn redirects_outside_go_on_without_credentials_and_those_inside_take_the_k
         });
         (client, seen)
     };
-    let layer =
-        || JwtLayer::new(Token::new("a.b.c").unwrap(), key()).with_origins(Origins::selam().pass_others());
+    let layer = || {
+        JwtLayer::new(Token::new("a.b.c").unwrap(), key())
+            .with_origins(Origins::selam().strip_for_other_origins())
+    };
     let host = |name: &str, sent| (name.to_owned(), sent, sent);
 
     let (client, seen) = hops();

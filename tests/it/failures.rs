@@ -25,7 +25,7 @@ async fn w1_while_the_old_token_is_valid_no_request_fails_and_back_off_grows_wit
             assert_eq!(text(&jwts).await.unwrap(), "token-1");
             advance(SECOND / 10).await;
         }
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
         let pauses = mint.pauses().split_off(1);
         assert!((7..=14).contains(&pauses.len()), "{pauses:?}");
         for (pause, limit) in pauses.iter().zip([1, 2, 4, 8, 16, 32, 60].into_iter().chain([60; 9])) {
@@ -61,7 +61,7 @@ async fn w1_retry_after_is_honoured() {
     let error = jwts.token().await.unwrap_err();
     assert_eq!(error.retry_after(), Some(MINUTE));
     advance(59 * SECOND).await;
-    assert_eq!((text(&jwts).await, mint.asked()), (Err(AuthErrorKind::RenewalFailed), 1));
+    assert_eq!((text(&jwts).await, mint.asked()), (Err(AuthErrorKind::RefreshFailed), 1));
     advance(SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
 }
@@ -99,7 +99,7 @@ async fn w2_after_a_permanent_failure_the_source_is_left_alone_until_it_changes(
     }
     advance(MINUTE).await;
     for _ in 0..100 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalRefused));
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshRejected));
         advance(MINUTE).await;
     }
     assert_eq!(mint.asked(), 2);
@@ -136,7 +136,7 @@ async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
     let mint = Mint::default().then(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
     for _ in 0..100 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     }
     assert_eq!(mint.asked(), 1);
     advance(SECOND).await;
@@ -149,7 +149,7 @@ async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
 async fn w3_who_comes_while_the_next_renewal_runs_waits_for_it() {
     let mint = Mint::default().taking(SECOND).then(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
-    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     advance(SECOND).await;
     let callers: Vec<_> = (0..10)
         .map(|_| {
@@ -180,8 +180,8 @@ async fn w3_the_first_failure_after_a_success_is_the_first_again() {
 #[tokio::test(start_paused = true)]
 async fn w2_w3_where_there_is_no_token_nothing_is_sent_and_nobody_is_asked_again() {
     for (answer, kind) in [
-        (Answer::Fails(Some(MINUTE)), AuthErrorKind::RenewalFailed),
-        (Answer::Refused, AuthErrorKind::RenewalRefused),
+        (Answer::Fails(Some(MINUTE)), AuthErrorKind::RefreshFailed),
+        (Answer::Refused, AuthErrorKind::RefreshRejected),
     ] {
         let mint = Mint::default().then(answer);
         let (jwts, _) = engine(&mint);

@@ -11,8 +11,8 @@ use http::{Request, Response, StatusCode};
 use tokio::time::{Instant, sleep};
 use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing,
-    SelamLayer, TestClock, Token,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy,
+    Refreshing, SelamLayer, TestClock, Token,
     auth_error::InspectedBody,
     source::{EnvSource, FileSource, Reason, Source},
 };
@@ -85,16 +85,16 @@ fn k1_a_file_that_is_no_good_is_named_and_its_content_is_not() {
 }
 
 /// An engine over the file, after its first reading; real time stands still for it.
-async fn engine(file: &Path) -> (Renewing<ApiKey>, TestClock) {
+async fn engine(file: &Path) -> (Refreshing<ApiKey>, TestClock) {
     let clock = TestClock::new(std::time::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
-    let policy = RenewalPolicy::new().with_clock(clock.clone());
-    let keys = Renewing::with_policy(FileSource::new(file), policy);
+    let policy = RefreshPolicy::new().with_clock(clock.clone());
+    let keys = Refreshing::with_policy(FileSource::new(file), policy);
     keys.prefetch().await.unwrap();
     (keys, clock)
 }
 
 /// What a request gets that is made a while later.
-async fn later(keys: &Renewing<ApiKey>, clock: &TestClock) -> String {
+async fn later(keys: &Refreshing<ApiKey>, clock: &TestClock) -> String {
     clock.jump(Duration::from_millis(2_100));
     keys.api_key().await.unwrap().expose_secret().to_owned()
 }
@@ -180,15 +180,15 @@ type Stack = BoxCloneSyncService<Request<Body>, Response<InspectedBody<Body>>, B
 
 /// An engine over the file, with a clock that goes with paused time, in a stack.
 fn watched(file: &Path, api: &Api) -> Stack {
-    let policy = RenewalPolicy::new().with_clock(clock());
-    let keys = Renewing::<ApiKey>::with_policy(FileSource::new(file), policy);
+    let policy = RefreshPolicy::new().with_clock(clock());
+    let keys = Refreshing::<ApiKey>::with_policy(FileSource::new(file), policy);
     BoxCloneSyncService::new(RefreshLayer::new().layer(ApiKeyLayer::bearer(keys).layer(api.service())))
 }
 
 /// The same of a JWT, beside a key that is fixed.
 fn watched_jwt(file: &Path, api: &Api) -> Stack {
-    let policy = RenewalPolicy::new().with_clock(clock());
-    let jwts = Renewing::<Token>::with_policy(FileSource::new(file), policy);
+    let policy = RefreshPolicy::new().with_clock(clock());
+    let jwts = Refreshing::<Token>::with_policy(FileSource::new(file), policy);
     BoxCloneSyncService::new(RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(api.service())))
 }
 
@@ -353,7 +353,7 @@ async fn k1_what_stands_in_the_file_counts_even_if_it_expires_sooner() {
     sleep(Duration::from_secs(60)).await;
     let before = api.bearers().len();
     let error = service.clone().oneshot(request()).await.unwrap_err();
-    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RefreshFailed);
     assert_eq!(api.bearers().len(), before);
 }
 

@@ -92,7 +92,7 @@ fn the_imperative_form_serves_websocket_clients() {
     assert_eq!(parts.uri.to_string(), expected());
 
     // Credentials of its own, in the headers of a handshake.
-    parts.extensions.insert(RequestAuth::Own(Credentials::header(key())));
+    parts.extensions.insert(RequestAuth::Custom(Credentials::x_api_key(key())));
     credentials.apply(&Origins::selam(), &mut parts).unwrap();
     assert_eq!(parts.headers["x-api-key"], KEY);
 }

@@ -54,7 +54,7 @@ async fn h1_key_and_jwt_are_one_bearer_and_one_x_api_key() {
 
 #[tokio::test]
 async fn h1_the_key_in_its_own_header_goes_alone() {
-    let sent = send(&ApiKeyLayer::header(key()), get(MODELS)).await.unwrap();
+    let sent = send(&ApiKeyLayer::x_api_key(key()), get(MODELS)).await.unwrap();
     assert_sent(&sent, &[], &[KEY]);
 }
 
@@ -69,7 +69,7 @@ async fn h1_the_two_layers_compose_in_either_order() {
         assert_sent(&send(&orders.0, request.clone()).await.unwrap(), &bearer(JWT), &[KEY]);
         assert_sent(&send(&orders.1, request).await.unwrap(), &bearer(JWT), &[KEY]);
     }
-    let own = RequestAuth::Own(Credentials::header(ApiKey::new("sk-selam-other").unwrap()));
+    let own = RequestAuth::Custom(Credentials::x_api_key(ApiKey::new("sk-selam-other").unwrap()));
     for (choice, authorization, x_api_key) in [
         (RequestAuth::ApiKey, bearer(KEY), vec![]),
         (RequestAuth::Anonymous, vec![], vec![]),
@@ -100,7 +100,7 @@ async fn h1_a_layer_not_made_to_stand_beside_another_takes_all_or_nothing() {
     let jwt = JwtLayer::beside_api_key(jwt());
     let inside = ServiceBuilder::new().layer(jwt.clone()).layer(ApiKeyLayer::bearer(key())).into_inner();
     assert_sent(&send(&inside, with_theirs()).await.unwrap(), &bearer(KEY), &NONE);
-    let inside = ServiceBuilder::new().layer(jwt).layer(ApiKeyLayer::header(key())).into_inner();
+    let inside = ServiceBuilder::new().layer(jwt).layer(ApiKeyLayer::x_api_key(key())).into_inner();
     assert_sent(&send(&inside, with_theirs()).await.unwrap(), &[], &[KEY]);
     let pair = JwtLayer::new(crate::support::jwt(), key());
     let inside = ServiceBuilder::new().layer(ApiKeyLayer::bearer(key())).layer(pair).into_inner();
@@ -111,14 +111,14 @@ async fn h1_a_layer_not_made_to_stand_beside_another_takes_all_or_nothing() {
 async fn h2_every_value_is_marked_sensitive() {
     let layers = (
         ApiKeyLayer::bearer(key()),
-        ApiKeyLayer::header(key()),
+        ApiKeyLayer::x_api_key(key()),
         JwtLayer::new(jwt(), key()),
         ServiceBuilder::new()
             .layer(JwtLayer::beside_api_key(jwt()))
             .layer(ApiKeyLayer::beside_jwt(key()))
             .into_inner(),
     );
-    let own = with(RequestAuth::Own(Credentials::key_and_jwt(key(), jwt())));
+    let own = with(RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt())));
     for request in [get(MODELS), own, with(RequestAuth::ApiKey)] {
         for sent in [
             send(&layers.0, request.clone()).await,
@@ -137,7 +137,7 @@ async fn h2_every_value_is_marked_sensitive() {
 async fn h3_what_the_request_came_with_is_replaced_duplicates_included() {
     let sent = send(&ApiKeyLayer::bearer(key()), with_theirs()).await.unwrap();
     assert_sent(&sent, &bearer(KEY), &NONE);
-    let sent = send(&ApiKeyLayer::header(key()), with_theirs()).await.unwrap();
+    let sent = send(&ApiKeyLayer::x_api_key(key()), with_theirs()).await.unwrap();
     assert_sent(&sent, &[], &[KEY]);
     let sent = send(&JwtLayer::new(jwt(), key()), with_theirs()).await.unwrap();
     assert_sent(&sent, &bearer(JWT), &[KEY]);
@@ -146,10 +146,10 @@ async fn h3_what_the_request_came_with_is_replaced_duplicates_included() {
 #[tokio::test]
 async fn h3_if_absent_keeps_what_the_request_came_with() {
     let theirs: [String; 2] = ["Bearer theirs".into(), "Basic dGhlaXJz".into()];
-    let sent = send(&ApiKeyLayer::bearer(key()).if_absent(), with_theirs()).await.unwrap();
+    let sent = send(&ApiKeyLayer::bearer(key()).if_not_present(), with_theirs()).await.unwrap();
     assert_sent(&sent, &theirs, &["theirs", "theirs too"]);
     assert_sent(
-        &send(&ApiKeyLayer::bearer(key()).if_absent(), get(MODELS)).await.unwrap(),
+        &send(&ApiKeyLayer::bearer(key()).if_not_present(), get(MODELS)).await.unwrap(),
         &bearer(KEY),
         &NONE,
     );
@@ -157,10 +157,10 @@ async fn h3_if_absent_keeps_what_the_request_came_with() {
     // Either header counts for a layer that minds both, its own for one that minds one.
     let mut request = get(MODELS);
     request.headers_mut().insert("x-api-key", "theirs".parse().unwrap());
-    let sent = send(&JwtLayer::new(jwt(), key()).if_absent(), request.clone()).await.unwrap();
+    let sent = send(&JwtLayer::new(jwt(), key()).if_not_present(), request.clone()).await.unwrap();
     assert_sent(&sent, &[], &["theirs"]);
     let (of_jwt, of_key) =
-        (JwtLayer::beside_api_key(jwt()).if_absent(), ApiKeyLayer::beside_jwt(key()).if_absent());
+        (JwtLayer::beside_api_key(jwt()).if_not_present(), ApiKeyLayer::beside_jwt(key()).if_not_present());
     let pair = ServiceBuilder::new().layer(of_jwt.clone()).layer(of_key.clone()).into_inner();
     assert_sent(&send(&pair, request.clone()).await.unwrap(), &bearer(JWT), &["theirs"]);
     let pair = ServiceBuilder::new().layer(of_key).layer(of_jwt).into_inner();
@@ -169,9 +169,10 @@ async fn h3_if_absent_keeps_what_the_request_came_with() {
     // It loosens nothing else.
     let mut elsewhere = with_theirs();
     *elsewhere.uri_mut() = "https://evil.com/".parse().unwrap();
-    let refused = send(&ApiKeyLayer::bearer(key()).if_absent(), elsewhere.clone()).await.unwrap_err();
+    let refused = send(&ApiKeyLayer::bearer(key()).if_not_present(), elsewhere.clone()).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
-    let pass = ApiKeyLayer::bearer(key()).if_absent().with_origins(Origins::selam().pass_others());
+    let pass =
+        ApiKeyLayer::bearer(key()).if_not_present().with_origins(Origins::selam().strip_for_other_origins());
     assert_sent(&send(&pass, elsewhere).await.unwrap(), &[], &NONE);
 }
 
@@ -203,7 +204,7 @@ async fn h4_a_request_chooses_its_credentials() {
         (RequestAuth::ApiKey, bearer(KEY), vec![]),
         (RequestAuth::ApiKeyAndJwt, bearer(JWT), vec![KEY]),
         (RequestAuth::Anonymous, vec![], vec![]),
-        (RequestAuth::Own(other), bearer("a.b.c"), vec!["sk-selam-other"]),
+        (RequestAuth::Custom(other), bearer("a.b.c"), vec!["sk-selam-other"]),
     ] {
         let mut request = with_theirs();
         request.extensions_mut().insert(choice);
@@ -212,7 +213,7 @@ async fn h4_a_request_chooses_its_credentials() {
         assert_sent(&send(&both, get(MODELS)).await.unwrap(), &bearer(JWT), &[KEY]);
     }
     // The key alone stays in the header it has.
-    let sent = send(&ApiKeyLayer::header(key()), with(RequestAuth::ApiKey)).await.unwrap();
+    let sent = send(&ApiKeyLayer::x_api_key(key()), with(RequestAuth::ApiKey)).await.unwrap();
     assert_sent(&sent, &[], &[KEY]);
 }
 
@@ -220,7 +221,7 @@ async fn h4_a_request_chooses_its_credentials() {
 async fn h4_what_is_not_there_is_refused_and_nothing_is_sent() {
     for (layer, choice) in [
         (ApiKeyLayer::bearer(key()), RequestAuth::ApiKeyAndJwt),
-        (ApiKeyLayer::header(key()), RequestAuth::ApiKeyAndJwt),
+        (ApiKeyLayer::x_api_key(key()), RequestAuth::ApiKeyAndJwt),
         (ApiKeyLayer::bearer(key()), RequestAuth::VoiceAgent),
         (ApiKeyLayer::per_request(), RequestAuth::ApiKey),
         (ApiKeyLayer::per_request(), RequestAuth::ApiKeyAndJwt),
@@ -231,7 +232,7 @@ async fn h4_what_is_not_there_is_refused_and_nothing_is_sent() {
         assert_eq!((refused.status(), refused.is_auth()), (None, false));
     }
     // Credentials of its own go to allowed origins only.
-    let mut request = with(RequestAuth::Own(Credentials::bearer(key())));
+    let mut request = with(RequestAuth::Custom(Credentials::bearer(key())));
     *request.uri_mut() = "https://evil.com/".parse().unwrap();
     let refused = send(&ApiKeyLayer::per_request(), request).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
@@ -239,8 +240,8 @@ async fn h4_what_is_not_there_is_refused_and_nothing_is_sent() {
 
 #[tokio::test]
 async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
-    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
-    let selam = SelamLayer::builder().with_api_key(key()).require_choice().build().unwrap();
+    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
+    let selam = SelamLayer::builder().with_api_key(key()).require_request_auth().build().unwrap();
     let selam = ServiceBuilder::new().map_err(Error::into_boxed).layer(selam).into_inner();
 
     macro_rules! fails_closed {
@@ -264,14 +265,16 @@ async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
         }};
     }
     fails_closed!(ApiKeyLayer::per_request());
-    fails_closed!(ApiKeyLayer::bearer(key()).require_choice());
+    fails_closed!(ApiKeyLayer::bearer(key()).require_request_auth());
     fails_closed!(selam);
 }
 
 #[tokio::test]
 async fn h4_a_redirect_away_and_back_does_not_turn_the_choice_into_another() {
-    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
-    let layer = ApiKeyLayer::bearer(key()).require_choice().with_origins(Origins::selam().pass_others());
+    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
+    let layer = ApiKeyLayer::bearer(key())
+        .require_request_auth()
+        .with_origins(Origins::selam().strip_for_other_origins());
     let (mock, mut handle) = mock::pair::<Request<Body>, Response<Body>>();
     let client = FollowRedirectLayer::new().layer(layer.layer(mock));
     let api = async {
@@ -295,7 +298,7 @@ async fn h4_a_redirect_away_and_back_does_not_turn_the_choice_into_another() {
 async fn h4_an_explicit_choice_counts_more_than_what_the_request_came_with() {
     let mut request = with_theirs();
     request.extensions_mut().insert(RequestAuth::ApiKey);
-    let sent = send(&ApiKeyLayer::bearer(key()).if_absent(), request).await.unwrap();
+    let sent = send(&ApiKeyLayer::bearer(key()).if_not_present(), request).await.unwrap();
     assert_sent(&sent, &bearer(KEY), &NONE);
 }
 
@@ -309,10 +312,10 @@ async fn o1_a_half_that_leaves_the_headers_to_the_other_checks_the_origin_too() 
 
 #[tokio::test]
 async fn the_imperative_form_writes_the_same() {
-    let other = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-other").unwrap()));
+    let other = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-other").unwrap()));
     for (credentials, layered) in [
         (Credentials::bearer(key()), send(&ApiKeyLayer::bearer(key()), with_theirs()).await),
-        (Credentials::header(key()), send(&ApiKeyLayer::header(key()), with_theirs()).await),
+        (Credentials::x_api_key(key()), send(&ApiKeyLayer::x_api_key(key()), with_theirs()).await),
         (Credentials::key_and_jwt(key(), jwt()), send(&JwtLayer::new(jwt(), key()), with_theirs()).await),
     ] {
         let (mut parts, ()) = with_theirs().into_parts();

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::time::{Instant, sleep};
 use tower_selam::{
-    AuthErrorKind, RenewalPolicy, Renewing, TestClock, Token,
+    AuthErrorKind, RefreshPolicy, Refreshing, TestClock, Token,
     source::{Fetched, Reason, Source, SourceError},
 };
 
@@ -135,13 +135,13 @@ pub(crate) fn clock() -> TestClock {
 }
 
 /// No jitter, and a clock of the test's own.
-pub(crate) fn engine(mint: &Mint) -> (Renewing<Token>, TestClock) {
+pub(crate) fn engine(mint: &Mint) -> (Refreshing<Token>, TestClock) {
     let clock = clock();
-    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock.clone());
-    (Renewing::with_policy(mint.clone(), policy), clock)
+    let policy = RefreshPolicy::new().with_jitter(0.0).with_clock(clock.clone());
+    (Refreshing::with_policy(mint.clone(), policy), clock)
 }
 
-pub(crate) async fn text(jwts: &Renewing<Token>) -> Result<String, AuthErrorKind> {
+pub(crate) async fn text(jwts: &Refreshing<Token>) -> Result<String, AuthErrorKind> {
     jwts.token().await.map(|token| token.expose_secret().to_owned()).map_err(|error| error.kind())
 }
 

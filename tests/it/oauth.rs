@@ -22,7 +22,8 @@ use tokio::{
 };
 use tower::{BoxError, Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RenewalPolicy, Renewing, SelamLayer, TestClock, Token,
+    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RefreshPolicy, Refreshing, SelamLayer, TestClock,
+    Token,
     oauth::{
         ClientAuth, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint,
         TokenType,
@@ -126,12 +127,12 @@ fn public(simulator: &Simulator) -> TokenEndpoint {
     endpoint(simulator).with_client_auth(ClientAuth::public("app").unwrap())
 }
 
-fn policy() -> RenewalPolicy {
-    RenewalPolicy::new().with_jitter(0.0).with_backoff(SECOND, SECOND)
+fn policy() -> RefreshPolicy {
+    RefreshPolicy::new().with_jitter(0.0).with_backoff(SECOND, SECOND)
 }
 
-fn engine(source: OAuthSource) -> Renewing<Token> {
-    Renewing::with_policy(source, policy())
+fn engine(source: OAuthSource) -> Refreshing<Token> {
+    Refreshing::with_policy(source, policy())
 }
 
 fn token(text: &str) -> Token {
@@ -256,7 +257,7 @@ async fn k3_tokens_come_over_tls_in_either_version_of_http() {
         ] {
             let endpoint =
                 TokenEndpoint::new(&url, https(&server, http)).unwrap().with_client_auth(auth.unwrap());
-            let jwt = Renewing::new(OAuthSource::client_credentials(endpoint)).token().await.unwrap();
+            let jwt = Refreshing::new(OAuthSource::client_credentials(endpoint)).token().await.unwrap();
             assert!(jwt.expires_at().is_some(), "{http:?}");
         }
     }
@@ -325,7 +326,7 @@ async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() 
         let jwts = engine(service_account(&simulator));
         simulator.inject_token_fault(fault);
         let error = jwts.token().await.unwrap_err();
-        assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+        assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
         assert!(cause(&error).to_string().contains(said), "{}", cause(&error));
         assert!(jwts.token().await.is_err());
         assert_eq!(simulator.token_requests(), 1, "not during the back-off");
@@ -337,7 +338,7 @@ async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() 
         let simulator = Simulator::new();
         let jwts = engine(service_account(&simulator));
         simulator.inject_token_fault(fault);
-        assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
+        assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
         advance(SECOND).await;
         jwts.token().await.unwrap();
     }
@@ -346,7 +347,7 @@ async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() 
     let jwts = engine(service_account(&simulator));
     simulator.inject_token_fault(TokenFault::InvalidGrant);
     let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
     assert_eq!(cause(&error).code(), Some("invalid_grant"));
     assert_eq!(cause(&error).status(), StatusCode::BAD_REQUEST);
     advance(10 * MINUTE).await;
@@ -445,9 +446,9 @@ async fn k2_the_answer_that_comes_after_the_timeout_is_kept_for_the_next_who_ask
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let source = OAuthSource::refresh_token(public(&simulator), store.clone());
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
-    let jwts = Renewing::with_policy(source, policy().with_timeout(5 * SECOND).with_clock(clock.clone()));
+    let jwts = Refreshing::with_policy(source, policy().with_timeout(5 * SECOND).with_clock(clock.clone()));
     simulator.inject_token_fault(TokenFault::Slow(20 * SECOND));
-    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
 
     // While the exchange still runs, nobody spends the token again.
     advance(2 * SECOND).await;
@@ -472,7 +473,7 @@ async fn k2_an_answer_that_expired_before_anybody_asked_is_not_handed_out() {
     simulator.set_token_lifetime(MINUTE);
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let source = OAuthSource::refresh_token(public(&simulator), store);
-    let jwts = Renewing::with_policy(source, policy().with_timeout(5 * SECOND));
+    let jwts = Refreshing::with_policy(source, policy().with_timeout(5 * SECOND));
     simulator.inject_token_fault(TokenFault::Slow(20 * SECOND));
     assert!(jwts.token().await.is_err());
     advance(15 * SECOND).await;
@@ -529,7 +530,7 @@ async fn k2_a_new_login_ends_the_failure_of_the_old_one() {
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     simulator.revoke_refresh_tokens();
-    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
     advance(10 * MINUTE).await;
     assert!(jwts.token().await.is_err());
     assert_eq!(simulator.token_requests(), 1);
@@ -717,7 +718,7 @@ async fn k2_nobody_logged_in_is_a_failure_until_somebody_has() {
     let shelf = Shelf::default();
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
     let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
     assert_eq!(error.source().unwrap().to_string(), "there is no refresh token: log in");
     advance(MINUTE).await;
     assert!(jwts.token().await.is_err());
@@ -730,7 +731,7 @@ async fn k2_nobody_logged_in_is_a_failure_until_somebody_has() {
     // A store that cannot be read is asked again.
     let shelf = Shelf { broken: Arc::new(AtomicBool::new(true)), ..Shelf::default() };
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
-    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
     shelf.put(&simulator.issue_refresh_token());
     shelf.broken.store(false, SeqCst);
     advance(SECOND).await;
@@ -742,7 +743,7 @@ async fn j6_a_key_that_was_rotated_is_read_again_and_nobody_notices() {
     let simulator = Simulator::new();
     let first = simulator.issue_key();
     let present = Arc::new(Mutex::new(first.clone()));
-    let keys = Renewing::new(source_fn({
+    let keys = Refreshing::new(source_fn({
         let present = Arc::clone(&present);
         move |_: Reason<ApiKey>| {
             let key = present.lock().unwrap().clone();
@@ -762,7 +763,7 @@ async fn j6_a_key_that_was_rotated_is_read_again_and_nobody_notices() {
 async fn w2_a_key_that_is_refused_and_has_no_other_is_not_sent_again_until_it_has() {
     let simulator = Simulator::new();
     let present = Arc::new(Mutex::new("sk-selam-revoked".to_owned()));
-    let keys = Renewing::new(source_fn({
+    let keys = Refreshing::new(source_fn({
         let present = Arc::clone(&present);
         move |_: Reason<ApiKey>| {
             let key = present.lock().unwrap().clone();
@@ -771,7 +772,7 @@ async fn w2_a_key_that_is_refused_and_has_no_other_is_not_sent_again_until_it_ha
     }));
     let endpoint = endpoint(&simulator).with_client_auth(ClientAuth::api_key(&keys));
     let jwts = engine(OAuthSource::client_credentials(endpoint));
-    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
     for _ in 0..3 {
         advance(MINUTE).await;
         assert!(jwts.token().await.is_err());
@@ -790,7 +791,7 @@ async fn k3_a_subject_token_that_is_refused_is_renewed_and_sent_once_more() {
     for refusal in [r#"{"error":"invalid_grant"}"#, r#"{"error":"invalid_request"}"#] {
         let scripted = Scripted::default().then(400, refusal);
         let asked = Arc::new(AtomicU64::new(0));
-        let subjects = Renewing::new(source_fn({
+        let subjects = Refreshing::new(source_fn({
             let asked = Arc::clone(&asked);
             move |_: Reason<Token>| {
                 let number = asked.fetch_add(1, SeqCst);
@@ -805,7 +806,7 @@ async fn k3_a_subject_token_that_is_refused_is_renewed_and_sent_once_more() {
     // What is fixed has no other, and is sent but once.
     let scripted = Scripted::default().then(400, r#"{"error":"invalid_grant"}"#);
     let source = OAuthSource::token_exchange(scripted.endpoint(), token("sub"), TokenType::AccessToken);
-    assert_eq!(engine(source).token().await.unwrap_err().kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(engine(source).token().await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
     assert_eq!(scripted.count(), 1);
 }
 
@@ -813,7 +814,7 @@ async fn k3_a_subject_token_that_is_refused_is_renewed_and_sent_once_more() {
 async fn f7_a_token_client_that_asks_for_the_token_itself_fails_at_once() {
     for refresh in [false, true] {
         let simulator = Simulator::new();
-        let engines: Arc<Mutex<Option<Renewing<Token>>>> = Arc::default();
+        let engines: Arc<Mutex<Option<Refreshing<Token>>>> = Arc::default();
         let client = {
             let (simulator, engines) = (simulator.clone(), Arc::clone(&engines));
             service_fn(move |request: Request<Body>| {
@@ -872,7 +873,7 @@ async fn f5_a_client_or_a_store_that_panics_fails_and_the_next_exchange_works() 
 
     let store = Panicking(AtomicBool::new(false));
     let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), store));
-    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
 }
 
 #[tokio::test(start_paused = true)]
@@ -880,7 +881,7 @@ async fn w2_k1_a_key_file_that_is_mended_after_a_refusal_is_read_again() {
     let simulator = Simulator::new();
     let directory = Directory::new();
     std::fs::write(directory.file(), "sk-selam-wrong").unwrap();
-    let keys: Renewing<ApiKey> = Renewing::new(FileSource::new(directory.file()));
+    let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(directory.file()));
     let auth = ClientAuth::api_key(&keys);
     let jwts = engine(OAuthSource::client_credentials(endpoint(&simulator).with_client_auth(auth)));
     // As `SELAM_API_KEY_FILE` and `SELAM_TOKEN_URL` have it.
@@ -888,7 +889,7 @@ async fn w2_k1_a_key_file_that_is_mended_after_a_refusal_is_read_again() {
     let selam = layer.layer(simulator.clone());
     let request = || Request::get("https://api.selamgpt.com/v1/models").body(Body::default()).unwrap();
     let error = selam.clone().oneshot(request()).await.unwrap_err();
-    assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::RenewalRefused);
+    assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::RefreshRejected);
 
     std::fs::write(directory.file(), simulator.issue_key()).unwrap();
     let mut tries = 0;

@@ -63,7 +63,7 @@ fn o1_a_stack_whose_base_url_may_not_have_the_credentials_is_not_built() {
 
 #[tokio::test]
 async fn o2_in_pass_mode_other_origins_get_the_request_without_credentials() {
-    let origins = Origins::selam().pass_others();
+    let origins = Origins::selam().strip_for_other_origins();
     let layer = JwtLayer::new(jwt(), key()).with_origins(origins.clone());
     for uri in [
         "https://evil.com/a?b=c",
@@ -132,13 +132,13 @@ async fn o2_a_host_header_has_to_name_an_allowed_origin() {
         let request = with_host("https://api.selamgpt.com/", hosts);
         let refused = send(&layer, request.clone()).await.unwrap_err();
         assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed, "{hosts:?}");
-        let pass = layer.clone().with_origins(Origins::selam().pass_others());
+        let pass = layer.clone().with_origins(Origins::selam().strip_for_other_origins());
         assert!(!send(&pass, request).await.unwrap().headers().contains_key("authorization"), "{hosts:?}");
     }
     // A `Host` that is allowed does not make up for a URI that is not.
     let elsewhere = with_host("https://evil.com/", &["api.selamgpt.com"]);
     assert!(send(&layer, elsewhere.clone()).await.is_err());
-    let pass = layer.clone().with_origins(Origins::selam().pass_others());
+    let pass = layer.clone().with_origins(Origins::selam().strip_for_other_origins());
     assert!(!send(&pass, elsewhere).await.unwrap().headers().contains_key("authorization"));
 
     // A gateway that is reached by address and told apart by name has both.
@@ -149,7 +149,7 @@ async fn o2_a_host_header_has_to_name_an_allowed_origin() {
 
 #[tokio::test]
 async fn o4_a_secret_does_not_leave_inside_another_url() {
-    let layer = JwtLayer::new(jwt(), key()).with_origins(Origins::selam().pass_others());
+    let layer = JwtLayer::new(jwt(), key()).with_origins(Origins::selam().strip_for_other_origins());
     let inner = format!("https%3A%2F%2Fapi.selamgpt.com%2F%3Ftoken%3D{JWT}%26api_key%3D{KEY}");
     let sent = send(&layer, get(&format!("https://evil.com/login?next={inner}&lang=am"))).await.unwrap();
     assert_eq!(sent.uri(), "https://evil.com/login?lang=am");
@@ -165,7 +165,7 @@ async fn o4_a_secret_does_not_leave_inside_another_url() {
 #[tokio::test(start_paused = true)]
 async fn o4_a_credential_that_was_replaced_does_not_leave_either() {
     let (jwts, _) = counting();
-    let layer = JwtLayer::new(&jwts, key()).with_origins(Origins::selam().pass_others());
+    let layer = JwtLayer::new(&jwts, key()).with_origins(Origins::selam().strip_for_other_origins());
     let sent = send(&layer, handshake("wss://api.selamgpt.com/v1/audio/agent")).await.unwrap();
     let query = sent.uri().query().unwrap().to_owned();
     assert!(query.contains("token=token-1"), "{query}");
@@ -189,14 +189,14 @@ async fn o4_a_credential_that_was_replaced_does_not_leave_either() {
 async fn o3_a_path_alone_is_refused_unless_the_origin_was_stated() {
     let refused = send(&ApiKeyLayer::bearer(key()), get("/v1/models")).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
-    assert!(refused.to_string().contains("with_stated_origin"), "{refused}");
+    assert!(refused.to_string().contains("with_relative_uri_origin"), "{refused}");
 
     // A `Host` header says nothing of where the request goes.
     let mut request = get("/v1/models");
     request.headers_mut().insert("host", "api.selamgpt.com".parse().unwrap());
     assert!(send(&ApiKeyLayer::bearer(key()), request).await.is_err());
 
-    let stated = Origins::selam().with_stated_origin("https://api.selamgpt.com").unwrap();
+    let stated = Origins::selam().with_relative_uri_origin("https://api.selamgpt.com").unwrap();
     let sent = send(&ApiKeyLayer::bearer(key()).with_origins(stated), get("/v1/models")).await.unwrap();
     assert_eq!(values(&sent, "authorization"), [format!("Bearer {KEY}")]);
 }

@@ -98,7 +98,7 @@ impl World {
 #[tokio::test]
 async fn o4_a_redirect_that_is_followed_outside_takes_no_credential_along() {
     let world = World::new().await;
-    let origins = Origins::new(&world.origin(0)).unwrap().pass_others();
+    let origins = Origins::new(&world.origin(0)).unwrap().strip_for_other_origins();
     for http in BOTH {
         for status in STATUSES {
             let service = ServiceBuilder::new()
@@ -163,7 +163,7 @@ async fn o4_a_request_without_credentials_stays_without() {
     let origins = Origins::new(&world.origin(0)).unwrap().with_origin(&world.origin(1)).unwrap();
     let service = ServiceBuilder::new()
         .layer(follow())
-        .layer(world.layer(origins).require_choice())
+        .layer(world.layer(origins).require_request_auth())
         .map_err(BoxError::from)
         .service(world.client(Http::Two));
     let mut request = world.redirect(307);

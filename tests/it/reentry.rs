@@ -20,7 +20,8 @@ use tokio::{
 use tokio_test::task;
 use tower::{Layer, Service, ServiceExt, buffer::Buffer, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
-    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing, RequestAuth, Token,
+    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy, Refreshing, RequestAuth,
+    Token,
     auth_error::InspectedBody,
     source::{Fetched, Reason, Source, SourceError, source_fn},
 };
@@ -33,9 +34,9 @@ use crate::{
 
 #[tokio::test(start_paused = true)]
 async fn f7_a_source_that_asks_for_its_own_token_is_told_so() {
-    let slot: Arc<Mutex<Option<Renewing<Token>>>> = Arc::default();
+    let slot: Arc<Mutex<Option<Refreshing<Token>>>> = Arc::default();
     let own = Arc::clone(&slot);
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         let own = own.lock().unwrap().clone().unwrap();
         async move { own.token().await.map_err(BoxError::from) }
     }));
@@ -65,9 +66,9 @@ type Slot<S> = Arc<Mutex<Option<S>>>;
 type Boxed = BoxCloneSyncService<Request<Body>, Response<InspectedBody<Body>>, BoxError>;
 
 /// An engine whose source sends a request with such a choice through the service in the slot.
-fn sending(slot: &Slot<Boxed>, choice: Option<RequestAuth>) -> Renewing<Token> {
+fn sending(slot: &Slot<Boxed>, choice: Option<RequestAuth>) -> Refreshing<Token> {
     let slot = Arc::clone(slot);
-    Renewing::new(source_fn(move |_: Reason<Token>| {
+    Refreshing::new(source_fn(move |_: Reason<Token>| {
         let (service, choice) = (slot.lock().unwrap().clone().unwrap(), choice.clone());
         async move {
             service.oneshot(request_with(choice)).await?;
@@ -102,7 +103,7 @@ async fn f7_a_source_that_sends_through_its_own_stack_is_told_so_and_how_to() {
         let case = format!("{choice:?}, buffered: {buffered}");
         if matches!(choice, None | Some(RequestAuth::ApiKeyAndJwt)) {
             let error = answered.unwrap_err();
-            assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RenewalFailed, "{case}");
+            assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RefreshFailed, "{case}");
             assert!(told(&*error), "{case}: {error:?}");
             assert!(api.bearers().is_empty(), "{case}");
         } else {
@@ -116,10 +117,10 @@ async fn f7_a_source_that_sends_through_its_own_stack_is_told_so_and_how_to() {
 
 #[tokio::test(start_paused = true)]
 async fn f7_two_sources_that_wait_for_each_other_are_told_so() {
-    let slots: [Slot<Renewing<Token>>; 2] = Default::default();
+    let slots: [Slot<Refreshing<Token>>; 2] = Default::default();
     let engines = [0, 1].map(|other: usize| {
         let other = Arc::clone(&slots[1 - other]);
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let other = other.lock().unwrap().clone().unwrap();
             async move { other.token().await.map_err(BoxError::from) }
         }))
@@ -136,15 +137,15 @@ async fn f7_two_sources_that_wait_for_each_other_are_told_so() {
 
 #[tokio::test(start_paused = true)]
 async fn f7_a_source_that_asks_for_its_own_token_on_another_task_ends_at_the_timeout() {
-    let slot: Slot<Renewing<Token>> = Slot::default();
+    let slot: Slot<Refreshing<Token>> = Slot::default();
     let own = Arc::clone(&slot);
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         let own = own.lock().unwrap().clone().unwrap();
         async move { tokio::spawn(async move { own.token().await }).await?.map_err(BoxError::from) }
     }));
     *slot.lock().unwrap() = Some(jwts.clone());
     let began = Instant::now();
-    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+    assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     assert_eq!(began.elapsed(), Duration::from_secs(30));
     *slot.lock().unwrap() = None;
 }
@@ -165,7 +166,7 @@ async fn f7_a_source_whose_own_request_is_refused_does_not_wait_for_itself() {
             Ok::<_, BoxError>(Fetched::new(Token::new(format!("token-{number}"))?).with_lifetime(MINUTE))
         }
     });
-    let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock).with_jitter(0.0));
+    let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock).with_jitter(0.0));
     jwts.prefetch().await.unwrap();
     let api = Api::accepting("token-2", INVALID_TOKEN);
     let stack = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
@@ -181,7 +182,7 @@ async fn f7_a_source_whose_own_request_is_refused_does_not_wait_for_itself() {
 }
 
 /// All that is asked of an engine without waiting, and a request: what came of them.
-fn ask_at_once(jwts: &Renewing<Token>) -> String {
+fn ask_at_once(jwts: &Refreshing<Token>) -> String {
     jwts.invalidate(&Token::new("another").unwrap());
     let api = service_fn(|request: Request<()>| {
         let bearer = values(&request, "authorization").concat();
@@ -198,7 +199,7 @@ fn ask_at_once(jwts: &Renewing<Token>) -> String {
 }
 
 /// The same on a thread that is given up when it does not come back.
-fn ask_from_elsewhere(jwts: &Renewing<Token>) -> String {
+fn ask_from_elsewhere(jwts: &Refreshing<Token>) -> String {
     let ((tell, told), jwts) = (channel(), jwts.clone());
     thread::spawn(move || tell.send(ask_at_once(&jwts)));
     told.recv_timeout(HANG).expect("somebody holds the lock")
@@ -236,7 +237,7 @@ async fn f8_a_source_that_blocks_its_thread_holds_nobody_up() {
         }
     });
     let clock = clock();
-    let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock.clone()));
+    let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock.clone()));
     jwts.prefetch().await.unwrap();
     clock.jump(57 * MINUTE);
     jwts.token().await.unwrap();
@@ -246,7 +247,7 @@ async fn f8_a_source_that_blocks_its_thread_holds_nobody_up() {
 }
 
 /// Asks its own engine whatever it can wherever it is asked itself.
-struct Curious(Slot<Renewing<Token>>);
+struct Curious(Slot<Refreshing<Token>>);
 
 impl Curious {
     fn ask(&self) {
@@ -284,7 +285,7 @@ fn f8_neither_a_source_nor_a_waker_meets_a_lock() {
     let (tell, told) = channel();
     thread::spawn(move || {
         let slot = Slot::default();
-        let jwts = Renewing::new(Curious(Arc::clone(&slot)));
+        let jwts = Refreshing::new(Curious(Arc::clone(&slot)));
         *slot.lock().unwrap() = Some(jwts.clone());
         let runtime = Builder::new_current_thread().enable_time().build().unwrap();
         let waker = Waker::from(Arc::new(Curious(Arc::clone(&slot))));

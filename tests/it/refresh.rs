@@ -16,8 +16,8 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, BoxError, JwtLayer, MaybeRenewing, RefreshLayer, RenewalPolicy, Renewing,
-    RequestAuth, SelamLayer,
+    ApiKey, ApiKeyLayer, BoxError, JwtLayer, Provider, RefreshLayer, RefreshPolicy, Refreshing, RequestAuth,
+    SelamLayer,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -153,7 +153,7 @@ async fn j3_a_key_that_was_read_before_the_rejection_is_read_again() {
             Ok::<_, BoxError>(Fetched::new(key).with_recheck_after(5 * SECOND))
         }
     });
-    let keys = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock()));
+    let keys = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock()));
     keys.prefetch().await.unwrap();
     advance(5 * SECOND).await;
     keys.api_key().await.unwrap();
@@ -260,7 +260,7 @@ async fn j6_invalid_api_key_blames_the_key_which_is_replayed_only_if_it_changed(
     let (jwts, asked) = counting();
     let held = Arc::new(Mutex::new("sk-selam-old".to_owned()));
     let place = Arc::clone(&held);
-    let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+    let keys = Refreshing::new(source_fn(move |_: Reason<ApiKey>| {
         let key = place.lock().unwrap().clone();
         async move { Ok::<_, BoxError>(ApiKey::new(key)?) }
     }));
@@ -296,11 +296,11 @@ async fn j6_what_is_not_at_fault_is_left_alone() {
         for halves in [false, true] {
             let ((jwts, asked), reads) = (counting(), Arc::new(AtomicUsize::new(0)));
             let counter = Arc::clone(&reads);
-            let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+            let keys = Refreshing::new(source_fn(move |_: Reason<ApiKey>| {
                 let number = counter.fetch_add(1, SeqCst) + 1;
                 async move { Ok::<_, BoxError>(ApiKey::new(format!("sk-selam-{number}"))?) }
             }));
-            let key = || if renewing { MaybeRenewing::from(&keys) } else { key().into() };
+            let key = || if renewing { Provider::from(&keys) } else { key().into() };
             let api = Api::accepting("none of them", refusal);
             let service = if halves {
                 let inner = ApiKeyLayer::beside_jwt(key()).layer(api.service());
@@ -328,7 +328,7 @@ async fn j6_a_key_that_was_rotated_is_read_again_and_where_it_goes_alone_any_401
         let api = Api::accepting("sk-selam-new", refusal);
         let reads = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&reads);
-        let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+        let keys = Refreshing::new(source_fn(move |_: Reason<ApiKey>| {
             let text = if counter.fetch_add(1, SeqCst) == 0 { "sk-selam-old" } else { "sk-selam-new" };
             async move { Ok::<_, BoxError>(ApiKey::new(text)?) }
         }));
@@ -347,7 +347,7 @@ async fn a_403_is_never_sent_again_nor_is_anything_with_credentials_of_its_own()
     assert_eq!(stack(&jwts, forbidden).oneshot(request()).await.unwrap().status(), StatusCode::FORBIDDEN);
     let api = Api::accepting("token-9", INVALID_TOKEN);
     let mut own = request();
-    own.extensions_mut().insert(RequestAuth::Own(tower_selam::Credentials::bearer(key())));
+    own.extensions_mut().insert(RequestAuth::Custom(tower_selam::Credentials::bearer(key())));
     stack(&jwts, api.service()).oneshot(own).await.unwrap();
     assert_eq!(api.bearers(), [KEY]);
     assert_eq!(asked.load(SeqCst), 1);

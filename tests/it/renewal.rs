@@ -10,7 +10,7 @@ use std::{
 
 use tokio::time::{Instant, advance, sleep};
 use tower_selam::{
-    ApiKey, AuthErrorKind, BoxError, RenewalPolicy, Renewing, Token,
+    ApiKey, AuthErrorKind, BoxError, RefreshPolicy, Refreshing, Token,
     source::{Reason, source_fn},
 };
 
@@ -56,14 +56,14 @@ struct Windows {
     first: Answer,
     lives: Duration,
     takes: Duration,
-    policy: RenewalPolicy,
+    policy: RefreshPolicy,
     advisory: Duration,
     mandatory: Duration,
 }
 
 impl Windows {
     fn new(lives: Duration, advisory: Duration, mandatory: Duration) -> Self {
-        let (takes, policy) = (Duration::from_millis(1), RenewalPolicy::new());
+        let (takes, policy) = (Duration::from_millis(1), RefreshPolicy::new());
         Self { first: Answer::Lives(lives), lives, takes, policy, advisory, mandatory }
     }
 
@@ -71,7 +71,7 @@ impl Windows {
     async fn at(&self, before: Duration) -> (&'static str, usize) {
         let mint = Mint::default().taking(self.takes).then(self.first.clone());
         let policy = self.policy.clone().with_jitter(0.0).with_clock(clock());
-        let jwts = Renewing::with_policy(mint.clone(), policy);
+        let jwts = Refreshing::with_policy(mint.clone(), policy);
         let first = jwts.token().await.unwrap();
         advance(self.lives - before).await;
         let began = Instant::now();
@@ -87,7 +87,7 @@ impl Windows {
 async fn r1_r2_the_windows_scale_to_the_lifetime() {
     let ms = |count: u32| count * MILLI;
     let day = 24 * 60 * MINUTE;
-    let (hour, policy) = (60 * MINUTE, RenewalPolicy::new);
+    let (hour, policy) = (60 * MINUTE, RefreshPolicy::new);
     // Of sixty seconds, thirty are left: out of a cache.
     let cached = jwt_claiming(r#"{"iat":1899999970,"exp":1900000030.001}"#);
     for windows in [
@@ -144,7 +144,7 @@ async fn r1_a_renewal_that_ran_beside_is_waited_for_once_the_window_is_mandatory
 
 #[tokio::test]
 async fn r1_a_fresh_token_allocates_nothing() {
-    let jwts = Renewing::new(Mint::default());
+    let jwts = Refreshing::new(Mint::default());
     jwts.prefetch().await.unwrap();
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     let counted = allocation_counter::measure(|| {
@@ -201,9 +201,9 @@ async fn r3_a_token_that_is_gone_before_it_can_be_sent_makes_no_hot_loop() {
         let mint = Mint::default().then_always(Answer::Lives(lives));
         let clock = clock();
         let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(60) };
-        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        let jwts = Refreshing::with_policy(busy, RefreshPolicy::new().with_clock(clock));
         let error = jwts.token().await.unwrap_err();
-        assert_eq!((error.kind(), mint.asked()), (AuthErrorKind::RenewalFailed, 1), "{lives:?}");
+        assert_eq!((error.kind(), mint.asked()), (AuthErrorKind::RefreshFailed, 1), "{lives:?}");
         assert!(error.to_string().contains("about to"), "{error}");
     }
 }
@@ -214,7 +214,7 @@ async fn r3_a_token_for_its_whole_lifetime_makes_no_hot_loop() {
         let mint = Mint::default().then_always(Answer::Lives(MINUTE)).then(Answer::Refused);
         let clock = clock();
         let busy = Busy { mint: mint.clone(), clock: clock.clone(), passes: Duration::from_millis(100) };
-        let jwts = Renewing::with_policy(busy, RenewalPolicy::new().with_clock(clock));
+        let jwts = Refreshing::with_policy(busy, RefreshPolicy::new().with_clock(clock));
         for _ in 0..10 {
             if let Err(error) = jwts.token_valid_for(lasting).await {
                 assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
@@ -235,8 +235,8 @@ async fn r3_tokens_that_are_old_when_they_come_make_no_hot_loop() {
         let claims = format!(r#"{{"iat":{},"exp":{}}}"#, now - 8.995, now + 1.005);
         async move { Ok::<_, BoxError>(jwt_claiming(&claims)) }
     });
-    let policy = RenewalPolicy::new().with_jitter(0.0).with_clock(clock);
-    let jwts = Renewing::with_policy(source, policy);
+    let policy = RefreshPolicy::new().with_jitter(0.0).with_clock(clock);
+    let jwts = Refreshing::with_policy(source, policy);
     for _ in 0..400 {
         jwts.token().await.unwrap();
         advance(Duration::from_millis(10)).await;
@@ -257,18 +257,18 @@ async fn r3_the_same_jwt_again_is_served_to_its_end_and_then_asked_for_now_and_t
     assert!((3..=7).contains(&mint.asked()), "{} calls in a minute", mint.asked());
     advance(Duration::from_millis(100)).await;
     for _ in 0..600 {
-        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RenewalFailed));
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
         advance(Duration::from_millis(100)).await;
     }
     assert!((5..=12).contains(&mint.asked()), "{} calls in two", mint.asked());
 }
 
 /// How long after their token came engines renew it, with a request every so often.
-async fn renewals(policy: &RenewalPolicy, fleet: usize) -> Vec<Duration> {
+async fn renewals(policy: &RefreshPolicy, fleet: usize) -> Vec<Duration> {
     let engines: Vec<_> = (0..fleet)
         .map(|_| {
             let mint = Mint::default();
-            (Renewing::with_policy(mint.clone(), policy.clone().with_clock(clock())), mint)
+            (Refreshing::with_policy(mint.clone(), policy.clone().with_clock(clock())), mint)
         })
         .collect();
     for (jwts, _) in &engines {
@@ -289,7 +289,7 @@ async fn renewals(policy: &RenewalPolicy, fleet: usize) -> Vec<Duration> {
 async fn r6_a_fleet_that_was_started_at_once_does_not_renew_at_once() {
     // The window is six seconds: by default they begin up to 1.2 earlier, and with all of the jitter up to 6.
     for (policy, widest, most) in
-        [(RenewalPolicy::new(), 1_200, 60), (RenewalPolicy::new().with_jitter(1.0), 6_000, 25)]
+        [(RefreshPolicy::new(), 1_200, 60), (RefreshPolicy::new().with_jitter(1.0), 6_000, 25)]
     {
         let mut renewals = renewals(&policy, 300).await;
         renewals.sort();
@@ -304,10 +304,10 @@ async fn r6_a_fleet_that_was_started_at_once_does_not_renew_at_once() {
 #[tokio::test(start_paused = true)]
 async fn r6_without_jitter_all_renew_in_time_and_nonsense_is_no_more_than_all_of_it() {
     for jitter in [0.0, -0.0, -1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
-        let renewals = renewals(&RenewalPolicy::new().with_jitter(jitter), 20).await;
+        let renewals = renewals(&RefreshPolicy::new().with_jitter(jitter), 20).await;
         assert!(renewals.iter().all(|after| *after == 54_000 * MILLI), "{jitter}: {renewals:?}");
     }
-    let renewals = renewals(&RenewalPolicy::new().with_jitter(1e300), 20).await;
+    let renewals = renewals(&RefreshPolicy::new().with_jitter(1e300), 20).await;
     assert!(renewals.iter().all(|after| (48_000 * MILLI..=54_000 * MILLI).contains(after)), "{renewals:?}");
 }
 
@@ -315,7 +315,7 @@ async fn r6_without_jitter_all_renew_in_time_and_nonsense_is_no_more_than_all_of
 async fn r6_jitter_only_ever_makes_it_earlier() {
     for _ in 0..50 {
         let mint = Mint::default();
-        let jwts = Renewing::with_policy(mint.clone(), RenewalPolicy::new().with_jitter(1.0));
+        let jwts = Refreshing::with_policy(mint.clone(), RefreshPolicy::new().with_jitter(1.0));
         jwts.prefetch().await.unwrap();
         // The window is six seconds, so it begins between 48 and 54.
         advance(Duration::from_millis(47_900)).await;
@@ -358,7 +358,7 @@ async fn a_token_for_longer_than_the_present_one_is_fetched_and_for_too_long_is_
 
 #[tokio::test(start_paused = true)]
 async fn a_key_that_was_refused_is_used_on_when_there_is_no_other() {
-    let keys = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+    let keys = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
         Ok::<_, BoxError>(ApiKey::new("sk-selam-the-only-one")?)
     }));
     let key = keys.api_key().await.unwrap();

@@ -13,7 +13,7 @@ use http::{Request, Response, StatusCode};
 use tokio::{sync::Semaphore, task::yield_now};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_selam::{
-    ApiKey, BoxError, JwtLayer, RenewalPolicy, Renewing, Token,
+    ApiKey, BoxError, JwtLayer, RefreshPolicy, Refreshing, Token,
     source::{Reason, Source, source_fn},
 };
 
@@ -40,12 +40,12 @@ fn numbers<C: tower_selam::Credential>(
     })
 }
 
-fn keys(gate: &Arc<Semaphore>) -> Renewing<ApiKey> {
-    Renewing::new(numbers(gate, |text| ApiKey::new(text).unwrap()))
+fn keys(gate: &Arc<Semaphore>) -> Refreshing<ApiKey> {
+    Refreshing::new(numbers(gate, |text| ApiKey::new(text).unwrap()))
 }
 
-fn jwts(gate: &Arc<Semaphore>) -> Renewing<Token> {
-    Renewing::new(numbers(gate, |text| Token::new(text).unwrap()))
+fn jwts(gate: &Arc<Semaphore>) -> Refreshing<Token> {
+    Refreshing::new(numbers(gate, |text| Token::new(text).unwrap()))
 }
 
 fn open() -> Arc<Semaphore> {
@@ -145,8 +145,8 @@ async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_th
             Ok::<_, BoxError>(Token::new(number.to_string())?)
         }
     });
-    let policy = RenewalPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
-    let jwts = Renewing::with_policy(source, policy);
+    let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
+    let jwts = Refreshing::with_policy(source, policy);
     jwts.prefetch().await.unwrap();
     let ended = Arc::new(AtomicBool::new(false));
     let load: Vec<_> = (0..8)

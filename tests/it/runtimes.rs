@@ -18,7 +18,7 @@ use tokio::{
 use tokio_test::{assert_pending, assert_ready_err, task};
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RenewalPolicy, Renewing, SelamLayer, Token,
+    AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy, Refreshing, SelamLayer, Token,
     source::{Fetched, Reason, Source, SourceError, source_fn},
 };
 
@@ -37,7 +37,7 @@ async fn f5_a_source_that_panics_is_an_error_and_the_next_call_works() {
     let mint = Mint::default().then(Answer::Panics);
     let (jwts, _) = engine(&mint);
     let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     assert!(!format!("{error} {error:?}").contains("secret"));
     sleep(2 * SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
@@ -45,15 +45,15 @@ async fn f5_a_source_that_panics_is_an_error_and_the_next_call_works() {
 
 #[test]
 fn f5_without_a_runtime_it_is_a_typed_error_and_another_runtime_takes_over() {
-    let jwts = Renewing::new(source_fn(|_: Reason<Token>| async {
+    let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async {
         tokio::task::yield_now().await;
         Ok::<_, BoxError>(Token::new("a-token")?)
     }));
     let error = task::spawn(jwts.token()).poll();
-    assert!(matches!(error, Poll::Ready(Err(error)) if error.kind() == AuthErrorKind::RenewalFailed));
+    assert!(matches!(error, Poll::Ready(Err(error)) if error.kind() == AuthErrorKind::RefreshFailed));
 
     // Its renewal is dropped with the runtime that ran it.
-    let jwts = Renewing::new(Mint::default());
+    let jwts = Refreshing::new(Mint::default());
     let first = runtime();
     let _ = first.block_on(async { tokio::time::timeout(Duration::ZERO, jwts.token()).await });
     drop(first);
@@ -84,9 +84,9 @@ impl Source<Token> for Hasty {
 
 #[tokio::test(start_paused = true)]
 async fn f5_a_source_that_panics_before_its_future_is_an_error_as_well() {
-    let jwts = Renewing::new(Hasty::default());
+    let jwts = Refreshing::new(Hasty::default());
     let error = jwts.token().await.unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("panicked"));
     assert!(!format!("{error} {error:?}").contains("secret"));
     sleep(2 * SECOND).await;
@@ -114,7 +114,7 @@ fn f5_a_source_whose_version_panics_stops_nobody() {
         thread::spawn(move || {
             let (mint, clock) = (Mint::default(), clock());
             let source = Moody(mint.clone(), AtomicUsize::new(well));
-            let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock.clone()));
+            let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock.clone()));
             let tokens = runtime().block_on(async {
                 let first = jwts.token().await.unwrap();
                 jwts.invalidate(&first);
@@ -131,7 +131,7 @@ fn f5_a_source_whose_version_panics_stops_nobody() {
 fn f5_without_timers_it_is_a_typed_error_and_a_runtime_that_has_them_does_better() {
     let (jwts, clock) = engine(&Mint::default());
     let error = Builder::new_current_thread().build().unwrap().block_on(jwts.token()).unwrap_err();
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(cause.contains("with its timers enabled"), "{cause}");
     clock.jump(SECOND);
@@ -149,14 +149,14 @@ fn f5_on_a_runtime_that_is_gone_it_is_a_typed_error() {
         let mut service = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
         let error = assert_ready_err!(task::spawn(jwts.token()).poll());
         let refused = assert_ready_err!(task::spawn(service.call(request())).poll());
-        assert_eq!(AuthError::find(&*refused).unwrap().kind(), AuthErrorKind::RenewalFailed);
+        assert_eq!(AuthError::find(&*refused).unwrap().kind(), AuthErrorKind::RefreshFailed);
         jwts.invalidate(&Token::new("another").unwrap());
         assert!(api.bearers().is_empty());
         clock.jump(2 * SECOND);
         tell.send((error, runtime().block_on(text(&jwts)).unwrap(), mint.asked()))
     });
     let (error, token, asked) = told.recv_timeout(HANG).expect("no loop and no deadlock");
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     assert!(error.to_string().contains("its task was dropped"), "{error}");
     assert_eq!((token.as_str(), asked), ("token-1", 1), "it was never asked there");
 }
@@ -164,7 +164,7 @@ fn f5_on_a_runtime_that_is_gone_it_is_a_typed_error() {
 #[test]
 fn f5_who_waits_on_another_runtime_takes_over_when_the_first_is_shut_down() {
     let mint = Mint::default().taking(Duration::from_millis(1));
-    let jwts = Renewing::new(mint.clone());
+    let jwts = Refreshing::new(mint.clone());
     let (first, second) = (runtime(), runtime());
     let mut waiting = task::spawn(jwts.token());
     {
@@ -185,7 +185,7 @@ fn f5_who_waits_on_another_runtime_takes_over_when_the_first_is_shut_down() {
 fn f5_callers_on_two_runtimes_share_one_renewal() {
     let mint = Mint::default().taking(Duration::from_millis(1));
     // Built where there is no runtime, layer and all.
-    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(Renewing::new(mint.clone()));
+    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(Refreshing::new(mint.clone()));
     let service = layer.build().unwrap().layer(Api::accepting_all().service());
     let runtimes = [runtime(), Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap()];
     let calls = runtimes.each_ref().map(|runtime| runtime.spawn(service.clone().oneshot(request())));
@@ -200,10 +200,10 @@ fn f5_callers_on_two_runtimes_share_one_renewal() {
 #[test]
 fn f5_a_request_outside_any_runtime_is_a_typed_error_and_is_not_sent() {
     let api = Api::accepting_all();
-    let jwts = Renewing::new(Mint::default());
+    let jwts = Refreshing::new(Mint::default());
     let mut service = JwtLayer::new(jwts, key()).layer(api.service());
     let Poll::Ready(Err(error)) = task::spawn(service.call(request())).poll() else { panic!("sent") };
-    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RefreshFailed);
     assert!(api.bearers().is_empty());
 }
 
@@ -258,7 +258,7 @@ fn f4_f5_a_runtime_that_nobody_drives_holds_up_no_other() {
             }
         }
     });
-    let jwts = Renewing::new(source);
+    let jwts = Refreshing::new(source);
     first.block_on(async {
         let mut call = task::spawn(jwts.token());
         assert!(call.poll().is_pending());
@@ -285,7 +285,7 @@ fn f4_f5_a_wait_that_moves_to_another_runtime_ends_there_in_its_time() {
     let paused = || Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     for (begins_where_it_renews, is_shut_down) in [(true, false), (false, false), (false, true)] {
         let (renews, begins, ends) = (paused(), paused(), paused());
-        let jwts = Renewing::new(Mint::default());
+        let jwts = Refreshing::new(Mint::default());
         {
             let _guard = renews.enter();
             assert_pending!(task::spawn(jwts.token()).poll());
@@ -319,8 +319,8 @@ async fn f4_a_source_that_blocks_its_thread_releases_all_who_wait() {
         }
         async { Ok::<_, BoxError>(Token::new("token")?) }
     });
-    let policy = RenewalPolicy::default().with_timeout(SECOND / 100);
-    let jwts = Renewing::with_policy(source, policy);
+    let policy = RefreshPolicy::default().with_timeout(SECOND / 100);
+    let jwts = Refreshing::with_policy(source, policy);
     let calls: Vec<_> = (0..3)
         .map(|_| {
             let jwts = jwts.clone();

@@ -14,8 +14,8 @@ use http::Response;
 use tokio::task::yield_now;
 use tower::{Layer, ServiceExt};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, AuthError, BaseUrl, BoxError, Credentials, JwtLayer, Origins, PerSubject, Renewing,
-    RequestAuth, SelamLayer, Subject, Token,
+    ApiKey, ApiKeyLayer, AuthError, BaseUrl, BoxError, Credentials, JwtLayer, Origins, PerSubject,
+    Refreshing, RequestAuth, SelamLayer, Subject, Token,
     simulator::{Fault, Server, Simulator},
     source::{Reason, source_fn},
 };
@@ -37,7 +37,7 @@ fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
     let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt());
     let layer = selam.clone().build().unwrap();
     let service = layer.layer(());
-    let own = RequestAuth::Own(Credentials::key_and_jwt(key(), jwt()));
+    let own = RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt()));
     let (layers, halves) = (
         (ApiKeyLayer::bearer(key()), JwtLayer::new(jwt(), key())),
         (ApiKeyLayer::beside_jwt(key()), JwtLayer::beside_api_key(jwt())),
@@ -47,7 +47,7 @@ fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
         key(),
         key(),
         jwt(),
-        Credentials::header(key()),
+        Credentials::x_api_key(key()),
     );
     assert_clean(&all);
     assert!(all.contains(&format!("ApiKey([redacted] id={})", key().id())), "{all}");
@@ -296,11 +296,11 @@ async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
     }
     let next = |asked: &AtomicUsize, seeds: [u32; 2]| unmasked(&masked(seeds[asked.fetch_add(1, Relaxed)]));
     let asked = AtomicUsize::new(0);
-    let keys = Renewing::new(source_fn(move |_: Reason<ApiKey>| {
+    let keys = Refreshing::new(source_fn(move |_: Reason<ApiKey>| {
         ready(ApiKey::new(next(&asked, [3, 4])).map_err(BoxError::from))
     }));
     let asked = AtomicUsize::new(0);
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         ready(Token::new(next(&asked, [5, 6])).map_err(BoxError::from))
     }));
     let users = PerSubject::new(|_: &Subject| source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));

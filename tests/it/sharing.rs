@@ -16,7 +16,7 @@ use tokio::{
 use tokio_test::{assert_pending, assert_ready_ok, task};
 use tower::{Layer, ServiceExt};
 use tower_selam::{
-    AuthErrorKind, BoxError, JwtLayer, RenewalPolicy, Renewing, Token,
+    AuthErrorKind, BoxError, JwtLayer, RefreshPolicy, Refreshing, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -72,7 +72,7 @@ async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
     let began = Instant::now();
     let error = jwts.token().await.unwrap_err();
     assert_eq!(began.elapsed(), Duration::from_secs(30));
-    assert_eq!(error.kind(), AuthErrorKind::RenewalFailed);
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     sleep(2 * SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
 }
@@ -80,8 +80,8 @@ async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
 #[tokio::test(start_paused = true)]
 async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
     let mint = Mint::default().taking(SECOND).then_always(Answer::Fails(None));
-    let policy = RenewalPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
-    let jwts = Renewing::with_policy(mint.clone(), policy);
+    let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
+    let jwts = Refreshing::with_policy(mint.clone(), policy);
     let callers: Vec<_> = (0..100)
         .map(|_| {
             let jwts = jwts.clone();
@@ -89,7 +89,7 @@ async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
         })
         .collect();
     for caller in callers {
-        assert_eq!(caller.await.unwrap(), Err(AuthErrorKind::RenewalFailed));
+        assert_eq!(caller.await.unwrap(), Err(AuthErrorKind::RefreshFailed));
     }
     assert_eq!(mint.asked(), 1);
 }
@@ -98,7 +98,7 @@ async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
 async fn f1_callers_on_many_threads_cause_one_renewal() {
     for _ in 0..50 {
         let mint = Mint::default();
-        let jwts = Renewing::new(mint.clone());
+        let jwts = Refreshing::new(mint.clone());
         let start = Arc::new(Barrier::new(64));
         let callers: Vec<_> = (0..64)
             .map(|_| {
@@ -171,7 +171,7 @@ async fn f3_a_refresh_token_that_was_rotated_is_kept_when_nobody_waits_any_more(
             Ok::<_, BoxError>(Fetched::new(token).with_lifetime(MINUTE))
         }
     });
-    let jwts = Renewing::with_policy(source, RenewalPolicy::new().with_clock(clock()));
+    let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock()));
     for number in 1..4 {
         let _ = tokio::time::timeout(SECOND / 2, jwts.token()).await.unwrap_err();
         sleep(SECOND).await;
@@ -202,8 +202,8 @@ async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
             Ok::<_, BoxError>(fetched.with_lifetime(10 * MINUTE))
         }
     });
-    let policy = RenewalPolicy::new().with_clock(clock()).with_timeout(5 * SECOND);
-    let jwts = Renewing::with_policy(source, policy);
+    let policy = RefreshPolicy::new().with_clock(clock()).with_timeout(5 * SECOND);
+    let jwts = Refreshing::with_policy(source, policy);
     let began = Instant::now();
     // Their own deadlines end them alone.
     let brief: Vec<_> = (1..5).map(|time| tokio::time::timeout(time * SECOND, jwts.token())).collect();
@@ -220,7 +220,7 @@ async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
     let mut causes = HashSet::new();
     for caller in patient {
         let error = caller.await.unwrap().unwrap_err();
-        assert_eq!((error.kind(), began.elapsed()), (AuthErrorKind::RenewalFailed, 5 * SECOND));
+        assert_eq!((error.kind(), began.elapsed()), (AuthErrorKind::RefreshFailed, 5 * SECOND));
         let cause = std::error::Error::source(&error).expect("a cause");
         assert!(cause.to_string().contains("did not answer within 5s"), "{cause}");
         causes.insert(std::ptr::from_ref(cause).cast::<()>().addr());

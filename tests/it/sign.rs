@@ -19,7 +19,7 @@ use ring::{
 };
 use serde_json::{Map, Value, json};
 use tower_selam::{
-    ConfigErrorKind, RenewalPolicy, Renewing, TestClock,
+    ConfigErrorKind, RefreshPolicy, Refreshing, TestClock,
     source::{JwtSigner, Reason, SigningAlgorithm, SigningKey, Source},
 };
 use zeroize::Zeroizing;
@@ -314,7 +314,7 @@ async fn k4_a_fetch_signs_anew_whatever_the_reason() {
 async fn k4_an_engine_signs_once_per_lifetime_and_after_a_rejection() {
     let clock = clock();
     let signer = hs256().with_unique_ids().with_clock(clock.clone());
-    let jwts = Renewing::with_policy(signer, RenewalPolicy::new().with_clock(clock.clone()));
+    let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock.clone()));
 
     let first = jwts.token().await.unwrap();
     assert!(verifies("HS256", first.expose_secret()));
@@ -361,7 +361,7 @@ fn k4_what_takes_long_is_signed_on_another_thread() {
 async fn k4_paused_time_stands_still_while_another_thread_signs() {
     let (clock, before) = (clock(), tokio::time::Instant::now());
     let signer = signer(SigningAlgorithm::Ps256, key("PS256")).with_clock(clock.clone());
-    let jwts = Renewing::with_policy(signer, RenewalPolicy::new().with_clock(clock));
+    let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock));
     assert!(verifies("PS256", jwts.token().await.unwrap().expose_secret()));
     assert_eq!(before.elapsed(), Duration::ZERO);
 }

@@ -19,8 +19,8 @@ use tokio::{
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::follow_redirect::FollowRedirectLayer;
 use tower_selam::{
-    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, Origins, PerSubject, RenewalPolicy,
-    Renewing, RequestAuth, SelamLayer, Subject, TestClock, Token,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, Origins, PerSubject, RefreshPolicy,
+    Refreshing, RequestAuth, SelamLayer, Subject, TestClock, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -129,7 +129,7 @@ async fn h4_a_name_goes_with_every_choice_of_credentials() {
 
 #[tokio::test(start_paused = true)]
 async fn h4_a_layer_that_has_one_jwt_or_none_refuses_a_name() {
-    let renewing = Renewing::new(source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
+    let renewing = Refreshing::new(source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
     renewing.prefetch().await.unwrap();
     let refused = |result: Result<Request<()>, AuthError>| {
         let error = result.unwrap_err();
@@ -141,7 +141,7 @@ async fn h4_a_layer_that_has_one_jwt_or_none_refuses_a_name() {
     {
         refused(send(&layer, of("one")).await);
     }
-    for layer in [ApiKeyLayer::bearer(key()), ApiKeyLayer::header(key())] {
+    for layer in [ApiKeyLayer::bearer(key()), ApiKeyLayer::x_api_key(key())] {
         refused(send(&layer, of("one")).await);
     }
     refused(send(&SelamLayer::builder().with_api_key(key()).build().unwrap(), of("one")).await);
@@ -195,7 +195,7 @@ async fn o1_nobody_is_asked_about_for_a_request_that_may_not_be_sent() {
     let layer = JwtLayer::new(&tokens, key());
     let error = send(&layer, elsewhere("https://other.example/")).await.unwrap_err();
     assert_eq!(error.kind(), AuthErrorKind::OriginNotAllowed);
-    let layer = layer.with_origins(Origins::selam().pass_others());
+    let layer = layer.with_origins(Origins::selam().strip_for_other_origins());
     let request = send(&layer, elsewhere("https://other.example/")).await.unwrap();
     assert_eq!(sent(&request), (vec![], vec![]));
     assert_eq!((times(&asked, "one"), tokens.len()), (0, 0));
@@ -258,7 +258,7 @@ async fn j2_a_refused_jwt_is_renewed_for_its_user_alone() {
 async fn h5_a_rotated_key_reaches_every_user() {
     let (tokens, _) = mint(Duration::ZERO);
     let present = Arc::new(Mutex::new("sk-selam-first".to_owned()));
-    let keys = Renewing::new(source_fn({
+    let keys = Refreshing::new(source_fn({
         let present = Arc::clone(&present);
         move |_: Reason<ApiKey>| ready(ApiKey::new(present.lock().unwrap().clone()).map_err(BoxError::from))
     }));
@@ -388,7 +388,7 @@ async fn many_who_wait_for_a_source_that_hangs_are_bounded_and_make_room_when_it
         if let std::task::Poll::Ready(result) = call.poll() {
             let error = result.unwrap_err();
             let error = AuthError::find(&*error).unwrap();
-            assert_eq!((error.kind(), error.retry_after()), (AuthErrorKind::RenewalFailed, Some(SECOND)));
+            assert_eq!((error.kind(), error.retry_after()), (AuthErrorKind::RefreshFailed, Some(SECOND)));
             refused += 1;
         }
     }
@@ -480,7 +480,7 @@ async fn who_does_not_come_for_a_while_is_forgotten_and_who_does_is_not() {
 async fn idle_users_are_looked_for_when_a_token_is_renewed_too() {
     let clock = TestClock::new(std::time::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     let (tokens, _) = mint(Duration::ZERO);
-    let policy = RenewalPolicy::new().with_clock(clock.clone());
+    let policy = RefreshPolicy::new().with_clock(clock.clone());
     let tokens = tokens.with_policy(policy).with_idle_time(2 * MINUTE);
     let layer = JwtLayer::new(&tokens, key());
     send(&layer, of("idle")).await.unwrap();

@@ -11,7 +11,7 @@ mod scenario;
 
 use tower_selam::telemetry;
 
-const PAGE: &str = include_str!("../../src/telemetry.md");
+const PAGE: &str = include_str!("../../src/guide/telemetry.md");
 
 #[test]
 fn the_page_has_every_name() {

@@ -6,13 +6,13 @@ use http::{Request, Response};
 use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceBuilder, limit::ConcurrencyLimitLayer, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, MaybeRenewing,
-    RenewalPolicy, Renewing, RequestAuth, Selam, SelamLayer, Token,
+    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, Provider, RefreshPolicy,
+    Refreshing, RequestAuth, Selam, SelamLayer, Token,
     auth_error::{self, AnnotateAuthError, AnnotateFuture, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
-    refresh::{self, CloneBody, NoReplay, Refresh},
-    selam,
+    replay::{self, CloneBody, NoReplay, Refresh},
     source::EnvSource,
+    stack,
 };
 use tower_test::mock;
 
@@ -180,8 +180,8 @@ fn t2_auto_traits_are_those_of_what_is_within() {
         ($($inner:ty),*) => {$(
             assert_eq!(has!(Selam<$inner>), has!($inner));
             assert_eq!(has!(Refresh<$inner>), has!($inner));
-            assert_eq!(has!(refresh::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(selam::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
+            assert_eq!(has!(replay::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
+            assert_eq!(has!(stack::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
         )*};
     }
     like_inner_shared!((), Rc<()>, Cell, PhantomPinned, NoClone);
@@ -190,10 +190,10 @@ fn t2_auto_traits_are_those_of_what_is_within() {
     assert_eq!(has!(ApiKeyLayer), [true; 4]);
     assert_eq!(has!(JwtLayer), [true; 4]);
     assert_eq!(has!(SelamLayer), [true; 4]);
-    assert_eq!(has!(Renewing<ApiKey>), [true; 4]);
-    assert_eq!(has!(MaybeRenewing<Token>), [true; 4]);
-    assert_eq!(has!(RenewalPolicy), [true; 4]);
-    let jwts: Renewing<Token> = Renewing::new(EnvSource::jwt());
+    assert_eq!(has!(Refreshing<ApiKey>), [true; 4]);
+    assert_eq!(has!(Provider<Token>), [true; 4]);
+    assert_eq!(has!(RefreshPolicy), [true; 4]);
+    let jwts: Refreshing<Token> = Refreshing::new(EnvSource::jwt());
     fn is_send<T: Send>(_: &T) {}
     is_send(&(jwts.token(), jwts.prefetch(), jwts.token_valid_for(std::time::Duration::ZERO)));
 }
@@ -273,6 +273,6 @@ fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
 #[test]
 fn r1_the_stacks_future_is_at_most_128_bytes_larger_than_the_inner_one() {
     type Inner = [u64; 40];
-    let overhead = size_of::<selam::ResponseFuture<Inner, (), CloneBody, Body, Body>>() - size_of::<Inner>();
+    let overhead = size_of::<stack::ResponseFuture<Inner, (), CloneBody, Body, Body>>() - size_of::<Inner>();
     assert!(overhead <= 128, "{overhead}");
 }

@@ -25,7 +25,7 @@ use tower::{
     util::BoxCloneSyncService,
 };
 use tower_selam::{
-    ApiKey, BoxError, JwtLayer, MaybeRenewing, RefreshLayer, Renewing, RequestAuth, SelamLayer, Token,
+    ApiKey, BoxError, JwtLayer, Provider, RefreshLayer, Refreshing, RequestAuth, SelamLayer, Token,
     source::{Reason, source_fn},
 };
 use tower_test::mock;
@@ -95,7 +95,7 @@ impl Service<Request<Body>> for Slow {
 fn yielding<C: tower_selam::Credential>(
     turns: usize,
     make: fn(String) -> C,
-) -> (Renewing<C>, Arc<AtomicUsize>) {
+) -> (Refreshing<C>, Arc<AtomicUsize>) {
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&asked);
     let source = source_fn(move |_: Reason<C>| {
@@ -107,7 +107,7 @@ fn yielding<C: tower_selam::Credential>(
             Ok::<_, BoxError>(make(format!("token-{number}")))
         }
     });
-    (Renewing::new(source), asked)
+    (Refreshing::new(source), asked)
 }
 
 fn token(text: String) -> Token {
@@ -150,7 +150,7 @@ async fn t3_wherever_a_call_is_dropped_nothing_is_lost_and_nothing_is_sent_twice
             let case = format!("{polls} polls, {turns} turns, {others} others, key: {key_from_source}");
             let ((jwts, asked), (keys, reads)) =
                 (yielding(3, token), yielding(6, |text| ApiKey::new(text).unwrap()));
-            let key = if key_from_source { MaybeRenewing::from(&keys) } else { key().into() };
+            let key = if key_from_source { Provider::from(&keys) } else { key().into() };
             let (api, sent) = Slow::new();
             let limited = ConcurrencyLimit::new(api, 1 + others);
             let service = RefreshLayer::new().layer(JwtLayer::new(&jwts, key).layer(limited));

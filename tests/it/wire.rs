@@ -140,7 +140,7 @@ async fn h1_both_orders_of_the_two_layers_reach_the_api_alike() {
 async fn h1_the_key_in_its_own_header() {
     let world = world().await;
     let base = BaseUrl::new(world.server.base_url()).unwrap();
-    let layer = ApiKeyLayer::header(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
+    let layer = ApiKeyLayer::x_api_key(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
     for http in BOTH {
         let request =
             Request::post(base.endpoint("audio/speech").unwrap()).header("authorization", "Bearer theirs");
@@ -157,7 +157,8 @@ async fn o2_in_pass_mode_another_origin_gets_the_request_and_no_credentials() {
     let (api, elsewhere) = (world().await, world().await);
     let base = BaseUrl::new(api.server.base_url()).unwrap();
     let credentials = (Token::new(&*api.jwt).unwrap(), ApiKey::new(&*api.key).unwrap());
-    let layer = JwtLayer::new(credentials.0, credentials.1).with_origins(base.origins().pass_others());
+    let layer =
+        JwtLayer::new(credentials.0, credentials.1).with_origins(base.origins().strip_for_other_origins());
     let uri = BaseUrl::new(elsewhere.server.base_url()).unwrap().endpoint("chat/completions").unwrap();
     for http in BOTH {
         let request = Request::post(&uri).header("x-api-key", "theirs").body(Full::from(CHAT)).unwrap();
@@ -210,7 +211,7 @@ async fn h4_a_requests_own_choice_holds_for_it_alone() {
     for http in BOTH {
         let mut client = layer.layer(https(&world.server, http));
         for (choice, bearer) in [
-            (RequestAuth::Own(Credentials::bearer(ApiKey::new(&*tenant).unwrap())), &tenant),
+            (RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*tenant).unwrap())), &tenant),
             (RequestAuth::ApiKey, &world.key),
         ] {
             let mut request = post(&layer, "chat/completions", CHAT);
@@ -336,7 +337,7 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     });
     // hyper's connection cannot be cloned, and a layer whose credential may have to be waited for needs that.
     let connection = ServiceBuilder::new().buffer(1).service(connection);
-    let origins = Origins::new(&origin).unwrap().with_stated_origin(&origin).unwrap();
+    let origins = Origins::new(&origin).unwrap().with_relative_uri_origin(&origin).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
     let request =
         Request::post("/v1/chat/completions").header("host", authority).body(Full::from(CHAT)).unwrap();
@@ -345,7 +346,7 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
 
     // As tonic does it, over HTTP/2: the origin is added further in.
-    let origins = Origins::new(&origin).unwrap().with_stated_origin(&origin).unwrap();
+    let origins = Origins::new(&origin).unwrap().with_relative_uri_origin(&origin).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
     let client = ServiceBuilder::new()
         .map_err(Error::Inner)

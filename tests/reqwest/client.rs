@@ -78,7 +78,7 @@ async fn h4_a_choice_is_that_of_the_client_or_the_request_that_made_it() {
 
     // A request's own counts more, whether it comes as one of the http crate's or was one.
     let other = world.simulator.issue_key();
-    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new(&*other).unwrap()));
+    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
     let request = || Request::post(&chat).extension(own.clone()).body(CHAT).unwrap();
     in_time(with_key.execute(request())).await.unwrap();
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
@@ -247,7 +247,7 @@ async fn e7_ours_is_found_through_towers_layers_and_boxes() {
         .layer(layer);
     let selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
     let post = |key: &str| {
-        let own = RequestAuth::Own(Credentials::bearer(ApiKey::new(key).unwrap()));
+        let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(key).unwrap()));
         Request::post(world.url("chat/completions")).extension(own).body(CHAT).unwrap()
     };
     assert_eq!(in_time(selam.execute(post(&world.key))).await.unwrap().status(), StatusCode::OK);
@@ -321,7 +321,7 @@ async fn a_token_endpoint_is_asked_through_reqwest() {
         .or_else(|_| TokenEndpoint::new::<_, reqwest::Body, _>(&url, http))
         .unwrap()
         .with_client_auth(ClientAuth::api_key(world.api_key()));
-    let jwts = tower_selam::Renewing::new(OAuthSource::client_credentials(endpoint));
+    let jwts = tower_selam::Refreshing::new(OAuthSource::client_credentials(endpoint));
     let selam = Client::new(world.builder().with_jwt(jwts).build().unwrap(), world.reqwest()).unwrap();
     let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
     assert_eq!(in_time(selam.execute(request)).await.unwrap().status(), StatusCode::OK);

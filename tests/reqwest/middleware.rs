@@ -108,7 +108,7 @@ async fn h4_a_request_chooses_by_an_extension() {
     in_time(post().send()).await.unwrap();
     assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the choice was that request's");
     let other = world.simulator.issue_key();
-    let own = RequestAuth::Own(Credentials::bearer(ApiKey::new(&*other).unwrap()));
+    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
     in_time(post().with_extension(own).send()).await.unwrap();
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
 
@@ -185,7 +185,7 @@ async fn j9_under_retries_every_try_has_a_fresh_credential_and_a_401_ends_them()
     // The 503, the 401 and what it was sent again for: two tries of the middleware's.
     assert_eq!((world.simulator.requests(), tries.swap(0, SeqCst), asked.load(SeqCst)), (3, 2, 2));
 
-    let unknown = RequestAuth::Own(Credentials::bearer(ApiKey::new("sk-selam-unknown").unwrap()));
+    let unknown = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-unknown").unwrap()));
     let refused = send(unknown).await.unwrap_err();
     assert_eq!(AuthError::find(&refused).unwrap().kind(), AuthErrorKind::InvalidApiKey);
     assert_eq!((world.simulator.requests(), tries.load(SeqCst)), (4, 1));

@@ -123,7 +123,7 @@ async fn o4_a_redirect_within_the_origin_is_followed_with_credentials() {
 async fn o4_a_follower_outside_the_layers_gets_there_without_credentials() {
     for status in STATUSES {
         let (api, elsewhere) = two_origins().await;
-        let origins = api.base_url().origins().pass_others();
+        let origins = api.base_url().origins().strip_for_other_origins();
         let layer = api.builder().with_jwt(api.jwt()).with_origins(origins).build().unwrap();
         let layers =
             ServiceBuilder::new().layer(FollowRedirectLayer::new()).layer(layer.with_replay(TryCloneBody));
@@ -161,7 +161,7 @@ async fn o4_another_origin_that_may_have_them_gets_them_from_the_layers_alone() 
     let both =
         api.base_url().origins().allow_insecure_loopback(other.server.base_url().trim_end_matches("/v1"));
     other.simulator.add_key(&*api.key);
-    let layer = api.builder().with_origins(both.unwrap().pass_others()).build().unwrap();
+    let layer = api.builder().with_origins(both.unwrap().strip_for_other_origins()).build().unwrap();
     for status in STATUSES {
         // By itself, reqwest would go there without `Authorization`.
         api.redirect(status, &other.url("chat/completions"));

@@ -15,7 +15,7 @@ use http_body::Frame;
 use http_body_util::StreamBody;
 use reqwest::ClientBuilder;
 use tower_selam::{
-    ApiKey, BaseUrl, BoxError, Renewing, SelamLayer, SelamLayerBuilder, Token,
+    ApiKey, BaseUrl, BoxError, Refreshing, SelamLayer, SelamLayerBuilder, Token,
     adapter::reqwest::Client,
     simulator::{Fault, JwtAlgorithm, Received, Server, Simulator},
     source::{Reason, source_fn},
@@ -122,7 +122,7 @@ impl World {
     }
 
     /// JWTs of the simulator's, and how many there were.
-    pub(crate) fn renewing(&self) -> (Renewing<Token>, Arc<AtomicUsize>) {
+    pub(crate) fn renewing(&self) -> (Refreshing<Token>, Arc<AtomicUsize>) {
         let (simulator, asked) = (self.simulator.clone(), Arc::new(AtomicUsize::new(0)));
         let counter = Arc::clone(&asked);
         let source = source_fn(move |_: Reason<Token>| {
@@ -130,7 +130,7 @@ impl World {
             let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE);
             async move { Ok::<_, BoxError>(Token::new(jwt)?) }
         });
-        (Renewing::new(source), asked)
+        (Refreshing::new(source), asked)
     }
 
     pub(crate) fn builder(&self) -> SelamLayerBuilder {

@@ -22,7 +22,7 @@ use futures_util::StreamExt;
 use reqwest::Certificate;
 use tower::service_fn;
 use tower_selam::{
-    ApiKey, AuthError, BaseUrl, BoxError, Jwts, Renewing, SelamLayer, Token,
+    ApiKey, AuthError, BaseUrl, BoxError, JwtProvider, Refreshing, SelamLayer, Token,
     adapter::reqwest::Client,
     env,
     simulator::{JwtAlgorithm, Server, Simulator},
@@ -72,7 +72,7 @@ async fn main() -> Result<(), BoxError> {
     println!("sent      {} times: the JWT was renewed in between\n", world.simulator.requests() - before);
 
     refused(&world.client(ApiKey::new("sk-selam-revoked")?, None)?).await?;
-    let vault = Renewing::new(source_fn(|_: Reason<Token>| async {
+    let vault = Refreshing::new(source_fn(|_: Reason<Token>| async {
         Err::<Token, BoxError>("the vault is sealed".into())
     }));
     refused(&world.client(key, Some(vault.into()))?).await
@@ -133,7 +133,7 @@ impl World {
         Ok(Self { simulator, server, base_url })
     }
 
-    fn client(&self, key: ApiKey, jwts: Option<Jwts>) -> Result<OpenAI, BoxError> {
+    fn client(&self, key: ApiKey, jwts: Option<JwtProvider>) -> Result<OpenAI, BoxError> {
         let builder = SelamLayer::builder().with_api_key(key).with_base_url(self.base_url.clone());
         let layer = match jwts {
             Some(jwts) => builder.with_jwt(jwts).build()?,
@@ -147,9 +147,9 @@ impl World {
         Ok(reqwest::Client::builder().no_proxy().tls_certs_only([trusted]))
     }
 
-    fn jwts(&self) -> Renewing<Token> {
+    fn jwts(&self) -> Refreshing<Token> {
         let simulator = self.simulator.clone();
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(60));
             async move { Ok::<_, BoxError>(Fetched::new(Token::new(jwt)?)) }
         }))

@@ -36,7 +36,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::CertificateDer};
 use tower::{Layer, ServiceExt};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, MaybeRenewing, Renewing, Selam, SelamLayer, env,
+    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, Provider, Refreshing, Selam, SelamLayer, env,
     simulator::{Server, Simulator},
     source::{Reason, SourceError, source_fn},
 };
@@ -123,7 +123,7 @@ impl IntoResponse for Failure {
                     (StatusCode::FORBIDDEN, "this is not part of our plan", None)
                 }
                 // There is no credential now, and may be one in a moment.
-                AuthErrorKind::RenewalFailed => {
+                AuthErrorKind::RefreshFailed => {
                     (StatusCode::SERVICE_UNAVAILABLE, "come back in a moment", error.retry_after())
                 }
                 _ => (StatusCode::BAD_GATEWAY, "the API does not know us; we have been told", None),
@@ -225,7 +225,7 @@ impl World {
         Ok(Self { simulator, server })
     }
 
-    fn app(&self, key: impl Into<MaybeRenewing<ApiKey>>) -> Result<(SelamLayer, Router), BoxError> {
+    fn app(&self, key: impl Into<Provider<ApiKey>>) -> Result<(SelamLayer, Router), BoxError> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from(self.server.ca_der().unwrap_or_default().to_vec()))?;
         let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -241,8 +241,8 @@ impl World {
     }
 
     /// Keys with which nobody gets an answer.
-    fn troubles(&self) -> Result<[(&'static str, MaybeRenewing<ApiKey>); 3], BoxError> {
-        let vault = Renewing::new(source_fn(|_: Reason<ApiKey>| async {
+    fn troubles(&self) -> Result<[(&'static str, Provider<ApiKey>); 3], BoxError> {
+        let vault = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
             Err::<ApiKey, _>(
                 SourceError::transient("the vault is sealed").with_retry_after(Duration::from_secs(20)),
             )

@@ -9,7 +9,7 @@ use std::{
 
 use lexopt::{Arg, Parser, ValueExt};
 use tower_selam::{
-    ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, MaybeRenewing, Renewing, SelamLayer,
+    ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, Provider, Refreshing, SelamLayer,
     SelamLayerBuilder, Token, env, source::FileSource,
 };
 
@@ -305,16 +305,16 @@ fn load<C: Credential>(
     flag: &str,
     place: &Place,
     from_variable: fn(&str) -> Result<C, ConfigError>,
-) -> Result<MaybeRenewing<C>, Error> {
+) -> Result<Provider<C>, Error> {
     match place {
         Place::File(path) => {
             let source = FileSource::new(path);
             // A file that is no good is better known now.
             source.read().map_err(|error| refused(Some(flag), &error))?;
-            Ok(MaybeRenewing::Renewing(Renewing::new(source)))
+            Ok(Provider::Refreshing(Refreshing::new(source)))
         }
         Place::Variable(name) | Place::Endpoint(name) => {
-            from_variable(name).map(MaybeRenewing::Fixed).map_err(|error| refused(None, &error))
+            from_variable(name).map(Provider::Fixed).map_err(|error| refused(None, &error))
         }
     }
 }

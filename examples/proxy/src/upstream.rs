@@ -26,7 +26,7 @@ use tokio_rustls::rustls::{
     pki_types::{CertificateDer, pem::PemObject},
 };
 use tower::{Service, timeout::Timeout, util::BoxCloneSyncService};
-use tower_selam::{BoxError, refresh::ReplayBody};
+use tower_selam::{BoxError, replay::ReplayBody};
 
 use crate::config;
 
@@ -329,7 +329,7 @@ mod tests {
 
     use tower::ServiceExt;
     use tower_selam::{
-        refresh::{BufferBody, Replay},
+        replay::{BufferBody, Replay},
         simulator::{Fault, Server, Simulator},
     };
 
@@ -348,7 +348,7 @@ mod tests {
 
     fn request(server: &Server, key: &str) -> Request<Sent> {
         let body = BufferBody::new(0)
-            .once(Body::from(r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#));
+            .pass_through(Body::from(r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#));
         let request = Request::post(format!("{}/chat/completions", server.base_url()));
         request.header("authorization", format!("Bearer {key}")).body(body).unwrap()
     }

@@ -14,7 +14,7 @@ use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
 use reqwest_retry::{RetryTransientMiddleware, policies::ExponentialBackoff};
 use serde_json::{Value, json};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, Credentials, Renewing, RequestAuth, SelamLayer,
+    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, Credentials, Refreshing, RequestAuth, SelamLayer,
     Token,
     adapter::{reqwest::redirect_policy, reqwest_middleware::AuthMiddleware},
     env,
@@ -66,7 +66,7 @@ async fn with_the_simulator() -> Result<(), BoxError> {
     let key = ApiKey::new(simulator.issue_key())?;
     let jwts = {
         let simulator = simulator.clone();
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(60));
             async move { Ok::<_, BoxError>(Token::new(jwt)?) }
         }))
@@ -126,7 +126,7 @@ async fn with_the_api() -> Result<(), BoxError> {
 }
 
 fn own(key: String) -> Result<RequestAuth, BoxError> {
-    Ok(RequestAuth::Own(Credentials::bearer(ApiKey::new(key)?)))
+    Ok(RequestAuth::Custom(Credentials::bearer(ApiKey::new(key)?)))
 }
 
 fn question() -> Value {

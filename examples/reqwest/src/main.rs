@@ -13,7 +13,7 @@ use bytes::Bytes;
 use reqwest::{Certificate, Response, StatusCode};
 use serde_json::{Value, json};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, Credentials, Error, Renewing, RequestAuth,
+    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, Credentials, Error, Refreshing, RequestAuth,
     SelamLayer, Token,
     adapter::reqwest::Client,
     env,
@@ -49,7 +49,7 @@ async fn with_the_simulator() -> Result<(), BoxError> {
     let key = ApiKey::new(simulator.issue_key())?;
     let jwts = {
         let simulator = simulator.clone();
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(60));
             async move { Ok::<_, BoxError>(Token::new(jwt)?) }
         }))
@@ -146,7 +146,7 @@ fn question(stream: bool) -> Value {
 }
 
 fn own(key: String) -> Result<RequestAuth, BoxError> {
-    Ok(RequestAuth::Own(Credentials::bearer(ApiKey::new(key)?)))
+    Ok(RequestAuth::Custom(Credentials::bearer(ApiKey::new(key)?)))
 }
 
 async fn chat_completion(selam: &Client, api: &Api) -> Result<(), BoxError> {

@@ -31,7 +31,7 @@ use tonic::{
 };
 use tower::Layer;
 use tower_selam::{
-    ApiKey, AuthError, BaseUrl, BoxError, RenewalPolicy, Renewing, SelamLayer, Token,
+    ApiKey, AuthError, BaseUrl, BoxError, RefreshPolicy, Refreshing, SelamLayer, Token,
     adapter::tonic::{SelamGrpc, SelamGrpcLayer},
     env::SELAM_API_KEY,
     source::{Reason, source_fn},
@@ -76,8 +76,8 @@ async fn with_a_server_of_our_own() -> Result<(), BoxError> {
         async move { Ok::<_, BoxError>(Token::new(token)?) }
     });
     // Tokens that are refused one after the other are renewed at intervals; these live so short that they would be.
-    let policy = RenewalPolicy::new().with_backoff(LIFETIME / 10, LIFETIME);
-    let jwts = Renewing::with_policy(source, policy);
+    let policy = RefreshPolicy::new().with_backoff(LIFETIME / 10, LIFETIME);
+    let jwts = Refreshing::with_policy(source, policy);
     let selam = SelamLayer::builder()
         .with_base_url(BaseUrl::new(&server.url())?)
         .with_api_key(ApiKey::new(KEY)?)

@@ -16,8 +16,8 @@ pub use self::key::SigningKey;
 use super::{Fetched, Reason, Source, SourceError};
 use crate::{
     ConfigError, ConfigErrorKind, Token,
-    clock::{Clock, LONG},
     error::{Place, Subject},
+    util::clock::{Clock, LONG},
 };
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
@@ -29,7 +29,7 @@ const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
 ///
 /// ```
 /// use serde_json::json;
-/// use tower_selam::{Renewing, source::{JwtSigner, SigningAlgorithm, SigningKey}};
+/// use tower_selam::{Refreshing, source::{JwtSigner, SigningAlgorithm, SigningKey}};
 ///
 /// # tokio_test::block_on(async {
 /// # let secret = [7; 32];
@@ -38,7 +38,7 @@ const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
 ///     .with_key_id("2026-01")
 ///     .with_claims(json!({ "iss": "my-service", "aud": "selam" }))?;
 ///
-/// let jwts = Renewing::new(signer.with_subject("user-1"));
+/// let jwts = Refreshing::new(signer.with_subject("user-1"));
 /// assert!(jwts.token().await?.expires_at().is_some());
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();

@@ -14,7 +14,7 @@ use http::Request;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
     AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, Credentials, JwtLayer, PerSubject,
-    Renewing, RequestAuth, SelamLayer, Subject, Token,
+    Refreshing, RequestAuth, SelamLayer, Subject, Token,
     simulator::Simulator,
     source::{Reason, SourceError, source_fn},
     telemetry,
@@ -30,9 +30,9 @@ use crate::{
     support::{KEY, MODELS, get, key, response},
 };
 
-fn endless_jwts() -> Renewing<Token> {
+fn endless_jwts() -> Refreshing<Token> {
     let number = AtomicUsize::new(1);
-    Renewing::new(source_fn(move |_: Reason<Token>| {
+    Refreshing::new(source_fn(move |_: Reason<Token>| {
         let number = number.fetch_add(1, SeqCst);
         async move { Ok::<_, BoxError>(Token::new(format!("canary-token-{number}"))?) }
     }))
@@ -249,7 +249,7 @@ async fn refusals_in_grpc_are_counted_once_too() {
 #[tokio::test]
 async fn requests_that_are_not_sent_are_counted_by_kind() {
     let failing = |permanent: bool| {
-        Renewing::<Token>::new(source_fn(move |_: Reason<Token>| async move {
+        Refreshing::<Token>::new(source_fn(move |_: Reason<Token>| async move {
             Err::<Token, _>(if permanent {
                 SourceError::permanent("over")
             } else {
@@ -298,7 +298,7 @@ async fn the_key_in_use_is_shown_and_the_old_one_set_to_zero() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
     let source = Rotating::new("sk-selam-one");
-    let keys = Renewing::new(source.clone());
+    let keys = Refreshing::new(source.clone());
     let layer = SelamLayer::builder().with_api_key(&keys).build().unwrap();
     assert_eq!(recorder.all(), []);
     keys.prefetch().await.unwrap();
@@ -358,7 +358,7 @@ async fn there_are_no_more_series_however_many_credentials_there_are() {
         layer.layer(api([(200, "")])).oneshot(request).await.unwrap();
         let tenant = ApiKey::new(format!("sk-selam-tenant-{user}")).unwrap();
         let mut request = chat();
-        request.extensions_mut().insert(RequestAuth::Own(Credentials::bearer(tenant)));
+        request.extensions_mut().insert(RequestAuth::Custom(Credentials::bearer(tenant)));
         layer.layer(api([(200, "")])).oneshot(request).await.unwrap();
     }
     assert_eq!(recorder.all(), [(info(KEY), 1.0), (renewals("renewed"), 50.0)]);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use tower::{Layer, Service, service_fn};
 use tower_selam::{
-    ApiKey, BoxError, Renewing, SelamLayer, Token,
+    ApiKey, BoxError, Refreshing, SelamLayer, Token,
     oauth::{ClientAuth, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint},
     simulator::{JwtAlgorithm, Simulator},
     source::{Fetched, Reason, Source, SourceError, source_fn},
@@ -89,7 +89,7 @@ pub(super) async fn unsaved(simulator: &Simulator) {
     let auth = ClientAuth::client_secret_basic(id, secret).unwrap();
     let token = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
     let source = OAuthSource::refresh_token(endpoint.unwrap().with_client_auth(auth), Full(token));
-    Renewing::new(source).prefetch().await.unwrap();
+    Refreshing::new(source).prefetch().await.unwrap();
     settle().await;
 }
 
@@ -102,11 +102,11 @@ pub(super) async fn everything() {
     simulator.add_key(KEY);
     let keys = Rotating::new(KEY);
     let minting = simulator.clone();
-    let jwts = Renewing::new(source_fn(move |_: Reason<Token>| {
+    let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
         let jwt = minting.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(600));
         async { Ok::<_, BoxError>(Token::new(jwt)?) }
     }));
-    let keys_in_use = Renewing::new(keys.clone());
+    let keys_in_use = Refreshing::new(keys.clone());
     let layer = SelamLayer::builder().with_api_key(&keys_in_use).with_jwt(&jwts).build().unwrap();
     let selam = layer.layer(simulator.clone());
     assert_eq!(selam.send(chat()).await.unwrap().status(), 200);
@@ -132,7 +132,7 @@ pub(super) async fn everything() {
     // Sources that say what they held.
     let (first, second) = ("opaque-canary-first", "opaque-canary-second");
     for permanent in [false, true] {
-        let jwts = Renewing::new(source_fn(move |reason: Reason<Token>| async move {
+        let jwts = Refreshing::new(source_fn(move |reason: Reason<Token>| async move {
             match reason {
                 Reason::Rejected(old) => {
                     let said = format!("no other than\r\n{}, {KEY} or eyJh.eyJz.c2ln", old.expose_secret());

@@ -7,16 +7,16 @@ use http::Uri;
 use tonic::{Code, Status, transport};
 use tower::{Layer, ServiceBuilder, timeout::TimeoutLayer};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, ConfigErrorKind, PerSubject, Renewing, RequestAuth,
-    SelamLayer, Subject, Token,
+    ApiKey, AuthError, AuthErrorKind, BaseUrl, BoxError, ConfigErrorKind, PerSubject, Refreshing,
+    RequestAuth, SelamLayer, Subject, Token,
     adapter::tonic::SelamGrpcLayer,
     source::{Reason, SourceError, source_fn},
 };
 
 use crate::support::{DETAILS, Gate, HANG, How, KEY, client, greet, layer, until};
 
-fn failing(permanent: bool) -> Renewing<Token> {
-    Renewing::new(source_fn(move |_: Reason<Token>| async move {
+fn failing(permanent: bool) -> Refreshing<Token> {
+    Refreshing::new(source_fn(move |_: Reason<Token>| async move {
         Err::<Token, _>(if permanent {
             SourceError::permanent("revoked")
         } else {
@@ -36,12 +36,12 @@ async fn e7_what_was_never_sent_is_unauthenticated_or_permission_denied_with_its
     let server = gate.serve().await;
 
     let status = greet(&mut client(&server, failing(false))).await.unwrap_err();
-    assert_found(&status, Code::Unauthenticated, AuthErrorKind::RenewalFailed);
+    assert_found(&status, Code::Unauthenticated, AuthErrorKind::RefreshFailed);
     assert!(AuthError::find(&status).unwrap().retry_after().is_some());
     assert!(status.message().starts_with("credential not renewed"), "{status}");
 
     let status = greet(&mut client(&server, failing(true))).await.unwrap_err();
-    assert_found(&status, Code::Unauthenticated, AuthErrorKind::RenewalRefused);
+    assert_found(&status, Code::Unauthenticated, AuthErrorKind::RefreshRejected);
 
     let mut request = tonic::Request::new(Name::of("Almaz"));
     request.extensions_mut().insert(Subject::new("user-7"));

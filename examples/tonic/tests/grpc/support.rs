@@ -24,7 +24,7 @@ use tonic::{
 };
 use tower::{Layer, Service, ServiceExt};
 use tower_selam::{
-    ApiKey, BaseUrl, BoxError, Jwts, Renewing, SelamLayer, Token,
+    ApiKey, BaseUrl, BoxError, JwtProvider, Refreshing, SelamLayer, Token,
     adapter::tonic::{SelamGrpc, SelamGrpcLayer},
     source::{Reason, source_fn},
 };
@@ -150,9 +150,9 @@ impl Gate {
         token
     }
 
-    pub(crate) fn jwts(&self) -> Renewing<Token> {
+    pub(crate) fn jwts(&self) -> Refreshing<Token> {
         let gate = self.clone();
-        Renewing::new(source_fn(move |_: Reason<Token>| {
+        Refreshing::new(source_fn(move |_: Reason<Token>| {
             let gate = gate.clone();
             async move {
                 gate.0.asked.fetch_add(1, SeqCst);
@@ -345,7 +345,7 @@ fn greeting(name: &Name) -> Greeting {
     Greeting::saying(format!("Selam, {}!", name.name))
 }
 
-pub(crate) fn layer(server: &Server, jwt: impl Into<Jwts>) -> SelamGrpcLayer {
+pub(crate) fn layer(server: &Server, jwt: impl Into<JwtProvider>) -> SelamGrpcLayer {
     let selam = SelamLayer::builder()
         .with_base_url(BaseUrl::new(&server.url()).unwrap())
         .with_api_key(ApiKey::new(KEY).unwrap())
@@ -355,7 +355,7 @@ pub(crate) fn layer(server: &Server, jwt: impl Into<Jwts>) -> SelamGrpcLayer {
     SelamGrpcLayer::new(selam, server.endpoint().unwrap().uri()).unwrap()
 }
 
-pub(crate) fn client(server: &Server, jwt: impl Into<Jwts>) -> Client {
+pub(crate) fn client(server: &Server, jwt: impl Into<JwtProvider>) -> Client {
     GreeterClient::new(layer(server, jwt).layer(server.endpoint().unwrap().connect_lazy()))
 }
 

@@ -1,0 +1,5 @@
+//! Guide pages.
+
+pub mod composition {
+    #![doc = include_str!("composition.md")]
+}

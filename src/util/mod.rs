@@ -1,0 +1,13 @@
+//! Small tools that know nothing of credentials.
+
+#[macro_use]
+mod macros;
+
+pub(crate) mod clock;
+pub(crate) mod cold;
+#[cfg(all(test, model))]
+pub(crate) mod loom;
+pub(crate) mod per_thread;
+pub(crate) mod query;
+pub(crate) mod sync;
+pub(crate) mod timer;
