@@ -1,187 +1,119 @@
-//! Many tasks at once on a token that has expired, and a source that takes 50 ms: renewals, time, memory.
+//! Measures a thundering herd: many tasks on an expired token, and a source that takes 50 ms to refresh it.
 //!
 //! ```console
 //! $ cargo bench -p benches --bench herd
 //! ```
 //!
-//! The floor is the same tasks, which wait until 50 ms after the first of them came and call the bare service. The time is
-//! that of a runtime with many threads; the memory that of one with a single thread, where all of it can be counted.
+//! The floor is the same tasks, which sleep for 50 ms after the first one starts and then call the bare service. Time is
+//! measured on a multi-threaded runtime, memory on a single thread, where all of it can be counted. The run fails if a
+//! herd causes more than one refresh.
 
 use std::{
-    fmt::Debug,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use allocation_counter::measure;
 use benches::{
-    issuer::{Issuer, by_mutex, by_rw_lock},
-    or_short,
+    full_or_smoke,
+    issuer::{CONTENDERS, Client, Issuer, Measurement, measure_contender},
+    requests::{client, request},
     rounds::interleave,
-    table::{Table, verdict},
-    traffic::{Body, KEY, client, request},
+    table::Table,
 };
-use http::{Request, Response};
 use tokio::{
     runtime::{Builder, Runtime},
     time::{sleep, sleep_until},
 };
-use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_selam::{ApiKey, JwtLayer, SelamLayer};
+use tower::{ServiceExt, service_fn};
 
-const TAKES: Duration = Duration::from_millis(50);
-const LIFETIME: Duration = Duration::from_millis(150);
-const TARGET: f64 = 1.5;
-const TASKS: [usize; 2] = [1_000, 10_000];
-
-/// A herd of so many tasks: how long it took from the first to the last, and how often the token was renewed.
-type Herd = fn(&Runtime, usize) -> (Duration, Option<usize>);
-
-const FLOOR: usize = 0;
-const CONTENDERS: [(&str, Herd); 5] = [
-    ("the same tasks wait 50 ms, bare service", floor),
-    ("SelamLayer, JWT renewing", selam),
-    ("JwtLayer, JWT renewing", jwt_layer),
-    ("Mutex<Token> and format!", mutex),
-    ("RwLock<HeaderValue>", rw_lock),
-];
+const REFRESH: Duration = Duration::from_millis(50);
+const FIRST_LIFETIME: Duration = Duration::from_millis(150);
 
 fn main() {
-    let rounds = or_short(21, 1);
-    let many = Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let single = Builder::new_current_thread().enable_all().build().expect("a runtime");
-    println!("\nTasks on an expired token, renewed in 50 ms: medians of {rounds} interleaved rounds\n");
-    let mut table = Table::new(&[
-        "",
-        "tasks",
-        "renewals",
-        "target",
-        "",
-        "total ms",
-        "beyond 50 ms",
-        "x floor",
-        "target",
-        "",
-        "longest total ms",
-        "peak KiB",
-        "bytes per task",
-    ]);
-    for tasks in TASKS {
-        let mut renewals = [None; CONTENDERS.len()];
-        let samples = interleave(rounds, CONTENDERS.len(), |at| {
-            let (took, renewed) = CONTENDERS[at].1(&many, tasks);
-            renewals[at] = renewals[at].max(renewed);
-            took.as_secs_f64() * 1e3
-        });
-        let beyond = |at| samples.median(at) - TAKES.as_secs_f64() * 1e3;
-        for (at, (name, herd)) in CONTENDERS.iter().enumerate() {
-            herd(&single, tasks);
+    let rounds = full_or_smoke(21, 1);
+    let many_threads = Builder::new_multi_thread().enable_all().build().expect("the runtime is built");
+    let one_thread = Builder::new_current_thread().enable_all().build().expect("the runtime is built");
+    let names: Vec<&str> = ["by hand: sleep 50 ms, bare service"].into_iter().chain(CONTENDERS).collect();
+    let mut table =
+        Table::new(&["", "tasks", "total ms", "beyond 50 ms", "x floor", "longest ms", "bytes per task"]);
+    for tasks in [1_000, 10_000] {
+        let samples = interleave(rounds, names.len(), |at| herd(at, &many_threads, tasks));
+        let beyond = |at| samples.median(at) - REFRESH.as_secs_f64() * 1e3;
+        for (at, name) in names.iter().enumerate() {
+            herd(at, &one_thread, tasks);
             let peak = measure(|| {
-                herd(&single, tasks);
+                herd(at, &one_thread, tasks);
             })
             .bytes_max;
-            let ratio = beyond(at) / beyond(FLOOR);
-            let judge = |yes: bool, text: String| if yes { text } else { String::new() };
-            let is_ours = name.contains("Layer");
             table.row([
                 (*name).to_owned(),
                 tasks.to_string(),
-                renewals[at].map(|renewals| renewals.to_string()).unwrap_or_default(),
-                judge(is_ours, "1".to_owned()),
-                judge(is_ours, verdict(renewals[at] == Some(1))),
                 format!("{:.1}", samples.median(at)),
                 format!("{:.1}", beyond(at)),
-                format!("{ratio:.2}"),
-                judge(is_ours && tasks == TASKS[1], format!("<= {TARGET}")),
-                judge(is_ours && tasks == TASKS[1], verdict(ratio <= TARGET)),
+                format!("{:.2}", beyond(at) / beyond(0)),
                 format!("{:.1}", samples.largest(at)),
-                format!("{}", peak / 1024),
-                format!("{}", peak / tasks as u64),
+                (peak / tasks as u64).to_string(),
             ]);
         }
     }
-    table.print();
-    println!("\n`renewals` is the most of any round, `x floor` what is beyond the 50 ms beside the floor's.");
+    table.print(&format!(
+        "Tasks on an expired token, refreshed in 50 ms: medians of {rounds} interleaved rounds"
+    ));
+    println!("\n`x floor` compares the time beyond the 50 ms of the source.");
 }
 
-fn floor(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
-    let until = Arc::new(OnceLock::new());
-    let service = service_fn(move |request| {
-        let until = Arc::clone(&until);
+/// Runs one herd and returns its duration in milliseconds.
+fn herd(at: usize, runtime: &Runtime, tasks: usize) -> f64 {
+    let measurement = Herd { runtime, tasks };
+    match at {
+        0 => runtime.block_on(stampede(sleep_by_hand(), tasks)),
+        _ => {
+            let issuer = Issuer::new(FIRST_LIFETIME, REFRESH);
+            measure_contender(at - 1, runtime, &issuer, Duration::ZERO, measurement)
+        }
+    }
+}
+
+fn sleep_by_hand() -> impl Client {
+    let wake_at = Arc::new(OnceLock::new());
+    service_fn(move |request| {
+        let wake_at = Arc::clone(&wake_at);
         async move {
-            sleep_until(*until.get_or_init(|| tokio::time::Instant::now() + TAKES)).await;
+            sleep_until(*wake_at.get_or_init(|| tokio::time::Instant::now() + REFRESH)).await;
             client(request).await
         }
-    });
-    (runtime.block_on(stampede(service, tasks)), None)
+    })
 }
 
-fn selam(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
-    let issuer = Issuer::new(LIFETIME, TAKES);
-    let jwts = issuer.renewing();
-    let key = ApiKey::new(KEY).expect("a key");
-    let layer = SelamLayer::builder().with_api_key(key).with_jwt(&jwts).build().expect("a layer");
-    let took = runtime.block_on(async {
-        jwts.prefetch().await.expect("the first token");
-        expire().await;
-        stampede(layer.layer(service_fn(client)), tasks).await
-    });
-    (took, Some(issuer.renewals()))
+struct Herd<'a> {
+    runtime: &'a Runtime,
+    tasks: usize,
 }
 
-fn jwt_layer(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
-    let issuer = Issuer::new(LIFETIME, TAKES);
-    let jwts = issuer.renewing();
-    let client = service_fn(client);
-    let service = JwtLayer::new(&jwts, ApiKey::new(KEY).expect("a key")).layer(client);
-    let took = runtime.block_on(async {
-        jwts.prefetch().await.expect("the first token");
-        expire().await;
-        stampede(service, tasks).await
-    });
-    (took, Some(issuer.renewals()))
-}
+impl Measurement for Herd<'_> {
+    type Output = f64;
 
-fn mutex(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
-    let issuer = Issuer::new(LIFETIME, TAKES);
-    let took = runtime.block_on(async {
-        let service = by_mutex(Arc::clone(&issuer), Duration::ZERO).await;
-        expire().await;
-        stampede(service, tasks).await
-    });
-    (took, Some(issuer.renewals()))
-}
-
-fn rw_lock(runtime: &Runtime, tasks: usize) -> (Duration, Option<usize>) {
-    let issuer = Issuer::new(LIFETIME, TAKES);
-    let took = runtime.block_on(async {
-        let service = by_rw_lock(Arc::clone(&issuer), Duration::ZERO).await;
-        expire().await;
-        stampede(service, tasks).await
-    });
-    (took, Some(issuer.renewals()))
-}
-
-async fn expire() {
-    sleep(LIFETIME + Duration::from_millis(10)).await;
-}
-
-/// So many tasks, each with a request of its own.
-async fn stampede<S, R>(service: S, tasks: usize) -> Duration
-where
-    S: Service<Request<Body>, Response = Response<R>, Error: Debug, Future: Send> + Clone + Send + 'static,
-{
-    let started = Instant::now();
-    let tasks: Vec<_> = (0..tasks)
-        .map(|_| {
-            let service = service.clone();
-            tokio::spawn(async move {
-                service.oneshot(request()).await.expect("a response");
-            })
-        })
-        .collect();
-    for task in tasks {
-        task.await.expect("no task failed");
+    fn run<S: Client>(self, issuer: &Issuer, service: S) -> f64 {
+        let millis = self.runtime.block_on(async {
+            sleep(FIRST_LIFETIME + Duration::from_millis(10)).await;
+            stampede(service, self.tasks).await
+        });
+        assert_eq!(issuer.refreshes(), 1, "one refresh serves the herd");
+        millis
     }
-    started.elapsed()
+}
+
+/// Sends one request from each task and returns the milliseconds until all are answered.
+async fn stampede<S: Client>(service: S, tasks: usize) -> f64 {
+    let started = Instant::now();
+    let send = |_| {
+        let service = service.clone();
+        tokio::spawn(async move { drop(service.oneshot(request()).await.expect("the request succeeds")) })
+    };
+    let tasks: Vec<_> = (0..tasks).map(send).collect();
+    for task in tasks {
+        task.await.expect("no task panicked");
+    }
+    started.elapsed().as_secs_f64() * 1e3
 }

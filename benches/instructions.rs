@@ -1,16 +1,13 @@
-//! How many instructions a request takes, counted by valgrind: whatever else the machine does, they are the same.
+//! Counts instructions per request with valgrind and compares them with the record in `benches/instructions.txt`.
 //!
 //! ```console
-//! $ benches/instructions.sh            # fails when one has grown by more than 5 %, or by 1 % beyond its target
-//! $ benches/instructions.sh --update   # says so too, and records them anew in benches/instructions.txt
+//! $ cargo bench -p benches --bench instructions               # fails if a layer grew by more than 5 %
+//! $ cargo bench -p benches --bench instructions -- --update   # rewrites the record
 //! ```
 //!
-//! A run of this program under `valgrind --tool=callgrind` serves one contender, and callgrind collects in two functions
-//! alone: `measured_round_trip`, which builds a request as a program does and has it answered, and `measured_answer`, which
-//! does not build it. So neither the start of the program counts nor what the contender sets up.
-//!
-//! Compared is what is the same on another machine: a contender's count beside its floor's, of one run, without the
-//! building of the request, which would hide a growth.
+//! Counts do not depend on the machine's load. A process under callgrind serves one contender, and callgrind collects
+//! only inside `answer_once`, so neither the set-up nor the building of the requests counts. The ratio to the floor is
+//! compared, because another compiler or libc changes the counts of both.
 
 use std::{
     env, fs,
@@ -18,78 +15,85 @@ use std::{
 };
 
 use benches::{
-    contenders::{BARE, Contender, contenders},
-    record::{self, Change, Count},
-    table::{Table, verdict},
+    contenders::{contenders, position},
+    is_given,
+    requests::request,
+    serve::Serve,
+    table::{Table, target},
 };
 use tokio::runtime::Builder;
 
+const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/instructions.txt");
+const HEAD: &str = "\
+# Instructions per request, and as a multiple of the floor. Only the multiples are compared.
+# Written by `cargo bench -p benches --bench instructions -- --update`.
+";
 const REQUESTS: usize = 2_000;
+const GROWTH: f64 = 1.05;
 
 fn main() -> ExitCode {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("the runtime is built");
+    let mut contenders = contenders(&runtime);
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let contenders = contenders(&Builder::new_current_thread().enable_all().build().expect("a runtime"));
-    if let [serve, name, requests, ..] = arguments.as_slice()
-        && serve == "--serve"
+    if let [option, name, ..] = &arguments[..]
+        && option == "--serve"
     {
-        serve_one(contenders, name, requests.parse().expect("a number of requests"));
+        let at = position(&contenders, name);
+        serve(&mut *contenders[at].service, REQUESTS);
         return ExitCode::SUCCESS;
     }
-    // Cargo passes `--test` to a run that is only to show that it works; unoptimized counts say nothing.
-    if arguments.iter().any(|argument| argument == "--test") {
-        for mut contender in contenders {
-            contender.service.round_trips(1);
-        }
+    // Counts of unoptimized code mean nothing.
+    if is_given("--test") {
+        contenders.iter_mut().for_each(|contender| serve(&mut *contender.service, 1));
         return ExitCode::SUCCESS;
     }
     if Command::new("valgrind").arg("--version").output().is_err() {
-        eprintln!("valgrind is missing: instructions cannot be counted (Debian: apt-get install valgrind)");
+        eprintln!("valgrind is missing; install it to count instructions (Debian: apt-get install valgrind)");
         return ExitCode::FAILURE;
     }
 
-    let counted: Vec<Counted> = contenders.into_iter().map(Counted::count).collect();
-    show(&counted);
-    if arguments.iter().any(|argument| argument == "--update") {
-        // Not on standard output, which `run.sh` keeps.
-        for (name, change) in changes(&counted).filter(|(_, change)| change.is_worse()) {
-            eprintln!("{name}: {change}");
-        }
-        keep(&counted);
-        println!("\nRecorded in benches/instructions.txt.");
-        return ExitCode::SUCCESS;
+    let record = fs::read_to_string(RECORD).unwrap_or_default();
+    let counts: Vec<f64> = contenders.iter().map(|contender| instructions(contender.name)).collect();
+    let mut new_record = HEAD.to_owned();
+    let mut table = Table::new(&["", "instructions", "x floor", "recorded", "target"]);
+    let mut all_met = true;
+    for (contender, count) in contenders.iter().zip(&counts) {
+        let name = contender.name;
+        let ratio = count / counts[position(&contenders, contender.floor)];
+        new_record += &format!("{name:<38}{count:>8.0}{ratio:>8.3}\n");
+        let recorded = recorded_ratio(&record, name);
+        let is_met = recorded.is_some_and(|recorded| ratio <= recorded * GROWTH);
+        all_met &= is_met || !contender.is_ours;
+        table.row([
+            name.to_owned(),
+            format!("{count:.0}"),
+            format!("{ratio:.3}"),
+            recorded.map_or_else(|| "none".to_owned(), |recorded| format!("{recorded:.3}")),
+            if contender.is_ours { target("<= 5 % more", is_met) } else { String::new() },
+        ]);
     }
-    compare(&counted)
-}
-
-fn serve_one(contenders: Vec<Contender>, name: &str, requests: usize) {
-    let contender = contenders.into_iter().find(|contender| contender.name == name);
-    contender.expect("a contender of that name").service.round_trips(requests);
-}
-
-/// A contender, and the instructions of a request.
-struct Counted {
-    contender: Contender,
-    built: f64,
-    answered: f64,
-}
-
-impl Counted {
-    fn count(contender: Contender) -> Self {
-        let built = instructions(contender.name, "measured_round_trip");
-        let answered = instructions(contender.name, "measured_answer");
-        Self { contender, built, answered }
+    table.print("Instructions per request");
+    if is_given("--update") {
+        fs::write(RECORD, new_record).expect("benches/instructions.txt is written");
+    } else if !all_met {
+        eprintln!("\nA layer grew by more than 5 % or has no record; accept it with `-- --update`.");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
 
-/// What callgrind collects in the functions whose name contains `function`, for each request.
-fn instructions(contender: &str, function: &str) -> f64 {
-    let program = env::current_exe().expect("this program's path");
+fn serve(service: &mut dyn Serve, requests: usize) {
+    service.answer_all((0..requests).map(|_| request()).collect());
+}
+
+/// Runs this program under callgrind for one contender and returns its instructions per request.
+fn instructions(contender: &str) -> f64 {
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--collect-atstart=no", "--callgrind-out-file=/dev/null"])
-        .arg(format!("--toggle-collect=*{function}*"))
-        .arg(program)
-        .args(["--serve", contender, &REQUESTS.to_string()])
-        // Or else the first call of each function of libc would look for it.
+        .arg("--toggle-collect=*answer_once*")
+        .arg(env::current_exe().expect("this program has a path"))
+        .args(["--serve", contender])
+        // Resolves the functions of libc at start, outside of the count.
         .env("LD_BIND_NOW", "1")
         .output()
         .expect("valgrind runs");
@@ -97,84 +101,11 @@ fn instructions(contender: &str, function: &str) -> f64 {
     let collected = report.lines().find_map(|line| line.split_once("Collected : "));
     match collected.and_then(|(_, count)| count.trim().parse::<f64>().ok()) {
         Some(count) if output.status.success() && count > 0.0 => count / REQUESTS as f64,
-        _ => panic!("callgrind counted nothing in {function}, for {contender}:\n{report}"),
+        _ => panic!("callgrind counted nothing for {contender}:\n{report}"),
     }
 }
 
-fn floor<'a>(counted: &'a [Counted], of: &Counted) -> &'a Counted {
-    let floor = counted.iter().find(|other| other.contender.name == of.contender.floor);
-    floor.expect("the floor was counted")
-}
-
-fn show(counted: &[Counted]) {
-    println!("\nInstructions per request\n");
-    let mut table =
-        Table::new(&["", "answered", "net", "x floor", "target", "", "built, answered", "x floor", ""]);
-    let bare = counted.iter().find(|one| one.contender.name == BARE).expect("it was counted");
-    for one in counted {
-        let Counted { contender, built, answered } = one;
-        let floor = floor(counted, one);
-        let judge = |value, floor| {
-            contender.target.map_or_else(String::new, |target| verdict(target.is_met(value, floor)))
-        };
-        table.row([
-            contender.name.to_owned(),
-            format!("{answered:.0}"),
-            format!("{:.0}", answered - bare.answered),
-            format!("{:.3}", answered / floor.answered),
-            contender.target.map(|target| target.to_string()).unwrap_or_default(),
-            judge(*answered, floor.answered),
-            format!("{built:.0}"),
-            format!("{:.3}", built / floor.built),
-            judge(*built, floor.built),
-        ]);
-    }
-    table.print();
-    println!("\n`net` is without the bare service; on the right, the building of the request counts too.");
-}
-
-fn keep(counted: &[Counted]) {
-    let mut lines = record::head(&compiler());
-    for one in counted {
-        let ratio = one.answered / floor(counted, one).answered;
-        lines += &record::line(one.contender.name, one.answered, ratio);
-    }
-    fs::write(record::PATH, lines).expect("benches/instructions.txt is written");
-}
-
-/// As it calls itself, without the commit.
-fn compiler() -> String {
-    let output = Command::new(env::var_os("RUSTC").unwrap_or("rustc".into())).arg("--version").output();
-    let version = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    version.unwrap_or_default().split(" (").next().unwrap_or_default().trim().to_owned()
-}
-
-/// What has become of each of ours since it was recorded, beside its name.
-fn changes(counted: &[Counted]) -> impl Iterator<Item = (&str, Change)> {
-    let recorded = record::read();
-    counted.iter().filter(|one| one.contender.is_ours).flat_map(move |one| {
-        let Contender { name, floor: floor_name, target, .. } = one.contender;
-        let count = Count {
-            name,
-            instructions: one.answered,
-            floor: floor_name,
-            floor_instructions: floor(counted, one).answered,
-            target,
-        };
-        count.changes(&recorded).into_iter().map(move |change| (name, change))
-    })
-}
-
-fn compare(counted: &[Counted]) -> ExitCode {
-    let (mut failed, same_compiler) = (false, record::is_of(&compiler()));
-    println!();
-    for (name, change) in changes(counted) {
-        println!("{name}: {change}");
-        failed |= change.fails(same_compiler);
-    }
-    if failed {
-        return ExitCode::FAILURE;
-    }
-    println!("None has grown by more than 5 %, nor by more than 1 % beyond its target.");
-    ExitCode::SUCCESS
+fn recorded_ratio(record: &str, name: &str) -> Option<f64> {
+    let figures = record.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("  "))?;
+    figures.split_whitespace().nth(1)?.parse().ok()
 }

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# Runs every bench, draws the plots, and writes what they say into benches/README.md. Some five minutes, on a machine that
-# does nothing else.
+# Runs every bench, draws the plot and writes the results into benches/README.md. Takes about five minutes on an idle machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# What else the machine does.
 load=$(cut -d ' ' -f 1 /proc/loadavg)
 results=$(mktemp)
 trap 'rm -f "$results" "$results.md"' EXIT
@@ -12,28 +10,27 @@ trap 'rm -f "$results" "$results.md"' EXIT
 run() {
     printf '\n### `%s`\n' "$1" >>"$results"
     printf '==> %s\n' "$1"
-    # One that fails has said why in its table.
+    # A bench that fails says why in its table.
     cargo bench --locked --quiet --package benches --bench "$@" | tee -a "$results" || printf '==> %s failed\n' "$1" >&2
 }
 
 cargo bench --locked --package benches --no-run
-printf '%s, %s with %s cores. Load when it began: %s.\n' "$(rustc --version | cut -d ' ' -f 1-2)" \
+printf '%s, %s with %s cores. Load average at the start: %s.\n' "$(rustc --version | cut -d ' ' -f 1-2)" \
     "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$load" >>"$results"
-if command -v valgrind >/dev/null; then
-    # What has grown or misses a target that was met is said before it is recorded, and does not end up in the page.
-    run instructions -- --update
-else
-    echo 'valgrind is missing: instructions are not counted (Debian: apt-get install valgrind)' >&2
-fi
 run overhead
 run allocations
-run contention -- --plot
+run contention
 run herd
 run stall -- --plot
 run subjects
 run errors
+if command -v valgrind >/dev/null; then
+    run instructions -- --update
+else
+    echo 'valgrind is missing; install it to count instructions (Debian: apt-get install valgrind)' >&2
+fi
 
-# Between the marks, and without more than one empty line at a time.
+# Replaces the text between the markers and collapses empty lines.
 awk -v results="$results" '
     /^<!-- results end -->/ { skip = 0 }
     !skip { print }

@@ -1,111 +1,101 @@
-//! hyper-util's client over TLS, in HTTP/1.1 and HTTP/2: an answer, a stream as it comes, and audio.
+//! Uses hyper-util's client over HTTP/1.1 and HTTP/2: a JSON answer, a stream as it arrives, and audio.
 //!
 //! ```console
 //! $ cargo run --example hyper
 //! ```
 //!
-//! talks to a simulator over TLS on a loopback port. With `SELAM_API_KEY` set (and, if you like, `SELAM_BASE_URL`) it talks
-//! to the API itself.
+//! The example starts a simulator of the API and talks to it over TLS. With `SELAM_API_KEY` set (and optionally
+//! `SELAM_BASE_URL`) it talks to SelamAPI itself. It prints:
+//!
+//! ```text
+//! 1. HTTP/1.1
+//!    status     200 OK over HTTP/1.1
+//!    answer     Selam! You said: What does selam mean?
+//!    stream     Selam! You said: What does selam mean?
+//!    audio      844 bytes of audio/wav
+//! ```
+//!
+//! and the same for HTTP/2.
 
-#![allow(clippy::print_stdout, reason = "an example shows what it does")]
+#[path = "support/stream.rs"]
+mod stream;
+#[path = "support/hyper.rs"]
+mod support;
 
-use std::{io::Write as _, sync::Arc};
+use std::process::ExitCode;
 
-use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, builderstates::WantsSchemes};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde_json::{Value, json};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::CertificateDer};
-use tower::{Layer, ServiceExt};
-use tower_selam::{
-    ApiKey, BaseUrl, BoxError, Selam, SelamLayer, env,
-    simulator::{Server, Simulator},
-};
+use tower::Layer;
+use tower_selam::{BoxError, Selam, stack::ResponseBody};
 
-type Https = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+use self::{
+    stream::ChatStream,
+    support::{
+        Api, Https,
+        transcript::{finish, line, open_line, step},
+    },
+};
 
 #[tokio::main]
-async fn main() -> Result<(), BoxError> {
-    if std::env::var_os(env::SELAM_API_KEY).is_some() {
-        let layer = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
-        println!("API       {}", layer.base_url());
-        return with_both(&layer, || Ok(HttpsConnectorBuilder::new().with_native_roots()?)).await;
-    }
-    let simulator = Simulator::new();
-    let server = Server::tls(&simulator).await?;
-    let layer = SelamLayer::builder()
-        .with_api_key(ApiKey::new(simulator.issue_key())?)
-        .with_base_url(BaseUrl::new(server.base_url())?)
-        .build()?;
-    println!("API       {} (a simulator; set {} for the real one)", layer.base_url(), env::SELAM_API_KEY);
-    with_both(&layer, || Ok(HttpsConnectorBuilder::new().with_tls_config(trusting(&server)?))).await
+async fn main() -> ExitCode {
+    finish(run().await)
 }
 
-type Tls = HttpsConnectorBuilder<WantsSchemes>;
+async fn run() -> Result<(), BoxError> {
+    let api = Api::start("tower-selam with hyper-util").await?;
+    let http1 = support::tls(&api)?.https_or_http().enable_http1().build();
+    let http2 = support::tls(&api)?.https_or_http().enable_http2().build();
+    let mut builder = Client::builder(TokioExecutor::new());
 
-async fn with_both(layer: &SelamLayer, tls: impl Fn() -> Result<Tls, BoxError>) -> Result<(), BoxError> {
-    // Plain http, to a gateway on this machine, where the layers let it through.
-    let http1 = tls()?.https_or_http().enable_http1().build();
-    let http2 = tls()?.https_or_http().enable_http2().build();
-    let mut executor = Client::builder(TokioExecutor::new());
-    calls(layer, executor.build(http1)).await?;
-    calls(layer, executor.http2_only(true).build(http2)).await
+    // The client is a Tower service, so the layer fits as it is.
+    step("HTTP/1.1");
+    calls(&api, &api.layer().layer(builder.build(http1))).await?;
+    step("HTTP/2");
+    calls(&api, &api.layer().layer(builder.http2_only(true).build(http2))).await
 }
 
-async fn calls(layer: &SelamLayer, client: Https) -> Result<(), BoxError> {
-    // The layers fit as they are: the client is a Tower service.
-    let selam = layer.layer(client);
+async fn calls(api: &Api, selam: &Selam<Https>) -> Result<(), BoxError> {
     let question = [json!({ "role": "user", "content": "What does selam mean?" })];
 
-    let answer =
-        send(layer, &selam, "chat/completions", &json!({ "model": "selam-turbo", "messages": question }))
-            .await?;
-    println!("\n{:?}", answer.version());
-    let answer: Value = serde_json::from_slice(&answer.into_body().collect().await?.to_bytes())?;
-    println!("answer    {}", answer["choices"][0]["message"]["content"].as_str().unwrap_or("none"));
+    let body = json!({ "model": "selam-turbo", "messages": question });
+    let response = send(api, selam, "chat/completions", &body).await?;
+    line("status", format_args!("{} over {:?}", response.status(), response.version()));
+    let completion: Value = serde_json::from_slice(&response.into_body().collect().await?.to_bytes())?;
+    line("answer", completion["choices"][0]["message"]["content"].as_str().unwrap_or("(no content)"));
 
-    let streamed = json!({ "model": "selam-turbo", "stream": true, "messages": question });
-    let mut events = send(layer, &selam, "chat/completions", &streamed).await?.into_body();
-    print!("stream    ");
+    let body = json!({ "model": "selam-turbo", "stream": true, "messages": question });
+    let mut events = send(api, selam, "chat/completions", &body).await?.into_body();
+    let mut chat = ChatStream::default();
+    let mut text = open_line("stream");
     while let Some(frame) = events.frame().await {
-        let Ok(data) = frame?.into_data() else { continue };
-        for event in String::from_utf8_lossy(&data).lines().filter_map(|line| line.strip_prefix("data: ")) {
-            let event: Value = serde_json::from_str(event).unwrap_or_default();
-            print!("{}", event["choices"][0]["delta"]["content"].as_str().unwrap_or_default());
-            std::io::stdout().flush()?;
+        if let Ok(data) = frame?.into_data() {
+            text.push(&chat.push(&data));
         }
     }
+    drop(text);
+    chat.finish()?;
 
-    let speech = json!({ "model": "selam-tts", "input": "Selam!", "voice": "mekdes" });
-    let audio = send(layer, &selam, "audio/speech", &speech).await?;
-    let kind = audio.headers().get("content-type").cloned();
+    let body = json!({ "model": "selam-tts", "input": "Selam!", "voice": "mekdes" });
+    let audio = send(api, selam, "audio/speech", &body).await?;
+    let content_type = audio.headers().get(CONTENT_TYPE).ok_or("no content type")?.to_str()?.to_owned();
     let length = audio.into_body().collect().await?.to_bytes().len();
-    println!("\naudio     {length} bytes of {:?}", kind.ok_or("no content type")?);
+    line("audio", format_args!("{length} bytes of {content_type}"));
     Ok(())
 }
 
 async fn send(
-    layer: &SelamLayer,
+    api: &Api,
     selam: &Selam<Https>,
     path: &str,
     body: &Value,
-) -> Result<Response<Incoming>, BoxError> {
-    let request = Request::post(layer.base_url().endpoint(path)?)
-        .header("content-type", "application/json")
+) -> Result<Response<ResponseBody<Incoming>>, BoxError> {
+    let request = Request::post(api.url(path)?)
+        .header(CONTENT_TYPE, "application/json")
         .body(Full::from(body.to_string()))?;
-    Ok(selam.clone().oneshot(request).await?)
-}
-
-/// TLS that trusts the simulator's own authority.
-fn trusting(server: &Server) -> Result<ClientConfig, BoxError> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(server.ca_der().unwrap_or_default().to_vec()))?;
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-    Ok(config.with_safe_default_protocol_versions()?.with_root_certificates(roots).with_no_client_auth())
+    // An error is either the client's or a typed `AuthError`.
+    Ok(selam.send(request).await?)
 }

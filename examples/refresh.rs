@@ -1,17 +1,27 @@
-//! Tokens that live two seconds, under a steady load for half a minute. In between, the key is rotated and the token
-//! endpoint is out of order; no request notices.
+//! Refreshes two-second tokens under a steady load, while the key is rotated and the token endpoint fails; no request
+//! is affected.
 //!
 //! ```console
 //! $ cargo run --release --example refresh
 //! ```
 //!
-//! The API is this crate's simulator, in process. `REFRESH_SECONDS` sets how long it takes.
+//! The API is the crate's simulator, in process. `REFRESH_SECONDS` sets how long the load lasts (30 by default). The
+//! last lines of a run:
+//!
+//! ```text
+//! 2. Result
+//!    requests   6001
+//!    failed     0
+//!    refreshes  35, each shared by all requests
+//!    replays    1, after a 401 for a credential that was replaced meanwhile
+//!    slowest    1.7ms
+//! ```
 
-#![allow(clippy::print_stdout, reason = "an example shows what it does")]
+#[path = "support/transcript.rs"]
+mod transcript;
 
 use std::{
     env, fs,
-    io::Write as _,
     path::PathBuf,
     process::ExitCode,
     sync::{
@@ -36,7 +46,9 @@ use tower_selam::{
     source::FileSource,
 };
 
-const EVERY: Duration = Duration::from_millis(5);
+use self::transcript::{finish, line, step, title};
+
+const REQUEST_INTERVAL: Duration = Duration::from_millis(5);
 const TOKEN_LIFETIME: Duration = Duration::from_secs(2);
 const OUTAGE: Duration = Duration::from_millis(600);
 
@@ -44,20 +56,25 @@ const OUTAGE: Duration = Duration::from_millis(600);
 struct Tally {
     sent: AtomicU64,
     failed: AtomicU64,
-    longest_micros: AtomicU64,
+    slowest_micros: AtomicU64,
 }
 
 #[tokio::main]
-async fn main() -> Result<ExitCode, BoxError> {
+async fn main() -> ExitCode {
+    finish(run().await)
+}
+
+async fn run() -> Result<(), BoxError> {
     let seconds = env::var("REFRESH_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(30);
+    let duration = Duration::from_secs(seconds);
     let simulator = Simulator::new();
     simulator.set_rate_limit(u64::MAX);
     simulator.set_token_lifetime(TOKEN_LIFETIME);
 
-    // The key lies in a file, as in a secret volume; the JWT comes from a token endpoint that takes the key.
+    // The key is read from a file, as in a secret volume. The token endpoint issues JWTs in exchange for the key.
     let file = KeyFile::new()?;
-    let first = simulator.issue_key();
-    file.write(&first)?;
+    let first_key = simulator.issue_key();
+    file.replace(&first_key)?;
     let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(&file.0));
     let policy = RefreshPolicy::new().with_backoff(Duration::from_millis(100), Duration::from_secs(1));
     let endpoint =
@@ -65,34 +82,40 @@ async fn main() -> Result<ExitCode, BoxError> {
             .with_client_auth(ClientAuth::api_key(&keys));
     let jwts = Refreshing::with_policy(OAuthSource::client_credentials(endpoint), policy);
     let layer = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build()?;
-    let uri = layer.base_url().endpoint("audio/agent/sessions")?;
+    let url = layer.base_url().endpoint("audio/agent/sessions")?;
     let selam = layer.layer(simulator.clone());
     jwts.prefetch().await?;
 
-    println!("{seconds} seconds of a request every {EVERY:?}, with tokens that live {TOKEN_LIFETIME:?}.");
+    title("tower-selam refreshing under load");
+    line("API", "a simulator, in process");
+    line("tokens", format_args!("live {TOKEN_LIFETIME:?}, from a token endpoint"));
+    line("load", format_args!("one request every {REQUEST_INTERVAL:?} for {duration:?}"));
+
+    step("Load: totals after each second");
+    line("time", "requests  failed  refreshes");
     let tally = Arc::new(Tally::default());
     let mut requests = JoinSet::new();
-    let mut beat = interval(EVERY);
-    let began = Instant::now();
-    let mut shown = 0;
-    let (mut rotated, mut broke) = (false, false);
-    while began.elapsed() < Duration::from_secs(seconds) {
-        beat.tick().await;
-        let request = Request::post(uri.clone()).body(Full::from(r#"{"voice":"mekdes"}"#))?;
+    let mut ticks = interval(REQUEST_INTERVAL);
+    let start = Instant::now();
+    let mut second = 0;
+    let (mut rotated, mut failing) = (false, false);
+    while start.elapsed() < duration {
+        ticks.tick().await;
+        let request = Request::post(url.clone()).body(Full::from(r#"{"voice":"mekdes"}"#))?;
         requests.spawn(send(selam.clone(), request, Arc::clone(&tally)));
         while requests.try_join_next().is_some() {}
 
-        let elapsed = began.elapsed();
-        if !rotated && elapsed >= Duration::from_secs(seconds) / 3 {
+        let elapsed = start.elapsed();
+        if !rotated && elapsed >= duration / 3 {
             rotated = true;
-            let second = simulator.issue_key();
-            file.write(&second)?;
-            simulator.revoke_key(&first);
-            println!("\n  the key was rotated, and the old one revoked");
+            let second_key = simulator.issue_key();
+            file.replace(&second_key)?;
+            simulator.revoke_key(&first_key);
+            line("event", "the key was rotated in its file, and the old key revoked");
         }
-        if !broke && elapsed >= Duration::from_secs(seconds) * 2 / 3 {
-            broke = true;
-            println!("\n  the token endpoint is out of order for {OUTAGE:?}");
+        if !failing && elapsed >= duration * 2 / 3 {
+            failing = true;
+            line("event", format_args!("the token endpoint fails for {OUTAGE:?}"));
             let simulator = simulator.clone();
             simulator.set_token_outage(true);
             tokio::spawn(async move {
@@ -100,49 +123,47 @@ async fn main() -> Result<ExitCode, BoxError> {
                 simulator.set_token_outage(false);
             });
         }
-        if elapsed.as_secs() > shown {
-            shown = elapsed.as_secs();
-            show(shown, &simulator, &tally);
+        if elapsed.as_secs() > second {
+            second = elapsed.as_secs();
+            let (sent, failed) = (tally.sent.load(Relaxed), tally.failed.load(Relaxed));
+            let refreshes = refreshes(&simulator);
+            line(&format!("{second} s"), format_args!("{sent:>8}  {failed:>6}  {refreshes:>9}"));
         }
     }
     while requests.join_next().await.is_some() {}
 
     let (sent, failed) = (tally.sent.load(Relaxed), tally.failed.load(Relaxed));
-    println!("\n\nrequests sent  {sent:>8}");
-    println!("failed         {failed:>8}");
-    println!("renewals       {:>8}", simulator.token_requests() - 1);
-    println!("replays        {:>8}", replays(&simulator, sent));
-    println!("longest wait   {:>8.1?}", Duration::from_micros(tally.longest_micros.load(Relaxed)));
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    // A replay is what the API received in addition to one request each.
+    let replays = simulator.requests() - simulator.token_requests() - sent;
+    step("Result");
+    line("requests", sent);
+    line("failed", failed);
+    line("refreshes", format_args!("{}, each shared by all requests", refreshes(&simulator)));
+    line("replays", format_args!("{replays}, after a 401 for a credential that was replaced meanwhile"));
+    line("slowest", format_args!("{:.1?}", Duration::from_micros(tally.slowest_micros.load(Relaxed))));
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} of {sent} requests failed").into()) }
 }
 
 async fn send<S>(selam: S, request: Request<Full<Bytes>>, tally: Arc<Tally>)
 where
     S: Service<Request<Full<Bytes>>, Error: std::fmt::Display>,
 {
-    let began = Instant::now();
+    let start = Instant::now();
     tally.sent.fetch_add(1, Relaxed);
     if let Err(error) = selam.oneshot(request).await {
         tally.failed.fetch_add(1, Relaxed);
-        println!("\n  failed: {error}");
+        line("failed", error);
     }
-    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    tally.longest_micros.fetch_max(micros, Relaxed);
+    let micros = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
+    tally.slowest_micros.fetch_max(micros, Relaxed);
 }
 
-fn show(second: u64, simulator: &Simulator, tally: &Tally) {
-    let (sent, failed) = (tally.sent.load(Relaxed), tally.failed.load(Relaxed));
-    let renewals = simulator.token_requests() - 1;
-    print!("\r{second:>4} s: {sent:>6} requests, {failed} failed, {renewals} renewals");
-    let _ = std::io::stdout().flush();
+/// Counts requests to the token endpoint; the first one fetched the initial token.
+fn refreshes(simulator: &Simulator) -> u64 {
+    simulator.token_requests() - 1
 }
 
-/// What the API got beyond one for each request.
-fn replays(simulator: &Simulator, sent: u64) -> u64 {
-    simulator.requests() - simulator.token_requests() - sent
-}
-
-/// A file of this run's own, replaced atomically.
+/// A temporary file with the key, replaced atomically.
 struct KeyFile(PathBuf);
 
 impl KeyFile {
@@ -152,7 +173,7 @@ impl KeyFile {
         Ok(Self(directory.join("api-key")))
     }
 
-    fn write(&self, key: &str) -> Result<(), BoxError> {
+    fn replace(&self, key: &str) -> Result<(), BoxError> {
         let next = self.0.with_extension("next");
         fs::write(&next, key)?;
         Ok(fs::rename(next, &self.0)?)

@@ -103,7 +103,7 @@ pub mod telemetry;
 #[cfg(feature = "test-util")]
 pub use self::util::clock::TestClock;
 pub use self::{
-    auth_error::{AnnotateAuthErrorLayer, AuthErrorLayer},
+    auth_error::AuthErrorLayer,
     authorize::{ApiKeyLayer, JwtLayer},
     choose_auth::ChooseAuthLayer,
     credential::{ApiKey, Credential, Credentials, KeyId, RequestAuth, Subject, Token, env},

@@ -1,6 +1,7 @@
-//! An issuer of tokens that takes its time, and what programs wait for it with where they do not have this crate.
+//! A slow token issuer, and the contenders that refresh from it: this crate's layers, and locks held across the refresh.
 
 use std::{
+    fmt::Debug,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -8,117 +9,142 @@ use std::{
     time::{Duration, Instant},
 };
 
-use http::{HeaderName, HeaderValue, Request, Response, header::AUTHORIZATION};
-use tokio::time::sleep;
-use tower::{Service, service_fn};
+use http::{HeaderName, HeaderValue, Request, header::AUTHORIZATION};
+use tokio::{runtime::Runtime, time::sleep};
+use tower::{Layer, Service, service_fn};
 use tower_selam::{
     BoxError, Refreshing, Token,
     source::{Fetched, Reason, source_fn},
 };
 
-use crate::traffic::{Body, JWT, KEY, client, sensitive};
+use crate::{
+    layers::{HOUR, fixed_key, jwt_and_key_layers, selam_with_jwt},
+    requests::{Body, JWT, KEY, client, sensitive},
+};
 
-const HOUR: Duration = Duration::from_secs(60 * 60);
-
-/// The first token is there at once and is soon to be renewed; every other takes a while and lives for an hour.
+/// Issues the first token at once, with a short lifetime; the next ones take a while and live for an hour.
 #[derive(Debug)]
 pub struct Issuer {
-    lifetime: Duration,
-    takes: Duration,
-    asked: AtomicUsize,
-    /// When the last renewal began and ended.
-    busy: Mutex<Option<(Instant, Instant)>>,
+    first_lifetime: Duration,
+    refresh_takes: Duration,
+    issued: AtomicUsize,
+    last_refresh: Mutex<Option<(Instant, Instant)>>,
 }
 
 impl Issuer {
     #[must_use]
-    pub fn new(lifetime: Duration, takes: Duration) -> Arc<Self> {
-        Arc::new(Self { lifetime, takes, asked: AtomicUsize::new(0), busy: Mutex::default() })
+    pub fn new(first_lifetime: Duration, refresh_takes: Duration) -> Arc<Self> {
+        let (issued, last_refresh) = Default::default();
+        Arc::new(Self { first_lifetime, refresh_takes, issued, last_refresh })
     }
 
-    /// How often it was asked for more than the first.
+    /// How many tokens were requested after the first one.
     #[must_use]
-    pub fn renewals(&self) -> usize {
-        self.asked.load(Ordering::Acquire).saturating_sub(1)
+    pub fn refreshes(&self) -> usize {
+        self.issued.load(Ordering::Acquire).saturating_sub(1)
     }
 
-    /// From when to when the last renewal ran.
+    /// Start and end of the last completed refresh.
     ///
     /// # Panics
     ///
-    /// When a renewal has.
+    /// If a refresh panicked.
     #[must_use]
-    pub fn busy(&self) -> Option<(Instant, Instant)> {
-        *self.busy.lock().expect("the lock")
+    pub fn last_refresh(&self) -> Option<(Instant, Instant)> {
+        *self.last_refresh.lock().expect("the lock is not poisoned")
     }
 
     async fn issue(&self) -> (String, Duration) {
-        let number = self.asked.fetch_add(1, Ordering::AcqRel);
+        let number = self.issued.fetch_add(1, Ordering::AcqRel);
         if number == 0 {
-            return (format!("{JWT}{number}"), self.lifetime);
+            return (format!("{JWT}{number}"), self.first_lifetime);
         }
-        let began = Instant::now();
-        sleep(self.takes).await;
-        *self.busy.lock().expect("the lock") = Some((began, Instant::now()));
+        let started = Instant::now();
+        sleep(self.refresh_takes).await;
+        *self.last_refresh.lock().expect("the lock is not poisoned") = Some((started, Instant::now()));
         (format!("{JWT}{number}"), HOUR)
     }
 
-    /// The first token and every other, by this crate.
-    #[must_use]
-    pub fn renewing(self: &Arc<Self>) -> Refreshing<Token> {
+    async fn prefetched(self: &Arc<Self>) -> Refreshing<Token> {
         let issuer = Arc::clone(self);
-        Refreshing::new(source_fn(move |_: Reason<Token>| {
+        let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
             let issuer = Arc::clone(&issuer);
             async move {
                 let (token, lifetime) = issuer.issue().await;
                 Ok::<_, BoxError>(Fetched::new(Token::new(token)?).with_lifetime(lifetime))
             }
-        }))
+        }));
+        jwts.prefetch().await.expect("the first token is issued");
+        jwts
     }
 }
 
-/// A token, good until shortly before it expires.
+/// A client that many tasks can call.
+pub trait Client: Service<Request<Body>, Error: Debug, Future: Send> + Clone + Send + 'static {}
+
+impl<S> Client for S where S: Service<Request<Body>, Error: Debug, Future: Send> + Clone + Send + 'static {}
+
+/// A measurement of a client of any type.
+pub trait Measurement {
+    type Output;
+
+    fn run<S: Client>(self, issuer: &Issuer, service: S) -> Self::Output;
+}
+
+pub const CONTENDERS: [&str; 4] = [
+    "SelamLayer, JWT refreshing",
+    "JwtLayer + ApiKeyLayer, JWT refreshing",
+    "Mutex<Token> and format!",
+    "RwLock<HeaderValue>",
+];
+
+/// Runs a measurement on the contender at `index` of [`CONTENDERS`], whose first token is already fetched. The locks
+/// refresh `margin` before the token expires.
+pub fn measure_contender<M: Measurement>(
+    index: usize,
+    runtime: &Runtime,
+    issuer: &Arc<Issuer>,
+    margin: Duration,
+    measurement: M,
+) -> M::Output {
+    let prefetched = || runtime.block_on(issuer.prefetched());
+    let bare = service_fn(client);
+    match index {
+        0 => measurement.run(issuer, selam_with_jwt(prefetched(), fixed_key()).layer(bare)),
+        1 => measurement.run(issuer, jwt_and_key_layers(prefetched(), fixed_key()).layer(bare)),
+        2 => measurement.run(issuer, runtime.block_on(by_mutex(Arc::clone(issuer), margin))),
+        _ => measurement.run(issuer, runtime.block_on(by_rw_lock(Arc::clone(issuer), margin))),
+    }
+}
+
+/// A token that is used until shortly before it expires.
 struct Held {
     text: String,
     header: HeaderValue,
-    good_until: Instant,
+    valid_until: Instant,
 }
 
 impl Held {
-    async fn of(issuer: &Issuer, margin: Duration) -> Self {
+    async fn fetch(issuer: &Issuer, margin: Duration) -> Self {
         let (text, lifetime) = issuer.issue().await;
-        let good_until = Instant::now() + lifetime.saturating_sub(margin);
-        Self { header: sensitive(&format!("Bearer {text}")), text, good_until }
+        let valid_until = Instant::now() + lifetime.saturating_sub(margin);
+        Self { header: sensitive(&format!("Bearer {text}")), text, valid_until }
     }
 
-    fn is_good(&self) -> bool {
-        Instant::now() < self.good_until
+    fn is_valid(&self) -> bool {
+        Instant::now() < self.valid_until
     }
 }
 
-/// Tower's idea of a client that can be called from many tasks.
-pub trait Client:
-    Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + Send + 'static
-{
-}
-
-impl<S> Client for S where
-    S: Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send>
-        + Clone
-        + Send
-        + 'static
-{
-}
-
-/// `Mutex<Token>` and `format!`: whoever finds the token stale renews it under the lock.
-pub async fn by_mutex(issuer: Arc<Issuer>, margin: Duration) -> impl Client {
-    let held = Arc::new(tokio::sync::Mutex::new(Held::of(&issuer, margin).await));
+/// Holds a `Mutex<Token>` while it refreshes, and formats the header of each request.
+async fn by_mutex(issuer: Arc<Issuer>, margin: Duration) -> impl Client {
+    let held = Arc::new(tokio::sync::Mutex::new(Held::fetch(&issuer, margin).await));
     service_fn(move |request| {
         let (held, issuer) = (Arc::clone(&held), Arc::clone(&issuer));
         async move {
             let mut held = held.lock().await;
-            if !held.is_good() {
-                *held = Held::of(&issuer, margin).await;
+            if !held.is_valid() {
+                *held = Held::fetch(&issuer, margin).await;
             }
             let bearer = sensitive(&format!("Bearer {}", held.text));
             drop(held);
@@ -127,23 +153,23 @@ pub async fn by_mutex(issuer: Arc<Issuer>, margin: Duration) -> impl Client {
     })
 }
 
-/// `RwLock` of a header: whoever finds it stale renews it under the lock for writers.
-pub async fn by_rw_lock(issuer: Arc<Issuer>, margin: Duration) -> impl Client {
-    let held = Arc::new(tokio::sync::RwLock::new(Held::of(&issuer, margin).await));
+/// Reads a `HeaderValue` through a `RwLock`, and holds the write lock while it refreshes.
+async fn by_rw_lock(issuer: Arc<Issuer>, margin: Duration) -> impl Client {
+    let held = Arc::new(tokio::sync::RwLock::new(Held::fetch(&issuer, margin).await));
     service_fn(move |request| {
         let (held, issuer) = (Arc::clone(&held), Arc::clone(&issuer));
         async move {
-            let reading = held.read().await;
-            let good = reading.is_good().then(|| reading.header.clone());
-            drop(reading);
-            let bearer = match good {
+            let read = held.read().await;
+            let valid = read.is_valid().then(|| read.header.clone());
+            drop(read);
+            let bearer = match valid {
                 Some(bearer) => bearer,
                 None => {
-                    let mut writing = held.write().await;
-                    if !writing.is_good() {
-                        *writing = Held::of(&issuer, margin).await;
+                    let mut write = held.write().await;
+                    if !write.is_valid() {
+                        *write = Held::fetch(&issuer, margin).await;
                     }
-                    writing.header.clone()
+                    write.header.clone()
                 }
             };
             client(with_headers(request, bearer)).await

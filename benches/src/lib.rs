@@ -1,21 +1,22 @@
-//! What the benches share: the requests, the contenders with their floors, interleaved rounds, tables and plots.
+//! Shared by the benches: requests, contenders and their floors, interleaved rounds, tables, a plot.
 
 pub mod contenders;
 pub mod issuer;
+pub mod layers;
 pub mod plot;
-pub mod record;
+pub mod requests;
 pub mod rounds;
+pub mod serve;
 pub mod table;
-pub mod traffic;
 
-/// Whether this argument was given. Cargo passes `--test` to a run that is only to show that it works.
+/// Whether the program was started with `argument`.
 #[must_use]
 pub fn is_given(argument: &str) -> bool {
     std::env::args().any(|given| given == argument)
 }
 
-/// The first of two, or the second in a run that is only to show that it works.
+/// Returns `full`, or `smoke` in a smoke run: cargo passes `--test` to one.
 #[must_use]
-pub fn or_short<T>(full: T, short: T) -> T {
-    if is_given("--test") { short } else { full }
+pub fn full_or_smoke<T>(full: T, smoke: T) -> T {
+    if is_given("--test") { smoke } else { full }
 }

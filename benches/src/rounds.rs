@@ -1,10 +1,16 @@
-//! Rounds in which every contender has its turn, so that drift of the machine meets all of them alike.
+//! Interleaved rounds: each contender takes a turn in every round, so that drift of the machine affects all alike.
 
-/// What was measured of each contender, round by round.
+use std::time::Instant;
+
+use http::Request;
+
+use crate::{requests::Body, serve::Serve};
+
+/// One sample of each contender per round.
 #[derive(Debug)]
 pub struct Samples(Vec<Vec<f64>>);
 
-/// Measures each of `contenders` once in each round; who begins changes.
+/// Measures each contender once per round; each round starts with another one.
 pub fn interleave(rounds: usize, contenders: usize, mut measure: impl FnMut(usize) -> f64) -> Samples {
     let mut samples = vec![Vec::with_capacity(rounds); contenders];
     for round in 0..rounds {
@@ -27,14 +33,14 @@ impl Samples {
         self.0[contender].iter().copied().fold(f64::NAN, f64::max)
     }
 
-    /// How many times the other's it is: the median of the ratios within each round.
+    /// The median of the ratios `contender / other` within each round.
     #[must_use]
     pub fn ratio(&self, contender: usize, other: usize) -> f64 {
         let pairs = self.0[contender].iter().zip(&self.0[other]);
         median(&pairs.map(|(one, other)| one / other).collect::<Vec<_>>())
     }
 
-    /// The median of the differences within each round.
+    /// The median of the differences `contender - other` within each round.
     #[must_use]
     pub fn difference(&self, contender: usize, other: usize) -> f64 {
         let pairs = self.0[contender].iter().zip(&self.0[other]);
@@ -42,15 +48,22 @@ impl Samples {
     }
 }
 
+/// Returns the time per request in nanoseconds.
+pub fn nanos_per_request(service: &mut dyn Serve, requests: Vec<Request<Body>>) -> f64 {
+    let count = requests.len();
+    let started = Instant::now();
+    service.answer_all(requests);
+    started.elapsed().as_nanos() as f64 / count as f64
+}
+
 #[must_use]
 pub fn median(values: &[f64]) -> f64 {
     percentile(values, 50.0)
 }
 
-/// The value that so many percent do not exceed.
+/// Returns the nearest-rank percentile, or NaN if no value was measured.
 #[must_use]
 pub fn percentile(values: &[f64], percent: f64) -> f64 {
-    // Where nothing could be measured, there is no number.
     let mut values: Vec<f64> = values.iter().copied().filter(|value| !value.is_nan()).collect();
     values.sort_by(f64::total_cmp);
     let rank = (percent / 100.0 * values.len() as f64).ceil() as usize;

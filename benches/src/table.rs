@@ -1,12 +1,13 @@
-//! Tables that are read in a terminal and, as they are, in Markdown.
+//! Prints tables in Markdown, aligned for the terminal.
 
-/// Rows of cells, the first column to the left, the others to the right.
+/// Rows of cells: the first column is left-aligned, the others right-aligned.
 #[derive(Debug)]
 pub struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
+    #[must_use]
     pub fn new(columns: &[&str]) -> Self {
         Self { rows: vec![columns.iter().map(ToString::to_string).collect()] }
     }
@@ -15,32 +16,30 @@ impl Table {
         self.rows.push(cells.into_iter().collect());
     }
 
-    pub fn print(&self) {
-        let columns = self.rows.iter().map(Vec::len).max().unwrap_or_default();
-        let widths: Vec<usize> = (0..columns)
-            .map(|at| self.rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max())
-            .map(|width| width.unwrap_or_default().max(3))
-            .collect();
-        for (number, row) in self.rows.iter().enumerate() {
-            let mut line = String::from("|");
-            for (at, width) in widths.iter().enumerate() {
-                let cell = row.get(at).map_or("", String::as_str);
-                line += &if at == 0 { format!(" {cell:<width$} |") } else { format!(" {cell:>width$} |") };
-            }
-            println!("{line}");
-            if number == 0 {
-                let mut line = String::from("|");
-                for (at, width) in widths.iter().enumerate() {
-                    let dashes = "-".repeat(width + 1);
-                    line += &if at == 0 { format!("{dashes}-|") } else { format!("{dashes}:|") };
-                }
-                println!("{line}");
-            }
+    /// Prints the table under a caption.
+    pub fn print(&self, caption: &str) {
+        println!("\n{caption}\n");
+        let width = |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max();
+        let widths: Vec<usize> =
+            (0..self.rows[0].len()).map(|column| width(column).unwrap_or(0).max(3)).collect();
+        let rule = widths.iter().enumerate().map(|(column, width)| match column {
+            0 => "-".repeat(*width),
+            _ => "-".repeat(width - 1) + ":",
+        });
+        let rule: Vec<String> = rule.collect();
+        let (head, rows) = self.rows.split_first().expect("the head is a row");
+        for row in [head, &rule].into_iter().chain(rows) {
+            let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
+                0 => format!("{cell:<width$}"),
+                _ => format!("{cell:>width$}"),
+            });
+            println!("| {} |", cells.collect::<Vec<_>>().join(" | "));
         }
     }
 }
 
-/// Whether a target is met, in a word.
-pub fn verdict(met: bool) -> String {
-    if met { "met" } else { "missed" }.to_owned()
+/// The cell of a target: the limit, and whether it is met.
+#[must_use]
+pub fn target(limit: &str, is_met: bool) -> String {
+    format!("{limit}: {}", if is_met { "met" } else { "missed" })
 }

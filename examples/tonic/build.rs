@@ -1,4 +1,4 @@
-//! The service, without a `.proto` file: nobody needs `protoc` for an example.
+//! Generates `selam.example.Greeter` without a `.proto` file, so that the example builds without `protoc`.
 
 use tonic_build::manual::{Builder, Method, MethodBuilder, Service};
 

@@ -1,4 +1,4 @@
-//! The layers over and under clients that have types of their own: one module and one feature for each.
+//! Adapters to clients with their own request and response types: one module and one feature each.
 
 #[cfg(feature = "reqwest")]
 pub mod reqwest;

@@ -1,14 +1,14 @@
-//! reqwest under the layers, and its requests and responses over them: feature `reqwest`.
+//! Sends reqwest's requests through the layers, over a reqwest client: feature `reqwest`.
 //!
 //! ```text
 //!  reqwest::Request ─▶ Client ─────────▶ SelamLayer, or ───▶ HttpService ────▶ reqwest::Client
-//!                      http's types,     any other layers    reqwest's types,
-//!  reqwest::Response ◀ and back                              and back
+//!                      converts to       any other layers    converts to
+//!  reqwest::Response ◀ http's types                          reqwest's types
 //! ```
 //!
-//! [`Client`] is all that most programs need: [`SelamLayer`] over a `reqwest::ClientBuilder`. Requests are built
-//! with reqwest and given to [`Client::execute`]; what comes back is a `reqwest::Response`, or an
-//! [`Error`] that is either an [`AuthError`](crate::AuthError) or a `reqwest::Error`.
+//! Most programs need only [`Client`]: [`SelamLayer`] over a `reqwest::ClientBuilder`. Build requests with reqwest and
+//! pass them to [`Client::execute`]. It returns a `reqwest::Response`, or an [`Error`] that holds either an
+//! [`AuthError`](crate::AuthError) or a `reqwest::Error`.
 //!
 //! ```
 //! use tower_selam::{ApiKey, AuthErrorKind, Error, SelamLayer, adapter::reqwest::Client};
@@ -26,7 +26,7 @@
 //! let selam = Client::new(layer, reqwest::Client::builder())?;
 //!
 //! let question = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
-//! // Or `json`, with that feature of reqwest.
+//! // Or `.json(…)`, with reqwest's feature `json`.
 //! let request = selam.reqwest().post(&chat).body(question);
 //! let response = selam.execute(request).await?;
 //! assert!(response.text().await?.contains("You said: Selam!"));
@@ -40,12 +40,12 @@
 //! # }).unwrap();
 //! ```
 //!
-//! A request that is sent by reqwest's own `send` goes past the layers, and is refused by the API.
+//! A request sent with reqwest's own `send` bypasses the layers, and the API refuses it.
 //!
-//! # A request's own choice
+//! # Credentials of a single request
 //!
-//! [`Client::with_extension`] makes a client for requests that want other credentials, or name their user. It is
-//! cheap, and shares all else with the one that it was cloned from:
+//! [`Client::with_extension`] makes a client whose requests use other credentials or name their subject. It is cheap
+//! and shares everything else with the client it was cloned from:
 //!
 //! ```
 //! # use tower_selam::{RequestAuth, Subject, adapter::reqwest::Client};
@@ -56,37 +56,38 @@
 //! # }
 //! ```
 //!
-//! A `reqwest::Request` that was made of an `http::Request` keeps its extensions, which count more. Through
-//! [`execute`](Client::execute), so does an `http::Request` itself.
+//! [`execute`](Client::execute) also takes an `http::Request`. Its extensions take precedence over those of the client,
+//! as do those of a `reqwest::Request` that was converted from one.
 //!
 //! # Redirects
 //!
-//! Left to itself, reqwest follows redirects anywhere. It takes `Authorization` off on the way to another origin, but
-//! not `X-API-Key`, and says in `Referer` where it comes from, the query with it. The layers do not see that: it
-//! happens further in.
+//! By default, reqwest follows redirects to any origin. When the origin changes, it removes `Authorization` but keeps
+//! `X-API-Key`, and it sends the previous URL, query included, as `Referer`. The layers cannot prevent this: they are
+//! outside the reqwest client and do not see the redirect.
 //!
-//! So [`Client::new`] and [`HttpService::new`] take a `ClientBuilder`, and set [`redirect_policy`] in place of whatever
-//! policy it has: redirects within an origin are followed, and the others come up as the responses they are, with
-//! their 3xx status. To follow those too, put tower-http's `FollowRedirect` around the layers, with
-//! [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins): then each has what the layers let it have.
+//! Therefore [`Client::new`] and [`HttpService::new`] take a `ClientBuilder` and replace its policy with
+//! [`redirect_policy`]: redirects within an origin are followed, and any other is returned to the caller as a 3xx
+//! response. To follow those too, put tower-http's `FollowRedirect` around the layers and use
+//! [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins): the layers then decide for each hop
+//! whether it gets credentials.
 //!
-//! A `reqwest::Client` that is already built does not tell its policy. [`HttpService::dangerous_with_client`] takes it
-//! on your word.
+//! The policy of a `reqwest::Client` that is already built cannot be inspected. [`HttpService::dangerous_with_client`]
+//! accepts such a client on your responsibility.
 //!
-//! # What else to know
+//! # Caveats
 //!
-//! - A body is sent again after a 401 if reqwest can clone it: one of bytes, a string or JSON can be, a stream
-//!   cannot, and its 401 is the answer. [`SelamLayer::buffered`] keeps streams as well, with
+//! - A request is replayed after a 401 only if reqwest can clone its body: bytes, strings and JSON can be cloned, a
+//!   stream cannot, and its 401 is returned to the caller. To replay streams too, use [`SelamLayer::buffered`] with
 //!   [`Client::with_layers`].
-//! - A timeout, the client's or a request's, counts for each send, and not while a renewal is waited for. For one
-//!   over all of it, put tower's `timeout` around the layers.
-//! - Headers given to `ClientBuilder::default_headers` are added further in than the layers, to every request that has
-//!   none of that name. Keep `Authorization` and `X-API-Key` out of them.
-//! - `ClientBuilder::connection_verbose` has reqwest log what it sends, credentials and all.
-//! - An error's URL is shown without its query, and so is that of the response to a voice agent's handshake: the
-//!   credentials are in it.
-//! - [`HttpService`] is a client for token endpoints as well. They should not redirect it, so give it one with
-//!   `Policy::none`, by [`HttpService::dangerous_with_client`].
+//! - A timeout of the client or of the request applies to each send separately, and not while the request waits for a
+//!   refresh. For one deadline over everything, put tower's `timeout` around the layers.
+//! - reqwest adds the headers of `ClientBuilder::default_headers` after the layers, to every request that lacks them.
+//!   Keep `Authorization` and `X-API-Key` out of them.
+//! - `ClientBuilder::connection_verbose` makes reqwest log everything it sends, credentials included.
+//! - Errors show their URL without its query. So does the response to a voice agent's handshake, whose query holds the
+//!   credentials.
+//! - [`HttpService`] also serves as the client for a token endpoint. Token endpoints should not redirect, so build it
+//!   with `Policy::none`, through [`HttpService::dangerous_with_client`].
 
 use std::{
     fmt, mem,
@@ -108,7 +109,7 @@ use crate::{
 
 /// Sends reqwest's requests through layers. See the [module docs](self).
 ///
-/// Cheap to clone. It is a `tower::Service` of `reqwest::Request`, too.
+/// Cheap to clone. Also implements `tower::Service<reqwest::Request>`.
 #[derive(Clone)]
 pub struct Client<S = Selam<HttpService, TryCloneBody>> {
     inner: S,
@@ -117,7 +118,7 @@ pub struct Client<S = Selam<HttpService, TryCloneBody>> {
 }
 
 impl Client {
-    /// `layer` over a client of `builder`, with [`redirect_policy`].
+    /// Builds a client from `builder` with [`redirect_policy`], and wraps it in `layer`.
     ///
     /// # Errors
     ///
@@ -128,10 +129,10 @@ impl Client {
 }
 
 impl<S> Client<S> {
-    /// Any `layers` over `http`: `Layer`s are values of `tower::ServiceBuilder` as well.
+    /// Wraps `http` in any `layers`, for example those of a `tower::ServiceBuilder`.
     ///
-    /// [`SelamLayer`] and [`RefreshLayer`](crate::RefreshLayer) send again by [`TryCloneBody`], since reqwest's body is
-    /// no `Clone`.
+    /// Give [`SelamLayer`] and [`RefreshLayer`](crate::RefreshLayer) the replay strategy [`TryCloneBody`], because
+    /// reqwest's body is not `Clone`.
     ///
     /// ```
     /// use std::time::Duration;
@@ -156,43 +157,43 @@ impl<S> Client<S> {
         Self { inner: layers.layer(http), reqwest, extensions: Extensions::new() }
     }
 
-    /// Gives every request this extension, unless it has one of that type: a [`RequestAuth`], a
-    /// [`Subject`](crate::Subject), or what another of the layers reads.
+    /// Adds this extension to every request that has none of its type: a [`RequestAuth`], a
+    /// [`Subject`](crate::Subject), or an extension that another layer reads.
     #[must_use]
     pub fn with_extension<T: Clone + Send + Sync + 'static>(mut self, extension: T) -> Self {
         self.extensions.insert(extension);
         self
     }
 
-    /// The client furthest in, to build requests with. What it sends by itself has no credentials.
+    /// Returns the innermost client, to build requests with. Requests it sends itself carry no credentials.
     pub fn reqwest(&self) -> &::reqwest::Client {
         &self.reqwest
     }
 
     inner_accessors!();
 
-    /// Sends `request` through the layers: a `reqwest::RequestBuilder`, a `reqwest::Request` or an `http::Request`.
+    /// Sends a `reqwest::RequestBuilder`, a `reqwest::Request` or an `http::Request` through the layers.
     pub fn execute<R>(&self, request: R) -> Execute<S>
     where
         R: IntoRequest,
         S: Service<Request<Body>> + Clone,
     {
-        Execute { state: Execution::Readiness { call: Some((self.clone(), request.into_request())) } }
+        Execute { state: ExecuteState::WaitReady { call: Some((self.clone(), request.into_request())) } }
     }
 
-    fn call_now(&mut self, request: Result<::reqwest::Request, ::reqwest::Error>) -> ResponseFuture<S::Future>
+    fn start(&mut self, request: Result<::reqwest::Request, ::reqwest::Error>) -> ResponseFuture<S::Future>
     where
         S: Service<Request<Body>>,
     {
         let state = match request.and_then(Request::<Body>::try_from) {
             Ok(mut request) => {
                 if !self.extensions.is_empty() {
-                    let own = mem::replace(request.extensions_mut(), self.extensions.clone());
-                    request.extensions_mut().extend(own);
+                    let request_extensions = mem::replace(request.extensions_mut(), self.extensions.clone());
+                    request.extensions_mut().extend(request_extensions);
                 }
-                Sending::Sent { response: self.inner.call(request) }
+                ResponseState::Sent { response: self.inner.call(request) }
             }
-            Err(error) => Sending::Refused { error: Some(scrubbed(error)) },
+            Err(error) => ResponseState::Failed { error: Some(redact_url(error)) },
         };
         ResponseFuture { state }
     }
@@ -213,7 +214,7 @@ where
     }
 
     fn call(&mut self, request: ::reqwest::Request) -> Self::Future {
-        self.call_now(Ok(request))
+        self.start(Ok(request))
     }
 }
 
@@ -223,20 +224,14 @@ impl<S: fmt::Debug> fmt::Debug for Client<S> {
     }
 }
 
-/// What [`Client::execute`] takes. Not to be implemented by others.
-pub trait IntoRequest: sealed::Sealed {
-    /// As reqwest has it.
-    #[doc(hidden)]
+/// A request that [`Client::execute`] can send. Implement it to pass your own request type.
+pub trait IntoRequest {
+    /// Converts this into reqwest's request.
+    ///
+    /// # Errors
+    ///
+    /// When reqwest cannot build the request, for example from an invalid URL. [`Client::execute`] returns the error.
     fn into_request(self) -> Result<::reqwest::Request, ::reqwest::Error>;
-}
-
-mod sealed {
-    #[expect(unnameable_types, reason = "nobody else is to implement it")]
-    pub trait Sealed {}
-
-    impl Sealed for ::reqwest::Request {}
-    impl Sealed for ::reqwest::RequestBuilder {}
-    impl<B> Sealed for http::Request<B> {}
 }
 
 impl IntoRequest for ::reqwest::Request {
@@ -258,22 +253,22 @@ impl<B: Into<Body>> IntoRequest for Request<B> {
 }
 
 pin_project! {
-    /// Future of [`Client::execute`]. Nothing is sent before it is polled.
-    #[must_use = "nothing is sent before it is awaited"]
+    /// Future of [`Client::execute`]. Nothing is sent before the first poll.
+    #[must_use = "futures do nothing unless polled or awaited"]
     pub struct Execute<S>
     where
         S: Service<Request<Body>>,
     {
         #[pin]
-        state: Execution<S, S::Future>,
+        state: ExecuteState<S, S::Future>,
     }
 }
 
 pin_project! {
-    #[project = ExecutionProj]
-    enum Execution<S, F> {
-        Readiness { call: Option<(Client<S>, Result<::reqwest::Request, ::reqwest::Error>)> },
-        Response { #[pin] response: ResponseFuture<F> },
+    #[project = ExecuteStateProj]
+    enum ExecuteState<S, F> {
+        WaitReady { call: Option<(Client<S>, Result<::reqwest::Request, ::reqwest::Error>)> },
+        WaitResponse { #[pin] response: ResponseFuture<F> },
     }
 }
 
@@ -289,31 +284,31 @@ where
         let mut state = self.project().state;
         loop {
             match state.as_mut().project() {
-                ExecutionProj::Readiness { call: waiting } => {
-                    let Some((client, _)) = waiting else { return Poll::Pending };
+                ExecuteStateProj::WaitReady { call } => {
+                    let Some((client, _)) = call else { return Poll::Pending };
                     ready!(client.inner.poll_ready(cx))?;
-                    let Some((mut client, request)) = waiting.take() else { return Poll::Pending };
-                    state.set(Execution::Response { response: client.call_now(request) });
+                    let Some((mut client, request)) = call.take() else { return Poll::Pending };
+                    state.set(ExecuteState::WaitResponse { response: client.start(request) });
                 }
-                ExecutionProj::Response { response } => return response.poll(cx),
+                ExecuteStateProj::WaitResponse { response } => return response.poll(cx),
             }
         }
     }
 }
 
 pin_project! {
-    /// Response future of [`Client`] as a service.
+    /// Response future of [`Client`]'s `Service` implementation.
     pub struct ResponseFuture<F> {
         #[pin]
-        state: Sending<F>,
+        state: ResponseState<F>,
     }
 }
 
 pin_project! {
-    #[project = SendingProj]
-    enum Sending<F> {
+    #[project = ResponseStateProj]
+    enum ResponseState<F> {
         Sent { #[pin] response: F },
-        Refused { error: Option<::reqwest::Error> },
+        Failed { error: Option<::reqwest::Error> },
     }
 }
 
@@ -327,8 +322,8 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            SendingProj::Sent { response } => Poll::Ready(ready!(response.poll(cx)).map(from_http)),
-            SendingProj::Refused { error } => match error.take() {
+            ResponseStateProj::Sent { response } => Poll::Ready(ready!(response.poll(cx)).map(into_reqwest)),
+            ResponseStateProj::Failed { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error.into())),
                 None => Poll::Pending,
             },
@@ -336,45 +331,45 @@ where
     }
 }
 
-/// A `reqwest::Client` as a service of the `http` crate's requests and responses: what layers go over.
+/// Adapts a `reqwest::Client` to a service of the `http` crate's requests and responses, which layers can wrap.
 ///
-/// The errors' URLs have no query; their kinds and causes are reqwest's own. Any body that reqwest takes will do, also
-/// the [`ReplayBody`] of [`SelamLayer::buffered`].
+/// Takes any body that converts into reqwest's, including the [`ReplayBody`] of [`SelamLayer::buffered`]. Errors are
+/// reqwest's, with the query removed from their URLs.
 #[derive(Clone)]
 pub struct HttpService(::reqwest::Client);
 
 impl HttpService {
-    /// A client of `builder`, with [`redirect_policy`] in place of its own.
+    /// Builds a client from `builder`, whose redirect policy is replaced by [`redirect_policy`].
     ///
     /// # Errors
     ///
-    /// When reqwest cannot build it.
+    /// When reqwest cannot build the client.
     pub fn new(builder: ClientBuilder) -> Result<Self, ::reqwest::Error> {
         builder.redirect(redirect_policy()).build().map(Self)
     }
 
-    /// A client that was built elsewhere, whose policy is not known.
+    /// Wraps a client that is already built, and whose redirect policy is therefore unknown.
     ///
-    /// Unless it is [`redirect_policy`], or `Policy::none`, redirects take `X-API-Key` to other origins; see the
+    /// Unless the policy is [`redirect_policy`] or `Policy::none`, redirects take `X-API-Key` to other origins. See the
     /// [module docs](self#redirects).
     #[must_use]
     pub fn dangerous_with_client(client: ::reqwest::Client) -> Self {
         Self(client)
     }
 
-    /// The client within.
+    /// Returns the wrapped client.
     pub fn get_ref(&self) -> &::reqwest::Client {
         &self.0
     }
 }
 
-/// Follows redirects within one origin, ten at most, so that credentials stay where a layer let them go. Any other
-/// redirect is not followed: its response is the answer.
+/// Returns a policy that follows at most ten redirects, all within the origin that a layer approved.
 ///
-/// For clients that are built elsewhere: `builder.redirect(redirect_policy())`.
+/// A redirect to another origin is not followed; its response is returned. Use it for clients that you build yourself:
+/// `builder.redirect(redirect_policy())`.
 #[must_use]
 pub fn redirect_policy() -> redirect::Policy {
-    // Between two origins that may both have the credentials, reqwest would take off one of the two headers.
+    // Even a redirect to another allowed origin is not followed: reqwest would remove only one of the two headers.
     let limited = redirect::Policy::default();
     redirect::Policy::custom(move |attempt| match attempt.previous().last() {
         Some(previous) if previous.origin() == attempt.url().origin() => limited.redirect(attempt),
@@ -388,21 +383,21 @@ impl<B: Into<Body>> Service<Request<B>> for HttpService {
     type Future = HttpFuture;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(cx).map_err(scrubbed)
+        self.0.poll_ready(cx).map_err(redact_url)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let shown = Shown::of(&request);
+        let shown_url = ShownUrl::of(&request);
         let state = match request.try_into() {
             Ok(request) => HttpState::Sent { response: self.0.call(request) },
-            Err(error) => HttpState::Refused { error: Some(error) },
+            Err(error) => HttpState::Failed { error: Some(error) },
         };
-        HttpFuture { state, shown }
+        HttpFuture { state, shown_url }
     }
 }
 
 impl fmt::Debug for HttpService {
-    /// A client shows its default headers, so this shows no client.
+    /// Omits the client, whose `Debug` shows its default headers.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HttpService").finish_non_exhaustive()
     }
@@ -413,7 +408,7 @@ pin_project! {
     pub struct HttpFuture {
         #[pin]
         state: HttpState,
-        shown: Shown,
+        shown_url: ShownUrl,
     }
 }
 
@@ -421,7 +416,7 @@ pin_project! {
     #[project = HttpStateProj]
     enum HttpState {
         Sent { #[pin] response: <::reqwest::Client as Service<::reqwest::Request>>::Future },
-        Refused { error: Option<::reqwest::Error> },
+        Failed { error: Option<::reqwest::Error> },
     }
 }
 
@@ -432,14 +427,14 @@ impl Future for HttpFuture {
         let this = self.project();
         let result = match this.state.project() {
             HttpStateProj::Sent { response } => ready!(response.poll(cx)),
-            HttpStateProj::Refused { error } => match error.take() {
+            HttpStateProj::Failed { error } => match error.take() {
                 Some(error) => Err(error),
                 None => return Poll::Pending,
             },
         };
         Poll::Ready(match result {
-            Ok(response) => Ok(this.shown.to_http(response)),
-            Err(error) => Err(scrubbed(error)),
+            Ok(response) => Ok(this.shown_url.to_http(response)),
+            Err(error) => Err(redact_url(error)),
         })
     }
 }
@@ -462,23 +457,23 @@ impl<S: Service<Request<Body>>> fmt::Debug for Execute<S> {
     }
 }
 
-/// How much of its URL a response may show.
+/// Which part of its URL a response shows.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Shown {
-    Whole,
-    /// The voice agent's handshake has credentials in the query.
+pub(super) enum ShownUrl {
+    Full,
+    /// The query of a voice agent's handshake holds credentials.
     WithoutQuery,
 }
 
-impl Shown {
+impl ShownUrl {
     pub(super) fn of<B>(request: &Request<B>) -> Self {
         match request.extensions().get() {
             Some(RequestAuth::VoiceAgent) => Self::WithoutQuery,
-            _ => Self::Whole,
+            _ => Self::Full,
         }
     }
 
-    /// With the URL where [`from_http`] finds it.
+    /// Converts `response`, storing the URL in the extension that reqwest reads it back from.
     pub(super) fn to_http(self, response: ::reqwest::Response) -> Response<Body> {
         let mut url = response.url().clone();
         if let Self::WithoutQuery = self {
@@ -492,26 +487,26 @@ impl Shown {
     }
 }
 
-pub(super) fn from_http<B>(response: Response<B>) -> ::reqwest::Response
+pub(super) fn into_reqwest<B>(response: Response<B>) -> ::reqwest::Response
 where
     B: http_body::Body<Data: Into<Bytes>, Error: Into<BoxError>> + Send + Sync + 'static,
 {
     response.map(Body::wrap).into()
 }
 
-/// `error` without what its URL may hold beside origin and path.
-pub(super) fn scrubbed(mut error: ::reqwest::Error) -> ::reqwest::Error {
+/// Reduces the error's URL to origin and path, because every other part may hold a secret.
+pub(super) fn redact_url(mut error: ::reqwest::Error) -> ::reqwest::Error {
     if let Some(url) = error.url_mut() {
         url.set_query(None);
         url.set_fragment(None);
-        // Those that cannot have user information refuse.
+        // These fail only for URLs that cannot have user information.
         let _ = url.set_username("");
         let _ = url.set_password(None);
     }
     error
 }
 
-/// Sends a body again if reqwest can clone it: one that is a stream cannot be.
+/// Replays a body if reqwest can clone it, which it can unless the body is a stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TryCloneBody;
 
@@ -523,21 +518,21 @@ impl Replay<Body> for TryCloneBody {
         if body.as_bytes().is_none() {
             return (body, None);
         }
-        // Bodies are cloned as part of a request only.
-        let Ok(nowhere) = Url::parse("data:") else { return (body, None) };
-        let mut request = ::reqwest::Request::new(Method::GET, nowhere);
+        // reqwest clones bodies only as part of a request.
+        let Ok(url) = Url::parse("data:") else { return (body, None) };
+        let mut request = ::reqwest::Request::new(Method::GET, url);
         *request.body_mut() = Some(body);
-        let kept = request.try_clone().and_then(|mut copy| copy.body_mut().take());
-        // It is where it was put.
-        (request.body_mut().take().unwrap_or_default(), kept)
+        let captured = request.try_clone().and_then(|mut copy| copy.body_mut().take());
+        // Always `Some`: it was set three lines above.
+        (request.body_mut().take().unwrap_or_default(), captured)
     }
 
     fn pass_through(&self, body: Body) -> Body {
         body
     }
 
-    fn restore(&self, kept: Body) -> Option<Body> {
-        Some(kept)
+    fn restore(&self, captured: Body) -> Option<Body> {
+        Some(captured)
     }
 }
 
@@ -550,7 +545,7 @@ where
     }
 }
 
-/// So that `?` works on a request that is built where [`Client::execute`] is called.
+/// Lets `?` convert the error of building a request into the error of [`Client::execute`].
 impl From<::reqwest::Error> for Error<::reqwest::Error> {
     fn from(error: ::reqwest::Error) -> Self {
         Self::Inner(error)

@@ -1,4 +1,4 @@
-//! The layers as a middleware of reqwest-middleware: feature `reqwest-middleware`.
+//! Runs the layers as a middleware of reqwest-middleware: feature `reqwest-middleware`.
 //!
 //! ```
 //! use reqwest_middleware::ClientBuilder;
@@ -18,7 +18,7 @@
 //!
 //! let client = reqwest::Client::builder().redirect(redirect_policy()).build()?;
 //! let client = ClientBuilder::new(client)
-//!     // here what retries, logs, traces
+//!     // Retries, logging and tracing go here.
 //!     .with(AuthMiddleware::new(layer))
 //!     .build();
 //!
@@ -32,30 +32,32 @@
 //! # }).unwrap();
 //! ```
 //!
-//! A request chooses its credentials, or names its user, by `RequestBuilder::with_extension`, with a
+//! A single request overrides its credentials or names its subject through `RequestBuilder::with_extension`, with a
 //! [`RequestAuth`](crate::RequestAuth) or a [`Subject`](crate::Subject).
 //!
 //! # Redirects
 //!
-//! Middlewares do not see redirects: the client that they are over follows them, and takes `X-API-Key` to other
-//! origins unless it is told not to. Build it with [`redirect_policy`](super::reqwest::redirect_policy), as above.
+//! Middlewares do not see redirects: the client below them follows these itself, and takes `X-API-Key` to other origins
+//! by default. Build the client with [`redirect_policy`](super::reqwest::redirect_policy), as above.
 //!
 //! # Order
 //!
-//! Last in the list, next to the client: middlewares further in see the credentials, and the layers see what those
-//! make of the answer.
+//! Add this middleware last, next to the client. Middlewares after it see the credentials, and can change the response
+//! before the layers see it.
 //!
-//! `reqwest-retry` goes before it. Then each try has a credential that is fresh when it is made, however long the
-//! wait was; a 401 is renewed, and sent once more, within one try; and what comes up instead is an error of a
-//! middleware's, which `reqwest-retry` takes as final. The other way round the old credential is tried again and again,
-//! and the whole of it once more after a 401. What a middleware further in makes of an error of a voice agent's handshake is
-//! shown by its words alone, with the credentials masked.
+//! Add `reqwest-retry` before it. Each attempt then gets a credential that is fresh at that moment, however long the
+//! wait before it; a 401 is handled within one attempt, by a refresh and a replay; and `reqwest-retry` treats an
+//! [`AuthError`] as final, as it does every error of a middleware. In the opposite order it would retry with the old
+//! credential, and run through all its attempts a second time after a 401.
 //!
 //! # Errors
 //!
-//! The client's own errors stay what they are, so that other middlewares can tell them, except for the query of their
-//! URLs. An [`AuthError`] comes as `reqwest_middleware::Error::Middleware`, and [`AuthError::find`] finds it there and
-//! through what others wrap around it.
+//! Errors of the client keep their type, so that other middlewares can match on them; only the query is removed from
+//! their URLs. An [`AuthError`] arrives as `reqwest_middleware::Error::Middleware`. [`AuthError::find`] finds it there,
+//! and inside the errors that other middlewares wrap around it.
+//!
+//! In a voice agent's handshake, whose query holds the credentials, an error from a middleware after this one is
+//! replaced by its text, with the credentials masked.
 
 use std::{
     convert::Infallible,
@@ -77,13 +79,11 @@ use tower_layer::Layer;
 use tower_service::Service;
 use zeroize::Zeroizing;
 
-use super::reqwest::{Shown, TryCloneBody, from_http, scrubbed};
+use super::reqwest::{ShownUrl, TryCloneBody, into_reqwest, redact_url};
 use crate::{
     AuthError, BoxError, SelamLayer,
     error::{Redactor, with_causes},
 };
-
-type SendFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Sends requests through layers. See the [module docs](self).
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +92,7 @@ pub struct AuthMiddleware<L = SelamLayer<TryCloneBody>> {
 }
 
 impl AuthMiddleware {
-    /// All of `layer`; bodies that reqwest can clone are sent again after a 401.
+    /// Runs every request through `layer`. Replays bodies that reqwest can clone.
     #[must_use]
     pub fn new(layer: SelamLayer) -> Self {
         Self::with_layers(layer.with_replay(TryCloneBody))
@@ -100,11 +100,12 @@ impl AuthMiddleware {
 }
 
 impl<L> AuthMiddleware<L> {
-    /// Any `layers`, also a `tower::ServiceBuilder` of them. Their error has to become a `reqwest_middleware::Error`,
-    /// as those of this crate's layers do.
+    /// Runs every request through any `layers`, for example those of a `tower::ServiceBuilder`.
     ///
-    /// The layers are put around each request anew: what counts across requests, like a limit of how many are
-    /// sent at once, has to be shared by the layer itself.
+    /// Their error must convert into `reqwest_middleware::Error`, as the errors of this crate's layers do.
+    ///
+    /// `Layer::layer` is called for each request. State that spans requests, such as a concurrency limit, must be
+    /// shared by the layer itself.
     #[must_use]
     pub fn with_layers(layers: L) -> Self
     where
@@ -125,31 +126,33 @@ where
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> Result<::reqwest::Response, Error> {
-        let mut request = Request::<Body>::try_from(request).map_err(scrubbed)?;
+        let mut request = Request::<Body>::try_from(request).map_err(redact_url)?;
         request.extensions_mut().extend(extensions.clone());
-        let seen = Arc::new(Mutex::new(extensions.clone()));
-        let result = self.layers.send(NextService { next, extensions: Arc::clone(&seen) }, request).await;
-        // What the middlewares further in had to say.
-        *extensions = mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner));
+        let shared = Arc::new(Mutex::new(extensions.clone()));
+        let result = self.layers.send(NextService { next, extensions: Arc::clone(&shared) }, request).await;
+        // Hand back what the inner middlewares stored.
+        *extensions = mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
         result
     }
 }
 
-/// What [`AuthMiddleware`] takes: layers over a [`NextService`] whose error becomes a `reqwest_middleware::Error`.
+/// Layers that [`AuthMiddleware`] can run.
+///
+/// Implemented for every `tower::Layer` over [`NextService`] whose service takes `http::Request<reqwest::Body>`, returns
+/// `http::Response`, and has an error that converts into `reqwest_middleware::Error`.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` does not make a middleware",
-    note = "its service takes `http::Request<reqwest::Body>` and gives `http::Response`",
-    note = "its error is `Into<reqwest_middleware::Error>`: for another, put `tower::util::MapErrLayer` around it",
-    note = "`SelamLayer` and `RefreshLayer` need `with_replay(TryCloneBody)`, as reqwest's body is no `Clone`"
+    message = "`{Self}` cannot be used as a middleware",
+    note = "its service must take `http::Request<reqwest::Body>` and return `http::Response`",
+    note = "its error must be `Into<reqwest_middleware::Error>`: convert any other with `tower::util::MapErrLayer`",
+    note = "`SelamLayer` and `RefreshLayer` need `with_replay(TryCloneBody)`, because reqwest's body is not `Clone`"
 )]
 pub trait Layers<'a> {
-    /// Sends one request.
-    #[doc(hidden)]
+    /// Wraps `next` in the layers and sends one request through them.
     fn send(
         &self,
         next: NextService<'a>,
         request: Request<Body>,
-    ) -> SendFuture<'a, Result<::reqwest::Response, Error>>;
+    ) -> impl Future<Output = Result<::reqwest::Response, Error>> + Send;
 }
 
 impl<'a, L, S, B> Layers<'a> for L
@@ -162,16 +165,16 @@ where
         &self,
         next: NextService<'a>,
         request: Request<Body>,
-    ) -> SendFuture<'a, Result<::reqwest::Response, Error>> {
+    ) -> impl Future<Output = Result<::reqwest::Response, Error>> + Send {
         let mut service = self.layer(next);
-        Box::pin(async move {
+        async move {
             poll_fn(|cx| service.poll_ready(cx)).await.map_err(Into::into)?;
-            service.call(request).await.map(from_http).map_err(Into::into)
-        })
+            service.call(request).await.map(into_reqwest).map_err(Into::into)
+        }
     }
 }
 
-/// The rest of the middlewares and the client, as a service.
+/// The remaining middlewares and the client, as a `tower::Service`.
 #[derive(Clone)]
 pub struct NextService<'a> {
     next: Next<'a>,
@@ -189,47 +192,48 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
 
     fn call(&mut self, request: Request<B>) -> NextFuture<'a> {
         let Self { next, extensions } = self.clone();
-        let shown = Shown::of(&request);
-        let of_request = request.extensions().clone();
+        let shown_url = ShownUrl::of(&request);
+        let request_extensions = request.extensions().clone();
         let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
         NextFuture(Box::pin(async move {
-            let request = request.map_err(scrubbed)?;
-            let mut seen = extensions.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            seen.extend(of_request);
-            let result = next.run(request, &mut seen).await;
-            *extensions.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+            let request = request.map_err(redact_url)?;
+            let mut current = extensions.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            current.extend(request_extensions);
+            let result = next.run(request, &mut current).await;
+            *extensions.lock().unwrap_or_else(PoisonError::into_inner) = current;
             match result {
-                Ok(response) => Ok(shown.to_http(response)),
-                Err(Error::Reqwest(error)) => Err(Error::Reqwest(scrubbed(error))),
-                Err(error) => Err(without_query(shown, query.as_ref(), error)),
+                Ok(response) => Ok(shown_url.to_http(response)),
+                Err(Error::Reqwest(error)) => Err(Error::Reqwest(redact_url(error))),
+                Err(error) => Err(redact_middleware_error(shown_url, query.as_ref(), error)),
             }
         }))
     }
 }
 
-/// A middleware further in may have wrapped an error of the client's, with its URL; of a handshake, that has the
-/// credentials in its query. Then its words are kept, and not the error.
-fn without_query(shown: Shown, query: Option<&Zeroizing<String>>, error: Error) -> Error {
-    let Shown::WithoutQuery = shown else { return error };
+/// Replaces an inner middleware's error by its redacted text if the request was a handshake.
+///
+/// The middleware may have wrapped an error of the client, whose URL holds the handshake's credentials.
+fn redact_middleware_error(shown_url: ShownUrl, query: Option<&Zeroizing<String>>, error: Error) -> Error {
+    let ShownUrl::WithoutQuery = shown_url else { return error };
     if let Some(found) = AuthError::find(&error) {
         return found.clone().into();
     }
     let redactor = Redactor::masking(query.map(|query| query.as_str()));
-    Error::middleware(Said(redactor.text(with_causes(&error))))
+    Error::middleware(RedactedError(redactor.text(with_causes(&error))))
 }
 
-/// What a middleware's error said.
+/// The redacted text of a middleware's error and its causes.
 #[derive(Debug)]
-struct Said(String);
+struct RedactedError(String);
 
-impl fmt::Display for Said {
+impl fmt::Display for RedactedError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl StdError for Said {}
+impl StdError for RedactedError {}
 
 impl fmt::Debug for NextService<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -238,7 +242,7 @@ impl fmt::Debug for NextService<'_> {
 }
 
 /// Response future of [`NextService`].
-pub struct NextFuture<'a>(SendFuture<'a, Result<Response<Body>, Error>>);
+pub struct NextFuture<'a>(Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>);
 
 impl Future for NextFuture<'_> {
     type Output = Result<Response<Body>, Error>;
@@ -254,10 +258,11 @@ impl fmt::Debug for NextFuture<'_> {
     }
 }
 
-/// As an error of a middleware's.
+/// Wraps the [`AuthError`] as `Error::Middleware`.
 impl From<AuthError> for Error {
     fn from(error: AuthError) -> Self {
-        // It shows no level of its own, so ours goes one further down, for `AuthError::find`.
+        // `Error::Middleware` is transparent: its `source()` skips the wrapped error. The extra level keeps the
+        // `AuthError` in the chain for `AuthError::find`.
         Self::middleware(crate::Error::<Infallible>::Auth(error))
     }
 }

@@ -1,13 +1,14 @@
-//! gRPC through [tonic](https://docs.rs/tonic): [`SelamGrpcLayer`], over a `Channel` and under a generated client.
+//! Authenticates gRPC clients of [tonic](https://docs.rs/tonic): [`SelamGrpcLayer`], between a generated client and a
+//! `Channel`.
 //!
 //! ```text
 //! GreeterClient ─▶ SelamGrpc ─────────▶ Refresh ─────────▶ Authorize ─▶ Channel
-//!                  every refusal is a    16 or 401: renew,   key, or JWT
-//!                  `Status` with its     send once more      and key
-//!                  `AuthError`
+//!                  turns auth errors     16 or 401: refresh, writes key,
+//!                  into a `Status` with  replay once         or JWT and key
+//!                  its `AuthError`
 //! ```
 //!
-//! A tonic interceptor cannot do this: it is synchronous, and a token that has to be renewed is awaited.
+//! A tonic interceptor cannot do this: interceptors are synchronous, and a refresh must be awaited.
 //!
 //! ```no_run
 //! use tonic::body::Body;
@@ -41,7 +42,7 @@
 //! # Ok::<(), tower_selam::BoxError>(())
 //! ```
 //!
-//! What the server refuses is renewed as over plain HTTP:
+//! A rejected credential is refreshed as over plain HTTP:
 //!
 //! ```
 //! use http::{Request, Response};
@@ -56,7 +57,7 @@
 //! let channel = service_fn(|request: Request<Body>| async move {
 //!     let token = &request.headers()["authorization"];
 //!     Ok::<_, Status>(match request.uri().path() {
-//!         "/selam.Greeter/Delete" => Status::permission_denied("greetings are for ever").into_http(),
+//!         "/selam.Greeter/Delete" => Status::permission_denied("greetings are permanent").into_http(),
 //!         _ if token == "Bearer first" => Status::unauthenticated("token expired").into_http(),
 //!         _ => Response::new(Body::empty()),
 //!     })
@@ -68,13 +69,13 @@
 //! let selam = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?).with_jwt(jwts).build()?;
 //! let service = SelamGrpcLayer::new(selam, &"https://api.selamgpt.com".parse()?)?.layer(channel);
 //!
-//! // As tonic's clients make it: a path alone.
+//! // Like a generated client, use a URI that is only a path.
 //! let greet = Request::post("/selam.Greeter/Greet").body(Body::empty())?;
 //! service.clone().oneshot(greet).await?;
 //!
 //! let delete = Request::post("/selam.Greeter/Delete").body(Body::empty())?;
 //! let status = service.oneshot(delete).await.unwrap_err();
-//! assert_eq!((status.code(), status.message()), (Code::PermissionDenied, "greetings are for ever"));
+//! assert_eq!((status.code(), status.message()), (Code::PermissionDenied, "greetings are permanent"));
 //! assert_eq!(AuthError::find(&status).unwrap().kind(), AuthErrorKind::Forbidden);
 //! # Ok::<(), BoxError>(())
 //! # }).unwrap();
@@ -82,58 +83,57 @@
 //!
 //! # The origin
 //!
-//! tonic's clients make requests of a path alone, and the channel adds where it goes further in. So the layer is
-//! told: [`SelamGrpcLayer::new`] takes the URI that the channel connects to, and fails when credentials may not go
-//! there, as to a plain `http` one that was not
-//! [allowed for loopback](crate::BaseUrl::allow_insecure_loopback). What it is told has to be true: the `uri()` of the
-//! `Endpoint`, not the name that `Endpoint::origin` gives it; of several that a channel balances between, each has to
-//! be one that may have the credentials.
+//! tonic's clients build requests whose URI is only a path; the channel adds the origin further down the stack. So
+//! [`SelamGrpcLayer::new`] takes the URI that the channel connects to. It fails if credentials may not be sent there,
+//! for example over plain `http` that was not [allowed for loopback](crate::BaseUrl::allow_insecure_loopback).
 //!
-//! # What a status leads to
+//! The URI must be the real target: the `uri()` of the `Endpoint`, not the name given to `Endpoint::origin`. If a channel
+//! balances between several endpoints, every one of them must be allowed to receive the credentials.
 //!
-//! | The server said | where | then |
+//! # Handling of a status
+//!
+//! | The server sent | in | Effect |
 //! |---|---|---|
-//! | `grpc-status` 16, or HTTP 401 | in headers | the credential is renewed and the request sent once more, [as after any 401](crate::refresh) |
-//! | `grpc-status` 16 | in trailers | the credential is renewed for the next call; the status goes up |
-//! | `grpc-status` 7, or HTTP 403 | anywhere | the status goes up |
-//! | anything else | anywhere | it passes as it came |
+//! | `grpc-status` 16, or HTTP 401 | headers | the credential is refreshed and the request replayed once, [as after any 401](crate::refresh) |
+//! | `grpc-status` 16 | trailers | the credential is refreshed for the next call; the status is returned to the caller |
+//! | `grpc-status` 7, or HTTP 403 | either | the status is returned to the caller |
+//! | anything else | either | passes through unchanged |
 //!
-//! Servers that check credentials before they answer say 16 in headers, since they have begun no stream. Where it
-//! comes in trailers, the call has had its response: its metadata by then, and any number of messages. To hold the
-//! response back until the first message or the trailers would allow one more try, and hang every call that waits
-//! for the response before it sends a message of its own.
+//! Servers that check credentials before they respond send 16 in headers, because no stream has begun. When 16 arrives
+//! in trailers, the caller already has the response metadata and possibly messages. Holding the response back until the
+//! first message or the trailers would allow a replay, but it would hang every call that waits for the response before
+//! sending its own first message.
 //!
 //! # Errors
 //!
-//! The service's error is [`Status`], which a generated client hands up unchanged. One that is about credentials has
-//! the [`AuthError`] as its source, where [`AuthError::find`] finds it:
+//! The service's error is [`Status`], which a generated client returns unchanged. A status that concerns credentials has
+//! the [`AuthError`] as its source; [`AuthError::find`] finds it:
 //!
-//! | What happened | Code |
+//! | Cause | Code |
 //! |---|---|
-//! | the server said 16, or HTTP 401 | `Unauthenticated`, with its message, details and metadata |
-//! | the server said 7, or HTTP 403 | `PermissionDenied`, with its message, details and metadata |
-//! | there is no credential, or it cannot be sent or renewed, now or ever | `Unauthenticated` |
+//! | the server sent 16, or HTTP 401 | `Unauthenticated`, with the server's message, details and metadata |
+//! | the server sent 7, or HTTP 403 | `PermissionDenied`, with the server's message, details and metadata |
+//! | no credential is available, or it cannot be sent or refreshed, temporarily or permanently | `Unauthenticated` |
 //! | the origin is not allowed | `PermissionDenied` |
 //!
-//! A renewal that failed and may succeed later is `Unauthenticated` too, as in grpc-go: the service called is not
-//! `Unavailable`, and whoever counts its failures should not count this one.
-//! [`is_permanent`](AuthError::is_permanent) and [`retry_after`](AuthError::retry_after) tell whether and when it is
-//! worth another try.
+//! A temporary refresh failure is also `Unauthenticated`, as in grpc-go: the called service is not `Unavailable`, and
+//! failure counters for that service should not count it. [`is_permanent`](AuthError::is_permanent) and
+//! [`retry_after`](AuthError::retry_after) say whether and when to retry.
 //!
-//! An error of the channel becomes the status that tonic would make of it, with itself as the source. A server that
-//! echoes credentials in a refusal does not get them printed: they are masked in the status as well.
+//! An error of the channel becomes the status that tonic would build from it, with the error as its source. If a server
+//! echoes credentials when it refuses a call, they are masked in the status.
 //!
 //! # Bodies
 //!
-//! A request is kept while it is sent, up to [`REPLAY_LIMIT`](SelamGrpcLayer::REPLAY_LIMIT), to be sent again byte by
-//! byte. A stream of requests is, too: what was sent before it was refused, then the rest. If more was sent than the
-//! limit, the status goes up, and the next call has the new credential. Nothing is kept any more once the response
-//! has begun.
+//! While a request is sent, up to [`REPLAY_LIMIT`](SelamGrpcLayer::REPLAY_LIMIT) bytes of it are kept, so that it can be
+//! replayed byte for byte. This covers request streams: a replay first sends the bytes sent before the rejection, then
+//! the rest. If more than the limit was sent, the status is returned to the caller and the next call uses the new
+//! credential. The copy is dropped once the response begins.
 //!
 //! # Order
 //!
-//! Directly around the channel. A deadline that is set on a request counts for each time it is sent; for all of it,
-//! put `tower::timeout` or tokio's outside.
+//! Place the layer directly around the channel. A deadline set on a request applies to each send separately; for one
+//! deadline over everything, put `tower::timeout` or tokio's around the layer.
 
 use std::{
     borrow::Cow,
@@ -156,12 +156,11 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::{
-    AuthError, AuthErrorKind, BoxError, ConfigError, Credentials, SelamLayer,
-    auth_error::{Bounds, Inspect, Read},
-    authorize::{self, Authorize, Policy, Sent},
-    error::CloneClient,
-    error::{Redactor, grpc_message},
-    replay::{Blamed, BufferBody, CapturedBody, Refresh, Replay, ReplayBody, Replaying, Stopped, Undecided},
+    AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, RefreshLayer, SelamLayer,
+    auth_error::{BodyLimits, InspectedBody, Inspection},
+    authorize::{Authorize, Policy, Sent, Settings, Undecided},
+    error::{Redactor, grpc_message, is_auth_status},
+    replay::{Blame, BufferBody, CapturedBody, Refresh, Replay, ReplayBody},
     telemetry::event,
 };
 
@@ -183,40 +182,40 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 #[derive(Clone, Debug)]
 pub struct SelamGrpcLayer {
     policy: Arc<Policy>,
-    bounds: Bounds,
+    limits: BodyLimits,
     replay: ReplayRequests,
 }
 
 impl SelamGrpcLayer {
-    /// How much of a request is kept by default: 4 MiB, the largest message that tonic's servers take unless told
-    /// otherwise.
+    /// How much of a request is kept by default: 4 MiB, the largest message that tonic's servers accept by default.
     pub const REPLAY_LIMIT: usize = 4 * 1024 * 1024;
 
-    /// What `selam` sends, over a channel to `origin`: the `Endpoint`'s `uri()`.
+    /// Builds the stack of `selam` for a channel to `origin`: the `uri()` of the `Endpoint`.
     ///
     /// # Errors
     ///
-    /// When `origin` has no scheme and host, or is not one that `selam` may send credentials to.
+    /// When `origin` has no scheme and host, or `selam` may not send credentials there.
     pub fn new(selam: SelamLayer, origin: &Uri) -> Result<Self, ConfigError> {
         let SelamLayer { policy, errors, .. } = selam;
-        let mut policy = Arc::unwrap_or_clone(policy);
-        let stated = match (origin.scheme_str(), origin.authority()) {
+        let origin = match (origin.scheme_str(), origin.authority()) {
             (Some(scheme), Some(authority)) => format!("{scheme}://{authority}"),
             _ => origin.to_string(),
         };
-        policy.origins = policy.origins.with_relative_uri_origin(&stated)?;
+        let origins = policy.settings.origins.clone().with_relative_uri_origin(&origin)?;
+        let settings = Settings { origins, ..policy.settings.clone() };
+        let policy = Policy { owner: policy.owner, provider: Arc::clone(&policy.provider), settings };
         let replay = ReplayRequests(Some(BufferBody::new(Self::REPLAY_LIMIT)));
-        Ok(Self { policy: Arc::new(policy), bounds: errors.0, replay })
+        Ok(Self { policy: Arc::new(policy), limits: errors.limits(), replay })
     }
 
-    /// Keeps up to `bytes` of each request, to send it again if need be.
+    /// Keeps up to `bytes` of each request, to replay it if needed.
     #[must_use]
     pub fn with_replay_limit(mut self, bytes: usize) -> Self {
         self.replay = ReplayRequests(Some(BufferBody::new(bytes)));
         self
     }
 
-    /// Keeps nothing and sends no request again: a refusal renews the credential for the next.
+    /// Replays nothing: a rejection refreshes the credential for the next request.
     #[must_use]
     pub fn without_replay(mut self) -> Self {
         self.replay = ReplayRequests(None);
@@ -229,33 +228,34 @@ impl<S> Layer<S> for SelamGrpcLayer {
 
     fn layer(&self, inner: S) -> Self::Service {
         let authorize = Authorize::new(HttpStatus(inner), Arc::clone(&self.policy));
-        // What never changes need not be kept for a second time.
-        let idle = !self.policy.provider.renews();
-        SelamGrpc { stack: Refresh::new(authorize, self.replay).with_idle(idle), bounds: self.bounds }
+        let refresh = RefreshLayer::with_replay(self.replay).disabled_if(!self.policy.provider.refreshes());
+        SelamGrpc { inner: refresh.layer(authorize), limits: self.limits }
     }
 }
 
 /// Sends authenticated gRPC requests. Made by [`SelamGrpcLayer`]; see the [module docs](self).
 #[derive(Clone, Debug)]
 pub struct SelamGrpc<S> {
-    stack: Refresh<Authorize<HttpStatus<S>>, ReplayRequests>,
-    bounds: Bounds,
+    inner: Inner<S>,
+    limits: BodyLimits,
 }
 
+type Inner<S> = Refresh<Authorize<HttpStatus<S>>, ReplayRequests>;
+
 impl<S> SelamGrpc<S> {
-    /// The channel within.
+    /// The inner channel.
     pub fn get_ref(&self) -> &S {
-        &self.stack.get_ref().get_ref().0
+        &self.inner.get_ref().get_ref().0
     }
 
-    /// The channel within, to be changed.
+    /// The inner channel, to be changed.
     pub fn get_mut(&mut self) -> &mut S {
-        &mut self.stack.get_mut().get_mut().0
+        &mut self.inner.get_mut().get_mut().0
     }
 
-    /// The channel within, without this one.
+    /// The inner channel, without the layers.
     pub fn into_inner(self) -> S {
-        self.stack.into_inner().into_inner().0
+        self.inner.into_inner().into_inner().0
     }
 }
 
@@ -266,75 +266,102 @@ where
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    type Response = Response<ResponseBody<B>>;
+    type Response = Response<ResponseBody<InspectedBody<B>>>;
     type Error = Status;
-    type Future = ResponseFuture<S::Future, S, B>;
+    type Future = ResponseFuture<S, B>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        self.stack.poll_ready(cx)
+        self.inner.poll_ready(cx)
     }
 
     #[inline]
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let bounds = self.bounds;
-        self.stack.send(request, |response| ResponseFuture { inspect: Inspect::new(response, bounds) })
+        let state = State::Response { response: self.inner.call(request) };
+        ResponseFuture { state, limits: self.limits }
     }
 }
 
 pin_project! {
-    /// Response future of [`SelamGrpc`]. Dropping it drops the request, or the response whose body it reads, and
-    /// leaves a renewal that it waits for running.
-    pub struct ResponseFuture<F, S, B>
+    /// Response future of [`SelamGrpc`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the request, or the response whose body it reads. A refresh that it waits for continues.
+    pub struct ResponseFuture<S, B>
     where
+        S: Service<Request<Body>, Response = Response<B>>,
+        S: CloneClient,
+        S::Error: Into<BoxError>,
         B: http_body::Body,
     {
         #[pin]
-        inspect: Inspect<Refreshed<F, S, B>, B>,
+        state: State<<Inner<S> as Service<Request<Body>>>::Future, InspectedBody<B>>,
+        limits: BodyLimits,
     }
 }
 
-type Refreshed<F, S, B> = Replaying<
-    authorize::ResponseFuture<HttpStatusFuture<F>, HttpStatus<S>, Body>,
-    Authorize<HttpStatus<S>>,
-    ReplayRequests,
-    Body,
-    B,
->;
+pin_project! {
+    #[project = StateProj]
+    enum State<F, B>
+    where
+        B: http_body::Body,
+    {
+        Response { #[pin] response: F },
+        // The body of a 401 or 403 is being read.
+        Inspecting { inspection: Option<Box<Inspection<B>>> },
+    }
+}
 
-impl<S, B> Future for ResponseFuture<S::Future, S, B>
+impl<S, B> Future for ResponseFuture<S, B>
 where
     S: Service<Request<Body>, Response = Response<B>> + CloneClient,
     S::Error: Into<BoxError>,
     B: http_body::Body<Data = Bytes>,
     B::Error: Into<BoxError>,
 {
-    type Output = Result<Response<ResponseBody<B>>, Status>;
+    type Output = Result<Response<ResponseBody<InspectedBody<B>>>, Status>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let refuse = |read| Err(Stopped::Refused(read));
-        let mut inspect = self.project().inspect;
-        let polled = inspect.as_mut().poll_or(cx, |response| response, refuse);
-        let response = ready!(polled).map_err(|stopped| match stopped {
-            Stopped::Failed(status) => status,
-            Stopped::Refused(read) => refused_in_head(*read),
-        })?;
-        let (mut parts, body) = response.into_parts();
-        let undecided = parts.extensions.remove::<Undecided>();
-        let sent = undecided.and_then(|_| inspect.response()?.response()?.take_sent());
-        Poll::Ready(Ok(Response::from_parts(parts, ResponseBody { body, sent })))
+        let mut this = self.project();
+        loop {
+            match this.state.as_mut().project() {
+                StateProj::Response { response } => {
+                    let response = ready!(response.poll(cx))?;
+                    if !is_auth_status(response.status()) {
+                        let (mut parts, body) = response.into_parts();
+                        parts.extensions.remove::<Undecided>();
+                        let sent = parts.extensions.remove::<Sent>();
+                        return Poll::Ready(Ok(Response::from_parts(parts, ResponseBody { body, sent })));
+                    }
+                    let inspection = Some(Inspection::new(response, *this.limits));
+                    this.state.set(State::Inspecting { inspection });
+                }
+                StateProj::Inspecting { inspection: slot } => {
+                    let Some(inspection) = slot else { return Poll::Pending };
+                    ready!(inspection.poll(cx));
+                    let Some(inspection) = slot.take() else { return Poll::Pending };
+                    return Poll::Ready(Err(rejected_in_head(*inspection)));
+                }
+            }
+        }
     }
 }
 
-impl<F, S, B: http_body::Body> fmt::Debug for ResponseFuture<F, S, B> {
+impl<S, B> fmt::Debug for ResponseFuture<S, B>
+where
+    S: Service<Request<Body>, Response = Response<B>> + CloneClient,
+    S::Error: Into<BoxError>,
+    B: http_body::Body,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }
 }
 
 pin_project! {
-    /// The body of a response, of which the trailers may say that it was refused. Its frames pass as they come.
+    /// The body of a response. Its frames pass unchanged, unless the trailers say that the credentials were rejected.
     pub struct ResponseBody<B> {
         #[pin]
         body: B,
@@ -354,8 +381,8 @@ where
         let this = self.project();
         Poll::Ready(match ready!(this.body.poll_frame(cx)) {
             Some(Ok(frame)) => Some(match frame.into_trailers() {
-                Ok(trailers) => match refusal(&trailers) {
-                    Some(status) => Err(refused_in_trailers(status, trailers, this.sent.take())),
+                Ok(trailers) => match auth_status(&trailers) {
+                    Some(status) => Err(rejected_in_trailers(status, trailers, this.sent.take())),
                     None => Ok(Frame::trailers(trailers)),
                 },
                 Err(frame) => Ok(frame),
@@ -380,9 +407,9 @@ impl<B> fmt::Debug for ResponseBody<B> {
     }
 }
 
-/// `Unauthenticated` or `PermissionDenied`, never `Unknown`, with the error as its source.
+/// Gives `Unauthenticated` or `PermissionDenied`, never `Unknown`, with the error as the source.
 ///
-/// See [what has which code](self#errors).
+/// See [which error has which code](self#errors).
 impl From<AuthError> for Status {
     fn from(error: AuthError) -> Self {
         let mut status = Self::new(code(&error), error.to_string());
@@ -398,8 +425,8 @@ fn code(error: &AuthError) -> Code {
     }
 }
 
-/// What HTTP calls a refusal that gRPC tells in headers or trailers.
-fn refusal(headers: &HeaderMap) -> Option<StatusCode> {
+/// The HTTP status that `grpc-status` 16 and 7 correspond to.
+fn auth_status(headers: &HeaderMap) -> Option<StatusCode> {
     match Code::from_bytes(headers.get(GRPC_STATUS)?.as_bytes()) {
         Code::Unauthenticated => Some(StatusCode::UNAUTHORIZED),
         Code::PermissionDenied => Some(StatusCode::FORBIDDEN),
@@ -408,36 +435,38 @@ fn refusal(headers: &HeaderMap) -> Option<StatusCode> {
 }
 
 #[cold]
-fn refused_in_head<B>(read: Read<B>) -> Status
+fn rejected_in_head<B>(inspection: Inspection<B>) -> Status
 where
     B: http_body::Body<Error: Into<BoxError>>,
 {
-    let http::response::Parts { headers, extensions, .. } = &read.collect.parts;
-    let (headers, sent) = (headers.clone(), extensions.get::<Sent>().cloned().map(Sent::joined));
-    refused(read.into_error(), headers, sent.as_ref())
+    let sent = inspection.sent().cloned().unwrap_or_default();
+    let headers = inspection.headers().clone();
+    let error = inspection.into_error();
+    event::request_rejected(&error, sent.ids());
+    rejected(error, headers, &sent)
 }
 
 #[cold]
-fn refused_in_trailers(status: StatusCode, trailers: HeaderMap, sent: Option<Sent>) -> Status {
-    let credentials = sent.clone().map(Sent::joined);
-    let error = AuthError::read(status, &trailers, b"", credentials.as_ref(), None);
+fn rejected_in_trailers(status: StatusCode, trailers: HeaderMap, sent: Option<Sent>) -> Status {
+    let sent = sent.unwrap_or_default();
+    let error = AuthError::read(status, &trailers, b"", sent.exposed(), None);
     if status == StatusCode::UNAUTHORIZED
-        && let Some(blamed) = sent.and_then(|sent| Blamed::of(&sent, error.kind()))
+        && let Some(blame) = Blame::assign(&sent, error.kind())
     {
-        // It renews without being waited for.
-        let _ = blamed.reject();
+        // Refreshes for the next call, which nobody waits for here.
+        let _ = blame.reject();
     }
-    event::refused_by_api(&error, credentials.as_ref());
-    refused(error, trailers, credentials.as_ref())
+    event::request_rejected(&error, sent.ids());
+    rejected(error, trailers, &sent)
 }
 
-/// The status that the server gave, without the credentials that it may echo.
+/// The server's status, without the credentials that it may echo.
 #[cold]
-fn refused(error: AuthError, mut headers: HeaderMap, sent: Option<&Credentials>) -> Status {
-    let redactor = Redactor::new(sent);
+fn rejected(error: AuthError, mut headers: HeaderMap, sent: &Sent) -> Status {
+    let redactor = Redactor::masking(sent.exposed());
     let message = match grpc_message(&headers) {
         Some(message) => redactor.text(message),
-        // The server's silence is its own, a proxy's is explained.
+        // A server that sent a status but no message meant that; a proxy's answer is explained.
         None if headers.contains_key(GRPC_STATUS) => String::new(),
         None => error.to_string(),
     };
@@ -475,21 +504,21 @@ fn redact(headers: &mut HeaderMap, redactor: &Redactor) {
     }
 }
 
-/// Keeps requests to send them again, and hands them on as what tonic's channels take.
+/// Keeps requests for the replay, and passes them on in the body type that tonic's channels take.
 #[derive(Clone, Copy, Debug)]
 struct ReplayRequests(Option<BufferBody>);
 
 impl Replay<Body> for ReplayRequests {
     type Body = Body;
-    type Captured = KeptRequest;
+    type Captured = CapturedRequest;
 
-    fn capture(&self, body: Body) -> (Body, Option<KeptRequest>) {
+    fn capture(&self, body: Body) -> (Body, Option<CapturedRequest>) {
         let Some(buffer) = self.0 else { return (body, None) };
         match buffer.capture(body) {
             (body, None) => (Body::new(body), None),
             (body, Some(kept)) => {
                 let loan = Arc::new(Mutex::new(Loan { body: Some(body), waker: None }));
-                (Body::new(Lent(Arc::clone(&loan))), Some(KeptRequest { buffer, kept, loan }))
+                (Body::new(Lent(Arc::clone(&loan))), Some(CapturedRequest { buffer, kept, loan }))
             }
         }
     }
@@ -498,9 +527,9 @@ impl Replay<Body> for ReplayRequests {
         body
     }
 
-    fn restore(&self, KeptRequest { buffer, kept, loan }: KeptRequest) -> Option<Body> {
+    fn restore(&self, CapturedRequest { buffer, kept, loan }: CapturedRequest) -> Option<Body> {
         let Loan { body, waker } = std::mem::take(&mut *lock(&loan));
-        // What the connection has not sent is handed over.
+        // This hands over what the connection has not sent.
         drop(body);
         if let Some(waker) = waker {
             waker.wake();
@@ -509,20 +538,20 @@ impl Replay<Body> for ReplayRequests {
     }
 }
 
-struct KeptRequest {
+struct CapturedRequest {
     buffer: BufferBody,
     kept: CapturedBody<Body>,
     loan: Arc<Mutex<Loan>>,
 }
 
-/// The body of a request, as the connection has it: it can be taken back. A server that refuses a call has ended it,
-/// but a stream of requests is let go of only when the connection gets round to it.
+/// A request body that can be taken back from the connection. A server that rejects a call has ended it, but the connection
+/// drops a stream of requests only when it polls it again.
 struct Lent(Arc<Mutex<Loan>>);
 
 #[derive(Default)]
 struct Loan {
     body: Option<ReplayBody<Body>>,
-    /// Of the connection.
+    /// Wakes the connection.
     waker: Option<Waker>,
 }
 
@@ -533,7 +562,7 @@ impl http_body::Body for Lent {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let mut loan = lock(&self.0);
         let Some(body) = &mut loan.body else {
-            return Poll::Ready(Some(Err(Status::cancelled("the call was refused, and is made again"))));
+            return Poll::Ready(Some(Err(Status::cancelled("the call was rejected and is being replayed"))));
         };
         let polled = Pin::new(body).poll_frame(cx);
         loan.waker = polled.is_pending().then(|| cx.waker().clone());
@@ -553,7 +582,7 @@ fn lock(loan: &Mutex<Loan>) -> MutexGuard<'_, Loan> {
     loan.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Says in HTTP's words what gRPC says in headers, so that the layers outside know a refusal.
+/// Translates `grpc-status` in headers into the HTTP status, for the outer layers.
 #[derive(Clone, Debug)]
 struct HttpStatus<S>(S);
 
@@ -595,7 +624,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut response =
             ready!(self.project().response.poll(cx)).map_err(|error| Status::from_error(error.into()))?;
-        if let Some(status) = refusal(response.headers()) {
+        if let Some(status) = auth_status(response.headers()) {
             *response.status_mut() = status;
         } else if response.status() == StatusCode::OK && !response.headers().contains_key(GRPC_STATUS) {
             response.extensions_mut().insert(Undecided);
@@ -613,22 +642,23 @@ mod tests {
     use tonic::metadata::MetadataValue;
 
     use super::*;
-    use crate::ApiKey;
+    use crate::{ApiKey, Credentials};
 
-    fn said(pairs: &[(HeaderName, &[u8])]) -> Status {
+    fn status(pairs: &[(HeaderName, &[u8])]) -> Status {
         let headers: HeaderMap = pairs
             .iter()
             .filter_map(|(name, value)| Some((name.clone(), HeaderValue::from_bytes(value).ok()?)))
             .collect();
-        let status = refusal(&headers).unwrap_or(StatusCode::UNAUTHORIZED);
-        let sent = Credentials::bearer(ApiKey::new("opaque+1").unwrap());
-        let error = AuthError::read(status, &headers, b"", Some(&sent), None);
-        refused(error, headers, Some(&sent))
+        let status = auth_status(&headers).unwrap_or(StatusCode::UNAUTHORIZED);
+        let sent = Sent::from(&Credentials::bearer(ApiKey::new("opaque+1").unwrap()));
+        let error = AuthError::read(status, &headers, b"", sent.exposed(), None);
+        rejected(error, headers, &sent)
     }
 
+    /// J8, S2
     #[test]
-    fn j8_what_the_server_said_is_taken_out_of_its_headers() {
-        let status = said(&[
+    fn secrets_are_masked_in_the_status() {
+        let status = status(&[
             (GRPC_STATUS, b"7"),
             (GRPC_MESSAGE, b"not%20for opaque+1 %E2%9C%93"),
             (GRPC_STATUS_DETAILS, b"CghvcGFxdWUrMQ=="),
@@ -644,20 +674,22 @@ mod tests {
         assert_eq!(AuthError::find(&status).unwrap().message(), Some(status.message()));
     }
 
+    /// E2
     #[test]
-    fn e2_what_cannot_be_decoded_does_not_hide_the_refusal() {
+    fn undecodable_headers_do_not_hide_the_rejection() {
         // `Status::from_header_map` panics on the one and says `Unknown` for the other.
         let status =
-            said(&[(GRPC_STATUS, b"16"), (GRPC_STATUS_DETAILS, b"no base64"), (GRPC_MESSAGE, b"%ff%4")]);
+            status(&[(GRPC_STATUS, b"16"), (GRPC_STATUS_DETAILS, b"no base64"), (GRPC_MESSAGE, b"%ff%4")]);
         assert_eq!((status.code(), status.details()), (Code::Unauthenticated, &b""[..]));
         assert_eq!(status.message(), "\u{fffd}%4");
     }
 
+    /// J7
     #[test]
-    fn j7_a_stream_is_taken_back_from_a_connection_that_would_wait_for_its_end() {
+    fn a_stream_is_taken_back_from_the_connection() {
         let (send, frames) = mpsc::unbounded_channel();
         let replay = ReplayRequests(Some(BufferBody::new(64)));
-        let (mut lent, kept) = replay.capture(Body::new(Fed(frames)));
+        let (mut lent, kept) = replay.capture(Body::new(ChannelBody(frames)));
         let mut polled = task::spawn(lent.frame());
         assert_pending!(polled.poll());
         send.send(Bytes::from_static(b"first")).unwrap();
@@ -666,22 +698,22 @@ mod tests {
         let mut polled = task::spawn(lent.frame());
         assert_pending!(polled.poll());
 
-        let mut again = replay.restore(kept.unwrap()).unwrap();
+        let mut restored = replay.restore(kept.unwrap()).unwrap();
         assert!(polled.is_woken());
-        // An error resets the stream: it did not end.
+        // An error resets the stream.
         assert_eq!(assert_ready!(polled.poll()).unwrap().unwrap_err().code(), Code::Cancelled);
         send.send(Bytes::from_static(b"second")).unwrap();
         drop(send);
         for expected in ["first", "second"] {
-            let frame = assert_ready!(task::spawn(again.frame()).poll());
+            let frame = assert_ready!(task::spawn(restored.frame()).poll());
             assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), expected);
         }
-        assert!(assert_ready!(task::spawn(again.frame()).poll()).is_none());
+        assert!(assert_ready!(task::spawn(restored.frame()).poll()).is_none());
     }
 
-    struct Fed(mpsc::UnboundedReceiver<Bytes>);
+    struct ChannelBody(mpsc::UnboundedReceiver<Bytes>);
 
-    impl http_body::Body for Fed {
+    impl http_body::Body for ChannelBody {
         type Data = Bytes;
         type Error = Status;
 
@@ -694,13 +726,14 @@ mod tests {
     }
 
     proptest! {
+        /// E2
         #[test]
-        fn e2_no_header_makes_it_panic(
+        fn no_header_causes_a_panic(
             code in "16|7", message in "\\PC{0,20}|(%[0-9a-f]{0,2}){0,9}", details in "[A-Za-z0-9+/=,]{0,20}"
         ) {
             let other = HeaderName::from_static("other-bin");
             let [code, message, details] = [&code, &message, &details].map(String::as_bytes);
-            let status = said(&[
+            let status = status(&[
                 (GRPC_STATUS, code), (GRPC_MESSAGE, message), (GRPC_STATUS_DETAILS, details), (other, details)
             ]);
             prop_assert!(AuthError::find(&status).is_some());

@@ -1,6 +1,8 @@
-//! Reads an error body within bounds.
+//! Reads the body of a 401 or 403 within limits, and returns it as if it had not been read.
 
 use std::{
+    collections::VecDeque,
+    fmt, mem,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -8,182 +10,85 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http::{HeaderMap, Response, response::Parts};
-use http_body::Body;
+use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::InspectedBody;
-use crate::{
-    AuthError, BoxError, Credentials, authorize::Sent, error::is_auth_status, telemetry::event,
-    util::cold::Cold, util::timer::Timer,
-};
+use crate::{AuthError, BoxError, authorize::Sent, util::timer::Timer};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Bounds {
-    pub(super) size: usize,
-    pub(super) time: Duration,
+pub(crate) struct BodyLimits {
+    pub(crate) size: usize,
+    pub(crate) time: Duration,
 }
 
-impl Bounds {
-    pub(crate) const fn new(size: usize, time: Duration) -> Self {
-        Self { size, time }
-    }
-}
-
-impl Default for Bounds {
+impl Default for BodyLimits {
     fn default() -> Self {
-        Self::new(64 * 1024, Duration::from_secs(5))
+        Self { size: 64 * 1024, time: Duration::from_secs(5) }
     }
 }
 
-/// So many frames are taken before others get a turn: a body can be ready without end and without bytes.
-const FRAMES_A_TURN: usize = 128;
+/// How many frames are read before other tasks get a turn: a body may always be ready, and with empty frames.
+const FRAMES_PER_POLL: usize = 128;
 
-pin_project! {
-    /// Future of a response that is read if it is a 401 or 403, and only then.
-    pub(crate) struct Inspect<F, B> {
-        #[pin]
-        state: State<F, B>,
-    }
-}
-
-pin_project! {
-    #[project = StateProj]
-    enum State<F, B> {
-        Response { #[pin] response: F, bounds: Bounds },
-        Body { collect: Cold<Box<Collect<B>>> },
-    }
-}
-
-/// A 401 or 403 whose body was read.
-pub(crate) struct Read<B: Body> {
-    pub(crate) collect: Collect<B>,
-    pub(crate) end: End<B::Error>,
-}
-
-impl<F, B> Inspect<F, B> {
-    #[inline]
-    pub(crate) fn new(response: F, bounds: Bounds) -> Self {
-        Self { state: State::Response { response, bounds } }
-    }
-
-    /// What the response is of, unless it is read.
-    #[cfg(feature = "tonic")]
-    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
-        match self.project().state.project() {
-            StateProj::Response { response, .. } => Some(response),
-            StateProj::Body { .. } => None,
-        }
-    }
-}
-
-impl<F, B, E> Inspect<F, B>
-where
-    F: Future<Output = Result<Response<B>, E>>,
-    B: Body,
-{
-    /// Polls for the response: one that is no 401 or 403 is passed, and what one is made of is for `refuse` to say.
-    #[inline]
-    pub(crate) fn poll_or<T>(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        pass: impl FnOnce(Response<B>) -> T,
-        refuse: impl FnOnce(Box<Read<B>>) -> Result<T, E>,
-    ) -> Poll<Result<T, E>> {
-        if let StateProj::Response { response, .. } = self.as_mut().project().state.project() {
-            match response.poll(cx) {
-                Poll::Ready(Ok(response)) if is_auth_status(response.status()) => {
-                    self.as_mut().begin(response);
-                }
-                polled => return polled.map_ok(pass),
-            }
-        }
-        self.poll_read(cx).map(refuse)
-    }
-}
-
-impl<F, B: Body> Inspect<F, B> {
-    #[cold]
-    fn begin(self: Pin<&mut Self>, response: Response<B>) {
-        let mut state = self.project().state;
-        if let StateProj::Response { bounds, .. } = state.as_mut().project() {
-            let collect = Cold::new(Collect::new(response, *bounds));
-            state.set(State::Body { collect });
-        }
-    }
-
-    #[cold]
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Box<Read<B>>> {
-        let StateProj::Body { collect } = self.project().state.project() else { return Poll::Pending };
-        let Some(reading) = collect.as_mut() else { return Poll::Pending };
-        let end = ready!(reading.poll(cx));
-        match collect.take() {
-            Some(collect) => Poll::Ready(Box::new(Read { collect: *collect, end })),
-            None => Poll::Pending,
-        }
-    }
-}
-
-impl<B: Body> Read<B> {
-    /// The error that the response makes.
-    pub(crate) fn into_error(mut self) -> AuthError
-    where
-        B::Error: Into<BoxError>,
-    {
-        let source = match self.end {
-            End::Failed(error) => Some(error.into()),
-            End::Complete { .. } | End::OutOfBounds => None,
-        };
-        self.collect.refusal(source)
-    }
-
-    /// The response as it came.
-    pub(crate) fn into_response(self) -> Response<InspectedBody<B>> {
-        self.collect.into_response(self.end)
-    }
-
-    /// The response as it came, with the error that it makes in its extensions.
-    pub(crate) fn into_annotated(mut self) -> Response<InspectedBody<B>> {
-        let error = self.collect.refusal(None);
-        self.collect.parts.extensions.insert(error);
-        self.into_response()
-    }
-}
+/// Marks a response whose body an inner layer has read already, for as long as it may take.
+#[derive(Clone, Copy)]
+struct WasRead;
 
 /// A 401 or 403 whose body is being read.
-pub(crate) struct Collect<B> {
-    pub(crate) parts: Parts,
-    chunks: Vec<Bytes>,
+pub(crate) struct Inspection<B: Body> {
+    parts: Parts,
     body: Pin<Box<B>>,
-    bounds: Bounds,
-    read: usize,
+    limits: BodyLimits,
     timer: Timer,
+    chunks: VecDeque<Bytes>,
+    /// How many bytes were read.
+    read: usize,
+    end: Option<End<B::Error>>,
 }
 
 /// Why reading ended.
-pub(crate) enum End<E> {
+enum End<E> {
     Complete {
         trailers: Option<HeaderMap>,
     },
     /// The body broke off.
     Failed(E),
-    /// More would be too much or too late.
-    OutOfBounds,
+    LimitReached,
 }
 
-impl<B: Body> Collect<B> {
+impl<B: Body> Inspection<B> {
     #[cold]
-    pub(crate) fn new(response: Response<B>, bounds: Bounds) -> Box<Self> {
-        let (parts, body) = response.into_parts();
-        let timer = Timer::new(bounds.time);
-        Box::new(Self { parts, chunks: Vec::new(), body: Box::pin(body), bounds, read: 0, timer })
+    pub(crate) fn new(response: Response<B>, mut limits: BodyLimits) -> Box<Self> {
+        let (mut parts, body) = response.into_parts();
+        if parts.extensions.remove::<WasRead>().is_some() {
+            limits.time = Duration::ZERO;
+        }
+        let timer = Timer::new(limits.time);
+        Box::new(Self {
+            parts,
+            body: Box::pin(body),
+            limits,
+            timer,
+            chunks: VecDeque::new(),
+            read: 0,
+            end: None,
+        })
     }
 
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
-        // What is there counts, even when the time is up.
-        for _ in 0..FRAMES_A_TURN {
-            if self.read > self.bounds.size {
-                return Poll::Ready(End::OutOfBounds);
+    /// Reads until the body ends or a limit is reached.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.end.is_none() {
+            self.end = Some(ready!(self.poll_end(cx)));
+        }
+        Poll::Ready(())
+    }
+
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+        // Frames that are ready count even when the time is over.
+        for _ in 0..FRAMES_PER_POLL {
+            if self.read > self.limits.size {
+                return Poll::Ready(End::LimitReached);
             }
             let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
                 return self.poll_timer(cx);
@@ -197,10 +102,7 @@ impl<B: Body> Collect<B> {
                         self.read = self.read.saturating_add(chunk.len());
                         self.chunks.extend(Some(chunk).filter(|chunk| !chunk.is_empty()));
                     }
-                    Err(frame) => {
-                        let trailers = frame.into_trailers().ok();
-                        return Poll::Ready(End::Complete { trailers });
-                    }
+                    Err(frame) => return Poll::Ready(End::Complete { trailers: frame.into_trailers().ok() }),
                 },
             }
         }
@@ -209,49 +111,202 @@ impl<B: Body> Collect<B> {
     }
 
     fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
-        // Where no runtime has the time, what is not there at once is not waited for.
-        self.timer.poll(cx).unwrap_or(Poll::Ready(())).map(|()| End::OutOfBounds)
+        // Without a runtime that has timers, only what is ready at once is read.
+        self.timer.poll(cx).unwrap_or(Poll::Ready(())).map(|()| End::LimitReached)
     }
 
-    /// The response as it came.
-    pub(crate) fn into_response(self, end: End<B::Error>) -> Response<InspectedBody<B>> {
-        let Self { parts, chunks, body, .. } = self;
-        Response::from_parts(parts, InspectedBody::read(chunks, end, body))
+    /// What the request was sent with.
+    pub(crate) fn sent(&self) -> Option<&Sent> {
+        self.parts.extensions.get()
     }
 
-    /// What was read, as far as it is within bounds.
-    pub(crate) fn body(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(self.read.min(self.bounds.size));
+    #[cfg(feature = "tonic")]
+    pub(crate) fn headers(&self) -> &HeaderMap {
+        &self.parts.headers
+    }
+
+    /// The error that the response stands for, with `source` as its cause.
+    fn error_with(&self, source: Option<BoxError>) -> AuthError {
+        let Parts { status, headers, .. } = &self.parts;
+        let secrets = self.sent().map(Sent::exposed).unwrap_or_default();
+        AuthError::read(*status, headers, &self.body(), secrets, source)
+    }
+
+    pub(crate) fn error(&self) -> AuthError {
+        self.error_with(None)
+    }
+
+    /// The error, with what broke the body off as its cause.
+    pub(crate) fn into_error(mut self) -> AuthError
+    where
+        B::Error: Into<BoxError>,
+    {
+        let source = match self.end.take() {
+            Some(End::Failed(error)) => Some(error.into()),
+            _ => None,
+        };
+        self.error_with(source)
+    }
+
+    /// Whether an inner layer has added the error to the response.
+    pub(crate) fn is_annotated(&self) -> bool {
+        self.parts.extensions.get::<AuthError>().is_some()
+    }
+
+    /// The response as it came. Outer layers need not wait for its body again.
+    pub(crate) fn into_response(self) -> Response<InspectedBody<B>> {
+        let Self { mut parts, body, chunks, end, .. } = self;
+        parts.extensions.insert(WasRead);
+        let rest = match end {
+            Some(End::Complete { trailers: Some(trailers) }) => Rest::Trailers(trailers),
+            Some(End::Complete { trailers: None }) => Rest::Nothing,
+            Some(End::Failed(error)) => Rest::Error(error),
+            Some(End::LimitReached) | None => Rest::Body(body),
+        };
+        let content = Content::Read { read: Box::new(ReadBody { chunks, rest }) };
+        Response::from_parts(parts, InspectedBody { content })
+    }
+
+    /// The response as it came, with the error in its extensions and without those that concern this crate alone.
+    pub(crate) fn into_annotated(self, error: AuthError) -> Response<InspectedBody<B>> {
+        let mut response = self.into_response();
+        let extensions = response.extensions_mut();
+        extensions.remove::<WasRead>();
+        extensions.remove::<Sent>();
+        extensions.insert(error);
+        response
+    }
+
+    /// What was read, up to the limit.
+    fn body(&self) -> Vec<u8> {
+        let mut body = Vec::with_capacity(self.read.min(self.limits.size));
         for chunk in &self.chunks {
-            let room = self.bounds.size - body.len();
+            let room = self.limits.size - body.len();
             body.extend_from_slice(&chunk[..room.min(chunk.len())]);
         }
         body
     }
+}
 
-    /// The error that the response makes; `source` is what broke its body off.
-    pub(crate) fn error(&mut self, source: Option<BoxError>) -> AuthError {
-        let sent = self.take_sent();
-        self.read(sent.as_ref(), source)
+pin_project! {
+    /// The body of a response that may have been read in part: it yields the same frames, whether they were read
+    /// before or not.
+    pub struct InspectedBody<B>
+    where
+        B: Body,
+    {
+        #[pin]
+        content: Content<B>,
     }
+}
 
-    /// The same for a response that goes up: whoever watches is told, once.
-    pub(crate) fn refusal(&mut self, source: Option<BoxError>) -> AuthError {
-        let sent = self.take_sent();
-        let error = self.read(sent.as_ref(), source);
-        // A layer further in has told it.
-        if self.parts.extensions.get::<AuthError>().is_none() {
-            event::refused_by_api(&error, sent.as_ref());
+pin_project! {
+    #[project = ContentProj]
+    enum Content<B>
+    where
+        B: Body,
+    {
+        Unread { #[pin] body: B },
+        Read { read: Box<ReadBody<B>> },
+    }
+}
+
+struct ReadBody<B: Body> {
+    chunks: VecDeque<Bytes>,
+    rest: Rest<B>,
+}
+
+/// What follows the chunks that were read.
+enum Rest<B: Body> {
+    Trailers(HeaderMap),
+    Error(B::Error),
+    Body(Pin<Box<B>>),
+    Nothing,
+}
+
+impl<B: Body> InspectedBody<B> {
+    #[inline]
+    pub(crate) fn unread(body: B) -> Self {
+        Self { content: Content::Unread { body } }
+    }
+}
+
+impl<B: Body> Body for InspectedBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        match self.project().content.project() {
+            ContentProj::Unread { body } => body.poll_frame(cx).map_ok(to_bytes),
+            ContentProj::Read { read } => read.poll_frame(cx),
         }
-        error
     }
 
-    fn take_sent(&mut self) -> Option<Credentials> {
-        self.parts.extensions.remove::<Sent>().map(Sent::joined)
+    fn is_end_stream(&self) -> bool {
+        match &self.content {
+            Content::Unread { body } => body.is_end_stream(),
+            Content::Read { read } => read.is_end_stream(),
+        }
     }
 
-    fn read(&self, sent: Option<&Credentials>, source: Option<BoxError>) -> AuthError {
-        let Parts { status, headers, .. } = &self.parts;
-        AuthError::read(*status, headers, &self.body(), sent, source)
+    fn size_hint(&self) -> SizeHint {
+        match &self.content {
+            Content::Unread { body } => body.size_hint(),
+            Content::Read { read } => read.size_hint(),
+        }
+    }
+}
+
+impl<B: Body> ReadBody<B> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(chunk) = self.chunks.pop_front() {
+            return Poll::Ready(Some(Ok(Frame::data(chunk))));
+        }
+        if let Rest::Body(body) = &mut self.rest {
+            return body.as_mut().poll_frame(cx).map_ok(to_bytes);
+        }
+        Poll::Ready(match mem::replace(&mut self.rest, Rest::Nothing) {
+            Rest::Trailers(trailers) => Some(Ok(Frame::trailers(trailers))),
+            Rest::Error(error) => Some(Err(error)),
+            Rest::Body(_) | Rest::Nothing => None,
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.chunks.is_empty()
+            && match &self.rest {
+                Rest::Nothing => true,
+                Rest::Body(body) => body.is_end_stream(),
+                Rest::Trailers(_) | Rest::Error(_) => false,
+            }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let read: u64 = self.chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let rest = match &self.rest {
+            Rest::Nothing | Rest::Trailers(_) => SizeHint::with_exact(0),
+            Rest::Body(body) => body.size_hint(),
+            // The body broke off: its length is unknown.
+            Rest::Error(_) => SizeHint::new(),
+        };
+        let mut hint = SizeHint::new();
+        hint.set_lower(read.saturating_add(rest.lower()));
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(read.saturating_add(upper));
+        }
+        hint
+    }
+}
+
+fn to_bytes<D: Buf>(frame: Frame<D>) -> Frame<Bytes> {
+    frame.map_data(|mut data| data.copy_to_bytes(data.remaining()))
+}
+
+impl<B: Body> fmt::Debug for InspectedBody<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InspectedBody").finish_non_exhaustive()
     }
 }

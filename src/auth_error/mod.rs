@@ -1,8 +1,6 @@
-//! Turns the API's 401 and 403 into [`AuthError`](crate::AuthError): [`AuthErrorLayer`] and
-//! [`AnnotateAuthErrorLayer`].
+//! Turns the API's 401 and 403 into an [`AuthError`](crate::AuthError): [`AuthErrorLayer`].
 //!
-//! [`AuthErrorLayer`] makes the error out of the response: the caller gets `Err`. Anything but a 401 or 403
-//! passes as it came, its body of the same type and unread.
+//! The caller gets `Err` instead of the response. Any other response passes unread.
 //!
 //! ```
 //! use http::{Request, Response};
@@ -24,30 +22,26 @@
 //! # });
 //! ```
 //!
-//! [`AnnotateAuthErrorLayer`] is for proxies: the response goes on with its status, headers and body, and
-//! the error is in its extensions. [`SelamLayer::annotated`](crate::SelamLayer::annotated) is the whole stack with it.
+//! [`AuthErrorLayer::annotated`] is for proxies: the response is returned with its status, headers and body, and with the
+//! error in its extensions.
 //!
 //! # The body
 //!
-//! An error body is read up to 64 KiB and for 5 seconds at most; both can be set. Whatever stops it, too
-//! much, too slow or broken off, the error has the status and what was read. The time is tokio's: outside a
-//! tokio runtime, or in one without timers, only what is there at once is read.
+//! The layer reads up to 64 KiB of an error body, for at most 5 seconds; both limits can be set. Whether the body is too
+//! large, too slow or breaks off, the error has the status and what was read. Outside of a tokio runtime with timers, only
+//! what is ready at once is read. The body of the response is an [`InspectedBody`] in either case: it yields the frames
+//! that were read, then the rest.
 //!
 //! # Order
 //!
-//! Outside of the layers that write credentials. Those tell it which they sent, so that an API that echoes a
-//! key cannot get it printed. Layers that retry or time out go on either side.
+//! Outside of the layers that write credentials: they tell this layer what was sent, so that a key which the API echoes
+//! is masked in the error. Layers that retry or time out go on either side.
 
-mod body;
-mod future;
 mod inspect;
 mod layer;
-mod service;
 
-pub(crate) use self::inspect::{Bounds, Collect, End, Inspect, Read};
+pub(crate) use self::inspect::{BodyLimits, Inspection};
 pub use self::{
-    body::{AnnotateAuthError, AnnotateFuture, InspectedBody},
-    future::ResponseFuture,
-    layer::{AnnotateAuthErrorLayer, AuthErrorLayer},
-    service::MapAuthError,
+    inspect::InspectedBody,
+    layer::{AuthErrorLayer, MapAuthError, ResponseFuture},
 };

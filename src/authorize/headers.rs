@@ -1,305 +1,136 @@
-//! What one request gets: decided from its URI, headers and extensions, then written into its headers.
-//!
-//! Every way of sending credentials comes through here, the layers as well as [`Credentials::apply`].
+//! Writes credentials into headers.
 
 use http::{
-    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Uri,
-    header::{AUTHORIZATION, CONNECTION, HOST, REFERER},
+    HeaderMap, HeaderName, HeaderValue,
+    header::{AUTHORIZATION, CONNECTION},
 };
 
-use crate::{
-    authorize::strip::{Former, Secrets},
-    authorize::voice_agent,
-    credential::{Credentials, Form, RequestAuth, Slot, Values},
-    error::{AuthError, AuthErrorKind},
-    origin::{Admission, Origins},
-};
+use super::{policy::Owner, sent::Sent};
+use crate::{AuthError, AuthErrorKind, Credentials};
 
 pub(crate) const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
-const NO_CHOICE: &str = "the request has no `RequestAuth` extension, and this layer requires one";
-const NO_OWN: &str = "the request asks for the layer's own credentials, and it has none";
-const NO_JWT: &str = "the request asks for a JWT beside the key, and there is none";
-
-/// The head of a request.
-#[derive(Clone, Copy)]
-pub(crate) struct Head<'a> {
-    /// `None` where it is not known.
-    pub(crate) method: Option<&'a Method>,
-    pub(crate) uri: &'a Uri,
-    pub(crate) headers: &'a HeaderMap,
-    pub(crate) extensions: &'a Extensions,
+/// What to do with the two headers that carry credentials.
+pub(super) struct HeaderPlan<'a> {
+    authorization: HeaderEdit<'a>,
+    x_api_key: HeaderEdit<'a>,
 }
 
-/// What a layer, or a caller by hand, wants done.
-#[derive(Clone, Copy)]
-pub(crate) struct Rules<'a> {
-    /// `None` when every request brings its own.
-    pub(crate) credentials: Option<&'a Credentials>,
-    pub(crate) origins: &'a Origins,
-    pub(crate) if_not_present: bool,
-    pub(crate) require_request_auth: bool,
-    /// What was sent before.
-    pub(crate) former: Option<&'a Former>,
+/// What to do with one header.
+enum HeaderEdit<'a> {
+    /// Leave it: the layer does not own it.
+    Keep,
+    Replace(&'a HeaderValue),
+    Remove,
 }
 
-pub(crate) struct Plan {
-    action: Action,
-    /// Instead of the request's own, where credentials go into it or come out of it.
-    uri: Option<Box<Uri>>,
-    /// `Referer` has a secret in it.
-    drop_referer: bool,
-    /// What the request came with stays in a header that the layer beside this one writes.
-    keep_theirs: bool,
-}
-
-enum Action {
-    /// Write these into the headers.
-    Write(Credentials),
-    /// These went into the query; take both headers off.
-    Query(Credentials),
-    /// Nothing of ours may go along; take both headers off.
-    Scrub,
-    /// The layer beside this one writes both headers.
-    Yield,
-    /// The headers stay as they are.
-    Leave,
-}
-
-/// Writes `credentials` into a request that has no header which says where it goes, nor one that is taken off.
-/// `false`: it has, or there is no room for more, and a [`Plan`] is to be made.
-///
-/// For a request without a choice of its own, to an origin that is allowed as it is spelled, the usual one: what a `Plan`
-/// would come to, at less cost.
-#[inline]
-pub(crate) fn write_usual(headers: &mut HeaderMap, credentials: &Credentials, if_not_present: bool) -> bool {
-    let Values { authorization, x_api_key, takes_off } = credentials.values();
-    let (minds_authorization, minds_x_api_key) =
-        (takes_off.authorization | if_not_present, takes_off.x_api_key | if_not_present);
-    // One look at each name costs less than a few look-ups: a request has few.
-    let is_minded = |name: &HeaderName| {
-        *name == HOST
-            || *name == CONNECTION
-            || (minds_authorization && *name == AUTHORIZATION)
-            || (minds_x_api_key && *name == X_API_KEY)
-    };
-    if headers.keys().any(is_minded) {
-        return false;
-    }
-    match authorization {
-        Some(value) => {
-            if headers.try_insert(AUTHORIZATION, value.clone()).is_err() {
-                return false;
-            }
-        }
-        None if takes_off.authorization => {}
-        None => yield_to_other(headers, &AUTHORIZATION),
-    }
-    match x_api_key {
-        Some(value) => {
-            if headers.try_insert(X_API_KEY, value.clone()).is_err() {
-                // Not to be taken for what the request came with. What the other layer wrote stays.
-                if authorization.is_some() {
-                    headers.remove(AUTHORIZATION);
-                }
-                return false;
-            }
-        }
-        None if takes_off.x_api_key => {}
-        None => yield_to_other(headers, &X_API_KEY),
-    }
-    true
-}
-
-impl Plan {
-    pub(crate) fn new(rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
-        if let Some(choice) = head.extensions.get::<RequestAuth>() {
-            return Self::chosen(choice, rules, head);
-        }
-        let own = rules.credentials.filter(|_| !rules.require_request_auth);
-        let plan = Self::send(own, rules, head)?;
-        Ok(if rules.if_not_present { plan.if_not_present(head.headers) } else { plan })
+impl<'a> HeaderPlan<'a> {
+    /// The plan for a layer's own credentials.
+    #[inline]
+    pub(super) fn new(owner: Owner, sent: &'a Sent) -> Self {
+        let key = sent.api_key.as_ref().map(|key| &key.credential().0);
+        let jwt = sent.jwt.as_ref().map(|jwt| jwt.credential().0.bearer());
+        let (authorization, x_api_key) = match owner {
+            Owner::Both if jwt.is_some() => (jwt, key.map(|key| key.bare())),
+            Owner::Both | Owner::KeyAsBearer => (key.map(|key| key.bearer()), None),
+            Owner::KeyAsXApiKey => (None, key.map(|key| key.bare())),
+            Owner::Jwt => (jwt, None),
+        };
+        Self::for_owner(owner, authorization, x_api_key)
     }
 
-    fn chosen(choice: &RequestAuth, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
-        let own = || rules.credentials.ok_or_else(|| unavailable(NO_OWN));
-        match choice {
-            RequestAuth::Anonymous => Self::scrub(None, rules, head),
-            RequestAuth::Custom(credentials) => Self::send(Some(credentials), rules, head),
-            RequestAuth::ApiKey => match own()?.key_alone() {
-                Some(key) => Self::send(Some(key), rules, head),
-                // The layer beside this one has the key, and writes both headers.
-                None => Self::send(Some(own()?), rules, head).map(|plan| plan.instead(Action::Yield)),
-            },
-            RequestAuth::ApiKeyAndJwt => Self::send(Some(with_jwt(own()?)?), rules, head),
-            RequestAuth::VoiceAgent => {
-                let credentials = with_jwt(own()?)?;
-                match Self::send(Some(credentials), rules, head)?.action {
-                    Action::Write(credentials) => Ok(Self {
-                        uri: Some(Box::new(voice_agent::with_query(head, &credentials)?)),
-                        drop_referer: Secrets([Some(&credentials), None], rules.former)
-                            .are_in_referer(head.headers),
-                        action: Action::Query(credentials),
-                        keep_theirs: false,
-                    }),
-                    _ => Self::scrub(Some(credentials), rules, head),
-                }
-            }
+    /// The plan for a request's own credentials.
+    pub(super) fn custom(owner: Owner, credentials: &'a Credentials) -> Self {
+        Self::for_owner(owner, credentials.authorization(), credentials.x_api_key_value())
+    }
+
+    #[inline]
+    fn for_owner(
+        owner: Owner,
+        authorization: Option<&'a HeaderValue>,
+        x_api_key: Option<&'a HeaderValue>,
+    ) -> Self {
+        let edit = |is_owned: bool, value: Option<&'a HeaderValue>| match value {
+            _ if !is_owned => HeaderEdit::Keep,
+            Some(value) => HeaderEdit::Replace(value),
+            None => HeaderEdit::Remove,
+        };
+        Self {
+            authorization: edit(owner.owns_authorization(), authorization),
+            x_api_key: edit(owner.owns_x_api_key(), x_api_key),
         }
     }
 
-    /// Writes `credentials` if they may go there.
-    fn send(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
-        match (rules.origins.admit(head.uri, head.headers)?, credentials) {
-            (Admission::Write, Some(credentials)) => Ok(Self::of(Action::Write(credentials.clone()))),
-            (Admission::Write, None) => Err(unavailable(NO_CHOICE)),
-            (Admission::Scrub, credentials) => Self::scrub(credentials, rules, head),
-        }
-    }
-
-    /// Sends nothing of ours, neither the layer's own nor what the request chose.
-    #[cold]
-    fn scrub(credentials: Option<&Credentials>, rules: Rules<'_>, head: Head<'_>) -> Result<Self, AuthError> {
-        let secrets = Secrets([rules.credentials, credentials], rules.former);
-        Ok(Self {
-            action: Action::Scrub,
-            uri: secrets.uri_without(head.uri)?.map(Box::new),
-            drop_referer: secrets.are_in_referer(head.headers),
-            keep_theirs: false,
-        })
-    }
-
-    fn of(action: Action) -> Self {
-        Self { action, uri: None, drop_referer: false, keep_theirs: false }
-    }
-
-    /// Does something else where credentials would be written.
-    fn instead(self, action: Action) -> Self {
-        match self.action {
-            Action::Write(_) => Self::of(action),
-            _ => self,
-        }
-    }
-
-    /// Leaves a request alone that came with credentials in a header that would be written.
-    fn if_not_present(self, headers: &HeaderMap) -> Self {
-        let Action::Write(credentials) = &self.action else { return self };
-        let present =
-            |name: &HeaderName, slot: Slot<'_>| !matches!(slot, Slot::Yield) && headers.contains_key(name);
-        let [authorization, x_api_key] = credentials.slots();
-        let brought = present(&AUTHORIZATION, authorization) || present(&X_API_KEY, x_api_key);
-        if brought { self.instead(Action::Leave) } else { Self { keep_theirs: true, ..self } }
-    }
-
-    pub(crate) fn apply(&self, headers: &mut HeaderMap) -> Result<(), AuthError> {
-        match &self.action {
-            Action::Write(credentials) => return write(headers, credentials, self.keep_theirs),
-            Action::Yield => {
-                yield_to_other(headers, &AUTHORIZATION);
-                yield_to_other(headers, &X_API_KEY);
-            }
-            Action::Leave => {}
-            Action::Query(_) | Action::Scrub => {
+    /// Carries the plan out.
+    ///
+    /// # Errors
+    ///
+    /// When the map is full. Then nothing is written.
+    #[inline]
+    pub(super) fn write(self, headers: &mut HeaderMap) -> Result<(), AuthError> {
+        self.authorization.apply(headers, AUTHORIZATION)?;
+        if let Err(error) = self.x_api_key.apply(headers, X_API_KEY) {
+            if let HeaderEdit::Replace(_) = self.authorization {
                 headers.remove(AUTHORIZATION);
-                headers.remove(&X_API_KEY);
-                if self.drop_referer {
-                    headers.remove(REFERER);
-                }
             }
+            return Err(error);
+        }
+        if headers.contains_key(CONNECTION) {
+            self.remove_from_connection(headers);
         }
         Ok(())
     }
 
-    /// The URI to send the request to, where it is another than the request came with, and the credentials
-    /// that go along.
-    pub(crate) fn into_parts(self) -> (Option<Box<Uri>>, Option<Credentials>) {
-        match self.action {
-            Action::Write(credentials) | Action::Query(credentials) => (self.uri, Some(credentials)),
-            Action::Scrub | Action::Yield | Action::Leave => (self.uri, None),
+    /// Removes the names of the written headers from `Connection`: a proxy would drop the headers that it names
+    /// ([RFC 9110 section 7.6.1](https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1)).
+    #[cold]
+    fn remove_from_connection(&self, headers: &mut HeaderMap) {
+        let edits = [(AUTHORIZATION, &self.authorization), (X_API_KEY, &self.x_api_key)];
+        let is_written = |option: &&[u8]| {
+            edits.iter().any(|(name, edit)| {
+                matches!(edit, HeaderEdit::Replace(_))
+                    && option.eq_ignore_ascii_case(name.as_str().as_bytes())
+            })
+        };
+        let values = headers.get_all(CONNECTION).iter();
+        let options =
+            values.flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
+        let (removed, mut kept): (Vec<_>, Vec<_>) = options.partition(is_written);
+        if removed.is_empty() {
+            return;
+        }
+        kept.retain(|option| !option.is_empty());
+        match HeaderValue::from_bytes(&kept.join(&b", "[..])) {
+            Ok(kept) if !kept.is_empty() => {
+                headers.insert(CONNECTION, kept);
+            }
+            _ => {
+                headers.remove(CONNECTION);
+            }
         }
     }
 }
 
-fn with_jwt(credentials: &Credentials) -> Result<&Credentials, AuthError> {
-    match credentials.form() {
-        Form::Bearer | Form::Header => Err(unavailable(NO_JWT)),
-        Form::Pair | Form::KeyHalf | Form::JwtHalf => Ok(credentials),
+impl HeaderEdit<'_> {
+    #[inline]
+    fn apply(&self, headers: &mut HeaderMap, name: HeaderName) -> Result<(), AuthError> {
+        match *self {
+            Self::Keep => {}
+            Self::Remove => {
+                headers.remove(name);
+            }
+            // `insert` would panic if the map is full.
+            Self::Replace(value) => {
+                headers.try_insert(name, value.clone()).map_err(|_| too_many_headers())?;
+            }
+        }
+        Ok(())
     }
 }
 
 #[cold]
-fn unavailable(detail: &'static str) -> AuthError {
-    AuthError::local(AuthErrorKind::CredentialUnavailable, detail)
-}
-
-fn write(headers: &mut HeaderMap, credentials: &Credentials, keep_theirs: bool) -> Result<(), AuthError> {
-    let [authorization, x_api_key] = credentials.slots();
-    put(headers, &AUTHORIZATION, authorization, keep_theirs)?;
-    put(headers, &X_API_KEY, x_api_key, keep_theirs)?;
-    if headers.contains_key(CONNECTION) {
-        keep_from_connection(headers);
-    }
-    Ok(())
-}
-
-fn put(
-    headers: &mut HeaderMap,
-    name: &HeaderName,
-    slot: Slot<'_>,
-    keep_theirs: bool,
-) -> Result<(), AuthError> {
-    match slot {
-        Slot::Write(value) => {
-            // `insert` would panic on a full map.
-            let inserted = headers.try_insert(name, value.clone());
-            inserted.map_err(|_| {
-                AuthError::local(AuthErrorKind::InvalidRequest, "the request has too many headers")
-            })?;
-        }
-        Slot::Remove => {
-            headers.remove(name);
-        }
-        Slot::Yield if keep_theirs => {}
-        Slot::Yield => yield_to_other(headers, name),
-    }
-    Ok(())
-}
-
-/// Takes off what the request came with, and leaves what the layer beside this one wrote, if it is outside.
-///
-/// They are told apart by the sensitive mark: all that we write has it, and nothing that is parsed from a
-/// connection does.
-// Out of line: only halves of a pair come here.
-#[inline(never)]
-fn yield_to_other(headers: &mut HeaderMap, name: &HeaderName) {
-    if headers.get_all(name).iter().any(|value| !value.is_sensitive()) {
-        headers.remove(name);
-    }
-}
-
-/// Takes our headers out of `Connection`: whoever forwards the request would drop what it names
-/// ([RFC 9110 section 7.6.1](https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1)).
-#[cold]
-fn keep_from_connection(headers: &mut HeaderMap) {
-    let is_ours = |option: &&[u8]| {
-        [&AUTHORIZATION, &X_API_KEY].iter().any(|name| option.eq_ignore_ascii_case(name.as_str().as_bytes()))
-    };
-    let values = headers.get_all(CONNECTION).iter();
-    let options =
-        values.flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
-    let (ours, mut kept): (Vec<_>, Vec<_>) = options.partition(is_ours);
-    if ours.is_empty() {
-        return;
-    }
-    kept.retain(|option| !option.is_empty());
-    match HeaderValue::from_bytes(&kept.join(&b", "[..])) {
-        Ok(kept) if !kept.is_empty() => {
-            headers.insert(CONNECTION, kept);
-        }
-        _ => {
-            headers.remove(CONNECTION);
-        }
-    }
+fn too_many_headers() -> AuthError {
+    AuthError::local(AuthErrorKind::InvalidRequest, "the request has too many headers")
 }
 
 #[cfg(test)]
@@ -307,72 +138,92 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::select};
 
     use super::*;
-    use crate::{ApiKey, Token};
+    use crate::{ApiKey, Token, refresh::Issued};
+
+    const OWNERS: [Owner; 4] = [Owner::KeyAsBearer, Owner::KeyAsXApiKey, Owner::Jwt, Owner::Both];
+
+    fn sent(api_key: bool, jwt: bool) -> Sent {
+        let key = || Issued::Fixed(ApiKey::new("sk-selam-example").unwrap());
+        let token = || Issued::Fixed(Token::new("a.b.c").unwrap());
+        Sent { api_key: api_key.then(key), jwt: jwt.then(token), subject: None }
+    }
+
+    fn values<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Vec<&'a [u8]> {
+        headers.get_all(name).iter().map(HeaderValue::as_bytes).collect()
+    }
 
     proptest! {
+        /// H0, H1, H2, H3: an owned header has the layer's value alone, and no other header changes.
         #[test]
-        fn h3_the_usual_request_gets_what_any_other_way_would_give_it(
-            names in vec(
-                select(vec!["accept", "authorization", "x-api-key", "host", "connection", "x-other"]), 0..6
-            ),
-            sensitive in any::<bool>(),
-            form in 0..5,
-            if_not_present in any::<bool>(),
+        fn only_owned_headers_change(
+            names in vec(select(vec!["accept", "authorization", "x-api-key", "host", "x-other"]), 0..6),
+            is_sensitive in any::<bool>(),
+            owner in select(&OWNERS[..]),
+            has_key in any::<bool>(),
+            has_jwt in any::<bool>(),
         ) {
-            let key = ApiKey::new("sk-selam-example").unwrap();
-            let jwt = Token::new("a.b.c").unwrap();
-            let credentials = match form {
-                0 => Credentials::bearer(key),
-                1 => Credentials::x_api_key(key),
-                2 => Credentials::key_and_jwt(key, jwt),
-                3 => Credentials::new(Form::KeyHalf, Some(key), None),
-                _ => Credentials::jwt_beside_key(jwt),
-            };
             let mut headers = HeaderMap::new();
             for name in names {
-                let mut value = HeaderValue::from_static("api.selamgpt.com");
-                value.set_sensitive(sensitive);
+                let mut value = HeaderValue::from_static("inbound");
+                value.set_sensitive(is_sensitive);
                 headers.append(name, value);
             }
-            let (origins, uri) = (Origins::selam(), Uri::from_static("https://api.selamgpt.com/v1/models"));
-            let rules = Rules { credentials: Some(&credentials), origins: &origins, if_not_present, require_request_auth: false, former: None };
-            let head = Head { method: None, uri: &uri, headers: &headers, extensions: &Extensions::new() };
-            let (mut planned, mut usual) = (headers.clone(), headers.clone());
-            Plan::new(rules, head).unwrap().apply(&mut planned).unwrap();
-            if write_usual(&mut usual, &credentials, if_not_present) {
-                prop_assert_eq!(usual, planned);
-            } else {
-                prop_assert_eq!(usual, headers, "nothing was written");
+            let before = headers.clone();
+            HeaderPlan::new(owner, &sent(has_key, has_jwt)).write(&mut headers).unwrap();
+
+            let key_as_bearer = has_key && (owner == Owner::KeyAsBearer || owner == Owner::Both && !has_jwt);
+            let key_alone = has_key && (owner == Owner::KeyAsXApiKey || owner == Owner::Both && has_jwt);
+            let jwt = has_jwt && matches!(owner, Owner::Jwt | Owner::Both);
+            let bearer = if jwt { Some(&b"Bearer a.b.c"[..]) } else { key_as_bearer.then_some(&b"Bearer sk-selam-example"[..]) };
+            for (name, is_owned, value) in [
+                (AUTHORIZATION, owner.owns_authorization(), bearer),
+                (X_API_KEY, owner.owns_x_api_key(), key_alone.then_some(&b"sk-selam-example"[..])),
+            ] {
+                let expected = if is_owned { value.into_iter().collect() } else { values(&before, &name) };
+                prop_assert_eq!(values(&headers, &name), expected);
+                prop_assert!(value.is_none() || headers[&name].is_sensitive());
+                headers.remove(name);
             }
+            let mut others = before;
+            others.remove(AUTHORIZATION);
+            others.remove(X_API_KEY);
+            prop_assert_eq!(headers, others);
         }
     }
 
+    /// H3
     #[test]
-    fn h1_where_there_is_room_for_one_header_no_half_is_taken_for_the_requests_own() {
-        let pair =
-            Credentials::key_and_jwt(ApiKey::new("sk-selam-example").unwrap(), Token::new("a.b.c").unwrap());
-        let mut full = HeaderMap::new();
-        let mut number = 0;
-        while full
-            .try_insert(format!("x-{number}").parse::<HeaderName>().unwrap(), HeaderValue::from_static(""))
-            .is_ok()
-        {
-            number += 1;
+    fn connection_cannot_remove_what_is_written() {
+        for (owner, connection, kept) in [
+            (Owner::Both, "Authorization, keep-alive, x-api-key", Some("keep-alive")),
+            (Owner::Both, "X-API-Key", None),
+            (Owner::Jwt, "x-api-key, authorization", Some("x-api-key")),
+            (Owner::KeyAsXApiKey, "x-api-key, authorization", Some("authorization")),
+            (Owner::Both, "upgrade, close", Some("upgrade, close")),
+        ] {
+            let mut headers = HeaderMap::from_iter([(CONNECTION, HeaderValue::from_static(connection))]);
+            HeaderPlan::new(owner, &sent(true, true)).write(&mut headers).unwrap();
+            assert_eq!(headers.get(CONNECTION).map(|value| value.to_str().unwrap()), kept, "{connection}");
         }
-        full.remove("x-0");
-        for if_not_present in [false, true] {
-            let mut headers = full.clone();
-            assert!(!write_usual(&mut headers, &pair, if_not_present));
-            assert!(!headers.contains_key(AUTHORIZATION) && !headers.contains_key(&X_API_KEY));
-        }
+    }
 
-        // Nor does the half with the key take off what the layer beside it wrote, which would make room.
-        let mut theirs = HeaderValue::from_static("Bearer a.b.c");
-        theirs.set_sensitive(true);
-        full.insert(AUTHORIZATION, theirs);
-        let key = Credentials::new(Form::KeyHalf, Some(ApiKey::new("sk-selam-example").unwrap()), None);
-        assert!(!write_usual(&mut full, &key, false));
-        assert!(full.contains_key(AUTHORIZATION) && !full.contains_key(&X_API_KEY));
-        assert!(write(&mut full, &key, false).is_err());
+    /// H1: half a pair is never written.
+    #[test]
+    fn a_full_header_map_is_refused() {
+        let mut headers = HeaderMap::new();
+        let fill = |headers: &mut HeaderMap, number: usize| {
+            let name: HeaderName = format!("x-{number}").parse().unwrap();
+            headers.try_insert(name, HeaderValue::from_static("")).is_ok()
+        };
+        let room = (0..).find(|number| !fill(&mut headers, *number)).unwrap();
+        assert!(room > 1_000);
+        for removed in [None, Some("x-0")] {
+            if let Some(removed) = removed {
+                headers.remove(removed);
+            }
+            let error = HeaderPlan::new(Owner::Both, &sent(true, true)).write(&mut headers).unwrap_err();
+            assert_eq!(error.kind(), AuthErrorKind::InvalidRequest);
+            assert!(!headers.contains_key(AUTHORIZATION) && !headers.contains_key(X_API_KEY));
+        }
     }
 }

@@ -1,98 +1,98 @@
+//! The layers: [`ApiKeyLayer`] and [`JwtLayer`].
+
 use std::sync::Arc;
 
 use tower_layer::Layer;
 
 use super::{
     Authorize,
-    policy::{LayerCredentials, Policy},
+    policy::{Owner, Policy, Settings},
+    provider::CredentialProvider,
 };
-use crate::{ApiKey, JwtProvider, Origins, Provider, credential::Form};
+use crate::{ApiKey, JwtProvider, Origins, Provider};
 
 /// Sends an [`ApiKey`] with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct ApiKeyLayer(Arc<Policy>);
+pub struct ApiKeyLayer(Config);
 
-/// Sends a JWT, and the [`ApiKey`] beside it, with every request. See the [module docs](super).
+/// Sends a JWT with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct JwtLayer(Arc<Policy>);
+pub struct JwtLayer(Config);
+
+#[derive(Clone, Debug)]
+struct Config {
+    owner: Owner,
+    provider: Arc<CredentialProvider>,
+    settings: Settings,
+}
 
 impl ApiKeyLayer {
-    /// The key as `Authorization: Bearer <key>`, and no `X-API-Key`.
+    /// Sends the key as `Authorization: Bearer <key>`. Owns `Authorization`.
     #[must_use]
     pub fn bearer(key: impl Into<Provider<ApiKey>>) -> Self {
-        Self::of(LayerCredentials::new(Form::Bearer, Some(key.into()), None))
+        Self(Config::new(Owner::KeyAsBearer, CredentialProvider::new(Some(key.into()), None)))
     }
 
-    /// The key as `X-API-Key`, and no `Authorization`.
+    /// Sends the key as `X-API-Key: <key>`: alone, or next to a [`JwtLayer`]. Owns `X-API-Key`.
     #[must_use]
     pub fn x_api_key(key: impl Into<Provider<ApiKey>>) -> Self {
-        Self::of(LayerCredentials::new(Form::Header, Some(key.into()), None))
+        Self(Config::new(Owner::KeyAsXApiKey, CredentialProvider::new(Some(key.into()), None)))
     }
 
-    /// The key as `X-API-Key` beside a [`JwtLayer::beside_api_key`], inside or outside of this one, which
-    /// writes `Authorization`. Without one, the API gets the key alone.
-    #[must_use]
-    pub fn beside_jwt(key: impl Into<Provider<ApiKey>>) -> Self {
-        Self::of(LayerCredentials::new(Form::KeyHalf, Some(key.into()), None))
-    }
-
-    /// No credentials of its own: every request brings [`RequestAuth::Custom`](crate::RequestAuth::Custom), and
-    /// one without is refused.
+    /// Has no key: every request brings [`RequestAuth::Custom`](crate::RequestAuth::Custom), and a request without it is
+    /// refused. Owns both headers.
     #[must_use]
     pub fn per_request() -> Self {
-        Self::of(LayerCredentials::Nothing)
-    }
-
-    fn of(provider: LayerCredentials) -> Self {
-        Self(Arc::new(Policy::new(provider)))
+        Self(Config::new(Owner::Both, CredentialProvider::default()))
     }
 }
 
 impl JwtLayer {
-    /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key`.
+    /// Sends the JWT as `Authorization: Bearer <jwt>`. Owns `Authorization`.
     ///
     /// The JWT is a [`Token`](crate::Token), a [`Refreshing`](crate::Refreshing) one, or
-    /// [one for each user](crate::PerSubject).
+    /// [one per subject](crate::PerSubject). SelamAPI needs the key as well: add [`ApiKeyLayer::x_api_key`], outside or
+    /// inside of this layer.
     #[must_use]
-    pub fn new(jwt: impl Into<JwtProvider>, key: impl Into<Provider<ApiKey>>) -> Self {
-        Self::of(LayerCredentials::new(Form::Pair, Some(key.into()), Some(jwt.into())))
+    pub fn new(jwt: impl Into<JwtProvider>) -> Self {
+        Self(Config::new(Owner::Jwt, CredentialProvider::new(None, Some(jwt.into()))))
+    }
+}
+
+impl Config {
+    fn new(owner: Owner, provider: CredentialProvider) -> Self {
+        Self { owner, provider: Arc::new(provider), settings: Settings::default() }
     }
 
-    /// The JWT as `Authorization: Bearer <jwt>` beside an [`ApiKeyLayer::beside_jwt`], inside or outside of
-    /// this one, which writes `X-API-Key`. Without one, the API gets the JWT alone and refuses it.
-    #[must_use]
-    pub fn beside_api_key(jwt: impl Into<JwtProvider>) -> Self {
-        Self::of(LayerCredentials::new(Form::JwtHalf, None, Some(jwt.into())))
-    }
-
-    fn of(provider: LayerCredentials) -> Self {
-        Self(Arc::new(Policy::new(provider)))
+    fn layer<S>(&self, inner: S) -> Authorize<S> {
+        let Self { owner, provider, settings } = self.clone();
+        Authorize::new(inner, Arc::new(Policy { owner, provider, settings }))
     }
 }
 
 macro_rules! settings {
     ($layer:ident) => {
         impl $layer {
-            /// Sends the credentials to these origins, instead of `https://api.selamgpt.com` alone.
+            /// Sets the origins that receive the credentials; `https://api.selamgpt.com` by default.
             #[must_use]
             pub fn with_origins(mut self, origins: Origins) -> Self {
-                Arc::make_mut(&mut self.0).origins = origins;
+                self.0.settings.origins = origins;
                 self
             }
 
-            /// Leaves a request alone that came with credentials in a header this layer minds (`IfAbsent`);
-            /// the default is to replace them. The origin is checked all the same.
+            /// Leaves a request unchanged that brings a header which the layer owns; by default the header is replaced.
+            /// Origin and method are checked all the same.
             #[must_use]
             pub fn if_not_present(mut self) -> Self {
-                Arc::make_mut(&mut self.0).if_not_present = true;
+                self.0.settings.if_not_present = true;
                 self
             }
 
-            /// Refuses a request without a [`RequestAuth`](crate::RequestAuth) extension; the default is to
-            /// send this layer's credentials with it.
+            /// Refuses a request without a [`RequestAuth`](crate::RequestAuth) extension; by default it is sent with the
+            /// layer's own credentials.
             #[must_use]
             pub fn require_request_auth(mut self) -> Self {
-                Arc::make_mut(&mut self.0).require_request_auth = true;
+                self.0.settings.require_request_auth = true;
                 self
             }
         }
@@ -101,7 +101,7 @@ macro_rules! settings {
             type Service = Authorize<S>;
 
             fn layer(&self, inner: S) -> Self::Service {
-                Authorize::new(inner, Arc::clone(&self.0))
+                self.0.layer(inner)
             }
         }
     };

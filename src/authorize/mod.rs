@@ -1,23 +1,12 @@
 //! Writes credentials into requests: [`ApiKeyLayer`] and [`JwtLayer`].
 //!
-//! Both make the same service, [`Authorize`], and differ in what they have:
-//!
-//! | To send | Build |
-//! |---|---|
-//! | the key as `Authorization: Bearer` | [`ApiKeyLayer::bearer`] |
-//! | the key as `X-API-Key` | [`ApiKeyLayer::x_api_key`] |
-//! | the JWT as `Authorization: Bearer` and the key as `X-API-Key` | [`JwtLayer::new`] |
-//! | the same, from two layers in either order | [`ApiKeyLayer::beside_jwt`] and [`JwtLayer::beside_api_key`] |
-//! | what each request brings along | [`ApiKeyLayer::per_request`] |
-//!
-//! Whatever `Authorization` and `X-API-Key` the request came with are replaced, so that a proxy never
-//! forwards its caller's. A request that may not have the credentials fails before anything is sent, and so
-//! does one for which there are none.
-//!
-//! A layer that is not made to stand beside another minds both headers, and takes off what an outer one wrote:
-//! `ApiKeyLayer::bearer` inside a `JwtLayer` sends the key alone. The two that are made for it each write
-//! their own header and leave the other's, which they know by its sensitive mark; nothing that came over a
-//! connection has that. Neither is of use without the other.
+//! | To send | Build | Owns |
+//! |---|---|---|
+//! | the key as `Authorization: Bearer` | [`ApiKeyLayer::bearer`] | `Authorization` |
+//! | the key as `X-API-Key` | [`ApiKeyLayer::x_api_key`] | `X-API-Key` |
+//! | the JWT as `Authorization: Bearer` | [`JwtLayer::new`] | `Authorization` |
+//! | the JWT as bearer and the key as `X-API-Key` | [`JwtLayer::new`] and [`ApiKeyLayer::x_api_key`] in either order, or [`SelamLayer`](crate::SelamLayer) | both |
+//! | what each request brings in its extensions | [`ApiKeyLayer::per_request`] | both |
 //!
 //! ```
 //! use http::{Request, Response};
@@ -30,34 +19,70 @@
 //!     assert_eq!(request.headers()["x-api-key"], "sk-selam-example");
 //!     Ok::<_, BoxError>(Response::new(()))
 //! });
-//! let key = ApiKey::new("sk-selam-example")?;
-//! let service = ServiceBuilder::new().layer(JwtLayer::new(Token::new("a.b.c")?, key)).service(client);
+//! let service = ServiceBuilder::new()
+//!     .layer(JwtLayer::new(Token::new("a.b.c")?))
+//!     .layer(ApiKeyLayer::x_api_key(ApiKey::new("sk-selam-example")?))
+//!     .service(client);
 //!
 //! service.oneshot(Request::get("https://api.selamgpt.com/v1/models").body(())?).await?;
 //! # Ok::<(), BoxError>(())
 //! # }).unwrap();
 //! ```
 //!
+//! # Header ownership
+//!
+//! A layer owns exactly the headers that it writes. It replaces what a request brings in them, duplicates included, and
+//! touches no other header. Two exceptions serve the same end: the names of headers that it wrote are removed from
+//! `Connection`, so that no proxy drops them, and a stripped request loses a `Referer` that contains one of its secrets.
+//!
+//! Credentials that an inbound caller sent in a header which no layer owns pass through: removing them is the job of
+//! [`StripCredentialsLayer`](crate::inbound::StripCredentialsLayer). `SelamLayer` gives a consistent pair: its key and JWT
+//! were current at the same time, also while either is rotated. Two layers read theirs one after the other.
+//!
+//! # Which requests get credentials
+//!
+//! A request to an origin that is [not allowed](crate::Origins) is refused before anything is sent, or stripped of what
+//! the layer owns if the origins say so. `TRACE` and `CONNECT` are refused
+//! ([RFC 9110 section 9.3.8](https://www.rfc-editor.org/rfc/rfc9110#section-9.3.8)). If no credential is available the
+//! request fails; it is never sent without.
+//!
+//! A request that waits for a refresh holds no permit of the inner service. What it is sent with was current when the
+//! service became ready.
+//!
+//! # Overriding the credentials of one request
+//!
+//! [`RequestAuth`](crate::RequestAuth) in a request's extensions overrides what a layer writes into its headers:
+//!
+//! | | `ApiKeyLayer::bearer` | `ApiKeyLayer::x_api_key` | `JwtLayer` | `SelamLayer` |
+//! |---|---|---|---|---|
+//! | `ApiKey` | the key | the key | removes the header | the key as bearer |
+//! | `ApiKeyAndJwt` | refuses | the key | the JWT | both; refuses without a JWT |
+//! | `Anonymous` | removes the header | removes the header | removes the header | removes both |
+//! | `Custom` | what goes into `Authorization`; refuses if something goes into `X-API-Key` | what goes into `X-API-Key`; refuses if nothing does | what goes into `Authorization` | all of it |
+//! | `VoiceAgent` | refuses | the query parameter `api_key` | the query parameter `token` | both parameters; refuses without a JWT |
+//!
 //! # Order
 //!
-//! Innermost, next to the client: what is further in sees the credentials. A layer that follows redirects
-//! goes outside, with [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins).
+//! Innermost, next to the client: inner services see the credentials. A layer that follows redirects goes outside, with
+//! [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins).
 
-mod future;
-pub(crate) mod headers;
+mod apply;
+mod headers;
 mod layer;
 mod policy;
-pub(crate) mod provider;
+mod provider;
+mod sent;
 mod service;
-pub(crate) mod strip;
-pub(crate) mod voice_agent;
+mod strip;
+mod voice_agent;
 
 pub use self::{
-    future::ResponseFuture,
     layer::{ApiKeyLayer, JwtLayer},
-    service::Authorize,
+    service::{Authorize, ResponseFuture},
 };
 pub(crate) use self::{
-    future::{Later, Sent},
-    policy::{LayerCredentials, Policy, Unsent},
+    policy::{Owner, Policy, Settings},
+    provider::CredentialProvider,
+    sent::Sent,
+    service::Undecided,
 };

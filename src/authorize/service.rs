@@ -1,22 +1,22 @@
+//! The service: [`Authorize`] and its response future.
+
 use std::{
-    mem,
+    fmt, mem,
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use http::{Request, Response};
+use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use super::{
-    ResponseFuture,
-    future::Later,
-    policy::{Policy, Unsent},
+    policy::{Decision, Policy},
+    provider::PendingCredentials,
+    sent::Sent,
 };
-use crate::{
-    AuthError,
-    authorize::provider::Waiting,
-    error::{CloneClient, FromAuthError},
-};
+use crate::{AuthError, CloneClient, FromAuthError, error::is_auth_status, telemetry::event};
 
 /// Writes credentials into each request. Made by [`ApiKeyLayer`](super::ApiKeyLayer) and
 /// [`JwtLayer`](super::JwtLayer); see the [module docs](super).
@@ -32,49 +32,15 @@ impl<S> Authorize<S> {
     }
 
     inner_accessors!();
-
-    #[inline]
-    pub(crate) fn policy(&self) -> &Policy {
-        &self.policy
-    }
 }
 
 impl<S: Clone> Authorize<S> {
-    /// The instance that is ready may hold a permit, which others can use while this request waits, or is not sent.
+    /// Replaces the ready inner service by a clone. Readiness may hold a permit, which others can use while this request
+    /// waits or if it is refused.
     #[cold]
-    fn give_back(&mut self) {
-        let unready = self.inner.clone();
-        drop(mem::replace(&mut self.inner, unready));
-    }
-
-    /// A request that is not sent yet.
-    #[cold]
-    pub(crate) fn later<B>(&mut self, request: Request<B>, waiting: Waiting) -> Box<Later<S, B>> {
-        self.give_back();
-        Later::new(self.inner.clone(), request, Arc::clone(&self.policy), waiting)
-    }
-
-    /// What [`call`](Service::call) does with a request that is not usual, out of line: that one stays so small.
-    #[inline(never)]
-    fn call_any<B>(&mut self, mut request: Request<B>) -> ResponseFuture<S::Future, S, B>
-    where
-        S: Service<Request<B>>,
-    {
-        match self.policy.authorize_any(&mut request) {
-            Ok(credentials) => ResponseFuture::sent(self.inner.call(request), credentials),
-            Err(Unsent::Waits(waiting)) => ResponseFuture::later(self.later(request, waiting)),
-            Err(Unsent::Refused(error)) => self.refused(error),
-        }
-    }
-
-    /// One that is not sent at all.
-    #[cold]
-    pub(crate) fn refused<B>(&mut self, error: AuthError) -> ResponseFuture<S::Future, S, B>
-    where
-        S: Service<Request<B>>,
-    {
-        self.give_back();
-        ResponseFuture::refused(error)
+    fn release_permit(&mut self) {
+        let clone = self.inner.clone();
+        drop(mem::replace(&mut self.inner, clone));
     }
 }
 
@@ -85,19 +51,142 @@ where
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, S, ReqBody>;
+    type Future = ResponseFuture<S, ReqBody>;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(cx)
     }
 
-    // So little that a call of its own would be a tenth of it.
-    #[inline(always)]
+    #[inline]
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
-        match self.policy.authorize_usual(&mut request) {
-            Some(credentials) => ResponseFuture::sent(self.inner.call(request), Some(credentials)),
-            None => self.call_any(request),
+        let state = match self.policy.authorize(&mut request) {
+            Ok(Decision::Send(sent)) => State::Sent { response: self.inner.call(request), sent },
+            Ok(Decision::Wait(pending)) => {
+                self.release_permit();
+                let (service, policy) = (self.inner.clone(), Arc::clone(&self.policy));
+                let waiting = Waiting { service, request, policy, pending: Some(pending) };
+                State::Waiting { waiting: Some(Box::new(waiting)) }
+            }
+            Err(error) => {
+                self.release_permit();
+                State::Refused { error: Some(error) }
+            }
+        };
+        ResponseFuture { state }
+    }
+}
+
+pin_project! {
+    /// Response future of [`Authorize`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the request. A refresh that it waits for continues.
+    pub struct ResponseFuture<S, B>
+    where
+        S: Service<Request<B>>,
+    {
+        #[pin]
+        state: State<S::Future, S, B>,
+    }
+}
+
+pin_project! {
+    #[project = StateProj]
+    enum State<F, S, B> {
+        // The request was sent, and its response is awaited.
+        Sent { #[pin] response: F, sent: Sent },
+        // The request waits for credentials, or for the service to be ready.
+        Waiting { waiting: Option<Box<Waiting<S, B>>> },
+        // The request is not sent.
+        Refused { error: Option<AuthError> },
+    }
+}
+
+/// A request that is not sent yet.
+struct Waiting<S, B> {
+    service: S,
+    request: Request<B>,
+    policy: Arc<Policy>,
+    pending: Option<PendingCredentials>,
+}
+
+impl<S, ReqBody, ResBody> Future for ResponseFuture<S, ReqBody>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>> + Clone,
+    S::Error: FromAuthError,
+{
+    type Output = Result<S::Response, S::Error>;
+
+    #[inline]
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.project().state;
+        loop {
+            match state.as_mut().project() {
+                StateProj::Sent { response, sent } => {
+                    let mut response = ready!(response.poll(cx))?;
+                    if is_auth_status(response.status()) || trailers_may_reject(&response) {
+                        mem::take(sent).add_to(&mut response);
+                    }
+                    return Poll::Ready(Ok(response));
+                }
+                StateProj::Waiting { waiting: slot } => {
+                    let Some(waiting) = slot else { return Poll::Pending };
+                    let sent = ready!(waiting.poll(cx))?;
+                    let Some(waiting) = slot.take() else { return Poll::Pending };
+                    let Waiting { mut service, request, .. } = *waiting;
+                    let response = service.call(request);
+                    state.set(State::Sent { response, sent });
+                }
+                StateProj::Refused { error } => {
+                    let Some(error) = error.take() else { return Poll::Pending };
+                    event::request_not_sent(&error);
+                    return Poll::Ready(Err(error.into()));
+                }
+            }
         }
+    }
+}
+
+impl<S, ReqBody> Waiting<S, ReqBody> {
+    /// Waits until the credentials are there and the service is ready, then writes the credentials that are current at
+    /// that moment.
+    #[cold]
+    fn poll<ResBody>(&mut self, cx: &mut Context<'_>) -> Poll<Result<Sent, S::Error>>
+    where
+        S: Service<Request<ReqBody>, Response = Response<ResBody>> + Clone,
+        S::Error: FromAuthError,
+    {
+        loop {
+            if let Some(pending) = &mut self.pending {
+                ready!(pending.poll(cx)).inspect_err(event::request_not_sent)?;
+                self.pending = None;
+            }
+            ready!(self.service.poll_ready(cx))?;
+            match self.policy.authorize(&mut self.request).inspect_err(event::request_not_sent)? {
+                Decision::Send(sent) => return Poll::Ready(Ok(sent)),
+                // The credential was rejected, or expired, while the service was not ready.
+                Decision::Wait(pending) => {
+                    self.pending = Some(pending);
+                    let clone = self.service.clone();
+                    drop(mem::replace(&mut self.service, clone));
+                }
+            }
+        }
+    }
+}
+
+/// On a response whose trailers may still say that the credentials were rejected, as those of gRPC.
+#[derive(Clone, Copy)]
+pub(crate) struct Undecided;
+
+fn trailers_may_reject<B>(response: &Response<B>) -> bool {
+    cfg!(feature = "tonic") && response.extensions().get::<Undecided>().is_some()
+}
+
+impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }
 }

@@ -1,35 +1,36 @@
-//! The voice agent's WebSocket handshake, the one request with credentials in its query: `token` and `api_key`.
+//! The voice agent's WebSocket handshake: credentials as the query parameters `token` and `api_key`.
 
 use http::{
-    HeaderMap, HeaderName, Method, Uri,
+    HeaderMap, HeaderName, Method, Request, Uri,
     header::{CONNECTION, UPGRADE},
 };
 use percent_encoding::{percent_decode_str, utf8_percent_encode};
 
+use super::sent::Sent;
 use crate::{
-    authorize::headers::Head,
-    credential::Credentials,
-    error::{AuthError, AuthErrorKind},
+    AuthError, AuthErrorKind,
     util::query::{QUERY_VALUE, Query, params},
 };
 
-/// The URI of the handshake `head` with the credentials in its query, in place of any that it came with.
-pub(crate) fn with_query(head: Head<'_>, credentials: &Credentials) -> Result<Uri, AuthError> {
-    if head.method != Some(&Method::GET) || !is_websocket(head.headers) {
-        return Err(invalid("credentials go into the query of a WebSocket handshake only, and this is none"));
+/// The URI of the handshake `request` with the credentials in its query, where they replace parameters of the same names.
+pub(super) fn with_query<B>(request: &Request<B>, sent: &Sent) -> Result<Uri, AuthError> {
+    if request.method() != Method::GET || !is_websocket(request.headers()) {
+        return Err(invalid(
+            "credentials go into the query of a WebSocket handshake only, and this is not one",
+        ));
     }
-    let uri = head.uri;
-    let token = credentials.jwt().map(|jwt| ("token", jwt.expose_secret()));
-    let api_key = credentials.api_key().map(|key| ("api_key", key.expose_secret()));
-    let ours = || token.into_iter().chain(api_key);
+    let uri = request.uri();
+    let token = sent.jwt.as_ref().map(|jwt| ("token", jwt.credential().expose_secret()));
+    let api_key = sent.api_key.as_ref().map(|key| ("api_key", key.credential().expose_secret()));
+    let credentials = || token.into_iter().chain(api_key);
 
     let kept = params(uri).filter(|param| {
         let (name, _) = param.split_once('=').unwrap_or((param, ""));
-        !ours().any(|(ours, _)| percent_decode_str(name).eq(ours.bytes()))
+        !credentials().any(|(replaced, _)| percent_decode_str(name).eq(replaced.bytes()))
     });
-    let mut query = Query::with_capacity(uri, ours().map(|(_, secret)| secret.len()).sum());
+    let mut query = Query::with_capacity(uri, credentials().map(|(_, secret)| secret.len()).sum());
     kept.for_each(|param| query.push([param]));
-    for (name, secret) in ours() {
+    for (name, secret) in credentials() {
         query.push([name, "="].into_iter().chain(utf8_percent_encode(secret, QUERY_VALUE)));
     }
     query.into_uri(uri).ok_or_else(|| invalid("the URI is too long with credentials in its query"))
@@ -37,11 +38,11 @@ pub(crate) fn with_query(head: Head<'_>, credentials: &Credentials) -> Result<Ur
 
 /// [RFC 6455 section 4.1](https://www.rfc-editor.org/rfc/rfc6455#section-4.1).
 fn is_websocket(headers: &HeaderMap) -> bool {
-    let names = |name: HeaderName, option: &str| {
+    let has_option = |name: HeaderName, option: &str| {
         let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(option))
     };
-    names(CONNECTION, "upgrade") && names(UPGRADE, "websocket")
+    has_option(CONNECTION, "upgrade") && has_option(UPGRADE, "websocket")
 }
 
 #[cold]
@@ -51,11 +52,11 @@ fn invalid(detail: &'static str) -> AuthError {
 
 #[cfg(test)]
 mod tests {
-    use http::{Extensions, HeaderValue};
+    use http::HeaderValue;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{ApiKey, Token};
+    use crate::{ApiKey, Credentials, Token};
 
     fn credentials(key: &str, jwt: &str) -> Credentials {
         Credentials::key_and_jwt(ApiKey::new(key).unwrap(), Token::new(jwt).unwrap())
@@ -69,8 +70,9 @@ mod tests {
     }
 
     fn with(method: &Method, uri: &Uri, headers: &HeaderMap, set: &Credentials) -> Result<Uri, AuthError> {
-        let head = Head { method: Some(method), uri, headers, extensions: &Extensions::new() };
-        with_query(head, set)
+        let mut request = Request::builder().method(method).uri(uri).body(()).unwrap();
+        *request.headers_mut() = headers.clone();
+        with_query(&request, &Sent::from(set))
     }
 
     fn write(uri: &str) -> String {
@@ -80,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_are_percent_encoded_beside_what_is_there() {
+    fn credentials_are_appended_percent_encoded() {
         for (uri, expected) in [
             ("wss://h/v1/audio/agent", "wss://h/v1/audio/agent?token=a%2Bb%2Fc%3D&api_key=sk-selam-k"),
             ("wss://h", "wss://h/?token=a%2Bb%2Fc%3D&api_key=sk-selam-k"),
@@ -95,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_but_a_websocket_handshake_is_refused() {
+    fn other_requests_are_refused() {
         let uri = "wss://h/".parse().unwrap();
         for headers in [
             HeaderMap::new(),
@@ -116,7 +118,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_back(key in "[!#-&(-~]{1,40}", jwt in "[!#-&(-~]{1,40}", query in "[a-z=&%0-9]{0,20}") {
+        fn written_credentials_are_read_back(key in "[!#-&(-~]{1,40}", jwt in "[!#-&(-~]{1,40}", query in "[a-z=&%0-9]{0,20}") {
             let uri: Uri = format!("wss://h/p?{query}").parse().unwrap();
             let set = credentials(&key, &jwt);
             let written = with(&Method::GET, &uri, &upgrade("upgrade", "websocket"), &set).unwrap();

@@ -1,6 +1,7 @@
-//! Chooses the credentials of requests by what they are: [`ChooseAuthLayer`].
+//! [`ChooseAuthLayer`]: chooses each request's credentials by its method, path or other parts.
 //!
-//! Few operations of the API need a JWT beside the key. Where one stack serves all of them, this layer says which:
+//! Only a few API operations need a JWT in addition to the key. If one stack serves all operations, this layer tells
+//! them apart:
 //!
 //! ```
 //! use http::Request;
@@ -27,12 +28,12 @@
 //! # }).unwrap();
 //! ```
 //!
-//! The choice is a [`RequestAuth`] in the request's extensions. A request that has one already keeps it.
+//! The choice is stored as a [`RequestAuth`] in the request's extensions. A request that already has one keeps it.
 //!
 //! # Order
 //!
-//! Outside of the layers that write credentials. Paths are those of the requests that it sees: where a layer rewrites
-//! them, it goes inside of that one.
+//! Outside of the layers that write credentials. The layer matches the path that it sees, so it must be inside of layers
+//! that rewrite paths.
 
 mod paths;
 
@@ -45,7 +46,7 @@ use tower_service::Service;
 pub use self::paths::JwtPaths;
 use crate::{ConfigError, RequestAuth};
 
-/// Chooses the credentials of requests by what they are. See the [module docs](self).
+/// Chooses each request's credentials. See the [module docs](self).
 #[derive(Clone, Copy, Debug)]
 pub struct ChooseAuthLayer<C> {
     choice: C,
@@ -55,7 +56,7 @@ impl<F> ChooseAuthLayer<F>
 where
     F: Fn(&Parts) -> Option<RequestAuth>,
 {
-    /// As `choice` says; a request for which that is `None` has the layers' own credentials.
+    /// Chooses by calling `choice`. If it returns `None`, the request gets the layers' default credentials.
     ///
     /// ```
     /// use http::{Method, request::Parts};
@@ -73,12 +74,12 @@ where
 }
 
 impl ChooseAuthLayer<JwtPaths> {
-    /// JWT and key for these paths and what is below them, the key alone for all others. See [`JwtPaths`] for what counts
-    /// as below.
+    /// Sends JWT and key to these paths and everything below them, and the key alone to all others. See [`JwtPaths`] for
+    /// what counts as below.
     ///
     /// # Errors
     ///
-    /// When one of them is not a plain path such as `/v1/audio`; the error says which by its number.
+    /// If a prefix is not a plain path such as `/v1/audio`. The error says which one by its number.
     pub fn jwt_for_paths<P: AsRef<str>>(prefixes: impl IntoIterator<Item = P>) -> Result<Self, ConfigError> {
         Ok(Self { choice: JwtPaths::new(prefixes)? })
     }
@@ -92,7 +93,7 @@ impl<S, C: Clone> Layer<S> for ChooseAuthLayer<C> {
     }
 }
 
-/// Chooses the credentials of requests. Made by [`ChooseAuthLayer`]; see the [module docs](self).
+/// Chooses each request's credentials. Made by [`ChooseAuthLayer`]; see the [module docs](self).
 #[derive(Clone, Copy, Debug)]
 pub struct ChooseAuth<S, C> {
     inner: S,
@@ -130,10 +131,23 @@ where
     }
 }
 
-/// What a [`ChooseAuthLayer`] chooses by: a closure, or [`JwtPaths`].
-pub trait Choice {
-    /// The credentials of `request`; `None` for the layers' own.
+/// How a [`ChooseAuthLayer`] chooses: by a closure or by [`JwtPaths`].
+///
+/// Sealed: pass a closure to [`ChooseAuthLayer::new`] for any other rule.
+pub trait Choice: sealed::Sealed {
+    /// Returns the credentials for `request`, or `None` for the layers' default.
     fn choose(&self, request: &Parts) -> Option<RequestAuth>;
+}
+
+mod sealed {
+    use super::{JwtPaths, Parts, RequestAuth};
+
+    #[expect(unnameable_types, reason = "sealed: nobody outside implements it")]
+    pub trait Sealed {}
+
+    impl Sealed for JwtPaths {}
+
+    impl<F> Sealed for F where F: Fn(&Parts) -> Option<RequestAuth> {}
 }
 
 impl<F> Choice for F

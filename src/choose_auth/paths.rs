@@ -1,3 +1,5 @@
+//! [`JwtPaths`]: path prefixes whose requests get the JWT in addition to the key.
+
 use std::{borrow::Cow, sync::Arc};
 
 use http::request::Parts;
@@ -6,28 +8,28 @@ use percent_encoding::percent_decode;
 use super::Choice;
 use crate::{
     RequestAuth,
-    error::{ConfigError, ConfigErrorKind, Place, Subject},
+    error::{ConfigError, ConfigErrorKind, Place, Setting},
 };
 
-/// So often is a path decoded to see what a server might make of it.
-const ENCODED: usize = 3;
+/// How many times a path is decoded to see how a server might read it.
+const MAX_DECODINGS: usize = 3;
 
-/// JWT and key for some paths and what is below them, the key alone for all others.
+/// Sends JWT and key to some paths and everything below them, and the key alone to all others.
 ///
-/// `/v1/audio` stands for `/v1/audio`, `/v1/audio/` and `/v1/audio/speech`, and not for `/v1/audiobooks`: whole segments are
-/// compared, in the same case.
+/// `/v1/audio` matches `/v1/audio`, `/v1/audio/` and `/v1/audio/speech`, but not `/v1/audiobooks`: whole segments are
+/// compared, case-sensitively.
 ///
-/// A path that servers read differently has the JWT only if it is below in every reading, so that nobody gets it for
-/// another path by spelling that oddly:
+/// Servers may read one path differently. A path gets the JWT only if every reading is below a prefix, so that an unusual
+/// spelling of another path cannot obtain it:
 ///
-/// | Path | JWT for `/v1/audio` | |
+/// | Path | JWT for `/v1/audio` | Reason |
 /// |---|---|---|
-/// | `/v1/%61udio/x` | yes | the same path ([RFC 3986 section 6.2.2.2](https://www.rfc-editor.org/rfc/rfc3986#section-6.2.2.2)) |
-/// | `/v1/audio/a%20b`, `/v1/audio/a%2Fb`, `/v1/audio/x;v=1` | yes | below, decoded or not |
-/// | `/v1/audio%2Fx`, `/v1/audio;v=1/x`, `/v1/Audio` | no | below for some servers |
-/// | `/v1/audio/../models`, `/v1/audio/%2e%2e/models`, `/v1/audio/..%2Fmodels`, `/v1/audio/..;/models`, `/v1/audio/..\models` | no | elsewhere for some servers |
-/// | `/v1//audio`, `/v1/audio//x`, `/v1/./audio` | no | segments that are empty, or nothing but dots and blanks |
-/// | `/v1/audio/%zz`, `/v1/audio/%ff` | no | not percent-encoded UTF-8 |
+/// | `/v1/%61udio/x` | yes | same path ([RFC 3986 section 6.2.2.2](https://www.rfc-editor.org/rfc/rfc3986#section-6.2.2.2)) |
+/// | `/v1/audio/a%20b`, `/v1/audio/a%2Fb`, `/v1/audio/x;v=1` | yes | below the prefix, decoded or not |
+/// | `/v1/audio%2Fx`, `/v1/audio;v=1/x`, `/v1/Audio` | no | below the prefix for some servers only |
+/// | `/v1/audio/../models`, `/v1/audio/%2e%2e/models`, `/v1/audio/..%2Fmodels`, `/v1/audio/..;/models`, `/v1/audio/..\models` | no | another path for some servers |
+/// | `/v1//audio`, `/v1/audio//x`, `/v1/./audio` | no | segments that are empty or only dots and blanks |
+/// | `/v1/audio/%zz`, `/v1/audio/%ff` | no | not valid percent-encoded UTF-8 |
 ///
 /// Made by [`ChooseAuthLayer::jwt_for_paths`](super::ChooseAuthLayer::jwt_for_paths).
 #[derive(Clone, Debug)]
@@ -39,15 +41,15 @@ impl JwtPaths {
     pub(super) fn new<P: AsRef<str>>(prefixes: impl IntoIterator<Item = P>) -> Result<Self, ConfigError> {
         let segments = prefixes.into_iter().enumerate().map(|(at, prefix)| {
             parse(prefix.as_ref())
-                .map_err(|kind| ConfigError::new(Subject::PathPrefix, Place::Number(at + 1), kind))
+                .map_err(|kind| ConfigError::new(Setting::PathPrefix, Place::Item(at + 1), kind))
         });
         Ok(Self { prefixes: segments.collect::<Result<_, _>>()? })
     }
 
-    fn contain(&self, path: &str) -> bool {
-        let Some(mut path) = unreserved_decoded(path) else { return false };
-        for _ in 0..=ENCODED {
-            if !self.contain_as_read(&path) {
+    fn contains(&self, path: &str) -> bool {
+        let Some(mut path) = decode_unreserved(path) else { return false };
+        for _ in 0..=MAX_DECODINGS {
+            if !self.contains_reading(&path) {
                 return false;
             }
             let decoded = match Cow::from(percent_decode(path.as_bytes())) {
@@ -57,44 +59,44 @@ impl JwtPaths {
             let Ok(decoded) = decoded else { return false };
             path = Cow::Owned(decoded.replace('\\', "/"));
         }
-        // Encoded more often than anybody does in good faith.
+        // Nobody encodes a path this many times in good faith.
         false
     }
 
-    fn contain_as_read(&self, path: &str) -> bool {
+    fn contains_reading(&self, path: &str) -> bool {
         let Some(path) = path.strip_prefix('/') else { return false };
         let mut segments = path.split('/').peekable();
         while let Some(segment) = segments.next() {
-            let last = segments.peek().is_none();
-            if is_odd(segment) && !(last && segment.is_empty()) {
+            let is_last = segments.peek().is_none();
+            if is_ambiguous(segment) && !(is_last && segment.is_empty()) {
                 return false;
             }
         }
-        let begins = |prefix: &Vec<String>| {
+        let starts_with = |prefix: &Vec<String>| {
             let mut segments = path.split('/');
             prefix.iter().all(|expected| segments.next() == Some(expected))
         };
-        self.prefixes.iter().any(begins)
+        self.prefixes.iter().any(starts_with)
     }
 }
 
 impl Choice for JwtPaths {
     fn choose(&self, request: &Parts) -> Option<RequestAuth> {
-        Some(match self.contain(request.uri.path()) {
+        Some(match self.contains(request.uri.path()) {
             true => RequestAuth::ApiKeyAndJwt,
             false => RequestAuth::ApiKey,
         })
     }
 }
 
-/// Whether some servers make something else of it: nothing, or a step up. Parameters after a `;` do not count.
-fn is_odd(segment: &str) -> bool {
+/// Whether some servers drop this segment or read it as `..`. Parameters after a `;` are ignored.
+fn is_ambiguous(segment: &str) -> bool {
     let name = segment.split(';').next().unwrap_or_default();
     name.chars().all(|char| char == '.' || char.is_whitespace() || char.is_control())
 }
 
-/// `path` with each character plain that need not be encoded; `None` where what looks encoded is not.
-fn unreserved_decoded(path: &str) -> Option<Cow<'_, str>> {
+/// Decodes the unreserved characters of `path`, which never need encoding; `None` if the encoding is invalid.
+fn decode_unreserved(path: &str) -> Option<Cow<'_, str>> {
     if !path.contains('%') {
         return Some(Cow::Borrowed(path));
     }
@@ -112,7 +114,7 @@ fn unreserved_decoded(path: &str) -> Option<Cow<'_, str>> {
     Some(Cow::Owned(decoded))
 }
 
-/// The segments of a plain path.
+/// Splits a plain path into its segments.
 fn parse(prefix: &str) -> Result<Vec<String>, ConfigErrorKind> {
     let segments = match prefix.strip_prefix('/') {
         _ if prefix.is_empty() => return Err(ConfigErrorKind::Empty),
@@ -120,10 +122,10 @@ fn parse(prefix: &str) -> Result<Vec<String>, ConfigErrorKind> {
         Some("") => return Ok(Vec::new()),
         Some(path) => path.strip_suffix('/').unwrap_or(path).split('/'),
     };
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,=:@".contains(&byte);
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,=:@".contains(&byte);
     let segments = segments.map(|segment| {
-        let valid = !is_odd(segment) && segment.bytes().all(plain);
-        valid.then(|| segment.to_owned()).ok_or(ConfigErrorKind::InvalidPath)
+        let is_valid = !is_ambiguous(segment) && segment.bytes().all(is_plain);
+        is_valid.then(|| segment.to_owned()).ok_or(ConfigErrorKind::InvalidPath)
     });
     segments.collect()
 }
@@ -159,7 +161,7 @@ mod tests {
             "/v1/audio/%E1%88%B0%E1%88%8B%E1%88%9D",
             "/v1/audio/a+b:c@d,e!$&'()*=",
         ] {
-            assert!(audio.contain(path), "{path}");
+            assert!(audio.contains(path), "{path}");
         }
         for path in [
             "/",
@@ -179,13 +181,13 @@ mod tests {
             "/v1/images",
             "/v1/images/edit",
         ] {
-            assert!(!audio.contain(path), "{path}");
+            assert!(!audio.contains(path), "{path}");
         }
-        assert!(!paths(&[]).contain("/v1/audio"));
+        assert!(!paths(&[]).contains("/v1/audio"));
     }
 
     #[test]
-    fn what_servers_read_differently_has_no_jwt() {
+    fn ambiguous_paths_get_no_jwt() {
         let audio = paths(&["/v1/audio"]);
         for path in [
             "/v1/audio/../models",
@@ -240,23 +242,23 @@ mod tests {
             "/v1/audio/%ff",
             "/v1/audio/%2\u{e9}",
         ] {
-            assert!(!audio.contain(path), "{path}");
+            assert!(!audio.contains(path), "{path}");
         }
     }
 
     #[test]
-    fn every_path_is_below_the_root_unless_it_is_odd() {
+    fn the_root_contains_every_unambiguous_path() {
         let all = paths(&["/"]);
         for path in ["/", "/v1", "/v1/models/", "/v1/a%2Fb"] {
-            assert!(all.contain(path), "{path}");
+            assert!(all.contains(path), "{path}");
         }
         for path in ["", "*", "//", "/..", "/v1/../x", "/v1//x"] {
-            assert!(!all.contain(path), "{path}");
+            assert!(!all.contains(path), "{path}");
         }
     }
 
     #[test]
-    fn what_is_no_plain_path_is_refused_by_its_number() {
+    fn invalid_prefixes_are_rejected_by_number() {
         for prefix in [
             "v1/audio",
             "https://api.selamgpt.com/v1",
@@ -278,14 +280,14 @@ mod tests {
             "*",
         ] {
             let error = JwtPaths::new(["/v1/audio", prefix]).unwrap_err();
-            assert_eq!(error.kind(), ConfigErrorKind::InvalidPath, "{prefix}");
+            assert_eq!(error.kind(), &ConfigErrorKind::InvalidPath, "{prefix}");
             assert!(error.to_string().starts_with("path prefix number 2 is not a plain path"), "{error}");
         }
         let error = JwtPaths::new([""]).unwrap_err();
         assert_eq!(error.to_string(), "path prefix number 1 is empty");
     }
 
-    /// What a server makes of a path that resolves all there is to resolve, as often as it can.
+    /// Resolves a path like a server that decodes it `times` times, drops parameters and follows `..`.
     fn resolved(path: &str, times: usize) -> Vec<String> {
         let mut path = path.to_owned();
         for _ in 0..times {
@@ -304,14 +306,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whoever_gets_the_jwt_is_below_for_every_server(
+        fn jwt_paths_are_below_the_prefix_for_every_server(
             parts in proptest::collection::vec(
                 "/|/|audio|v1|models|\\.|\\.\\.|%2e|%2F|%252e|%252F|%5c|\\\\|;|;x=1|%3b|%61|%25|%00|%20|a", 0..12
             ),
             below in any::<bool>(),
         ) {
             let path = format!("{}{}", if below { "/v1/audio/" } else { "/" }, parts.concat());
-            if paths(&["/v1/audio"]).contain(&path) {
+            if paths(&["/v1/audio"]).contains(&path) {
                 for times in 0..5 {
                     let resolved = resolved(&path, times.max(1));
                     prop_assert_eq!(&resolved[..2], ["v1", "audio"], "{} decoded {} times", path, times);
@@ -320,8 +322,8 @@ mod tests {
         }
 
         #[test]
-        fn no_path_makes_it_panic(path in "\\PC{0,40}") {
-            let _ = paths(&["/v1/audio", "/"]).contain(&path);
+        fn matching_never_panics(path in "\\PC{0,40}") {
+            let _ = paths(&["/v1/audio", "/"]).contains(&path);
         }
     }
 }

@@ -1,59 +1,56 @@
-#![expect(
-    private_bounds,
-    private_interfaces,
-    unnameable_types,
-    reason = "the trait is sealed: nobody outside calls or implements it"
-)]
+//! The sealed trait behind every API key and token.
+
+#![expect(private_interfaces, private_bounds, reason = "the trait is sealed")]
 
 use std::time::{Duration, SystemTime};
 
 use super::{ApiKey, Secret, Token};
 use crate::{
-    error::{ConfigError, ConfigErrorKind, Place, Subject},
-    telemetry::event::{KeyInUse, Shown},
+    error::{ConfigError, ConfigErrorKind, Place, Setting},
+    util::per_thread::Unshare,
 };
 
-/// What can be renewed: an [`ApiKey`] or a [`Token`]. Sealed.
+/// A credential that can be refreshed: an [`ApiKey`] or a [`Token`]. Sealed.
 pub trait Credential: Sealed {}
 
 impl Credential for ApiKey {}
 impl Credential for Token {}
 
-/// What a [`Credential`] is to this crate.
-pub trait Sealed: Clone + Send + Sync + 'static {
-    const SUBJECT: Subject;
+/// What the engine and the sources need to know of a [`Credential`].
+#[expect(unnameable_types, reason = "the trait is sealed")]
+pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
+    const SETTING: Setting;
 
-    /// What is shown of the one that is in use.
-    type InUse: Shown;
-
-    /// Whether it is used on when the API refused it and its source has no other.
+    /// Whether it stays in use when the API rejected it and its source has no other.
     ///
-    /// A key is: what the API says of it tells more than an error of ours could. A token is not: it expired.
+    /// A key does: the API's answer says more than an error of ours could. A token does not: it has expired.
     const OUTLIVES_REJECTION: bool;
 
-    fn parse(value: String, place: Place) -> Result<Self, ConfigError>;
+    fn from_secret(secret: Secret) -> Self;
 
     fn secret(&self) -> &Secret;
 
-    /// When it expires, as far as it says itself.
+    /// When it expires by its own claims.
     fn expiry(&self) -> Option<SystemTime>;
 
-    /// From its issue to its expiry, as far as it says itself.
+    /// The time from issue to expiry by its own claims.
     fn lifetime(&self) -> Option<Duration>;
 
+    fn parse(value: &str, place: Place) -> Result<Self, ConfigError> {
+        Secret::new(value, Self::SETTING, place).map(Self::from_secret)
+    }
+
     fn refuse(place: Place, kind: ConfigErrorKind) -> ConfigError {
-        ConfigError::new(Self::SUBJECT, place, kind)
+        ConfigError::new(Self::SETTING, place, kind)
     }
 }
 
 impl Sealed for ApiKey {
-    const SUBJECT: Subject = Subject::ApiKey;
-    type InUse = KeyInUse;
-
+    const SETTING: Setting = Setting::ApiKey;
     const OUTLIVES_REJECTION: bool = true;
 
-    fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
-        Secret::new(value, Self::SUBJECT, place).map(Self)
+    fn from_secret(secret: Secret) -> Self {
+        Self(secret)
     }
 
     fn secret(&self) -> &Secret {
@@ -70,17 +67,15 @@ impl Sealed for ApiKey {
 }
 
 impl Sealed for Token {
-    const SUBJECT: Subject = Subject::Token;
-    type InUse = ();
-
+    const SETTING: Setting = Setting::Token;
     const OUTLIVES_REJECTION: bool = false;
 
-    fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
-        Self::parse(value, place)
+    fn from_secret(secret: Secret) -> Self {
+        Self(secret)
     }
 
     fn secret(&self) -> &Secret {
-        &self.secret
+        &self.0
     }
 
     fn expiry(&self) -> Option<SystemTime> {
@@ -89,5 +84,17 @@ impl Sealed for Token {
 
     fn lifetime(&self) -> Option<Duration> {
         self.lifetime()
+    }
+}
+
+impl Unshare for ApiKey {
+    fn unshare(&self) -> Self {
+        Self(self.0.unshare())
+    }
+}
+
+impl Unshare for Token {
+    fn unshare(&self) -> Self {
+        Self(self.0.unshare())
     }
 }

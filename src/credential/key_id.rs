@@ -1,8 +1,10 @@
+//! Short names for secrets, derived from their SHA-256.
+
 use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-/// Tells one secret from another without keeping it: its SHA-256.
+/// The SHA-256 of a secret: tells two secrets apart without keeping either.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Fingerprint([u8; 32]);
 
@@ -11,7 +13,7 @@ impl Fingerprint {
         Self(Sha256::digest(secret).into())
     }
 
-    /// For where a number is wanted.
+    /// The first 64 bits, as a number.
     pub(crate) fn number(&self) -> u64 {
         self.0.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
@@ -28,10 +30,10 @@ impl fmt::Debug for Fingerprint {
     }
 }
 
-/// A short name for a credential, to tell one from another in logs and metrics without showing it.
+/// A short name for a credential, to tell credentials apart in logs and metrics without printing them.
 ///
-/// The first 24 bits of the secret's SHA-256 in hex: the same on every machine and in every version, and
-/// too little to learn the secret from. To find the id of a key at hand:
+/// The first 24 bits of the secret's SHA-256 in hex: the same on every machine and in every version, and too short to
+/// learn the secret from. To compute the id of a key:
 ///
 /// ```console
 /// $ printf %s "$SELAM_API_KEY" | sha256sum | cut -c1-6

@@ -1,9 +1,4 @@
-//! Credentials as values: validated when made, wiped when dropped, never printed.
-//!
-//! An [`ApiKey`](super::ApiKey) or a [`Token`](super::Token) owns one buffer, `Bearer <secret>`, from which header values are cut
-//! without a copy. Cloning a header value counts a reference; when the last one drops, the buffer is wiped.
-//! Threads that count at once wait for one another, so what many requests share is [copied](Secret::apart) for each of a few
-//! threads.
+//! The bytes behind an API key or a token: one wiped buffer and the header values that share it.
 
 use std::{fmt, mem, sync::Arc, time::SystemTime};
 
@@ -13,105 +8,82 @@ use zeroize::Zeroizing;
 
 use super::{Fingerprint, KeyId, token};
 use crate::{
-    error::{ConfigError, ConfigErrorKind, Place, Subject},
-    util::per_thread::Apart,
+    error::{ConfigError, ConfigErrorKind, Place, Setting},
+    util::per_thread::{CacheAligned, Unshare},
 };
 
 const SCHEME: &str = "Bearer ";
 
-/// Below this length a secret is a word, and it says nothing to find it in a text.
-pub(crate) const MIN_SECRET: usize = 4;
-
-/// What [`ApiKey`](super::ApiKey) and [`Token`](super::Token) are made of: one pointer, as there may be many.
+/// An API key or a token, validated. Clones share one buffer, `Bearer <secret>`, and so do the header values that are
+/// made from it; the buffer is wiped when the last of them is dropped.
 #[derive(Clone)]
-pub(crate) struct Secret(Arc<Parts>);
+pub(crate) struct Secret(Arc<Inner>);
 
-struct Parts {
+struct Inner {
     bearer: HeaderValue,
+    /// Without the scheme. Tokens are never sent this way; boxed, because there may be many tokens.
+    bare: Option<Box<HeaderValue>>,
     fingerprint: Fingerprint,
-    more: More,
-}
-
-/// What only one of the two has.
-enum More {
-    /// A key is sent without the scheme, too. Boxed, as tokens may be many.
-    Bare(Box<HeaderValue>),
-    /// A token expires.
-    ExpiresAt(Option<SystemTime>),
+    expires_at: Option<SystemTime>,
 }
 
 impl Secret {
-    pub(crate) fn new(value: String, subject: Subject, place: Place) -> Result<Self, ConfigError> {
-        let value = Zeroizing::new(value);
-        Self::parse(&value, subject).map_err(|kind| ConfigError::new(subject, place, kind))
+    pub(crate) fn new(value: &str, setting: Setting, place: Place) -> Result<Self, ConfigError> {
+        Self::parse(value, setting).map_err(|kind| ConfigError::new(setting, place, kind))
     }
 
-    pub(crate) fn from_env_var(name: &str, subject: Subject) -> Result<Self, ConfigError> {
+    pub(crate) fn from_env_var(name: &str, setting: Setting) -> Result<Self, ConfigError> {
         let place = Place::EnvVar(name.to_owned());
         match super::env::var(name) {
-            Ok(value) => Self::new(value, subject, place),
-            Err(kind) => Err(ConfigError::new(subject, place, kind)),
+            Ok(value) => Self::new(&Zeroizing::new(value), setting, place),
+            Err(kind) => Err(ConfigError::new(setting, place, kind)),
         }
     }
 
-    fn parse(value: &str, subject: Subject) -> Result<Self, ConfigErrorKind> {
+    fn parse(value: &str, setting: Setting) -> Result<Self, ConfigErrorKind> {
         let secret = trim(value);
         check(secret)?;
 
-        // Of the right size from the start: a buffer that grows leaves unwiped copies behind.
+        // Sized up front: a buffer that grows leaves unwiped copies behind.
         let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
         buffer.extend_from_slice(SCHEME.as_bytes());
         buffer.extend_from_slice(secret.as_bytes());
-        // It has that size, so this does not move it.
+        // The capacity equals the length, so this does not reallocate.
         let buffer = Bytes::from_owner(Zeroizing::new(mem::take(&mut *buffer).into_boxed_slice()));
 
-        let more = match subject {
-            Subject::Token => More::ExpiresAt(token::expires_at(secret)),
-            _ => More::bare(&buffer)?,
-        };
-        let fingerprint = Fingerprint::of(secret.as_bytes());
-        Ok(Self(Arc::new(Parts { bearer: sensitive(buffer)?, fingerprint, more })))
+        let is_token = setting == Setting::Token;
+        let expires_at = if is_token { token::expires_at(secret) } else { None };
+        Self::from_buffer(buffer, !is_token, Fingerprint::of(secret.as_bytes()), expires_at)
     }
 
-    /// A copy that shares nothing which is counted when it is sent, wiped like the first.
-    pub(crate) fn apart(&self) -> Self {
-        let Parts { bearer, fingerprint, more } = &*self.0;
-        let copy = || {
-            let buffer = Bytes::from_owner(Apart(Zeroizing::new(bearer.as_bytes().to_vec())));
-            let more = match more {
-                More::Bare(_) => More::bare(&buffer)?,
-                More::ExpiresAt(time) => More::ExpiresAt(*time),
-            };
-            let bearer = sensitive(buffer)?;
-            Ok::<_, ConfigErrorKind>(Self(Arc::new(Parts { bearer, fingerprint: *fingerprint, more })))
-        };
-        copy().unwrap_or_else(|_| self.clone())
+    fn from_buffer(
+        buffer: Bytes,
+        has_bare: bool,
+        fingerprint: Fingerprint,
+        expires_at: Option<SystemTime>,
+    ) -> Result<Self, ConfigErrorKind> {
+        let bare = if has_bare { Some(Box::new(sensitive(buffer.slice(SCHEME.len()..))?)) } else { None };
+        Ok(Self(Arc::new(Inner { bearer: sensitive(buffer)?, bare, fingerprint, expires_at })))
     }
 
-    /// `Bearer <secret>`, sensitive.
+    /// `Bearer <secret>`, marked sensitive.
     #[inline]
     pub(crate) fn bearer(&self) -> &HeaderValue {
         &self.0.bearer
     }
 
-    /// A key alone, sensitive. No token is sent so: it has its scheme.
+    /// An API key without the scheme, marked sensitive.
     #[inline]
     pub(crate) fn bare(&self) -> &HeaderValue {
-        match &self.0.more {
-            More::Bare(value) => value,
-            More::ExpiresAt(_) => &self.0.bearer,
-        }
+        self.0.bare.as_deref().unwrap_or(&self.0.bearer)
     }
 
-    /// When a token expires, as far as it says itself.
+    /// When a token expires by its `exp` claim.
     pub(super) fn expires_at(&self) -> Option<SystemTime> {
-        match self.0.more {
-            More::ExpiresAt(time) => time,
-            More::Bare(_) => None,
-        }
+        self.0.expires_at
     }
 
-    /// The secret alone; ASCII, because `parse` checked it.
+    /// The secret alone. It is ASCII: `parse` checked it.
     pub(crate) fn expose(&self) -> &str {
         let secret = self.0.bearer.as_bytes().get(SCHEME.len()..).unwrap_or_default();
         std::str::from_utf8(secret).unwrap_or_default()
@@ -130,20 +102,15 @@ impl Secret {
     }
 }
 
-impl AsRef<[u8]> for Apart<Zeroizing<Vec<u8>>> {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
+impl Unshare for Secret {
+    fn unshare(&self) -> Self {
+        let Inner { bearer, bare, fingerprint, expires_at } = &*self.0;
+        let buffer = Bytes::from_owner(CacheAligned(Zeroizing::new(bearer.as_bytes().to_vec())));
+        Self::from_buffer(buffer, bare.is_some(), *fingerprint, *expires_at).unwrap_or_else(|_| self.clone())
     }
 }
 
-impl More {
-    /// Cut from `Bearer <key>`.
-    fn bare(buffer: &Bytes) -> Result<Self, ConfigErrorKind> {
-        Ok(Self::Bare(Box::new(sensitive(buffer.slice(SCHEME.len()..))?)))
-    }
-}
-
-/// Without surrounding blanks and one line end, as an editor or `echo` leaves them.
+/// Removes what an editor or `echo` leaves around a secret: surrounding blanks and one line end.
 fn trim(value: &str) -> &str {
     let blank = [' ', '\t'];
     let value = value.trim_matches(blank);
@@ -151,8 +118,8 @@ fn trim(value: &str) -> &str {
     value.trim_end_matches(blank)
 }
 
-/// Text of printable ASCII, as RFC 6749 appendix A has ids, client secrets and refresh tokens; without surrounding
-/// blanks and one line end.
+/// Checks for the printable ASCII that RFC 6749 appendix A allows in client ids, client secrets and refresh tokens;
+/// returns it without surrounding blanks and one line end.
 pub(crate) fn text(value: &str) -> Result<&str, ConfigErrorKind> {
     let text = trim(value);
     for (at, byte) in text.bytes().enumerate() {
@@ -191,7 +158,7 @@ fn check(secret: &str) -> Result<(), ConfigErrorKind> {
 }
 
 fn sensitive(bytes: Bytes) -> Result<HeaderValue, ConfigErrorKind> {
-    // `check` let only visible ASCII pass, so this does not fail.
+    // Cannot fail: `check` let only visible ASCII pass.
     let mut value =
         HeaderValue::from_maybe_shared(bytes).map_err(|_| ConfigErrorKind::ControlCharacter { at: 0 })?;
     value.set_sensitive(true);
@@ -205,18 +172,20 @@ mod tests {
     use super::*;
 
     fn parse(value: &str) -> Result<Secret, ConfigErrorKind> {
-        Secret::parse(value, Subject::ApiKey)
+        Secret::parse(value, Setting::ApiKey)
     }
 
+    /// S1
     #[test]
-    fn s1_surrounding_blanks_and_one_line_end_are_trimmed() {
+    fn surrounding_blanks_and_one_newline_are_trimmed() {
         for value in ["sk-selam-a", " sk-selam-a\t", "sk-selam-a\n", "sk-selam-a\r\n", "\t sk-selam-a \n "] {
             assert_eq!(parse(value).unwrap().expose(), "sk-selam-a", "{value:?}");
         }
     }
 
+    /// S1
     #[test]
-    fn s1_everything_else_is_refused_by_kind() {
+    fn malformed_secrets_are_refused() {
         use ConfigErrorKind as Kind;
         for (value, kind) in [
             ("", Kind::Empty),
@@ -246,16 +215,19 @@ mod tests {
     }
 
     proptest! {
+        /// S1, H1, H2: an accepted secret is visible ASCII and is sent byte for byte, also from a per-thread copy.
         #[test]
-        fn s1_what_is_accepted_is_visible_ascii_and_sent_byte_for_byte(value in "\\PC*|[ -~\\r\\n\\t]{0,40}") {
+        fn accepted_secrets_are_sent_unchanged(value in "\\PC*|[ -~\\r\\n\\t]{0,40}") {
             if let Ok(secret) = parse(&value) {
-                let exposed = secret.expose();
-                prop_assert!(!exposed.is_empty() && exposed.bytes().all(|byte| byte.is_ascii_graphic()));
-                prop_assert_eq!(exposed, value.trim());
-                let bare = secret.bare();
-                prop_assert_eq!(bare.as_bytes(), exposed.as_bytes());
-                prop_assert_eq!(secret.bearer().as_bytes().strip_prefix(b"Bearer "), Some(exposed.as_bytes()));
-                prop_assert!(bare.is_sensitive() && secret.bearer().is_sensitive());
+                for secret in [secret.unshare(), secret] {
+                    let exposed = secret.expose();
+                    prop_assert!(!exposed.is_empty() && exposed.bytes().all(|byte| byte.is_ascii_graphic()));
+                    prop_assert_eq!(exposed, value.trim());
+                    let bare = secret.bare();
+                    prop_assert_eq!(bare.as_bytes(), exposed.as_bytes());
+                    prop_assert_eq!(secret.bearer().as_bytes().strip_prefix(b"Bearer "), Some(exposed.as_bytes()));
+                    prop_assert!(bare.is_sensitive() && secret.bearer().is_sensitive());
+                }
             }
         }
     }

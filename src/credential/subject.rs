@@ -2,12 +2,12 @@
 
 use std::{borrow::Borrow, fmt, sync::Arc};
 
-/// Names a user: the `sub` of a JWT, or whatever a program calls its users by
+/// Names the user that a request is made for: the `sub` of a JWT, or any other name that a program has for its users
 /// ([RFC 7519 section 4.1.2](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.2)).
 ///
-/// In a request's extensions, it says whose token the request is to have: see [`PerSubject`](crate::PerSubject). It holds for that request
-/// alone; where a layer outside loses it, as one that follows redirects may, the request that follows is refused. A layer
-/// that has one token for all refuses a request that names a subject. Cheap to clone; not a secret, so `Debug` shows it.
+/// In a request's extensions it selects the token that [`PerSubject`](crate::PerSubject) sends. It applies to that request alone:
+/// if an outer layer drops it, as a redirect layer may, the next request is refused. A layer that has one token for all
+/// subjects refuses a request that names one. Cheap to clone; not a secret, so `Debug` prints it.
 ///
 /// ```
 /// use http::Request;
@@ -20,13 +20,13 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 pub struct Subject(Arc<str>);
 
 impl Subject {
-    /// The user of this name.
+    /// Creates a subject from its name.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>) -> Self {
         Self(name.into())
     }
 
-    /// The name.
+    /// Returns the name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,21 +1,21 @@
+//! A bearer token, usually a JWT.
+
 use std::{
     fmt,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use jsonwebtoken::dangerous::insecure_decode_claims;
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 
-use super::{KeyId, Secret};
-use crate::{
-    env,
-    error::{ConfigError, Place, Subject},
-};
+use super::{KeyId, Secret, env};
+use crate::error::{ConfigError, Place, Setting};
 
-/// A bearer token: the JWT that some features of SelamAPI need beside the key.
+/// A bearer token: the JWT that some features of SelamAPI need in addition to the key.
 ///
-/// Validated, cheap to clone, redacted and wiped like [`ApiKey`](crate::ApiKey). It need not be a JWT: an
-/// opaque token works and has no [`expires_at`](Self::expires_at).
+/// Validated, cheap to clone, redacted and wiped like [`ApiKey`](crate::ApiKey). It need not be a JWT: an opaque
+/// token works and has no [`expires_at`](Self::expires_at).
 ///
 /// ```
 /// use std::time::{Duration, UNIX_EPOCH};
@@ -27,73 +27,78 @@ use crate::{
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
 #[derive(Clone)]
-pub struct Token {
-    pub(crate) secret: Secret,
-}
+pub struct Token(pub(crate) Secret);
 
 impl Token {
-    /// A token given by the program.
+    /// Validates a token: a `&str`, a `String` or a [`SecretString`].
     ///
     /// # Errors
     ///
     /// As [`ApiKey::new`](crate::ApiKey::new).
-    pub fn new(value: impl Into<String>) -> Result<Self, ConfigError> {
-        Secret::new(value.into(), Subject::Token, Place::Argument).map(|secret| Self { secret })
+    pub fn new(value: impl Into<SecretString>) -> Result<Self, ConfigError> {
+        Secret::new(value.into().expose_secret(), Setting::Token, Place::Argument).map(Self)
     }
 
-    /// The token in the environment variable [`SELAM_JWT`](env::SELAM_JWT).
+    /// As [`new`](Self::new), for text whose buffer the caller wipes.
+    pub(crate) fn parse(value: &str) -> Result<Self, ConfigError> {
+        Secret::new(value, Setting::Token, Place::Argument).map(Self)
+    }
+
+    /// Reads the token from the environment variable [`SELAM_JWT`](env::SELAM_JWT).
     ///
     /// # Errors
     ///
-    /// When it is not set, or as for [`new`](Self::new); the error names the variable.
+    /// When the variable is not set, or as for [`new`](Self::new); the error names the variable.
     pub fn from_env() -> Result<Self, ConfigError> {
         Self::from_env_var(env::SELAM_JWT)
     }
 
-    /// The token in the environment variable `name`.
+    /// Reads the token from the environment variable `name`.
     ///
     /// # Errors
     ///
     /// As [`from_env`](Self::from_env).
     pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
-        Secret::from_env_var(name, Subject::Token).map(|secret| Self { secret })
+        Secret::from_env_var(name, Setting::Token).map(Self)
     }
 
-    pub(super) fn parse(value: String, place: Place) -> Result<Self, ConfigError> {
-        Secret::new(value, Subject::Token, place).map(|secret| Self { secret })
-    }
-
-    /// From its `iat` to its `exp`, if it is a JWT that has both.
-    pub(super) fn lifetime(&self) -> Option<Duration> {
-        self.expires_at().and_then(|_| lifetime(self.expose_secret()))
-    }
-
-    /// When the token expires by its own `exp` claim
+    /// Returns when the token expires by its `exp` claim
     /// ([RFC 7519 section 4.1.4](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.4)).
     ///
-    /// `None` when it is no JWT, has no `exp`, or one that is no time: negative, not a number, or beyond
-    /// what [`SystemTime`] holds. The signature is not checked: that is the API's to do.
+    /// `None` when the token is not a JWT, has no `exp`, or one that is not a time: negative, not a number, or beyond
+    /// what [`SystemTime`] holds. The signature is not checked: that is the API's job.
     #[must_use]
     pub fn expires_at(&self) -> Option<SystemTime> {
-        self.secret.expires_at()
+        self.0.expires_at()
     }
 
-    /// A short, non-reversible name for logs and metrics.
+    /// The time from `iat` to `exp`, if the token is a JWT with both claims.
+    pub(crate) fn lifetime(&self) -> Option<Duration> {
+        self.expires_at().and_then(|_| lifetime(self.0.expose()))
+    }
+
+    /// Returns a short, non-reversible name for logs and metrics.
     #[must_use]
     pub fn id(&self) -> KeyId {
-        self.secret.id()
+        self.0.id()
     }
 
-    /// The token itself, for an API that takes nothing else. Do not print it.
+    /// Returns the token itself, for an API that takes nothing else. Do not print it.
     #[must_use]
     pub fn expose_secret(&self) -> &str {
-        self.secret.expose()
+        self.0.expose()
+    }
+}
+
+impl ExposeSecret<str> for Token {
+    fn expose_secret(&self) -> &str {
+        self.0.expose()
     }
 }
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.secret.debug("Token", f)
+        self.0.debug("Token", f)
     }
 }
 
@@ -103,7 +108,6 @@ pub(super) fn expires_at(token: &str) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(since_epoch)
 }
 
-/// From the issue of a JWT to its expiry. Read when it is needed, which is once.
 fn lifetime(token: &str) -> Option<Duration> {
     let (Expiry { exp }, Issue { iat }) = (claims(token)?, claims(token)?);
     Duration::try_from_secs_f64(exp - iat).ok()
@@ -136,8 +140,9 @@ mod tests {
         format!("{}.{}.c2ln", part(r#"{"alg":"HS256"}"#), part(claims))
     }
 
+    /// R4
     #[test]
-    fn an_expiry_is_read_from_exp_and_from_nothing_else() {
+    fn only_a_valid_exp_claim_gives_an_expiry() {
         let at = |seconds| Some(UNIX_EPOCH + Duration::from_millis(seconds));
         for (claims, expected) in [
             (r#"{"exp":1900000000}"#, at(1_900_000_000_000)),
@@ -159,8 +164,9 @@ mod tests {
     }
 
     proptest! {
+        /// R4
         #[test]
-        fn no_claims_make_it_panic(claims in "\\PC*", exp in any::<f64>(), raw in "[!-~]{1,60}") {
+        fn no_claims_cause_a_panic(claims in "\\PC*", exp in any::<f64>(), raw in "[!-~]{1,60}") {
             let _ = Token::new(jwt(&claims));
             let _ = Token::new(jwt(&format!(r#"{{"exp":{exp}}}"#)));
             let _ = Token::new(raw);

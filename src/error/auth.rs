@@ -1,3 +1,5 @@
+//! [`AuthError`]: why a request was not authenticated, and how it is read from a response.
+
 use std::{
     borrow::Cow,
     error::Error as StdError,
@@ -16,20 +18,20 @@ use super::{
     AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge,
     is_auth_status, rate_limit, redact::Redactor,
 };
-use crate::{credential::Credentials, util::clock};
+use crate::util::clock;
 
 const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];
 
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// How much of a server's message `Display` shows, in characters.
-const SHOWN: usize = 300;
+/// How many characters of a server's message `Display` shows.
+const MAX_EXCERPT: usize = 300;
 
-/// Why a request was not authenticated: refused by the API, or never sent.
+/// Why a request was not authenticated: the API answered 401 or 403, or the request was never sent.
 ///
-/// One pointer wide and cheap to clone. `Display` says what happened, what the API said of it, and the
-/// documented remedy; it shows no body, and in whatever it shows the credentials that were sent are masked.
+/// One pointer wide and cheap to clone. `Display` shows what happened, the API's message and the documented remedy,
+/// but not the body. The credentials that were sent are redacted everywhere.
 ///
 /// ```
 /// use bytes::Bytes;
@@ -53,16 +55,17 @@ pub struct AuthError(Arc<Inner>);
 
 struct Inner {
     kind: AuthErrorKind,
-    /// What this crate has to say, where it was not the API that refused.
+    /// This crate's explanation; empty if the API answered.
     detail: Cow<'static, str>,
-    answer: Option<Answer>,
-    /// When this crate will try again.
+    /// `None` if nothing was sent.
+    response: Option<ApiResponse>,
+    /// Time until this crate tries another refresh.
     retry_after: Option<Duration>,
     source: Option<BoxError>,
 }
 
-/// What the API answered.
-struct Answer {
+/// The 401 or 403, with credentials redacted.
+struct ApiResponse {
     status: StatusCode,
     fields: ErrorBody,
     retry_after: Option<Duration>,
@@ -71,28 +74,29 @@ struct Answer {
 }
 
 impl AuthError {
-    /// Reads a whole response, for code that has no Tower stack around its client.
+    /// Reads a complete response, for code without a Tower stack around its client.
     ///
-    /// `None` when the status is neither 401 nor 403. Masks whatever has the shape of a SelamAPI key or a
-    /// JWT; [`AuthErrorLayer`](crate::AuthErrorLayer) also masks the credentials that were sent.
+    /// Returns `None` if the status is neither 401 nor 403. Redacts text shaped like a SelamAPI key or a JWT;
+    /// [`AuthErrorLayer`](crate::AuthErrorLayer) also redacts the exact credentials that were sent.
     #[must_use]
     pub fn from_response<B: AsRef<[u8]>>(response: &Response<B>) -> Option<Self> {
         let status = response.status();
         is_auth_status(status)
-            .then(|| Self::read(status, response.headers(), response.body().as_ref(), None, None))
+            .then(|| Self::read(status, response.headers(), response.body().as_ref(), [], None))
     }
 
-    /// Reads a 401 or 403 that answered `sent`; `source` is what broke its body off.
+    /// Reads a 401 or 403. `secrets` are the credentials of the request; `source` is the error that cut the body
+    /// off.
     #[cold]
-    pub(crate) fn read(
+    pub(crate) fn read<'a>(
         status: StatusCode,
         headers: &HeaderMap,
         body: &[u8],
-        sent: Option<&Credentials>,
+        secrets: impl IntoIterator<Item = &'a str>,
         source: Option<BoxError>,
     ) -> Self {
         let now = clock::now();
-        let redactor = Redactor::new(sent);
+        let redactor = Redactor::masking(secrets);
         let mut json = parse_json(body);
         let mut fields = json.as_ref().map(ErrorBody::from_json).unwrap_or_default();
 
@@ -115,7 +119,7 @@ impl AuthError {
         Self(Arc::new(Inner {
             kind,
             detail: Cow::Borrowed(""),
-            answer: Some(Answer {
+            response: Some(ApiResponse {
                 status,
                 fields: fields.redacted(&redactor),
                 retry_after: rate_limit::retry_after(headers, now),
@@ -127,33 +131,33 @@ impl AuthError {
         }))
     }
 
-    /// An error of this crate's own: nothing was sent.
+    /// Makes an error for a request that was never sent.
     #[cold]
     pub(crate) fn local(kind: AuthErrorKind, detail: impl Into<Cow<'static, str>>) -> Self {
         let detail = detail.into();
-        Self(Arc::new(Inner { kind, detail, answer: None, retry_after: None, source: None }))
+        Self(Arc::new(Inner { kind, detail, response: None, retry_after: None, source: None }))
     }
 
-    /// No credential: its source failed.
+    /// Makes an error for a request that was never sent because refreshing its credential failed.
     #[cold]
-    pub(crate) fn renewal(
+    pub(crate) fn refresh_failure(
         kind: AuthErrorKind,
         detail: impl Into<Cow<'static, str>>,
         retry_after: Option<Duration>,
         source: Option<BoxError>,
     ) -> Self {
-        Self(Arc::new(Inner { kind, detail: detail.into(), answer: None, retry_after, source }))
+        Self(Arc::new(Inner { kind, detail: detail.into(), response: None, retry_after, source }))
     }
 
-    /// The `AuthError` in `error` or among its causes, through boxes and the errors of Tower's layers.
+    /// Finds the `AuthError` in `error` or its chain of sources, through boxes and the errors of Tower's layers.
     ///
     /// ```
     /// use tower_selam::{ApiKey, ApiKeyLayer, AuthError, BoxError};
     /// # async fn send(error: AuthError) -> Result<(), BoxError> { Err(error.into()) }
     /// # tokio_test::block_on(async {
     /// # let response = http::Response::builder().status(401).body("").unwrap();
-    /// # let refused = AuthError::from_response(&response).unwrap();
-    /// let error: BoxError = send(refused).await.unwrap_err();
+    /// # let rejected = AuthError::from_response(&response).unwrap();
+    /// let error: BoxError = send(rejected).await.unwrap_err();
     /// assert!(AuthError::find(&*error).is_some_and(AuthError::is_auth));
     /// # });
     /// ```
@@ -166,100 +170,100 @@ impl AuthError {
             if let Some(found) = error.downcast_ref::<Self>().or_else(boxed).or_else(shared) {
                 return Some(found);
             }
-            // `source` of an `io::Error` skips the error that it holds.
-            let held = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            next = held.map(|held| held as _).or_else(|| error.source());
+            // `io::Error::source` skips the error that it wraps.
+            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            next = wrapped.map(|wrapped| wrapped as _).or_else(|| error.source());
         }
         None
     }
 
-    /// What kind of error it is.
+    /// Returns the kind of error.
     #[must_use]
     pub fn kind(&self) -> AuthErrorKind {
         self.0.kind
     }
 
-    /// The response's status; `None` when nothing was sent.
+    /// Returns the response's status; `None` if nothing was sent.
     #[must_use]
     pub fn status(&self) -> Option<StatusCode> {
-        self.answer().map(|answer| answer.status)
+        self.response().map(|response| response.status)
     }
 
-    /// The error code: from the body, else from `WWW-Authenticate`.
+    /// Returns the error code: from the body or, failing that, from `WWW-Authenticate`.
     #[must_use]
     pub fn code(&self) -> Option<&str> {
-        self.answer()?.fields.code()
+        self.response()?.fields.code()
     }
 
-    /// The error type: `type` in the body.
+    /// Returns the error type (`type` in the body).
     #[must_use]
     pub fn error_type(&self) -> Option<&str> {
-        self.answer()?.fields.error_type()
+        self.response()?.fields.error_type()
     }
 
-    /// The API's message: from the body, else from `WWW-Authenticate`.
+    /// Returns the API's message: from the body, `grpc-message` or `WWW-Authenticate`, in this order.
     #[must_use]
     pub fn message(&self) -> Option<&str> {
-        self.answer()?.fields.message()
+        self.response()?.fields.message()
     }
 
-    /// The request id: `X-Request-Id` or `Request-Id`, else `request_id` in the body.
+    /// Returns the request id: from `X-Request-Id`, `Request-Id` or `request_id` in the body, in this order.
     #[must_use]
     pub fn request_id(&self) -> Option<&str> {
-        self.answer()?.fields.request_id()
+        self.response()?.fields.request_id()
     }
 
-    /// How long to wait: by the response's `Retry-After`, or, when a renewal failed, until the next one.
+    /// Returns how long to wait: the response's `Retry-After`, or the time until the next attempt if a refresh failed.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.0.retry_after.or_else(|| self.answer()?.retry_after)
+        self.0.retry_after.or_else(|| self.response()?.retry_after)
     }
 
-    /// The account's rate limit, from the response's headers.
+    /// Returns the account's rate limit, from the response's `X-RateLimit-*` headers.
     #[must_use]
     pub fn rate_limit(&self) -> Option<&RateLimit> {
-        self.answer()?.rate_limit.as_ref()
+        self.response()?.rate_limit.as_ref()
     }
 
-    /// The response's body as far as it was read, credentials in it masked; empty when nothing was sent.
+    /// Returns the response body as far as it was read, with credentials redacted; empty if nothing was sent.
     ///
-    /// One that is spelled with JSON escapes is found where the body is whole JSON.
+    /// A credential written with JSON escapes is redacted only if the body is complete JSON.
     #[must_use]
     pub fn body(&self) -> &[u8] {
-        self.answer().map(|answer| &*answer.body).unwrap_or_default()
+        self.response().map(|response| &*response.body).unwrap_or_default()
     }
 
-    /// Whether the API refused, with 401 or 403; otherwise this crate did, and nothing was sent.
+    /// Returns whether the API answered 401 or 403. Otherwise this crate refused the request, and nothing was sent.
     #[must_use]
     pub fn is_auth(&self) -> bool {
         self.0.kind.is_auth()
     }
 
-    /// Whether sending the same again cannot help: somebody has to change the key, the account or the code.
+    /// Returns whether retrying cannot help, because the key, the account or the code has to change first.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
         self.0.kind.is_permanent()
     }
 
-    /// What to do about it: the documented remedy where SelamAPI's authentication page has one.
+    /// Returns what to do about the error, as SelamAPI's authentication page documents it where it does.
     #[must_use]
     pub fn remedy(&self) -> Option<&'static str> {
         self.0.kind.remedy()
     }
 
-    fn answer(&self) -> Option<&Answer> {
-        self.0.answer.as_ref()
+    fn response(&self) -> Option<&ApiResponse> {
+        self.0.response.as_ref()
     }
 }
 
-/// What gRPC says instead of a body, percent-encoded
-/// ([as its protocol has it](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses)).
+/// Decodes gRPC's error message, which is a percent-encoded header
+/// ([gRPC over HTTP/2](https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses)).
 pub(crate) fn grpc_message(headers: &HeaderMap) -> Option<String> {
     let encoded = headers.get(GRPC_MESSAGE)?.as_bytes();
     Some(percent_decode(encoded).decode_utf8_lossy().into_owned()).filter(|message| !message.is_empty())
 }
 
-/// `body` without credentials. JSON may spell one with escapes, which only its strings show.
+/// Redacts `body`. If escapes in JSON hide a secret from the byte search, the parsed strings are redacted instead.
 fn redact_body(redactor: &Redactor, body: &[u8], json: Option<&mut Value>) -> Bytes {
     let redacted = redactor.bytes(body).into_owned();
     if let Some(json) = json
@@ -271,7 +275,7 @@ fn redact_body(redactor: &Redactor, body: &[u8], json: Option<&mut Value>) -> By
     Bytes::from(redacted)
 }
 
-/// Redacts every string in `json`; whether there was anything to redact.
+/// Redacts every string and key in `json`, and returns whether any of them held a secret.
 fn redact_strings(redactor: &Redactor, json: &mut Value) -> bool {
     match json {
         Value::String(text) => match redactor.bytes(text.as_bytes()) {
@@ -305,11 +309,11 @@ fn redact_strings(redactor: &Redactor, json: &mut Value) -> bool {
 impl fmt::Display for AuthError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0.kind)?;
-        if let Some(answer) = self.answer() {
-            write!(f, " ({}", answer.status.as_u16())?;
-            if let Some(code) = self.code().filter(|code| *code != answer.status.as_str()) {
+        if let Some(response) = self.response() {
+            write!(f, " ({}", response.status.as_u16())?;
+            if let Some(code) = self.code().filter(|code| *code != response.status.as_str()) {
                 f.write_char(' ')?;
-                shown(code, f)?;
+                write_excerpt(code, f)?;
             }
             f.write_char(')')?;
         }
@@ -318,7 +322,7 @@ impl fmt::Display for AuthError {
         }
         if let Some(message) = self.message() {
             f.write_str(": ")?;
-            shown(message.trim_end_matches('.'), f)?;
+            write_excerpt(message.trim_end_matches('.'), f)?;
         }
         match self.remedy() {
             Some(remedy) => write!(f, "; {remedy}"),
@@ -327,11 +331,11 @@ impl fmt::Display for AuthError {
     }
 }
 
-/// A server's words, on one line and not too many of them.
-pub(crate) fn shown(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+/// Writes a server's text on one line, shortened and with control characters escaped.
+pub(crate) fn write_excerpt(text: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     for (at, char) in text.chars().enumerate() {
         match char {
-            _ if at == SHOWN => return f.write_char('…'),
+            _ if at == MAX_EXCERPT => return f.write_char('…'),
             char if char.is_whitespace() => f.write_char(' ')?,
             char if char.is_control() => write!(f, "{}", char.escape_default())?,
             char => f.write_char(char)?,
@@ -347,16 +351,16 @@ impl fmt::Debug for AuthError {
         if !self.0.detail.is_empty() {
             debug.field("detail", &self.0.detail);
         }
-        if let Some(answer) = self.answer() {
+        if let Some(response) = self.response() {
             debug
-                .field("status", &answer.status)
+                .field("status", &response.status)
                 .field("code", &self.code())
                 .field("type", &self.error_type())
                 .field("message", &self.message())
                 .field("request_id", &self.request_id())
-                .field("retry_after", &answer.retry_after)
-                .field("rate_limit", &answer.rate_limit)
-                .field("body_bytes", &answer.body.len());
+                .field("retry_after", &response.retry_after)
+                .field("rate_limit", &response.rate_limit)
+                .field("body_bytes", &response.body.len());
         }
         debug.field("source", &self.0.source).finish()
     }

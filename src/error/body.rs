@@ -1,14 +1,15 @@
+//! Reader for JSON error bodies of any known shape.
+
 use serde_json::{Map, Value};
 
 use super::redact::Redactor;
 
-/// What an error body says, read from whatever shape it has.
+/// The fields of an error body, read from any known shape.
 ///
-/// SelamAPI documents `{"error":{"message":…,"type":…,"code":…}}`. Gateways, proxies and token endpoints
-/// in front of such APIs answer in shapes of their own: the error flat at the top, under `detail`, as a
-/// string, in an array of one, or as OAuth 2.0's `error` and `error_description`
-/// ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)). What is not found is `None`;
-/// no bytes are an error.
+/// SelamAPI documents `{"error":{"message":…,"type":…,"code":…}}`. Gateways, proxies and token endpoints use other
+/// shapes: the fields at the top level, under `detail`, as a string, in an array of one, or as OAuth 2.0's `error`
+/// and `error_description` ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)). A missing
+/// field is `None`, and parsing never fails.
 ///
 /// ```
 /// use tower_selam::ErrorBody;
@@ -27,7 +28,7 @@ pub struct ErrorBody {
 }
 
 impl ErrorBody {
-    /// Reads `body`, of any content type and any length. Whatever has the shape of a key or a JWT is masked.
+    /// Reads `body`, of any content type and length. Text shaped like a key or a JWT is redacted.
     #[must_use]
     pub fn parse(body: &[u8]) -> Self {
         Self::read(body, &Redactor::default())
@@ -38,25 +39,25 @@ impl ErrorBody {
         fields.redacted(redactor)
     }
 
-    /// The error code; a number as its digits.
+    /// Returns the error code; a numeric code is returned as its digits.
     #[must_use]
     pub fn code(&self) -> Option<&str> {
         self.code.as_deref()
     }
 
-    /// The error type (`type` in the body).
+    /// Returns the error type (`type` in the body).
     #[must_use]
     pub fn error_type(&self) -> Option<&str> {
         self.error_type.as_deref()
     }
 
-    /// The message for people.
+    /// Returns the human-readable message.
     #[must_use]
     pub fn message(&self) -> Option<&str> {
         self.message.as_deref()
     }
 
-    /// The request id, where the body has one.
+    /// Returns the request id, if the body has one.
     #[must_use]
     pub fn request_id(&self) -> Option<&str> {
         self.request_id.as_deref()
@@ -81,7 +82,7 @@ impl ErrorBody {
 
         let error = text(root, "error");
         let mut body = match nested(root, "error").or_else(|| nested(root, "detail")) {
-            // An object inside may call its code `status`; at the top, that is the HTTP status.
+            // A nested object may call its code `status`; at the top level, `status` is the HTTP status.
             Some(inner) => {
                 let mut body = Self::from_fields(inner);
                 body.code = body.code.or_else(|| text(inner, "status"));
@@ -106,7 +107,7 @@ impl ErrorBody {
         let message = text(fields, "message")
             .or_else(|| text(fields, "error_description"))
             .or_else(|| text(fields, "detail"))
-            // FastAPI's list of what did not validate.
+            // FastAPI's list of validation errors.
             .or_else(|| text(fields.get("detail")?.get(0)?.as_object()?, "msg"));
         Self {
             code: text(fields, "code").or_else(|| match fields.get("code")? {
@@ -120,7 +121,7 @@ impl ErrorBody {
     }
 }
 
-/// JSON as it is found: with a byte order mark before it, or bytes in it that are no UTF-8.
+/// Parses JSON leniently: with a leading byte order mark, or with bytes that are not UTF-8.
 pub(super) fn parse_json(body: &[u8]) -> Option<Value> {
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     serde_json::from_str(&String::from_utf8_lossy(body)).ok()
@@ -135,7 +136,7 @@ fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// `invalid_grant` is a code, `Incorrect API key` a sentence.
+/// Tells a code such as `invalid_grant` from a sentence such as `Incorrect API key`.
 fn is_code(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
 }
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_beyond_the_seen_ones_are_read() {
+    fn other_shapes_are_read() {
         assert_eq!(parse(r#"{"error":"invalid_client"}"#), (some("invalid_client"), None, None, None));
         assert_eq!(parse(r#"{"error":"Unauthorized"}"#), (None, None, some("Unauthorized"), None));
         assert_eq!(
@@ -167,22 +168,24 @@ mod tests {
             parse(r#"{"request_id":"r1","error":{"message":"m","code":null,"type":""}}"#),
             (None, None, some("m"), some("r1"))
         );
-        for nothing in
+        for without_fields in
             ["", "null", "[]", "[[]]", "7", "\"text\"", "{}", r#"{"error":null}"#, r#"{"code":true}"#]
         {
-            assert_eq!(ErrorBody::parse(nothing.as_bytes()), ErrorBody::default(), "{nothing}");
+            assert_eq!(ErrorBody::parse(without_fields.as_bytes()), ErrorBody::default(), "{without_fields}");
         }
         assert_eq!(ErrorBody::parse("[".repeat(100_000).as_bytes()), ErrorBody::default());
     }
 
     proptest! {
+        /// E2: no bytes panic.
         #[test]
-        fn e2_no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn parse_never_panics_on_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = ErrorBody::parse(&bytes);
         }
 
+        /// E2: no JSON panics.
         #[test]
-        fn e2_no_json_makes_it_panic(
+        fn parse_never_panics_on_json(
             outer in "error|detail|code|message|type|status",
             inner in "\\{\"(code|message|type|status|detail|msg)\":(1|-1\\.5e9|null|true|\"x\"|\\[\\{\\}\\])\\}|\\[\\]|\"\"|0"
         ) {

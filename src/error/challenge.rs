@@ -1,9 +1,11 @@
+//! Parser for the `Bearer` challenge in `WWW-Authenticate`.
+
 use http::{HeaderMap, HeaderValue, header::WWW_AUTHENTICATE};
 use http_auth::ChallengeParser;
 
 const SCHEME: &str = "bearer";
 
-/// What a `Bearer` challenge says of the error
+/// The error fields of a `Bearer` challenge
 /// ([RFC 6750 section 3](https://www.rfc-editor.org/rfc/rfc6750#section-3)).
 #[derive(Debug, Default)]
 pub(super) struct BearerChallenge {
@@ -12,18 +14,18 @@ pub(super) struct BearerChallenge {
 }
 
 impl BearerChallenge {
-    /// The first `Bearer` challenge that can be read, whatever stands around it.
+    /// Returns the first `Bearer` challenge that parses, even if it is surrounded by text that does not.
     pub(super) fn from_headers(headers: &HeaderMap) -> Self {
         headers.get_all(WWW_AUTHENTICATE).iter().find_map(Self::from_value).unwrap_or_default()
     }
 
     fn from_value(value: &HeaderValue) -> Option<Self> {
-        let ascii = |byte: &u8| if byte.is_ascii() { char::from(*byte) } else { '?' };
-        let value: String = value.as_bytes().trim_ascii().iter().map(ascii).collect();
+        let to_ascii = |byte: &u8| if byte.is_ascii() { char::from(*byte) } else { '?' };
+        let value: String = value.as_bytes().trim_ascii().iter().map(to_ascii).collect();
         let starts = value.char_indices().filter_map(|(at, _)| {
             let scheme = value.get(at..at + SCHEME.len())?;
-            let first = value[..at].chars().next_back().is_none_or(|before| matches!(before, ' ' | ','));
-            (first && scheme.eq_ignore_ascii_case(SCHEME)).then_some(at)
+            let is_start = value[..at].chars().next_back().is_none_or(|before| matches!(before, ' ' | ','));
+            (is_start && scheme.eq_ignore_ascii_case(SCHEME)).then_some(at)
         });
         let challenge = starts.filter_map(|at| ChallengeParser::new(&value[at..]).next()?.ok()).next()?;
         let param = |name: &str| {
@@ -67,8 +69,9 @@ mod tests {
     }
 
     proptest! {
+        /// E2: no header value panics.
         #[test]
-        fn e2_no_challenge_makes_it_panic(value in "(Bearer )?[a-z=\", \\\\]{0,40}") {
+        fn challenge_never_panics(value in "(Bearer )?[a-z=\", \\\\]{0,40}") {
             let _ = read(&[&value]);
         }
     }

@@ -1,12 +1,14 @@
+//! [`ConfigError`]: why a key, token, URL, origin or path prefix is invalid.
+
 use std::{
     error::Error,
     fmt, io,
     path::{Path, PathBuf},
 };
 
-/// Why a key, token, URL or origin was refused when it was given.
+/// Why a key, token, URL, origin or other setting is invalid.
 ///
-/// Says what was refused, where it came from and why; never the value.
+/// Names the setting, where its value came from and what is wrong with it, but never the value itself.
 ///
 /// ```
 /// let error = tower_selam::ApiKey::new("sk-selam\u{200b}-pasted").unwrap_err();
@@ -14,135 +16,142 @@ use std::{
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
-    subject: Subject,
+    setting: Setting,
     place: Place,
     kind: ConfigErrorKind,
 }
 
 impl ConfigError {
     #[cold]
-    pub(crate) fn new(subject: Subject, place: Place, kind: ConfigErrorKind) -> Self {
-        Self { subject, place, kind }
+    pub(crate) fn new(setting: Setting, place: Place, kind: ConfigErrorKind) -> Self {
+        Self { setting, place, kind }
     }
 
-    /// What is wrong.
+    /// Returns what is wrong with the value.
     #[must_use]
-    pub fn kind(&self) -> ConfigErrorKind {
-        self.kind
+    pub fn kind(&self) -> &ConfigErrorKind {
+        &self.kind
     }
 
-    /// The environment variable the value came from; `None` when it came from elsewhere.
+    /// Returns the environment variable that the value came from, if it came from one.
     #[must_use]
     pub fn env_var(&self) -> Option<&str> {
         match &self.place {
             Place::EnvVar(name) => Some(name),
-            Place::Argument | Place::File(_) | Place::Number(_) => None,
+            Place::Argument | Place::File(_) | Place::Item(_) => None,
         }
     }
 
-    /// The file the value came from; `None` when it came from elsewhere.
+    /// Returns the file that the value came from, if it came from one.
     #[must_use]
     pub fn file(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Argument | Place::EnvVar(_) | Place::Number(_) => None,
+            Place::Argument | Place::EnvVar(_) | Place::Item(_) => None,
         }
     }
 }
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{} {}", self.subject, self.place, self.kind)
+        write!(f, "{}{} {}", self.setting, self.place, self.kind)
     }
 }
 
 impl Error for ConfigError {}
 
-/// What is wrong with a key, token, URL or origin.
+/// What is wrong with a key, token, URL, origin or other setting.
 ///
-/// Positions count bytes from the start of the value, surrounding blanks left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Positions count bytes from the start of the value, after leading blanks are trimmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConfigErrorKind {
-    /// Not given, or the environment variable is not set.
+    /// No value was given, or the environment variable is not set.
     Missing,
-    /// Nothing in it but white space.
+    /// The value is empty or only white space.
     Empty,
     /// The environment variable or file is not valid Unicode.
     NotUnicode,
     /// The file cannot be read.
+    #[non_exhaustive]
     Unreadable {
-        /// Why.
+        /// The error of the failed read.
         error: io::ErrorKind,
     },
     /// The file is larger than any credential: more than 64 KiB.
     TooLong,
-    /// A space or a tab inside.
+    /// The value contains a space or a tab.
+    #[non_exhaustive]
     WhiteSpace {
-        /// Where it stands.
+        /// The position of the first one.
         at: usize,
     },
-    /// A line break or another control character inside.
+    /// The value contains a line break or another control character.
+    #[non_exhaustive]
     ControlCharacter {
-        /// Where it stands.
+        /// The position of the first one.
         at: usize,
     },
-    /// A character that is not ASCII: a byte order mark, a zero-width space, a curly quote, …
+    /// The value contains a character outside ASCII: a byte order mark, a zero-width space, a curly quote, …
+    #[non_exhaustive]
     NonAscii {
-        /// Where it stands.
+        /// The position of the first one.
         at: usize,
     },
-    /// Quotation marks around it, as some tools leave them from an `.env` file.
+    /// The value is in quotation marks, which some tools keep when they read an `.env` file.
     Quoted,
-    /// Starts with `Bearer `, which the layers add themselves.
+    /// The value starts with `Bearer `, which the layers add themselves.
     BearerPrefix,
-    /// No absolute URL with a host.
+    /// The value is not an absolute URL with a host.
     InvalidUrl,
-    /// The host is no name, and no address written in full.
+    /// The host is neither a valid name nor a complete IP address.
     InvalidHost,
-    /// The port is no number from 0 to 65535.
+    /// The port is not a number from 0 to 65535.
     InvalidPort,
-    /// A user name or password in the URL.
+    /// The URL contains a user name or password.
     UserInfo,
-    /// A path, query or fragment where none belongs.
-    Excess,
-    /// A scheme other than `https`.
+    /// The URL has a path, query or fragment where none is allowed.
+    UnexpectedPart,
+    /// The scheme is not `https`.
     NotHttps,
-    /// Plain `http` was allowed to loopback, but this is neither a loopback address nor `localhost`.
+    /// Plain `http` was allowed for loopback, but the host is neither a loopback address nor `localhost`.
     NotLoopback,
     /// The origin is not among the allowed ones.
     NotAllowed,
-    /// The environment variable is set, and so is another that stands for the same.
-    GivenTwice {
-        /// The other.
+    /// Two environment variables are set that exclude each other.
+    #[non_exhaustive]
+    Conflict {
+        /// The other variable.
         other: &'static str,
     },
-    /// The environment variable needs an HTTP client, and none was given.
+    /// The environment variable requires an HTTP client, and none was given.
     NeedsClient,
-    /// A parameter that the source sets itself.
+    /// The source sets this parameter itself.
     ReservedParameter,
-    /// No private key in PEM of a kind that an algorithm signs with, or a damaged one.
+    /// The value is not a valid PEM private key of a supported kind.
     InvalidKey,
     /// The private key is encrypted.
     Encrypted,
     /// The key is too short for its algorithm.
+    #[non_exhaustive]
     TooShort {
-        /// How many bits it needs.
-        least: usize,
+        /// The fewest bits that the algorithm accepts.
+        min_bits: usize,
     },
-    /// The key is of another kind than the algorithm signs with.
+    /// The algorithm does not sign with this kind of key.
+    #[non_exhaustive]
     WrongAlgorithm {
-        /// What it is.
+        /// The kind of the key.
         key: &'static str,
-        /// What the algorithm signs with.
+        /// The kind of key that the algorithm signs with.
         needed: &'static str,
     },
-    /// The claims do not serialize to a JSON object, or to one nested deeper than parsers read: 127 levels.
+    /// The claims do not serialize to a JSON object, or the object is nested deeper than the 127 levels that parsers read.
     NotAnObject,
-    /// The claims have an `iat` or `exp`.
+    /// The claims contain `iat` or `exp`, which the signer sets itself.
     ReservedClaim,
-    /// No plain path: one that begins with `/`, and has no empty segments, none of dots alone, and nothing
-    /// percent-encoded.
+    /// The value is not a plain path. A plain path starts with `/` and has no empty segments, no segments made only
+    /// of dots, and no percent-encoding.
     InvalidPath,
 }
 
@@ -157,27 +166,27 @@ impl fmt::Display for ConfigErrorKind {
             Self::WhiteSpace { at } => write!(f, "has white space at byte {at}"),
             Self::ControlCharacter { at } => write!(f, "has a control character at byte {at}"),
             Self::NonAscii { at } => write!(f, "has a character that is not ASCII at byte {at}"),
-            Self::Quoted => f.write_str("is in quotes: give it without them"),
-            Self::BearerPrefix => f.write_str("starts with `Bearer `: give the value alone"),
+            Self::Quoted => f.write_str("is in quotes: remove them"),
+            Self::BearerPrefix => f.write_str("starts with `Bearer `: remove that prefix"),
             Self::InvalidUrl => f.write_str("is not an absolute URL such as https://api.selamgpt.com"),
-            Self::InvalidHost => f.write_str("has an invalid host: give a name or an address in full"),
+            Self::InvalidHost => f.write_str("has an invalid host: use a name or a complete IP address"),
             Self::InvalidPort => f.write_str("has an invalid port"),
             Self::UserInfo => f.write_str("has a user name or password in it"),
-            Self::Excess => f.write_str("has a part that does not belong: path, query or fragment"),
+            Self::UnexpectedPart => f.write_str("has a path, query or fragment that is not allowed here"),
             Self::NotHttps => f.write_str("is not https"),
             Self::NotLoopback => f.write_str("is neither https nor on a loopback address"),
             Self::NotAllowed => f.write_str("is not among the allowed origins"),
-            Self::GivenTwice { other } => write!(f, "is set beside {other}: set one of the two"),
+            Self::Conflict { other } => write!(f, "is set together with {other}: set only one of them"),
             Self::NeedsClient => {
-                f.write_str("needs an HTTP client: give one by `SelamLayerBuilder::with_token_client`")
+                f.write_str("needs an HTTP client: pass one to `SelamLayerBuilder::with_token_client`")
             }
-            Self::ReservedParameter => f.write_str("is one that the source sets itself"),
+            Self::ReservedParameter => f.write_str("is set by the source itself: remove it"),
             Self::InvalidKey => f.write_str(
                 "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519",
             ),
-            Self::Encrypted => f.write_str("is encrypted: give it decrypted"),
-            Self::TooShort { least } => {
-                write!(f, "is shorter than the {least} bits its algorithm asks for")
+            Self::Encrypted => f.write_str("is encrypted: decrypt it first"),
+            Self::TooShort { min_bits } => {
+                write!(f, "is shorter than the {min_bits} bits that its algorithm requires")
             }
             Self::WrongAlgorithm { key, needed } => {
                 write!(f, "is {key}, but its algorithm signs with {needed}")
@@ -189,9 +198,9 @@ impl fmt::Display for ConfigErrorKind {
     }
 }
 
-/// What was being made.
+/// The setting whose value is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Subject {
+pub(crate) enum Setting {
     ApiKey,
     Token,
     BaseUrl,
@@ -208,7 +217,7 @@ pub(crate) enum Subject {
     Claims,
 }
 
-impl fmt::Display for Subject {
+impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::ApiKey => "API key",
@@ -219,7 +228,7 @@ impl fmt::Display for Subject {
             Self::ClientId => "client id",
             Self::ClientSecret => "client secret",
             Self::RefreshToken => "refresh token",
-            Self::Parameter => "token request's parameter",
+            Self::Parameter => "token request parameter",
             Self::PathPrefix => "path prefix",
             #[cfg(feature = "sign")]
             Self::SigningKey => "signing key",
@@ -229,14 +238,14 @@ impl fmt::Display for Subject {
     }
 }
 
-/// Where the value came from.
+/// Where the invalid value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Argument,
     EnvVar(String),
     File(PathBuf),
-    /// In a list, counted from one.
-    Number(usize),
+    /// An item of a list argument, counted from one.
+    Item(usize),
 }
 
 impl fmt::Display for Place {
@@ -245,7 +254,7 @@ impl fmt::Display for Place {
             Self::Argument => Ok(()),
             Self::EnvVar(name) => write!(f, " from the environment variable {name}"),
             Self::File(path) => write!(f, " from the file {}", path.display()),
-            Self::Number(number) => write!(f, " number {number}"),
+            Self::Item(number) => write!(f, " number {number}"),
         }
     }
 }

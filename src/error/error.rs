@@ -1,11 +1,13 @@
+//! [`Error`], which pairs an [`AuthError`] with the client's own error, and the bound [`FromAuthError`].
+
 use std::{error::Error as StdError, fmt};
 
 use super::{AuthError, BoxError};
 
 /// Either the client's own error or an [`AuthError`], for clients with a concrete error type.
 ///
-/// The layers keep the error type of the service within, which must be `From<AuthError>`. `BoxError` is;
-/// for any other, wrap it first with Tower's `map_err`:
+/// The layers keep the inner service's error type, which must be `From<AuthError>`. `BoxError` already is; wrap
+/// any other type with Tower's `map_err`:
 ///
 /// ```
 /// use std::io;
@@ -27,19 +29,19 @@ use super::{AuthError, BoxError};
 /// # });
 /// ```
 ///
-/// [`SelamLayer`](crate::SelamLayer) does that by itself.
+/// [`SelamLayer`](crate::SelamLayer) wraps the client's error itself.
 ///
 /// There will be no third variant: match on both.
 #[derive(Clone, Debug)]
 pub enum Error<E> {
-    /// The request was refused by the API or not sent at all.
+    /// The API answered 401 or 403, or the request was never sent.
     Auth(AuthError),
     /// The client's own error.
     Inner(E),
 }
 
 impl<E> Error<E> {
-    /// The [`AuthError`], when it is one.
+    /// Returns the [`AuthError`], if this is one.
     pub fn auth(&self) -> Option<&AuthError> {
         match self {
             Self::Auth(error) => Some(error),
@@ -47,9 +49,9 @@ impl<E> Error<E> {
         }
     }
 
-    /// The error within, boxed; [`AuthError::find`] finds ours in it.
+    /// Boxes the contained error, without this wrapper. [`AuthError::find`] finds an `AuthError` in it.
     ///
-    /// For stacks whose error is `BoxError` anyway, as `tower::buffer` makes it: `map_err(Error::into_boxed)`.
+    /// For stacks whose error is `BoxError` anyway, such as under `tower::buffer`: `map_err(Error::into_boxed)`.
     pub fn into_boxed(self) -> BoxError
     where
         E: Into<BoxError>,
@@ -67,7 +69,7 @@ impl<E> From<AuthError> for Error<E> {
     }
 }
 
-/// One level of the story; the error within is the [`source`](StdError::source).
+/// Shows one level only; the contained error is the [`source`](StdError::source).
 impl<E> fmt::Display for Error<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -85,3 +87,19 @@ impl<E: StdError + 'static> StdError for Error<E> {
         })
     }
 }
+
+/// A client error that can hold an [`AuthError`]: `BoxError`, [`Error`], or any other type that is
+/// `From<AuthError>`.
+///
+/// Implemented for all of them. The trait exists for the compiler message that other error types get.
+#[diagnostic::on_unimplemented(
+    message = "the client's error `{Self}` cannot hold an `AuthError`: wrap it with `map_err(Error::Inner)`",
+    label = "the layer cannot return its own errors as this type",
+    note = "wrap it directly above the client: `ServiceBuilder::new().layer(…).map_err(tower_selam::Error::Inner)\
+            .service(client)`; `SelamLayer` does this itself",
+    note = "or implement `From<tower_selam::AuthError>` for your own error type"
+)]
+pub trait FromAuthError: From<AuthError> {}
+
+#[diagnostic::do_not_recommend]
+impl<E: From<AuthError>> FromAuthError for E {}

@@ -1,36 +1,38 @@
+//! [`AuthErrorKind`]: the kinds of authentication error, their classification, and the documented remedies.
+
 use std::fmt;
 
 use http::StatusCode;
 
-/// What kind of [`AuthError`](crate::AuthError) it is.
+/// The kind of an [`AuthError`](super::AuthError).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum AuthErrorKind {
-    /// The API does not accept the key: `invalid_api_key`.
+    /// The API rejected the key: `invalid_api_key`.
     InvalidApiKey,
-    /// The API saw no key: `missing_api_key`.
+    /// The API received no key: `missing_api_key`.
     MissingApiKey,
-    /// The account may not use this feature: `insufficient_permissions`, or `insufficient_scope` of RFC 6750.
+    /// The account may not use this feature: `insufficient_permissions`, or RFC 6750's `insufficient_scope`.
     InsufficientPermissions,
-    /// The API does not accept the token: `invalid_token` of RFC 6750, or a code of the same meaning.
+    /// The API rejected the token: RFC 6750's `invalid_token`, or a code with the same meaning.
     TokenRejected,
     /// Any other 401.
     Unauthorized,
     /// Any other 403.
     Forbidden,
-    /// Nothing was sent: the request's URI is not one that credentials may go to.
+    /// Nothing was sent: credentials may not go to the request's origin.
     OriginNotAllowed,
-    /// Nothing was sent: there is no credential of the sort that the request needs.
+    /// Nothing was sent: the layer does not have the kind of credential that the request needs.
     CredentialUnavailable,
-    /// Nothing was sent: the credential could not be renewed, and may be later.
+    /// Nothing was sent: refreshing the credential failed, but may succeed later.
     RefreshFailed,
-    /// Nothing was sent: the credential cannot be renewed until somebody does something about it.
+    /// Nothing was sent: refreshing the credential was rejected, and will be until someone intervenes.
     RefreshRejected,
     /// Nothing was sent: the request cannot carry credentials.
     InvalidRequest,
 }
 
-/// The codes that say what kind of error it is; others are a server's own words, of which there is no end.
+/// The codes that determine the kind. Any other code is the server's own; the set of those is unbounded.
 pub(crate) const CODES: [(&str, AuthErrorKind); 9] = [
     ("invalid_api_key", AuthErrorKind::InvalidApiKey),
     ("missing_api_key", AuthErrorKind::MissingApiKey),
@@ -44,7 +46,7 @@ pub(crate) const CODES: [(&str, AuthErrorKind); 9] = [
 ];
 
 impl AuthErrorKind {
-    /// Its name in metrics and events.
+    /// The kind's name in metrics and events. Stable: dashboards depend on it.
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::InvalidApiKey => "invalid_api_key",
@@ -61,8 +63,8 @@ impl AuthErrorKind {
         }
     }
 
-    /// What a 401 or 403 is: by code first, then type, then status, as the API's own pages show
-    /// `invalid_api_key` under two types.
+    /// Classifies a 401 or 403 by code first, then type, then status: the API's documentation shows
+    /// `invalid_api_key` with two different types.
     pub(super) fn classify(status: StatusCode, code: Option<&str>, error_type: Option<&str>) -> Self {
         let by_status = match status {
             StatusCode::UNAUTHORIZED => Self::Unauthorized,
@@ -89,22 +91,23 @@ impl AuthErrorKind {
     }
 
     pub(super) fn is_permanent(self) -> bool {
-        // A token may be renewed, and a bare 401 may be about one.
+        // A token can be refreshed, and a 401 without a known code may be about a token.
         !matches!(self, Self::TokenRejected | Self::Unauthorized | Self::RefreshFailed)
     }
 
+    /// See [`AuthError::remedy`](super::AuthError::remedy).
     pub(super) fn remedy(self) -> Option<&'static str> {
         Some(match self {
             Self::InvalidApiKey => "verify the API key and check that it was not revoked",
             Self::MissingApiKey => "send the API key in a header on all requests",
-            Self::InsufficientPermissions => "a higher account level has this feature",
+            Self::InsufficientPermissions => "this feature needs a higher account level",
             Self::TokenRejected => "obtain a new JWT",
             Self::OriginNotAllowed => {
-                "send the request to an allowed https origin, or allow this one in `Origins`"
+                "send the request to an allowed https origin, or add this one to `Origins`"
             }
-            Self::CredentialUnavailable => "give the layer the credential that the request asks for",
+            Self::CredentialUnavailable => "configure the layer with the credential that the request needs",
             Self::RefreshRejected => {
-                "renew by hand what the credential is made from: a login, a key, a client secret"
+                "replace the login, key or client secret that the credential is obtained with"
             }
             Self::Unauthorized | Self::Forbidden | Self::RefreshFailed | Self::InvalidRequest => return None,
         })
@@ -122,8 +125,8 @@ impl fmt::Display for AuthErrorKind {
             Self::Forbidden => "forbidden",
             Self::OriginNotAllowed => "origin not allowed",
             Self::CredentialUnavailable => "no credential available",
-            Self::RefreshFailed => "credential not renewed",
-            Self::RefreshRejected => "credential cannot be renewed",
+            Self::RefreshFailed => "credential refresh failed",
+            Self::RefreshRejected => "credential refresh rejected",
             Self::InvalidRequest => "invalid request",
         })
     }

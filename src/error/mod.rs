@@ -1,11 +1,13 @@
-//! What can go wrong, typed: [`ConfigError`] when something is made, [`AuthError`] when a request is.
+//! Error types: [`ConfigError`] for invalid settings, [`AuthError`] for requests that were not authenticated.
+//!
+//! This module depends on `util` alone. Code that knows credentials passes them in as plain `&str` secrets to redact.
 
 mod auth;
 mod body;
-mod bounds;
 mod challenge;
+mod clone_client;
 mod config;
-#[expect(clippy::module_inception, reason = "the type of that name")]
+#[expect(clippy::module_inception, reason = "the file is named after the type `Error`")]
 mod error;
 mod kind;
 mod rate_limit;
@@ -20,18 +22,18 @@ pub(crate) use self::auth::grpc_message;
 pub use self::{
     auth::AuthError,
     body::ErrorBody,
-    bounds::{CloneClient, FromAuthError},
+    clone_client::CloneClient,
     config::{ConfigError, ConfigErrorKind},
-    error::Error,
+    error::{Error, FromAuthError},
     kind::AuthErrorKind,
     rate_limit::RateLimit,
 };
 pub(crate) use self::{
-    auth::shown,
-    config::{Place, Subject},
+    auth::write_excerpt,
+    config::{Place, Setting},
     kind::CODES,
     rate_limit::retry_after,
-    redact::Redactor,
+    redact::{MIN_SECRET, Redactor},
 };
 
 /// Whether a response with this status becomes an [`AuthError`].
@@ -40,16 +42,16 @@ pub(crate) fn is_auth_status(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
 
-/// What `error` and its causes say, as one text.
+/// Formats `error` and all its causes, separated by colons.
 pub(crate) fn with_causes(error: &dyn StdError) -> String {
-    let mut said = error.to_string();
+    let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        said = format!("{said}: {error}");
+        text = format!("{text}: {error}");
         cause = error.source();
     }
-    said
+    text
 }
 
-/// An error of any type, as Tower's own layers have it.
+/// A boxed error of any type, as Tower's own layers use.
 pub type BoxError = Box<dyn StdError + Send + Sync>;

@@ -1,3 +1,5 @@
+//! Readers for `X-RateLimit-*` and `Retry-After`.
+
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use http::{
@@ -12,12 +14,12 @@ const REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 const RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
 const RESET_AFTER: HeaderName = HeaderName::from_static("x-ratelimit-reset-after");
 
-/// A number of seconds at least this large is a time since 1970, not a wait.
+/// Numbers at least this large are epoch seconds; smaller ones are delays.
 const EPOCH_SECONDS: f64 = 1e9;
 
-/// The account's rate limit, as every response of the API tells it in `X-RateLimit-*`.
+/// The account's rate limit, which every API response carries in `X-RateLimit-*`.
 ///
-/// Limits are per account, not per key. A header that is missing or cannot be read is `None`.
+/// Limits are per account, not per key. A missing or unreadable header gives `None`.
 ///
 /// ```
 /// use http::HeaderMap;
@@ -37,16 +39,16 @@ const EPOCH_SECONDS: f64 = 1e9;
 pub struct RateLimit {
     /// Requests allowed in the current window.
     pub limit: Option<u64>,
-    /// Requests left in it.
+    /// Requests left in the current window.
     pub remaining: Option<u64>,
-    /// When the window ends: `X-RateLimit-Reset` as epoch seconds or RFC 3339, or now plus a wait.
+    /// When the window ends: `X-RateLimit-Reset` as epoch seconds or RFC 3339, or now plus a delay.
     pub reset_at: Option<SystemTime>,
-    /// How long until then: `X-RateLimit-Reset-After`, or what is left until [`reset_at`](Self::reset_at).
+    /// Time until the window ends: `X-RateLimit-Reset-After`, or the time left until [`reset_at`](Self::reset_at).
     pub reset_after: Option<Duration>,
 }
 
 impl RateLimit {
-    /// Reads the `X-RateLimit-*` headers; `None` when there is none that says anything.
+    /// Reads the `X-RateLimit-*` headers; `None` if none of them can be read.
     #[must_use]
     pub fn from_headers(headers: &HeaderMap) -> Option<Self> {
         Self::read(headers, clock::now())
@@ -55,7 +57,7 @@ impl RateLimit {
     pub(super) fn read(headers: &HeaderMap, now: SystemTime) -> Option<Self> {
         let number = |name: &HeaderName| text(headers, name)?.parse().ok();
         let at = text(headers, &RESET).and_then(|text| reset_at(text, now));
-        let after = text(headers, &RESET_AFTER).and_then(wait);
+        let after = text(headers, &RESET_AFTER).and_then(delay);
         let this = Self {
             limit: number(&LIMIT),
             remaining: number(&REMAINING),
@@ -66,8 +68,8 @@ impl RateLimit {
     }
 }
 
-/// `Retry-After`: seconds or an HTTP date
-/// ([RFC 9110 section 10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)), as a wait from now.
+/// Reads `Retry-After`, which is seconds or an HTTP date
+/// ([RFC 9110 section 10.2.3](https://www.rfc-editor.org/rfc/rfc9110#section-10.2.3)), as a delay from `now`.
 pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = text(headers, &RETRY_AFTER)?;
     let until = |at: SystemTime| at.duration_since(now).unwrap_or_default();
@@ -84,17 +86,18 @@ fn reset_at(text: &str, now: SystemTime) -> Option<SystemTime> {
     {
         return UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(number).ok()?);
     }
-    match wait(text) {
-        Some(wait) => now.checked_add(wait),
+    match delay(text) {
+        Some(delay) => now.checked_add(delay),
         None => humantime::parse_rfc3339_weak(text).ok(),
     }
 }
 
-/// `90`, `1.5` or `1m30s`.
-fn wait(text: &str) -> Option<Duration> {
-    // `humantime` 2.4 panics where a sum overflows; these bounds keep it far from that.
-    let sane = || text.len() <= 64 && text.split(|c: char| !c.is_ascii_digit()).all(|run| run.len() <= 9);
-    seconds(text).or_else(|| sane().then(|| humantime::parse_duration(text).ok()).flatten())
+/// Parses `90`, `1.5` or `1m30s`.
+fn delay(text: &str) -> Option<Duration> {
+    // `humantime` 2.4 panics when a sum overflows; these limits rule that out.
+    let within_limits =
+        || text.len() <= 64 && text.split(|c: char| !c.is_ascii_digit()).all(|run| run.len() <= 9);
+    seconds(text).or_else(|| within_limits().then(|| humantime::parse_duration(text).ok()).flatten())
 }
 
 fn seconds(text: &str) -> Option<Duration> {
@@ -121,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_is_read_in_each_form() {
+    fn reset_is_read_in_each_form() {
         let in_90_s = Some(now() + Duration::from_secs(90));
         for form in ["1800000090", "1800000090.0", "90", "1m30s", "90s", "2027-01-15T08:01:30Z"] {
             let limit = read(&[(RESET, form)]).unwrap();
@@ -131,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_none() {
+    fn unreadable_headers_are_none() {
         for form in [
             "",
             "soon",
@@ -151,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_four_headers_are_taken_as_they_are() {
+    fn all_four_headers_are_read() {
         let limit =
             read(&[(LIMIT, "60"), (REMAINING, "0"), (RESET, "1800000030"), (RESET_AFTER, "29.5")]).unwrap();
         assert_eq!((limit.limit, limit.remaining), (Some(60), Some(0)));
@@ -173,7 +176,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_header_makes_it_panic(text in "[0-9eE+.smhdTZ: -]{0,30}|([0-9]{1,22}(s|ms|ns|m|h|d|y| )){1,4}|[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,12})?Z?|\\PC{0,20}") {
+        fn reading_never_panics(text in "[0-9eE+.smhdTZ: -]{0,30}|([0-9]{1,22}(s|ms|ns|m|h|d|y| )){1,4}|[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\\.[0-9]{1,12})?Z?|\\PC{0,20}") {
             let _ = read(&[(RESET, &text), (RESET_AFTER, &text), (LIMIT, &text)]);
         }
     }

@@ -1,44 +1,44 @@
-//! Takes credentials out of what a server said: APIs echo the key they refuse.
+//! Redacts credentials in server responses: APIs echo the key they reject.
 
 use std::borrow::Cow;
 
 use percent_encoding::utf8_percent_encode;
 use zeroize::Zeroizing;
 
-use crate::{credential::Credentials, credential::MIN_SECRET, util::query::QUERY_VALUE};
+use crate::util::query::QUERY_VALUE;
 
 const MASK: &[u8] = b"[redacted]";
 
-/// Below this length what follows `sk-` is a word.
+/// Shorter secrets are not redacted: they would match ordinary words.
+pub(crate) const MIN_SECRET: usize = 4;
+
+/// Minimum length after `sk-`. Anything shorter is taken for a word.
 const MIN_KEY: usize = 8;
 
-/// Removes the credentials that were sent, wherever they stand, and whatever has the shape of a key or a JWT.
+/// Redacts known secrets, percent-encoded as well, and any text shaped like a key or a JWT.
 #[derive(Default)]
 pub(crate) struct Redactor {
-    secrets: Vec<Zeroizing<Vec<u8>>>,
+    /// Each secret, verbatim and percent-encoded.
+    patterns: Vec<Zeroizing<Vec<u8>>>,
 }
 
 impl Redactor {
-    pub(crate) fn new(sent: Option<&Credentials>) -> Self {
-        let secrets = sent.into_iter().flat_map(Credentials::secrets);
-        Self::masking(secrets.map(|secret| secret.expose()))
-    }
-
-    /// For these.
-    pub(crate) fn masking<'a>(sent: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut secrets = Vec::new();
-        for secret in sent {
+    /// Redacts `secrets` in addition to text shaped like a key or a JWT.
+    pub(crate) fn masking<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Self {
+        let mut patterns = Vec::new();
+        for secret in secrets {
             if secret.len() >= MIN_SECRET {
-                // All it can grow to: growing leaves unwiped copies behind.
+                // Allocated at full size, because a growing buffer leaves unwiped copies behind.
                 let mut encoded = Zeroizing::new(Vec::with_capacity(3 * secret.len()));
                 let parts = utf8_percent_encode(secret, QUERY_VALUE);
                 parts.for_each(|part| encoded.extend_from_slice(part.as_bytes()));
-                secrets.extend([Zeroizing::new(secret.as_bytes().to_vec()), encoded]);
+                patterns.extend([Zeroizing::new(secret.as_bytes().to_vec()), encoded]);
             }
         }
-        Self { secrets }
+        Self { patterns }
     }
 
+    /// Returns `text` with every secret replaced by `[redacted]`.
     pub(crate) fn text(&self, text: String) -> String {
         match self.bytes(text.as_bytes()) {
             Cow::Borrowed(_) => text,
@@ -46,6 +46,7 @@ impl Redactor {
         }
     }
 
+    /// Like [`text`](Self::text), for bytes; borrowed if there is nothing to redact.
     pub(crate) fn bytes<'a>(&self, bytes: &'a [u8]) -> Cow<'a, [u8]> {
         let mut out = Vec::new();
         let mut copied = 0;
@@ -68,7 +69,7 @@ impl Redactor {
         Cow::Owned(out)
     }
 
-    /// Removes them from what counts its bytes, a protobuf message say: as long as before.
+    /// Overwrites secrets without changing the length, for formats with length prefixes such as protobuf.
     #[cfg(feature = "tonic")]
     pub(crate) fn in_place(&self, bytes: &mut [u8]) {
         let mut at = 0;
@@ -79,47 +80,48 @@ impl Redactor {
         }
     }
 
-    /// How many bytes from `at` on are a secret.
+    /// Length of the secret that starts at `at`; zero if none does.
     fn secret_at(&self, bytes: &[u8], at: usize) -> usize {
         let rest = &bytes[at..];
-        let sent = self.secrets.iter().map(|secret| sent_at(rest, secret)).max().unwrap_or(0);
+        let known = self.patterns.iter().map(|pattern| known_at(rest, pattern)).max().unwrap_or(0);
         let before = at.checked_sub(1).map(|at| bytes[at]);
         let key = if before.is_some_and(is_word) { 0 } else { key_at(rest) };
         let jwt = if before.is_some_and(is_base64url) { 0 } else { jwt_at(rest) };
-        sent.max(key).max(jwt)
+        known.max(key).max(jwt)
     }
 }
 
-/// `secret` whole, or its beginning where `rest` breaks off in it.
-fn sent_at(rest: &[u8], secret: &[u8]) -> usize {
+/// Matches all of `secret`, or its beginning if the text is cut off within it.
+fn known_at(rest: &[u8], secret: &[u8]) -> usize {
     let shared = rest.len().min(secret.len());
     if shared >= MIN_SECRET && rest[..shared] == secret[..shared] { shared } else { 0 }
 }
 
-/// `sk-selam-…`, or another maker's `sk-…`.
+/// Matches `sk-selam-…`, or another vendor's `sk-…`.
 fn key_at(rest: &[u8]) -> usize {
     if !rest.starts_with(b"sk-") {
         return 0;
     }
-    let length = run(rest);
+    let length = base64url_run(rest);
     if length >= b"sk-".len() + MIN_KEY { length } else { 0 }
 }
 
-/// Three base64url parts of which the first opens a JSON object, as `{"` encodes to `eyJ`.
+/// Matches two or three base64url parts, the first of which encodes a JSON object: `{"` encodes to `eyJ`.
 fn jwt_at(rest: &[u8]) -> usize {
     if !rest.starts_with(b"eyJ") {
         return 0;
     }
-    let mut length = run(rest);
+    let mut length = base64url_run(rest);
     let mut parts = 1;
     while parts < 3 && rest.get(length) == Some(&b'.') {
-        length += 1 + run(&rest[length + 1..]);
+        length += 1 + base64url_run(&rest[length + 1..]);
         parts += 1;
     }
     if parts > 1 { length } else { 0 }
 }
 
-fn run(bytes: &[u8]) -> usize {
+/// Number of leading base64url bytes.
+fn base64url_run(bytes: &[u8]) -> usize {
     bytes.iter().take_while(|byte| is_base64url(**byte)).count()
 }
 
@@ -136,24 +138,24 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ApiKey;
 
     fn redact(text: &str, secret: &str) -> String {
-        let credentials = Credentials::bearer(ApiKey::new(secret).unwrap());
-        Redactor::new(Some(&credentials)).text(text.to_owned())
+        Redactor::masking([secret]).text(text.to_owned())
     }
 
+    /// S2: a known secret is redacted, encoded and cut off too.
     #[test]
-    fn s2_what_was_sent_is_masked_wherever_it_stands() {
+    fn known_secrets_are_redacted() {
         assert_eq!(redact("bad key opaque+1, opaque+1!", "opaque+1"), "bad key [redacted], [redacted]!");
         assert_eq!(redact("?api_key=opaque%2B1&x", "opaque+1"), "?api_key=[redacted]&x");
-        assert_eq!(redact("broken off in opaq", "opaque+1"), "broken off in [redacted]");
+        assert_eq!(redact("cut off in opaq", "opaque+1"), "cut off in [redacted]");
         assert_eq!(redact("opposite", "opaque+1"), "opposite");
         assert_eq!(redact("a cat", "cat"), "a cat");
     }
 
+    /// S2: a key or JWT that was never sent is redacted by its shape.
     #[test]
-    fn s2_what_looks_like_a_key_or_a_jwt_is_masked_too() {
+    fn keys_and_jwts_are_redacted_by_shape() {
         let redact = |text| redact(text, "unrelated");
         assert_eq!(redact("Incorrect API key: sk-selam-a1_b2."), "Incorrect API key: [redacted].");
         assert_eq!(redact("key sk-abcd****wxyz"), "key sk-abcd****wxyz");
@@ -165,8 +167,9 @@ mod tests {
     }
 
     proptest! {
+        /// S2: no surrounding text protects a secret.
         #[test]
-        fn s2_no_text_keeps_the_secret(
+        fn no_text_keeps_the_secret(
             before in "[a-z .]{0,10}", secret in "[!#-&(-~]{8,30}", after in "[a-z .]{0,10}"
         ) {
             prop_assume!(!MASK.windows(4).any(|part| secret.as_bytes().windows(4).any(|other| part == other)));

@@ -1,3 +1,5 @@
+//! [`StripCredentialsLayer`]: removes a caller's credentials from headers and query.
+
 use std::{
     borrow::Cow,
     sync::Arc,
@@ -10,30 +12,30 @@ use percent_encoding::percent_decode;
 use tower_layer::Layer;
 use tower_service::Service;
 
-/// Those that begin with `proxy-` go as well.
+/// Removed in addition to all headers that start with `proxy-`.
 const HEADERS: [&str; 5] = ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"];
 
 const PARAMETERS: [&str; 2] = ["token", "api_key"];
 
-/// So often a parameter's name may have been percent-encoded.
-const ENCODED: usize = 3;
+/// How many layers of percent-encoding are removed from a parameter's name before it is compared.
+const MAX_DECODINGS: usize = 3;
 
-/// What parts one parameter from the next: some servers read the older of the two as well.
+/// What separates query parameters. Some servers still accept the obsolete `;`.
 const SEPARATORS: [char; 2] = ['&', ';'];
 
-/// Takes the caller's credentials off requests. See the [module docs](super).
+/// Removes the caller's credentials from requests. See the [module docs](super).
 ///
 /// | | |
 /// |---|---|
-/// | headers | `Authorization`, `X-API-Key`, `api-key`, `x-goog-api-key`, `Cookie`, and all that begin with `Proxy-` |
+/// | headers | `Authorization`, `X-API-Key`, `api-key`, `x-goog-api-key`, `Cookie`, and all that start with `Proxy-` |
 /// | query parameters | `token`, `api_key` |
 ///
-/// However often they come, and however a server might spell them: header names with `_` for `-`; parameters in any case,
-/// percent-encoded, as `token[]`, with `-` or `.` for `_`, or after a `;`. The rest of the query stays byte for byte as it
-/// was. Bodies are not looked at, nor the trailers in them: [`strip_trailers`](StripCredentialsLayer::strip_trailers) is for
-/// those.
+/// All occurrences are removed, in every spelling that a server might accept: header names with `_` for `-`; parameter
+/// names in any case, percent-encoded, as `token[]`, with `-` or `.` for `_`, or after a `;`. Values are not examined. The
+/// rest of the query stays byte for byte the same. Bodies are not inspected, nor are their trailers: use
+/// [`strip_trailers`](StripCredentialsLayer::strip_trailers) for those.
 ///
-/// Extensions stay, a [`RequestAuth`](crate::RequestAuth) among them: no caller can send one.
+/// Extensions are kept, including [`RequestAuth`](crate::RequestAuth), because a caller cannot send them.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -55,38 +57,38 @@ const SEPARATORS: [char; 2] = ['&', ';'];
 /// # });
 /// ```
 #[derive(Clone, Debug, Default)]
-pub struct StripCredentialsLayer(Arc<More>);
+pub struct StripCredentialsLayer(Arc<Extra>);
 
-/// What is taken off beside what always is.
+/// Names that are removed in addition to the built-in ones.
 #[derive(Clone, Debug, Default)]
-struct More {
+struct Extra {
     headers: Vec<HeaderName>,
     parameters: Vec<String>,
 }
 
 impl StripCredentialsLayer {
-    /// Takes off what the table above lists.
+    /// Removes what the table above lists.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Also takes off this header.
+    /// Also removes this header.
     #[must_use]
     pub fn with_header(mut self, name: HeaderName) -> Self {
         Arc::make_mut(&mut self.0).headers.push(name);
         self
     }
 
-    /// Also takes off query parameters of this name, given as it is before it is percent-encoded.
+    /// Also removes query parameters with this name, which is given without percent-encoding.
     #[must_use]
     pub fn with_query_parameter(mut self, name: impl Into<String>) -> Self {
         Arc::make_mut(&mut self.0).parameters.push(name.into());
         self
     }
 
-    /// Takes off trailers what the layer takes off headers: some servers read both as one. They come with the body, which
-    /// the layer leaves to you.
+    /// Removes from trailers what the layer removes from headers, because some servers merge the two. The layer does not
+    /// touch the body, so forwarding code calls this on the trailers that it reads.
     ///
     /// ```
     /// use http::{HeaderMap, HeaderValue};
@@ -108,15 +110,15 @@ impl<S> Layer<S> for StripCredentialsLayer {
     type Service = StripCredentials<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        StripCredentials { inner, more: Arc::clone(&self.0) }
+        StripCredentials { inner, extra: Arc::clone(&self.0) }
     }
 }
 
-/// Takes the caller's credentials off requests. Made by [`StripCredentialsLayer`]; see the [module docs](super).
+/// Removes the caller's credentials from requests. Made by [`StripCredentialsLayer`]; see the [module docs](super).
 #[derive(Clone, Debug)]
 pub struct StripCredentials<S> {
     inner: S,
-    more: Arc<More>,
+    extra: Arc<Extra>,
 }
 
 impl<S> StripCredentials<S> {
@@ -138,15 +140,15 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        self.more.strip_headers(request.headers_mut());
-        if let Some(uri) = self.more.uri_without(request.uri()) {
+        self.extra.strip_headers(request.headers_mut());
+        if let Some(uri) = self.extra.uri_without(request.uri()) {
             *request.uri_mut() = uri;
         }
         self.inner.call(request)
     }
 }
 
-impl More {
+impl Extra {
     fn strip_headers(&self, headers: &mut HeaderMap) {
         let found: Vec<_> = headers.keys().filter(|name| self.is_header(name.as_str())).cloned().collect();
         for name in found {
@@ -155,12 +157,12 @@ impl More {
     }
 
     fn is_header(&self, name: &str) -> bool {
-        let ours = HEADERS.iter().copied().chain(self.headers.iter().map(HeaderName::as_str));
-        begins_with(name, "proxy-") || { ours }
-            .any(|ours| name.len() == ours.len() && begins_with(name, ours))
+        let mut removed = HEADERS.iter().copied().chain(self.headers.iter().map(HeaderName::as_str));
+        starts_with(name, "proxy-")
+            || removed.any(|removed| name.len() == removed.len() && starts_with(name, removed))
     }
 
-    /// `uri` without the parameters that are credentials; `None` when it has none.
+    /// Returns `uri` without credential parameters; `None` if it has none.
     fn uri_without(&self, uri: &Uri) -> Option<Uri> {
         let query = uri.query()?;
         if !query.split(SEPARATORS).any(|parameter| self.is_parameter(parameter)) {
@@ -172,7 +174,7 @@ impl More {
 
         let mut parts = uri.clone().into_parts();
         parts.path_and_query = PathAndQuery::from_maybe_shared(Bytes::from(text)).ok();
-        // A part of a URI is one. If it were not: this is one that no credential of ours goes to.
+        // Removing parameters keeps the URI valid, so the default is never used; it only avoids a panic.
         Some(Uri::from_parts(parts).unwrap_or_default())
     }
 
@@ -183,15 +185,15 @@ impl More {
             let at = left.find(SEPARATORS);
             let (parameter, next) = left.split_at(at.unwrap_or(left.len()));
             rest = at.map(|at| &left[at + 1..]);
-            let credential = self.is_parameter(parameter);
-            if !credential {
+            let is_credential = self.is_parameter(parameter);
+            if !is_credential {
                 text.push(separator);
                 text.push_str(parameter);
             }
             separator = match (separator, next.chars().next()) {
-                ('?', _) if credential => '?',
-                // All servers part there where one of the two did.
-                ('&', _) if credential => '&',
+                ('?', _) if is_credential => '?',
+                // All servers split at `&`, but not all at `;`, so `&` is the separator to keep.
+                ('&', _) if is_credential => '&',
                 (_, next) => next.unwrap_or('&'),
             };
         }
@@ -200,7 +202,7 @@ impl More {
     fn is_parameter(&self, parameter: &str) -> bool {
         let name = parameter.split_once('=').map_or(parameter, |(name, _)| name);
         let mut name = Cow::Borrowed(name.as_bytes());
-        for _ in 0..ENCODED {
+        for _ in 0..MAX_DECODINGS {
             if self.is_name(&name) {
                 return true;
             }
@@ -212,33 +214,33 @@ impl More {
         self.is_name(&name)
     }
 
-    /// Whether a server could read `name` as one of ours.
+    /// Whether a server could read `name` as that of a credential parameter.
     fn is_name(&self, name: &[u8]) -> bool {
         let name = name.split(|byte| matches!(byte, b'[' | b'=')).next().unwrap_or_default();
-        let name = trimmed(name);
-        let mut ours = PARAMETERS.iter().copied().chain(self.parameters.iter().map(String::as_str));
-        ours.any(|ours| name.iter().copied().map(folded).eq(ours.bytes().map(folded)))
+        let name = trim(name);
+        let mut removed = PARAMETERS.iter().copied().chain(self.parameters.iter().map(String::as_str));
+        removed.any(|removed| name.iter().copied().map(fold).eq(removed.bytes().map(fold)))
     }
 }
 
-/// As servers compare header names that hand them on as variables: `_` is `-`.
-fn begins_with(name: &str, prefix: &str) -> bool {
-    let same = |(byte, other): (u8, u8)| {
+/// Compares like servers that pass headers on as variables, for which `_` equals `-`.
+fn starts_with(name: &str, prefix: &str) -> bool {
+    let is_equal = |(byte, other): (u8, u8)| {
         byte == other || (matches!(byte, b'_' | b'-') && matches!(other, b'_' | b'-'))
     };
-    name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(same)
+    name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(is_equal)
 }
 
-/// Without the blanks around it.
-fn trimmed(name: &[u8]) -> &[u8] {
-    let blank = |byte: &u8| matches!(byte, b'+' | b' ') || byte.is_ascii_control();
-    let start = name.iter().position(|byte| !blank(byte)).unwrap_or(name.len());
-    let end = name.iter().rposition(|byte| !blank(byte)).map_or(start, |last| last + 1);
+/// Removes surrounding blanks, including `+` and control characters.
+fn trim(name: &[u8]) -> &[u8] {
+    let is_blank = |byte: &u8| matches!(byte, b'+' | b' ') || byte.is_ascii_control();
+    let start = name.iter().position(|byte| !is_blank(byte)).unwrap_or(name.len());
+    let end = name.iter().rposition(|byte| !is_blank(byte)).map_or(start, |last| last + 1);
     &name[start..end]
 }
 
-/// In lower case, and with `_` for what some languages have no variables with.
-fn folded(byte: u8) -> u8 {
+/// Folds case, and the characters that PHP and others replace by `_` in variable names.
+fn fold(byte: u8) -> u8 {
     match byte {
         b'-' | b'.' | b' ' | b'+' => b'_',
         byte => byte.to_ascii_lowercase(),

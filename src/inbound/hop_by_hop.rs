@@ -1,3 +1,5 @@
+//! [`StripHopByHopLayer`]: removes headers that concern one connection only.
+
 use std::{
     fmt,
     pin::Pin,
@@ -15,17 +17,17 @@ use tower_service::Service;
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
-/// Takes off requests and responses what was meant for one connection, as
-/// [RFC 9110 section 7.6.1](https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1) has intermediaries do. See the
+/// Removes hop-by-hop headers from requests and responses, as
+/// [RFC 9110 section 7.6.1](https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1) requires of intermediaries. See the
 /// [module docs](super).
 ///
-/// That is `Connection` and every header it names, `Keep-Alive`, `Proxy-Connection`, `TE`, `Transfer-Encoding` and
-/// `Upgrade`, and a `Content-Length` beside `Transfer-Encoding`, which does not count. What stays:
+/// Removes `Connection` and every header that it names, `Keep-Alive`, `Proxy-Connection`, `TE`, `Transfer-Encoding` and
+/// `Upgrade`, and a `Content-Length` that `Transfer-Encoding` overrides. Keeps:
 ///
-/// - `TE: trailers`, which gRPC needs, and `Trailer`, which is for the recipient.
-/// - Where an HTTP/1.1 request asks for an upgrade: `Connection: upgrade` and its `Upgrade`, and the same of a 101 that
-///   answers it. An upgrade to another version of HTTP or to TLS is not passed on: the requests within would pass
-///   unseen.
+/// - `TE: trailers`, which gRPC needs, and `Trailer`, which is end-to-end.
+/// - `Connection: upgrade` and `Upgrade` of an HTTP/1.1 request that asks for an upgrade, and of the 101 that answers
+///   it. An upgrade to another HTTP version or to TLS is not forwarded, because the proxy would not see the requests
+///   inside.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -57,7 +59,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 pub struct StripHopByHopLayer;
 
 impl StripHopByHopLayer {
-    /// The layer; there is nothing to be set.
+    /// Creates the layer.
     #[must_use]
     pub fn new() -> Self {
         Self
@@ -72,7 +74,7 @@ impl<S> Layer<S> for StripHopByHopLayer {
     }
 }
 
-/// Takes off requests and responses what was meant for one connection. Made by [`StripHopByHopLayer`]; see there.
+/// Removes hop-by-hop headers from requests and responses. Made by [`StripHopByHopLayer`]; see there.
 #[derive(Clone, Copy, Debug)]
 pub struct StripHopByHop<S> {
     inner: S,
@@ -108,7 +110,7 @@ pin_project! {
     pub struct ResponseFuture<F> {
         #[pin]
         response: F,
-        // The request asked for one.
+        // Whether the request asked for an upgrade that was forwarded.
         upgrade: bool,
     }
 }
@@ -137,7 +139,7 @@ impl<F> fmt::Debug for ResponseFuture<F> {
     }
 }
 
-/// Whether the request asks for an upgrade that is passed on.
+/// Strips a request, and returns whether it asks for an upgrade that is forwarded.
 fn strip_request(headers: &mut HeaderMap, http1: bool) -> bool {
     let upgrade = http1 && items(headers, CONNECTION).any(is("upgrade")) && keep_upgrades(headers);
     strip(headers, upgrade);
@@ -151,7 +153,7 @@ fn strip_request(headers: &mut HeaderMap, http1: bool) -> bool {
     upgrade
 }
 
-/// All but `TE`.
+/// Removes all hop-by-hop headers except `TE`.
 fn strip(headers: &mut HeaderMap, upgrade: bool) {
     if headers.contains_key(CONNECTION) {
         let named: Vec<_> = items(headers, CONNECTION)
@@ -162,7 +164,7 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
             headers.remove(name);
         }
     }
-    // Where a message has both, its length is not that one (RFC 9112 section 6.3).
+    // `Transfer-Encoding` overrides `Content-Length` (RFC 9112 section 6.3).
     if headers.remove(TRANSFER_ENCODING).is_some() {
         headers.remove(CONTENT_LENGTH);
     }
@@ -177,7 +179,7 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
     }
 }
 
-/// Takes out of `Upgrade` what is not passed on; whether anything is left.
+/// Removes the protocols that are not forwarded from `Upgrade`, and returns whether any are left.
 fn keep_upgrades(headers: &mut HeaderMap) -> bool {
     let hides_requests = |protocol: &&[u8]| {
         let name = protocol.split(|byte| *byte == b'/').next().unwrap_or_default();
@@ -196,7 +198,7 @@ fn keep_upgrades(headers: &mut HeaderMap) -> bool {
     }
 }
 
-/// The items of a list, over all the headers of that name.
+/// Iterates over the items of a comma-separated header, across all its lines.
 fn items(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> {
     let values = headers.get_all(name).into_iter();
     let items = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));

@@ -1,12 +1,13 @@
-//! For servers that forward requests: what a caller sent that must not go upstream.
+//! Layers for servers that forward requests: they remove what a caller sent that must not go upstream.
 //!
-//! [`StripCredentialsLayer`] takes off the caller's credentials, [`StripHopByHopLayer`] what was meant for this
-//! connection alone. A proxy has both outside of the stack that writes ours:
+//! [`StripCredentialsLayer`] removes the caller's credentials. Doing so is its job alone: the layers that write
+//! credentials replace the headers that they own and touch no others. [`StripHopByHopLayer`] removes the headers that
+//! were meant for the caller's connection. A proxy puts both outside of the stack that writes its own credentials:
 //!
 //! ```text
-//! caller ─▶ who is it? ─▶ StripHopByHop ─▶ StripCredentials ─▶ Selam ─▶ client
-//!           (yours)       Connection,      Authorization,      ours
-//!                         TE, Upgrade, …   Cookie, ?token=, …
+//! caller ─▶ authenticate ─▶ StripHopByHop ─▶ StripCredentials ─▶ Selam ─▶ client
+//!           (your code)     Connection,      Authorization,      our credentials
+//!                           TE, Upgrade, …   Cookie, ?token=, …
 //! ```
 //!
 //! ```
@@ -39,15 +40,17 @@
 //! # });
 //! ```
 //!
-//! The layers that write credentials replace `Authorization` and `X-API-Key` by themselves; these two see to the rest:
-//! the other headers and the query parameters that an API may read a credential from, and requests that go on with no
-//! credential of ours ([`RequestAuth::Anonymous`](crate::RequestAuth::Anonymous)).
+//! Without `StripCredentialsLayer`, three kinds of credentials would reach the API: those in headers that no layer of the
+//! stack owns, such as `Cookie`, or `X-API-Key` under a layer that writes `Authorization` alone; those in the query; and
+//! all of them in a request that is sent without our credentials
+//! ([`RequestAuth::Anonymous`](crate::RequestAuth::Anonymous)).
 //!
 //! # Order
 //!
-//! Outside of the layers that write credentials, and inside of what authenticates the caller, which needs to see them.
-//! In either order beside each other. A `Connection` header cannot take off what layers further in write: it is gone by
-//! then, and those keep their own headers out of it besides.
+//! Outside of the layers that write credentials, and inside of the code that authenticates the caller, which needs to see
+//! the caller's credentials. The order of the two does not matter. A caller's `Connection` header cannot remove what inner
+//! layers write: `StripHopByHopLayer` has already dropped it, and the layers that write credentials also remove the names of
+//! the headers they own from it.
 
 mod credentials;
 mod hop_by_hop;

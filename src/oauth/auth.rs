@@ -1,18 +1,21 @@
+//! [`ClientAuth`]: how the client authenticates to a token endpoint.
+
 use std::fmt;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use form_urlencoded::byte_serialize;
 use http::HeaderValue;
+use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use crate::{
-    ApiKey, ConfigError, Provider,
-    credential::text,
-    error::{Place, Subject},
+    credential::{ApiKey, text},
+    error::{ConfigError, Place, Setting},
+    refresh::Provider,
 };
 
-/// How a [`TokenEndpoint`](super::TokenEndpoint) knows who asks
+/// How the client authenticates to a [`TokenEndpoint`](super::TokenEndpoint)
 /// ([RFC 6749 section 2.3](https://www.rfc-editor.org/rfc/rfc6749#section-2.3)).
 ///
 /// ```
@@ -24,19 +27,19 @@ use crate::{
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
 #[derive(Clone)]
-pub struct ClientAuth(pub(super) Method);
+pub struct ClientAuth(Method);
 
 #[derive(Clone)]
-pub(super) enum Method {
-    /// The client that sends the request sees to it.
-    Nothing,
+enum Method {
+    /// Left to the HTTP client that sends the request.
+    None,
     Basic {
         id: String,
-        secret: Zeroizing<String>,
+        secret: SecretString,
     },
     Post {
         id: String,
-        secret: Zeroizing<String>,
+        secret: SecretString,
     },
     Public {
         id: String,
@@ -45,83 +48,73 @@ pub(super) enum Method {
 }
 
 impl ClientAuth {
-    /// Id and secret in `Authorization: Basic`, which every endpoint for such clients supports.
+    /// Sends id and secret in `Authorization: Basic`, which every endpoint must support for clients with a
+    /// secret.
     ///
     /// # Errors
     ///
-    /// When one of the two is empty, or has a control character or one that is not ASCII.
+    /// Fails if id or secret is empty, or contains a control or non-ASCII character.
     pub fn client_secret_basic(
         id: impl Into<String>,
-        secret: impl Into<String>,
+        secret: impl Into<SecretString>,
     ) -> Result<Self, ConfigError> {
-        let (id, secret) = pair(id.into(), secret.into(), &[Place::Argument, Place::Argument])?;
-        Ok(Self(Method::Basic { id, secret }))
+        Self::found(id, secret, &[Place::Argument, Place::Argument])
     }
 
-    /// Id and secret as parameters of the form: for endpoints that ask for it.
+    /// Sends id and secret as form parameters, for endpoints that require it.
     ///
     /// # Errors
     ///
     /// As [`client_secret_basic`](Self::client_secret_basic).
-    pub fn client_secret_post(id: impl Into<String>, secret: impl Into<String>) -> Result<Self, ConfigError> {
-        let (id, secret) = pair(id.into(), secret.into(), &[Place::Argument, Place::Argument])?;
+    pub fn client_secret_post(
+        id: impl Into<String>,
+        secret: impl Into<SecretString>,
+    ) -> Result<Self, ConfigError> {
+        let id = client_id(id.into(), Place::Argument)?;
+        let secret = client_secret(secret.into(), Place::Argument)?;
         Ok(Self(Method::Post { id, secret }))
     }
 
-    /// The id alone: a public client, which has no secret to keep.
+    /// Sends only the id: a public client, which cannot keep a secret.
     ///
     /// # Errors
     ///
-    /// As [`client_secret_basic`](Self::client_secret_basic).
+    /// Fails if the id is empty, or contains a control or non-ASCII character.
     pub fn public(id: impl Into<String>) -> Result<Self, ConfigError> {
         Ok(Self(Method::Public { id: client_id(id.into(), Place::Argument)? }))
     }
 
-    /// The API key as `Authorization: Bearer <key>`. One that renews itself is read again when it is refused.
+    /// Sends the API key as `Authorization: Bearer <key>`. A refreshing key is fetched again when the endpoint
+    /// rejects it.
     #[must_use]
     pub fn api_key(key: impl Into<Provider<ApiKey>>) -> Self {
         Self(Method::ApiKey(key.into()))
     }
 
-    /// Nothing, the default: the HTTP client sees to it, by a certificate or a layer of yours.
+    /// Sends nothing, the default: the HTTP client authenticates by itself, with a TLS certificate or a layer.
     #[must_use]
     pub fn none() -> Self {
-        Self(Method::Nothing)
+        Self(Method::None)
     }
 
-    /// [`client_secret_basic`](Self::client_secret_basic) of what was found in these places.
-    pub(crate) fn found(id: String, secret: String, places: &[Place; 2]) -> Result<Self, ConfigError> {
-        let (id, secret) = pair(id, secret, places)?;
+    /// [`client_secret_basic`](Self::client_secret_basic), with errors that name the `[id, secret]` places.
+    pub(crate) fn found(
+        id: impl Into<String>,
+        secret: impl Into<SecretString>,
+        [id_place, secret_place]: &[Place; 2],
+    ) -> Result<Self, ConfigError> {
+        let id = client_id(id.into(), id_place.clone())?;
+        let secret = client_secret(secret.into(), secret_place.clone())?;
         Ok(Self(Method::Basic { id, secret }))
     }
-}
 
-fn pair(
-    id: String,
-    secret: String,
-    [id_from, secret_from]: &[Place; 2],
-) -> Result<(String, Zeroizing<String>), ConfigError> {
-    let secret = Zeroizing::new(secret);
-    let id = client_id(id, id_from.clone())?;
-    match text(&secret) {
-        Ok(secret) => Ok((id, Zeroizing::new(secret.to_owned()))),
-        Err(kind) => Err(ConfigError::new(Subject::ClientSecret, secret_from.clone(), kind)),
-    }
-}
-
-fn client_id(id: String, from: Place) -> Result<String, ConfigError> {
-    match text(&id) {
-        Ok(id) => Ok(id.to_owned()),
-        Err(kind) => Err(ConfigError::new(Subject::ClientId, from, kind)),
-    }
-}
-
-impl Method {
-    /// What stands in `Authorization` for an id and a secret: each form-encoded
+    /// Returns `Authorization: Basic` of id and secret, each form-encoded first
     /// ([RFC 6749 section 2.3.1](https://www.rfc-editor.org/rfc/rfc6749#section-2.3.1)).
-    pub(super) fn basic(id: &str, secret: &str) -> Option<HeaderValue> {
+    pub(super) fn basic(&self) -> Option<HeaderValue> {
         const SCHEME: &str = "Basic ";
-        // Of the right size from the start: a buffer that grows leaves copies behind.
+        let Method::Basic { id, secret } = &self.0 else { return None };
+        let secret = secret.expose_secret();
+        // Both buffers are sized up front: a buffer that grows leaves unwiped copies behind.
         let mut pair = Zeroizing::new(String::with_capacity(3 * (id.len() + secret.len()) + 1));
         pair.extend(byte_serialize(id.as_bytes()));
         pair.push(':');
@@ -134,19 +127,50 @@ impl Method {
         Some(value)
     }
 
-    /// Changes when what it proves itself with has changed.
-    pub(super) fn version(&self) -> Option<u64> {
-        match self {
-            Self::ApiKey(key) => key.version(),
+    /// Returns the form parameters that identify the client.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = (&str, &str)> {
+        let (id, secret) = match &self.0 {
+            Method::Post { id, secret } => (Some(id), Some(secret)),
+            Method::Public { id } => (Some(id), None),
+            Method::None | Method::Basic { .. } | Method::ApiKey(_) => (None, None),
+        };
+        let id = id.map(|id| ("client_id", &**id));
+        id.into_iter().chain(secret.map(|secret| ("client_secret", secret.expose_secret())))
+    }
+
+    pub(super) fn secret(&self) -> Option<&str> {
+        match &self.0 {
+            Method::Basic { secret, .. } | Method::Post { secret, .. } => Some(secret.expose_secret()),
+            Method::None | Method::Public { .. } | Method::ApiKey(_) => None,
+        }
+    }
+
+    pub(super) fn key(&self) -> Option<&Provider<ApiKey>> {
+        match &self.0 {
+            Method::ApiKey(key) => Some(key),
             _ => None,
         }
+    }
+}
+
+fn client_id(id: String, place: Place) -> Result<String, ConfigError> {
+    match text(&id) {
+        Ok(id) => Ok(id.to_owned()),
+        Err(kind) => Err(ConfigError::new(Setting::ClientId, place, kind)),
+    }
+}
+
+fn client_secret(secret: SecretString, place: Place) -> Result<SecretString, ConfigError> {
+    match text(secret.expose_secret()) {
+        Ok(secret) => Ok(secret.into()),
+        Err(kind) => Err(ConfigError::new(Setting::ClientSecret, place, kind)),
     }
 }
 
 impl fmt::Debug for ClientAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, id) = match &self.0 {
-            Method::Nothing => return f.write_str("None"),
+            Method::None => return f.write_str("None"),
             Method::ApiKey(key) => return f.debug_tuple("ApiKey").field(key).finish(),
             Method::Basic { id, .. } => ("ClientSecretBasic", id),
             Method::Post { id, .. } => ("ClientSecretPost", id),

@@ -1,3 +1,5 @@
+//! [`TokenEndpoint`]: the URL of a token endpoint, the HTTP client and the client authentication.
+
 use std::fmt;
 
 use bytes::Bytes;
@@ -7,15 +9,14 @@ use tower_service::Service;
 
 use super::{ClientAuth, TokenClient};
 use crate::{
-    BoxError, ConfigError, ConfigErrorKind,
-    error::{Place, Subject},
+    error::{BoxError, ConfigError, ConfigErrorKind, Place, Setting},
     origin::{Origin, parse_url},
 };
 
-/// Where tokens are asked for, through which client, and as whom. Cheap to clone.
+/// Where tokens are requested, through which HTTP client, and as which OAuth client. Cheap to clone.
 ///
-/// The client is any Tower service for HTTP requests whose body is `From<Bytes>`, as `Full<Bytes>` and most clients' own
-/// are; a clone of it is called for each token. It should not follow redirects by itself.
+/// The HTTP client is any Tower service for HTTP requests whose body is `From<Bytes>`, as `Full<Bytes>` and the
+/// body types of most clients are. Each token request calls a clone of it. It should not follow redirects.
 ///
 /// See the [module docs](super) for an example.
 #[derive(Clone)]
@@ -26,14 +27,15 @@ pub struct TokenEndpoint {
 }
 
 impl TokenEndpoint {
-    /// The endpoint at an `https` URL, which may have a query
+    /// Makes an endpoint of an `https` URL, which may have a query
     /// ([RFC 6749 section 3.2](https://www.rfc-editor.org/rfc/rfc6749#section-3.2)).
     ///
-    /// `B` is the body that `client` takes; most clients take but one.
+    /// `B` is the body type that `client` takes; it is inferred if there is only one.
     ///
     /// # Errors
     ///
-    /// When it is no absolute `https` URL, or has user information or a fragment. The error never holds the value.
+    /// Fails if `url` is not an absolute `https` URL, or has user information or a fragment. The error never
+    /// contains the URL.
     pub fn new<S, B, R>(url: &str, client: S) -> Result<Self, ConfigError>
     where
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
@@ -46,11 +48,12 @@ impl TokenEndpoint {
         Self::over(TokenClient::new(client), url, Place::Argument, false)
     }
 
-    /// The same, or one at a plain `http` URL to a loopback address or `localhost`, for tests.
+    /// Like [`new`](Self::new), but also accepts a plain `http` URL to a loopback address or `localhost`, for
+    /// tests.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new), and when an `http` URL leads anywhere else.
+    /// As [`new`](Self::new), and if an `http` URL points to any other host.
     pub fn allow_insecure_loopback<S, B, R>(url: &str, client: S) -> Result<Self, ConfigError>
     where
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
@@ -72,15 +75,15 @@ impl TokenEndpoint {
         let parse = || {
             let uri = parse_url(url)?;
             Origin::of_uri(&uri)?.check(allow_insecure_loopback)?;
-            if url.contains('#') { Err(ConfigErrorKind::Excess) } else { Ok(uri) }
+            if url.contains('#') { Err(ConfigErrorKind::UnexpectedPart) } else { Ok(uri) }
         };
         match parse() {
             Ok(uri) => Ok(Self { uri, client, auth: ClientAuth::none() }),
-            Err(kind) => Err(ConfigError::new(Subject::TokenUrl, place, kind)),
+            Err(kind) => Err(ConfigError::new(Setting::TokenUrl, place, kind)),
         }
     }
 
-    /// How the endpoint knows who asks; by default the HTTP client sees to it.
+    /// Sets how the client authenticates; by default the HTTP client does so by itself.
     #[must_use]
     pub fn with_client_auth(mut self, auth: ClientAuth) -> Self {
         self.auth = auth;
@@ -92,7 +95,7 @@ impl fmt::Debug for TokenEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("TokenEndpoint");
         if let Ok(origin) = Origin::of_uri(&self.uri) {
-            // A query may hold a secret.
+            // Without the query, which may hold a secret.
             debug.field("uri", &format_args!("{origin}{}", self.uri.path()));
         }
         debug.field("auth", &self.auth).finish_non_exhaustive()

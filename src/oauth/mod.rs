@@ -1,14 +1,14 @@
 //! Tokens from an OAuth 2.0 token endpoint: [`OAuthSource`].
 //!
-//! | To obtain a token | Build |
+//! | To obtain a token | Use |
 //! |---|---|
 //! | as the program itself | [`OAuthSource::client_credentials`], [RFC 6749 section 4.4](https://www.rfc-editor.org/rfc/rfc6749#section-4.4) |
-//! | for somebody who has logged in | [`OAuthSource::refresh_token`], [RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6) |
-//! | for somebody whose token another service issued | [`OAuthSource::token_exchange`], [RFC 8693](https://www.rfc-editor.org/rfc/rfc8693) |
-//! | for a JWT that this program, or somebody it trusts, has signed | [`OAuthSource::jwt_bearer`], [RFC 7523 section 2.1](https://www.rfc-editor.org/rfc/rfc7523#section-2.1) |
+//! | for a user who has logged in | [`OAuthSource::refresh_token`], [RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6) |
+//! | in exchange for a token that another service issued | [`OAuthSource::token_exchange`], [RFC 8693](https://www.rfc-editor.org/rfc/rfc8693) |
+//! | in exchange for a JWT signed by this program or a trusted party | [`OAuthSource::jwt_bearer`], [RFC 7523 section 2.1](https://www.rfc-editor.org/rfc/rfc7523#section-2.1) |
 //!
-//! It asks a [`TokenEndpoint`] through any HTTP client that is a Tower service, with layers of yours around it, and
-//! proves who it is by a [`ClientAuth`].
+//! The source sends requests to a [`TokenEndpoint`] through any HTTP client that is a Tower service, with any
+//! layers around it, and authenticates with a [`ClientAuth`].
 //!
 //! ```
 //! use bytes::Bytes;
@@ -20,7 +20,7 @@
 //! };
 //!
 //! # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-//! let client = Simulator::new(); // or hyper-util, or anything that is a Tower service
+//! let client = Simulator::new(); // or hyper-util, or any other Tower service
 //! let (id, secret) = client.issue_client();
 //!
 //! let endpoint = TokenEndpoint::new::<_, Full<Bytes>, _>("https://api.selamgpt.com/oauth/token", client)?
@@ -31,39 +31,44 @@
 //! # }).unwrap();
 //! ```
 //!
-//! # What the endpoint answers
+//! # Responses
 //!
-//! | It answers | then |
+//! | The endpoint answers | Effect |
 //! |---|---|
-//! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | it lives for `expires_in` from its arrival; where that is missing or no number, for as long as a JWT says itself, else as the [policy](crate::RefreshPolicy::with_assumed_lifetime) says |
-//! | `invalid_grant`, `invalid_client`, `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | what was refused is renewed, where it renews itself, and sent once more; otherwise the source has failed for good, until one of its credentials changes |
-//! | another error, 429, 5xx, no answer | it is asked again, after `Retry-After` if that is given |
-//! | a redirect | the same: it is not followed, as it would take the client's secret along |
-//! | more than 64 KiB, what is no JSON, a token that is no bearer token | the same |
+//! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | It is used for `expires_in` from its arrival. If that is missing or not a number, the expiry in the JWT counts, and otherwise the [policy](crate::RefreshPolicy::with_assumed_lifetime). |
+//! | `invalid_grant`, `invalid_client` or `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | If the rejected credential is a refreshing one, it is refreshed and the request is sent once more. Otherwise the failure is permanent until one of the credentials changes. |
+//! | another error, 429, 5xx, or nothing | The failure is transient and is retried after `Retry-After`, if given, or a back-off. |
+//! | a redirect | Likewise. It is not followed, because that would send the client secret to another URL. |
+//! | more than 64 KiB, a body that is not JSON, or a token that is not a bearer token | Likewise. |
 //!
-//! [`OAuthError`] tells which; it is among the causes of the [`AuthError`](crate::AuthError) that requests get.
+//! [`OAuthError`] describes the failure. It is a cause of the [`AuthError`](crate::AuthError) that requests fail
+//! with.
 //!
 //! # Refresh tokens
 //!
-//! They are assumed to be good for one use
-//! ([RFC 9700 section 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)). An exchange runs on a task of its
-//! own, one at a time, to its end whoever leaves: its answer is kept for the next who asks, and the new refresh token goes
-//! to the [`RefreshTokenStore`]. Only where an exchange ends without a whole answer is the same token sent again: whether
-//! it was spent nobody can know then, and there is no other.
+//! Refresh tokens are assumed to be valid for one use
+//! ([RFC 9700 section 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)). Exchanges therefore run one
+//! at a time, each on a task that completes even if every waiting request is dropped: the access token is kept for
+//! the next request, and the new refresh token is saved in the [`RefreshTokenStore`]. The same refresh token is
+//! sent again only if an exchange ends without a complete response: it is then unknown whether the endpoint has
+//! spent it, and the source has no other token to try.
 
-mod answer;
 mod auth;
 mod client;
 mod endpoint;
-mod refresh;
+mod exchange;
+mod grant;
+mod response;
+mod rotation;
 mod source;
 mod store;
 
 pub(crate) use self::client::TokenClient;
 pub use self::{
-    answer::OAuthError,
     auth::ClientAuth,
     endpoint::TokenEndpoint,
-    source::{OAuthSource, TokenType},
+    grant::TokenType,
+    response::OAuthError,
+    source::OAuthSource,
     store::{MemoryStore, RefreshToken, RefreshTokenStore},
 };

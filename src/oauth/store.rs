@@ -1,55 +1,66 @@
+//! [`RefreshToken`] and the [`RefreshTokenStore`] that keeps it.
+
 use std::{
     fmt,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use crate::{
-    BoxError, ConfigError, KeyId,
-    credential::{Fingerprint, text},
-    error::{Place, Subject},
+    credential::{Fingerprint, KeyId, text},
+    error::{BoxError, ConfigError, Place, Setting},
 };
 
-/// A refresh token ([RFC 6749 section 1.5](https://www.rfc-editor.org/rfc/rfc6749#section-1.5)). Redacted and wiped like
-/// every secret of this crate.
+/// A refresh token ([RFC 6749 section 1.5](https://www.rfc-editor.org/rfc/rfc6749#section-1.5)). Redacted in `Debug` and
+/// wiped on drop.
 #[derive(Clone)]
-pub struct RefreshToken(Zeroizing<String>);
+pub struct RefreshToken(SecretString);
 
 impl RefreshToken {
-    /// A refresh token that the program was given.
+    /// Makes a refresh token from text or a `SecretString`. Trims surrounding blanks and one trailing newline.
     ///
     /// # Errors
     ///
-    /// When it is empty, or has a control character or one that is not ASCII. The error never holds the value.
-    pub fn new(value: impl Into<String>) -> Result<Self, ConfigError> {
-        let value = Zeroizing::new(value.into());
-        match text(&value) {
-            Ok(value) => Ok(Self(Zeroizing::new(value.to_owned()))),
-            Err(kind) => Err(ConfigError::new(Subject::RefreshToken, Place::Argument, kind)),
+    /// Fails if the token is empty, or contains a control or non-ASCII character. The error never contains the
+    /// token.
+    pub fn new(token: impl Into<SecretString>) -> Result<Self, ConfigError> {
+        let token = token.into();
+        match text(token.expose_secret()) {
+            Ok(token) => Ok(Self(token.into())),
+            Err(kind) => Err(ConfigError::new(Setting::RefreshToken, Place::Argument, kind)),
         }
     }
 
-    /// As the endpoint gave it: whatever that was, it is not to be lost.
-    pub(super) fn received(value: Zeroizing<String>) -> Option<Self> {
-        (!value.is_empty()).then_some(Self(value))
+    /// Makes a refresh token that the endpoint issued. Accepts any text, because rejecting it would lose the login.
+    pub(super) fn received(token: Zeroizing<String>) -> Option<Self> {
+        (!token.is_empty()).then(|| Self(token.as_str().into()))
     }
 
-    /// The token itself, to be stored. Do not print it.
+    /// Returns the token itself, for storage. Do not print it.
+    ///
+    /// The same as [`ExposeSecret::expose_secret`], without an import.
     #[must_use]
     pub fn expose_secret(&self) -> &str {
-        &self.0
+        self.0.expose_secret()
     }
 
-    /// A short, non-reversible name for logs.
+    /// Returns a short, non-reversible name for logs.
     #[must_use]
     pub fn id(&self) -> KeyId {
         self.fingerprint().id()
     }
 
     pub(super) fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::of(self.0.as_bytes())
+        Fingerprint::of(self.expose_secret().as_bytes())
+    }
+}
+
+impl ExposeSecret<str> for RefreshToken {
+    fn expose_secret(&self) -> &str {
+        self.0.expose_secret()
     }
 }
 
@@ -59,7 +70,7 @@ impl fmt::Debug for RefreshToken {
     }
 }
 
-/// Where the refresh token of a login is kept, so that the next run of the program finds the newest.
+/// Keeps the refresh token of a login, so that the next run of the program starts with the newest one.
 ///
 /// ```
 /// use std::{fs, io, path::PathBuf};
@@ -77,7 +88,7 @@ impl fmt::Debug for RefreshToken {
 ///     }
 ///
 ///     async fn save(&self, token: &RefreshToken) -> Result<(), BoxError> {
-///         // Written beside and moved, so that it is never half there.
+///         // Written to another file and renamed, so that no reader sees half a token.
 ///         let next = self.0.with_extension("next");
 ///         fs::write(&next, token.expose_secret())?;
 ///         Ok(fs::rename(next, &self.0)?)
@@ -85,34 +96,35 @@ impl fmt::Debug for RefreshToken {
 /// }
 /// ```
 pub trait RefreshTokenStore: Send + Sync + 'static {
-    /// The token to begin with; `None` where nobody has logged in.
+    /// Returns the stored token, or `None` if nobody has logged in.
     ///
-    /// Asked when the first token is needed, when the [`version`](Self::version) has changed, and when the endpoint has
-    /// refused the token there was: a program beside this one may have stored another.
+    /// Called for the first exchange, after the [`version`](Self::version) changes, and after the endpoint rejects the
+    /// current token, because another program may have stored a newer one.
     ///
     /// # Errors
     ///
-    /// What keeps it from that. It is asked again later.
+    /// Fails if the store cannot be read. The call is repeated later.
     fn load(&self) -> impl Future<Output = Result<Option<RefreshToken>, BoxError>> + Send;
 
-    /// Keeps the token that the endpoint gave in place of the one before.
+    /// Replaces the stored token with `token`, which the endpoint has just issued.
     ///
-    /// Requests do not wait for it; the next exchange does, for two minutes at most. A store that fails now and then had
-    /// better try again by itself.
+    /// Requests do not wait for this call; the next exchange does, for at most two minutes. The call is not repeated,
+    /// so a store that may fail temporarily should retry by itself.
     ///
     /// # Errors
     ///
-    /// What keeps it from that: an event at level `WARN` with the feature `tracing`. The token is kept in memory, used for
-    /// the next exchange, and not saved again; the one which that brings is.
+    /// Fails if the token cannot be stored, which raises a `WARN` event with the feature `tracing`. The token stays in
+    /// memory and is spent by the next exchange; the token that one returns is saved again.
     fn save(&self, token: &RefreshToken) -> impl Future<Output = Result<(), BoxError>> + Send;
 
-    /// Changes when another token is to be [loaded](Self::load): after a new login, say. Must be cheap.
+    /// Returns a number that changes when the token must be [loaded](Self::load) again, for example after a new login.
+    /// Must be cheap.
     fn version(&self) -> u64 {
         0
     }
 }
 
-/// A [`RefreshTokenStore`] that lives as long as the program. Clones are handles of one.
+/// A [`RefreshTokenStore`] in memory, which loses the login when the program ends. Clones share one store.
 ///
 /// ```
 /// use tower_selam::oauth::{MemoryStore, RefreshToken};
@@ -132,20 +144,21 @@ struct Stored {
 }
 
 impl MemoryStore {
-    /// A store of this token.
+    /// Makes a store that holds `token`.
     #[must_use]
     pub fn new(token: RefreshToken) -> Self {
         Self(Arc::new(Mutex::new(Stored { token, version: 0 })))
     }
 
-    /// The token of a new login, which the next exchange spends. Ends the failure that an old one led to.
+    /// Stores the token of a new login, which the next exchange spends. Ends a permanent failure of the previous
+    /// login.
     pub fn replace(&self, token: RefreshToken) {
         let mut stored = self.stored();
         stored.token = token;
         stored.version += 1;
     }
 
-    /// The token there is: the last that was given here or by the endpoint.
+    /// Returns the newest token, stored by the program or issued by the endpoint.
     #[must_use]
     pub fn current(&self) -> RefreshToken {
         self.stored().token.clone()
@@ -171,7 +184,7 @@ impl RefreshTokenStore for MemoryStore {
     }
 }
 
-/// [`RefreshTokenStore`] for trait objects.
+/// [`RefreshTokenStore`] as a trait object.
 pub(super) trait DynStore: Send + Sync {
     fn load(&self) -> Boxed<'_, Option<RefreshToken>>;
 

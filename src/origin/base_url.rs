@@ -1,14 +1,19 @@
+//! [`BaseUrl`]: where the API is.
+
 use std::fmt;
 
 use http::uri::{InvalidUri, Uri};
 
+use super::{
+    Origins,
+    canonical::{Origin, parse_url},
+};
 use crate::{
     env,
-    error::{ConfigError, ConfigErrorKind, Place, Subject},
-    origin::{Origin, Origins, parse_url},
+    error::{ConfigError, ConfigErrorKind, Place, Setting},
 };
 
-/// Where the API lives: an `https` URL with a path that all of its endpoints share.
+/// The API's address: an `https` URL with the path that all endpoints share.
 ///
 /// ```
 /// use tower_selam::BaseUrl;
@@ -21,7 +26,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
     origin: Origin,
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     path: String,
 }
 
@@ -29,30 +34,30 @@ impl BaseUrl {
     /// The real API: `https://api.selamgpt.com/v1`.
     pub const DEFAULT: &str = "https://api.selamgpt.com/v1";
 
-    /// An `https` URL.
+    /// Parses an `https` URL.
     ///
     /// # Errors
     ///
-    /// When it is no absolute `https` URL, or has user information, a query or a fragment. The error never
-    /// holds the value.
+    /// If `url` is not an absolute `https` URL, or has user information, a query or a fragment. The error never
+    /// contains the value.
     pub fn new(url: &str) -> Result<Self, ConfigError> {
         Self::parse(url, Place::Argument, false)
     }
 
-    /// An `https` URL, or a plain `http` one to a loopback address or `localhost`, for tests.
+    /// Parses an `https` URL, or a plain `http` URL to a loopback address or `localhost`, for tests.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new), and when an `http` URL leads anywhere else.
+    /// As for [`new`](Self::new), except that `http` to loopback is allowed.
     pub fn allow_insecure_loopback(url: &str) -> Result<Self, ConfigError> {
         Self::parse(url, Place::Argument, true)
     }
 
-    /// What [`SELAM_BASE_URL`](env::SELAM_BASE_URL) says, else [`DEFAULT`](Self::DEFAULT).
+    /// Reads [`SELAM_BASE_URL`](env::SELAM_BASE_URL), or returns [`DEFAULT`](Self::DEFAULT) if it is not set.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new); the error names the variable.
+    /// As for [`new`](Self::new); the error names the variable.
     pub fn from_env() -> Result<Self, ConfigError> {
         Self::read_env(false)
     }
@@ -62,7 +67,7 @@ impl BaseUrl {
         match env::var(env::SELAM_BASE_URL) {
             Ok(url) => Self::parse(&url, place, allow_insecure_loopback),
             Err(ConfigErrorKind::Missing) => Ok(Self::default()),
-            Err(kind) => Err(ConfigError::new(Subject::BaseUrl, place, kind)),
+            Err(kind) => Err(ConfigError::new(Setting::BaseUrl, place, kind)),
         }
     }
 
@@ -72,18 +77,18 @@ impl BaseUrl {
             let origin = Origin::of_uri(&uri)?;
             origin.check(allow_insecure_loopback)?;
             if uri.query().is_some() || url.contains('#') {
-                return Err(ConfigErrorKind::Excess);
+                return Err(ConfigErrorKind::UnexpectedPart);
             }
             Ok(Self { origin, path: uri.path().trim_end_matches('/').to_owned() })
         };
-        parse().map_err(|kind| ConfigError::new(Subject::BaseUrl, place, kind))
+        parse().map_err(|kind| ConfigError::new(Setting::BaseUrl, place, kind))
     }
 
-    /// The URI of an endpoint: `path` below the base, its query kept.
+    /// Returns the URI of an endpoint: the base URL followed by `path`, which may have a query.
     ///
     /// # Errors
     ///
-    /// When `path` has characters that a URI cannot have.
+    /// If `path` has characters that a URI cannot have.
     pub fn endpoint(&self, path: &str) -> Result<Uri, InvalidUri> {
         format!("{self}/{}", path.trim_start_matches('/')).parse()
     }
@@ -92,7 +97,7 @@ impl BaseUrl {
         &self.origin
     }
 
-    /// Only this URL's origin, for the layers.
+    /// Returns an allow-list with only this URL's origin.
     #[must_use]
     pub fn origins(&self) -> Origins {
         Origins::of(self.origin.clone())
@@ -116,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_is_the_url_it_says() {
+    fn default_matches_its_constant() {
         assert_eq!(BaseUrl::default(), BaseUrl::new(BaseUrl::DEFAULT).unwrap());
         assert_eq!(BaseUrl::default().origins(), Origins::selam());
     }
@@ -140,26 +145,26 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_url_is_refused_by_kind_and_without_the_value() {
+    fn invalid_urls_are_rejected_without_their_value() {
         use ConfigErrorKind as Kind;
         for (url, expected) in [
             ("http://secret.example/v1", Kind::NotHttps),
             ("http://127.0.0.1/v1", Kind::NotHttps),
             ("https://secret@api.selamgpt.com/v1", Kind::UserInfo),
-            ("https://api.selamgpt.com/v1?key=secret", Kind::Excess),
-            ("https://api.selamgpt.com/v1#secret", Kind::Excess),
+            ("https://api.selamgpt.com/v1?key=secret", Kind::UnexpectedPart),
+            ("https://api.selamgpt.com/v1#secret", Kind::UnexpectedPart),
             ("api.selamgpt.com/v1", Kind::InvalidUrl),
             ("secret", Kind::InvalidUrl),
             (" ", Kind::Empty),
         ] {
             let error = BaseUrl::new(url).unwrap_err();
-            assert_eq!(error.kind(), expected, "{url}");
+            assert_eq!(error.kind(), &expected, "{url}");
             assert!(!format!("{error} {error:?}").contains("secret"));
         }
         assert!(BaseUrl::allow_insecure_loopback("http://[::1]:80/v1").is_ok());
         assert_eq!(
             BaseUrl::allow_insecure_loopback("http://localhost.evil.com").unwrap_err().kind(),
-            Kind::NotLoopback
+            &Kind::NotLoopback
         );
     }
 }

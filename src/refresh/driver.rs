@@ -1,437 +1,376 @@
-//! The core's decisions, carried out: one lock around the core, one task per renewal, and what requests read
-//! without either.
+//! The driver: carries out what the state machine decides. One lock around the state, one task per refresh, and a
+//! publication that requests read without either.
 
 #[cfg(all(test, model))]
 #[path = "loom_tests.rs"]
 mod loom_tests;
 
 use std::{
-    fmt::Write as _,
-    future::poll_fn,
+    collections::VecDeque,
+    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
     sync::{Arc, OnceLock, PoisonError, Weak},
-    task::Poll,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use tokio::{
-    runtime::{Handle as Timers, RuntimeFlavor},
-    time::timeout,
-};
+use tokio::runtime::{Handle as Runtime, RuntimeFlavor};
 
 use super::{
     RefreshPolicy,
-    in_flight::{InFlight, Landing, Wait, Word},
-    lease::{Epoch, Lease, Published},
-    schedule::{Offer, Unfit},
-    state::{Answer, Brought, Core, Finish, Outcome, Rejection, Start, Trouble, Value},
+    fetch::{Failed, describe, fetch},
+    in_flight::{InFlight, WaitForRefresh},
+    lease::{Lease, Publication},
+    reentrancy::{is_own_refresh, own_source, refresh_of},
+    schedule::Fresh,
+    state::{Answer, Finish, Outcome, RefreshFailure, Refreshed, Rejection, Start, State, Value},
 };
 use crate::{
     AuthError, AuthErrorKind,
     credential::{Credential, Fingerprint},
-    source::{DynSource, Fetched, Reason, SourceError},
-    telemetry::event::{self, Renewal, Shown},
-    util::clock::Time,
-    util::sync::{AbortHandle, Handle, Mutex, MutexGuard, task_local},
+    source::{DynSource, Fetched, SourceError},
+    telemetry::event::{self, KeyInUse, RefreshOutcome},
+    util::{
+        clock::Time,
+        sync::{AbortHandle, Handle, Mutex, MutexGuard},
+    },
 };
 
-const OWN_SOURCE: &str = "the source of this credential waits for the credential itself; have it send its \
-     requests with `RequestAuth::Anonymous` or `RequestAuth::ApiKey`";
-const NO_RUNTIME: &str = "a renewal needs a tokio runtime, and there is none here";
-const NO_TIME: &str = "a renewal needs a tokio runtime with its timers enabled";
+const NO_RUNTIME: &str = "a refresh needs a tokio runtime, and there is none here";
 const TOO_SHORT: &str = "the source's tokens do not live as long as was asked for";
 
+/// How many replaced credentials are remembered, to recognise them in URLs.
+const REMEMBERED_REPLACEMENTS: usize = 16;
+
 /// What all handles of one engine share.
-pub(super) struct Shared<C: Credential> {
-    /// What a request reads, and all of it while the credential is fresh.
-    published: Published<C>,
-    state: Mutex<State<C>>,
+pub(crate) struct Driver<C: Credential> {
+    /// All that a request reads while the credential is fresh.
+    publication: Publication<C>,
+    locked: Mutex<Locked<C>>,
     source: Arc<dyn DynSource<C>>,
     policy: Arc<RefreshPolicy>,
-    in_use: C::InUse,
+    /// Whether many requests share the credential. One subject's token is not worth copies per thread.
+    is_shared: bool,
+    in_use: KeyInUse,
 }
 
-struct State<C> {
-    core: Core<C, AuthError>,
-    flight: Option<Box<Flight>>,
-    /// In the engine of a user's tokens there are none.
-    keepers: Option<Box<Keepers>>,
+struct Locked<C: Credential> {
+    state: State<C, AuthError>,
+    running: Option<Running>,
+    /// Boxed, because the engines of subjects have none.
+    recently_replaced: Option<Box<VecDeque<Fingerprint>>>,
 }
 
-#[derive(Default)]
-struct Keepers(Vec<Weak<dyn Keeper>>);
-
-impl Keepers {
-    fn add(&mut self, keeper: &Weak<dyn Keeper>) {
-        // Those that are gone are looked for before the room is doubled, and not each time.
-        if self.0.len() == self.0.capacity() {
-            self.0.retain(|keeper| keeper.strong_count() > 0);
-        }
-        self.0.push(Weak::clone(keeper));
-    }
-
-    fn there(&mut self) -> Vec<Arc<dyn Keeper>> {
-        self.0.retain(|keeper| keeper.strong_count() > 0);
-        self.0.iter().filter_map(Weak::upgrade).collect()
-    }
-}
-
-/// A credential that was replaced, and who is to be told.
-struct Replaced {
-    former: Option<Fingerprint>,
-    keepers: Vec<Arc<dyn Keeper>>,
-}
-
-impl Replaced {
-    /// Without the lock: what goes may be the last of other things.
-    fn tell(self) {
-        self.keepers.iter().for_each(|keeper| keeper.let_go(self.former));
-    }
-}
-
-/// Who keeps what it made of the credential, to use it again.
-pub(crate) trait Keeper: Send + Sync {
-    /// The credential is another now, or none: what was made of the former, if there was one, is to go.
-    fn let_go(&self, former: Option<Fingerprint>);
-}
-
-/// The renewal that is running.
-struct Flight {
-    landing: Landing,
+/// The refresh that is running.
+struct Running {
+    in_flight: InFlight,
     task: Arc<OnceLock<AbortHandle>>,
 }
 
-/// What a caller has to do.
-pub(crate) enum Demand<C> {
-    Ready(C),
-    Wait(Landing),
+/// A refresh that is about to be spawned.
+struct Launch<C> {
+    start: Start<C>,
+    in_flight: InFlight,
+    task: Arc<OnceLock<AbortHandle>>,
 }
 
-impl<C> Demand<C> {
-    pub(crate) fn landing(self) -> Option<Landing> {
-        match self {
-            Self::Ready(_) => None,
-            Self::Wait(landing) => Some(landing),
-        }
-    }
+/// A credential, or the refresh to wait for.
+pub(crate) enum Demand<T> {
+    Ready(T),
+    Wait(InFlight),
 }
 
-task_local! {
-    /// The engines that the present task renews for.
-    static RENEWING: Arc<Renewals>;
-}
-
-/// An engine and the ones whose sources asked for it.
-#[derive(Debug)]
-struct Renewals {
-    engine: usize,
-    on_behalf_of: Option<Arc<Self>>,
-}
-
-impl Renewals {
-    fn contain(&self, engine: usize) -> bool {
-        self.engine == engine || self.on_behalf_of.as_ref().is_some_and(|outer| outer.contain(engine))
-    }
-}
-
-pub(super) fn is_renewed_by_this_task(engine: usize) -> bool {
-    RENEWING.try_with(|renewals| renewals.contain(engine)).unwrap_or(false)
-}
-
-#[cold]
-pub(super) fn own_source() -> AuthError {
-    AuthError::renewal(AuthErrorKind::RefreshFailed, OWN_SOURCE, None, None)
-}
-
-/// Runs `task` for the renewals that the present task runs for.
-pub(crate) fn on_behalf<F: Future>(task: F) -> impl Future<Output = F::Output> {
-    let renewals = RENEWING.try_with(Arc::clone).ok();
-    async move {
-        match renewals {
-            Some(renewals) => RENEWING.scope(renewals, task).await,
-            None => task.await,
-        }
-    }
-}
-
-impl<C: Credential> Shared<C> {
-    pub(super) fn new(source: Arc<dyn DynSource<C>>, policy: Arc<RefreshPolicy>) -> Arc<Self> {
-        let core = Core::new(Arc::clone(&policy), fastrand::u64(..));
-        let state = Mutex::new(State { core, flight: None, keepers: None });
-        let (published, in_use) = (Published::new(), C::InUse::default());
-        Arc::new(Self { published, state, source, policy, in_use })
+impl<C: Credential> Driver<C> {
+    pub(super) fn new(
+        source: Arc<dyn DynSource<C>>,
+        policy: Arc<RefreshPolicy>,
+        is_shared: bool,
+    ) -> Arc<Self> {
+        let state = State::new(Arc::clone(&policy), fastrand::u64(..));
+        let locked = Mutex::new(Locked { state, running: None, recently_replaced: None });
+        let in_use = KeyInUse::new(C::SETTING);
+        Arc::new(Self { publication: Publication::empty(), locked, source, policy, is_shared, in_use })
     }
 
-    /// The credential, if nothing has to be asked about it.
+    /// The fast path: the credential, if nothing has to be decided about it.
     #[inline]
-    pub(super) fn fresh(&self) -> Option<C> {
-        self.published.load(|lease| (!lease.until.has_come(self.now())).then(|| lease.value.clone()))
+    pub(super) fn fresh(&self) -> Option<Arc<Lease<C>>> {
+        self.publication.get(|| self.policy.now())
     }
 
-    /// The same, with the time until which nothing has to be asked.
-    pub(super) fn lease(&self) -> Option<Lease<C>> {
-        self.published.load(|lease| (!lease.until.has_come(self.now())).then(|| lease.clone()))
-    }
-
-    /// Moves whenever what [`fresh`](Self::fresh) reads changes.
-    #[inline]
-    pub(super) fn epoch(&self) -> Epoch {
-        self.published.epoch()
-    }
-
-    #[inline]
-    pub(super) fn now(&self) -> Time {
-        self.policy.now()
-    }
-
-    /// The credential and until when it may be used without asking again; or what to wait for.
-    pub(super) fn demand(self: &Arc<Self>, lasting: Duration) -> Result<Demand<C>, AuthError> {
-        let (mut state, version) = self.state_and_version();
-        let now = self.now();
-        let (answer, start) = state.core.demand(now, lasting, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
+    /// A credential that stays valid for `min_validity`, or the refresh to wait for; starts a refresh if one is due.
+    pub(super) fn demand(
+        self: &Arc<Self>,
+        min_validity: Duration,
+    ) -> Result<Demand<Arc<Lease<C>>>, AuthError> {
+        let (mut locked, version) = self.lock_with_version();
+        let now = self.policy.now();
+        let (answer, start) = locked.state.demand(now, min_validity, version);
+        let launch = start.map(|start| self.prepare(&mut locked, start, None));
         let demand = match answer {
-            Answer::Serve(value) => Ok(Demand::Ready(value)),
+            Answer::Serve(credential) => Ok(Demand::Ready(self.lease(credential))),
             Answer::Fail(error) => Err(error),
             Answer::TooShort => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, TOO_SHORT)),
-            Answer::Wait if is_renewed_by_this_task(self.address()) => Err(own_source()),
-            Answer::Wait => match &state.flight {
-                Some(flight) => Ok(Demand::Wait(flight.landing.clone())),
-                None => Err(AuthError::renewal(AuthErrorKind::RefreshFailed, "", None, None)),
+            Answer::Wait if is_own_refresh(self.address()) => Err(own_source()),
+            Answer::Wait => match &locked.running {
+                Some(running) => Ok(Demand::Wait(running.in_flight.clone())),
+                None => Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, "", None, None)),
             },
         };
-        let replaced = self.publish(state, now);
-        if let Some(takeoff) = takeoff {
-            self.take_off(takeoff);
+        self.publish(locked, now);
+        if let Some(launch) = launch {
+            self.spawn(launch);
         }
-        replaced.tell();
         demand
     }
 
-    /// A credential that is good for `lasting` at least, after a renewal if need be.
-    pub(super) async fn obtain(self: &Arc<Self>, lasting: Duration) -> Result<C, AuthError> {
+    /// As [`demand`](Self::demand), but waits.
+    pub(super) async fn obtain(self: &Arc<Self>, min_validity: Duration) -> Result<C, AuthError> {
+        if min_validity.is_zero()
+            && let Some(lease) = self.fresh()
+        {
+            return Ok(lease.credential.clone());
+        }
         loop {
-            match self.demand(lasting)? {
-                Demand::Ready(credential) => return Ok(credential),
-                Demand::Wait(landing) => Wait::new(landing).await?,
+            match self.demand(min_validity)? {
+                Demand::Ready(lease) => return Ok(lease.credential.clone()),
+                Demand::Wait(in_flight) => WaitForRefresh::new(in_flight).await?,
             }
         }
     }
 
-    /// The API refused this one: forget it if it is still the present one, and fetch another.
+    /// Records that the API rejected a credential, and starts a refresh if that may help. Returns the refresh to wait for.
     ///
-    /// What to wait for, if anything.
+    /// `insist` forgets the credential even if it is too early for another refresh.
     pub(super) fn reject(
         self: &Arc<Self>,
         fingerprint: Fingerprint,
         insist: bool,
-    ) -> (Rejection, Option<Landing>) {
-        let (mut state, version) = self.state_and_version();
-        let now = self.now();
-        let (rejection, start) = state.core.reject(now, fingerprint, insist, version);
-        let takeoff = start.map(|start| self.prepare(&mut state, start, Word::new()));
-        let landing = match rejection {
-            Rejection::Refreshing if !is_renewed_by_this_task(self.address()) => {
-                state.flight.as_ref().map(|flight| flight.landing.clone())
+    ) -> (Rejection, Option<InFlight>) {
+        let (mut locked, version) = self.lock_with_version();
+        let now = self.policy.now();
+        let (rejection, start) = locked.state.reject(now, fingerprint, insist, version);
+        let launch = start.map(|start| self.prepare(&mut locked, start, None));
+        let in_flight = match rejection {
+            Rejection::Refreshing if !is_own_refresh(self.address()) => {
+                locked.running.as_ref().map(|running| running.in_flight.clone())
             }
             _ => None,
         };
-        let replaced = self.publish(state, now);
-        if let Some(takeoff) = takeoff {
-            self.take_off(takeoff);
+        self.publish(locked, now);
+        if let Some(launch) = launch {
+            self.spawn(launch);
         }
-        replaced.tell();
-        (rejection, landing)
+        (rejection, in_flight)
     }
 
-    /// The API took what came after `refused`.
-    pub(super) fn accept(&self, refused: Fingerprint) {
-        self.state().core.accept(refused);
+    /// Records that the API accepted the credential that replaced `rejected`.
+    pub(super) fn accept(&self, rejected: Fingerprint) {
+        self.lock().state.accept(rejected);
     }
 
-    /// The credential there is, fresh or not, and when it expires.
-    pub(super) fn current(&self) -> Option<(C, Option<std::time::SystemTime>)> {
-        let (value, expires) =
-            self.state().core.current(self.now()).map(|(value, expires)| (value.clone(), expires))?;
-        Some((value, expires.map(|at| at.wall())))
+    /// The current credential, fresh or not, and when it expires.
+    pub(super) fn current(&self) -> Option<(C, Option<SystemTime>)> {
+        let locked = self.lock();
+        let (credential, expires_at) = locked.state.current(self.policy.now())?;
+        Some((credential.clone(), expires_at.map(|at| at.wall())))
     }
 
-    pub(super) fn is_renewing(&self) -> bool {
-        self.state().core.is_renewing()
+    /// Whether the credential with this fingerprint is the current one.
+    pub(super) fn holds(&self, fingerprint: Fingerprint) -> bool {
+        match self.publication.peek() {
+            Some((published, _)) => published == fingerprint,
+            None => self.current().is_some_and(|(current, _)| current.secret().fingerprint() == fingerprint),
+        }
     }
 
-    fn prepare(self: &Arc<Self>, state: &mut State<C>, start: Start<C>, word: Arc<Word>) -> Takeoff<C> {
-        let task = Arc::new(OnceLock::new());
+    pub(super) fn is_refreshing(&self) -> bool {
+        self.lock().state.is_refreshing()
+    }
+
+    pub(super) fn recently_replaced(&self) -> Vec<Fingerprint> {
+        self.lock().recently_replaced.iter().flat_map(|replaced| replaced.iter().copied()).collect()
+    }
+
+    fn lease(self: &Arc<Self>, credential: C) -> Arc<Lease<C>> {
+        Arc::new(Lease { credential, engine: Arc::downgrade(self) })
+    }
+
+    /// Registers a refresh as running. `repeated` is the refresh whose waiters it takes over.
+    fn prepare(
+        self: &Arc<Self>,
+        locked: &mut Locked<C>,
+        start: Start<C>,
+        repeated: Option<&InFlight>,
+    ) -> Launch<C> {
         let (engine, id) = (Arc::downgrade(self), start.id);
         let abandon = Box::new(move || {
             if let Some(engine) = engine.upgrade() {
                 engine.abandon(id);
             }
         });
-        let runtime = Timers::try_current().ok().map(|runtime| runtime.id());
-        let (limit, engine) = (self.policy.timeout, self.address());
-        let landing = Landing(Arc::new(InFlight { word, limit, runtime, engine, abandon }));
-        state.flight = Some(Box::new(Flight { landing: landing.clone(), task: Arc::clone(&task) }));
-        Takeoff { start, landing, task }
+        let results = repeated.map(InFlight::results);
+        let in_flight = InFlight::new(results, self.policy.timeout, self.address(), abandon);
+        let task = Arc::new(OnceLock::new());
+        locked.running = Some(Running { in_flight: in_flight.clone(), task: Arc::clone(&task) });
+        Launch { start, in_flight, task }
     }
 
-    /// Starts the renewal's task; without the lock, as a runtime that is shutting down drops it at once.
-    fn take_off(self: &Arc<Self>, takeoff: Takeoff<C>) {
-        let Takeoff { start: Start { id, reason }, landing, task } = takeoff;
-        let word = Some(Arc::clone(&landing.0.word));
-        let end = End { engine: Arc::downgrade(self), id, word };
+    /// Spawns the task of a refresh. Not under the lock: a runtime that is shutting down drops the task at once.
+    fn spawn(self: &Arc<Self>, launch: Launch<C>) {
+        let Launch { start: Start { id, reason }, in_flight, task } = launch;
+        let completion = Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
         let Ok(runtime) = Handle::try_current() else {
-            return end.with(Err(SourceError::transient(NO_RUNTIME).into()));
+            return completion.finish(Err(SourceError::transient(NO_RUNTIME).into()));
         };
-        let renewals = Renewals { engine: self.address(), on_behalf_of: RENEWING.try_with(Arc::clone).ok() };
-        let (source, limit) = (Arc::clone(&self.source), self.policy.timeout);
-        let renewal = async move {
-            let fetched = fetch(&*source, reason, limit).await;
-            end.with(fetched);
+        let (source, timeout) = (Arc::clone(&self.source), self.policy.timeout);
+        let refresh = async move {
+            let fetched = fetch(&*source, reason, timeout).await;
+            completion.finish(fetched);
         };
-        let spawned = runtime.spawn(RENEWING.scope(Arc::new(renewals), renewal));
+        let spawned = runtime.spawn(refresh_of(self.address(), refresh));
         let _ = task.set(spawned.abort_handle());
-        // A source that blocks its thread blocks its own time limit; there are others to look at the time.
-        if let Ok(timers) = Timers::try_current()
-            && timers.runtime_flavor() != RuntimeFlavor::CurrentThread
+        // A source that blocks its thread also blocks its own timeout; another thread can keep the time.
+        if let Ok(runtime) = Runtime::try_current()
+            && runtime.runtime_flavor() != RuntimeFlavor::CurrentThread
         {
-            timers.spawn(async move {
-                let _ = Wait::watch(landing).await;
+            runtime.spawn(async move {
+                let _ = WaitForRefresh::watchdog(in_flight).await;
             });
         }
     }
 
-    /// Takes in how a renewal ended, and tells those who wait, unless it has to be repeated: then they wait for that.
-    fn land(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failure>>, word: Arc<Word>) {
+    /// Records how refresh `id` ended and wakes its waiters, unless the refresh has to be repeated.
+    fn complete(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failed>>, in_flight: InFlight) {
         let version = self.version();
         let (outcome, failed, cause) = match ended {
-            Some(Ok(fetched)) => (Outcome::Fetched(offer(fetched)), Renewal::Failed, None),
-            Some(Err(Failure { how, error })) => {
+            Some(Ok(fetched)) => (Outcome::Fetched(fresh(fetched)), RefreshOutcome::Failed, None),
+            Some(Err(Failed { how, error })) => {
                 let (permanent, retry_after) = (error.is_permanent(), error.retry_after());
                 (Outcome::Failed { permanent, retry_after }, how, Some(error))
             }
-            None => (Outcome::Aborted, Renewal::Aborted, None),
+            None => (Outcome::Aborted, RefreshOutcome::Aborted, None),
         };
-        let mut state = self.state();
-        let now = self.now();
-        let describe = |trouble, delay| describe(trouble, delay, cause);
-        let over = match state.core.finish(now, id, outcome, version, describe) {
-            Finish::Again(start) => {
-                let takeoff = self.prepare(&mut state, start, word);
-                let replaced = self.publish(state, now);
-                self.take_off(takeoff);
-                return replaced.tell();
+        let mut locked = self.lock();
+        let now = self.policy.now();
+        let describe = |failure, delay| describe(failure, delay, cause);
+        let report = match locked.state.finish(now, id, outcome, version, describe) {
+            Finish::Repeat(start) => {
+                let launch = self.prepare(&mut locked, start, Some(&in_flight));
+                self.publish(locked, now);
+                return self.spawn(launch);
             }
-            Finish::Over(how) => Some(Ended::of(how, failed, &state.core)),
+            Finish::Done(result) => Some(Report::new(result, failed, &locked.state)),
             Finish::Late => None,
         };
-        let result = match (state.core.current(now), state.core.error()) {
+        let result = match (locked.state.current(now), locked.state.error()) {
             (None, Some(error)) => Err(error.clone()),
             _ => Ok(()),
         };
-        // Its task is larger than all else together.
-        let flight = if state.core.is_renewing() { None } else { state.flight.take() };
-        self.publish(state, now).tell();
-        drop(flight);
-        // Before those who wait go on, so that they find it told.
-        if let Some(ended) = over {
-            self.tell(&ended);
+        let running = if locked.state.is_refreshing() { None } else { locked.running.take() };
+        self.publish(locked, now);
+        drop(running);
+        // Before the waiters wake, so that they find it reported.
+        if let Some(report) = report {
+            self.report(&report);
         }
-        word.tell(result);
+        in_flight.complete(result);
     }
 
-    /// Tells whoever watches; without the lock, as that is others' code.
-    fn tell(&self, ended: &Ended<C>) {
-        let secret = ended.last.as_ref().map(|last| last.secret());
-        let (id, shows) =
-            (secret.map(|secret| secret.fingerprint().id()), secret.map(|secret| secret.expose()));
-        event::renewal_ended(C::SUBJECT, ended.outcome, id, ended.error.as_ref(), shows);
-        self.in_use.show(|| Some(self.state().core.last()?.secret().fingerprint().id()));
-    }
-
-    /// Gives a renewal up that has not ended in its time, and tells who waits: nobody drives its runtime, or its source blocks
-    /// the thread.
-    fn abandon(&self, id: u64) {
+    /// Gives up refresh `id`: nobody drives its runtime, or its source blocks the thread.
+    fn abandon(self: &Arc<Self>, id: u64) {
         let version = self.version();
-        let mut state = self.state();
-        if !state.core.is_running(id) {
+        let mut locked = self.lock();
+        if !locked.state.is_running(id) {
             return;
         }
-        let now = self.now();
-        let describe = |trouble, delay| describe(trouble, delay, None);
-        let finish = state.core.finish(now, id, Outcome::Aborted, version, describe);
-        let ended = match finish {
-            Finish::Over(how) => Some(Ended::of(how, Renewal::Aborted, &state.core)),
-            Finish::Again(_) | Finish::Late => None,
+        let now = self.policy.now();
+        let describe = |failure, delay| describe(failure, delay, None);
+        let report = match locked.state.finish(now, id, Outcome::Aborted, version, describe) {
+            Finish::Done(result) => Some(Report::new(result, RefreshOutcome::Aborted, &locked.state)),
+            Finish::Repeat(_) | Finish::Late => None,
         };
-        let flight = state.flight.take();
-        self.publish(state, now).tell();
-        if let Some(ended) = ended {
-            self.tell(&ended);
+        let running = locked.running.take();
+        self.publish(locked, now);
+        if let Some(report) = report {
+            self.report(&report);
         }
-        let Some(flight) = flight else { return };
-        flight.landing.0.word.tell(Ok(()));
-        if let Some(task) = flight.task.get() {
+        let Some(running) = running else { return };
+        running.in_flight.complete(Ok(()));
+        if let Some(task) = running.task.get() {
             task.abort();
         }
     }
 
-    /// The source's version; where asking for it panics, it has none.
+    /// Emits the event and the metrics of a refresh. Not under the lock: subscribers and recorders are other people's code.
+    fn report(&self, report: &Report<C>) {
+        let Report { outcome, last, error } = report;
+        let secret = last.as_ref().map(|last| last.secret());
+        let (id, exposed) = (secret.map(|secret| secret.id()), secret.map(|secret| secret.expose()));
+        event::refresh_ended(C::SETTING, *outcome, id, error.as_ref(), exposed);
+        self.in_use.show(|| Some(self.lock().state.last()?.secret().id()));
+    }
+
+    /// The source's version, or zero if the source panics.
     fn version(&self) -> u64 {
         catch_unwind(AssertUnwindSafe(|| self.source.version())).unwrap_or_default()
     }
 
-    /// The state, and the source's version where a decision may depend on it: after a permanent failure. The source is
-    /// others' code, and asked without the lock.
-    fn state_and_version(&self) -> (MutexGuard<'_, State<C>>, u64) {
-        let state = self.state();
-        if !state.core.has_failed_for_good() {
-            return (state, 0);
+    /// Locks the state. Asks for the source's version first if a decision may depend on it, which is after a permanent
+    /// failure: the source is other people's code and is not called under the lock.
+    fn lock_with_version(&self) -> (MutexGuard<'_, Locked<C>>, u64) {
+        let locked = self.lock();
+        if !locked.state.has_failed_permanently() {
+            return (locked, 0);
         }
-        drop(state);
+        drop(locked);
         let version = self.version();
-        (self.state(), version)
+        (self.lock(), version)
     }
 
-    /// Changes what requests read, if it is another than before: they look at all of it anew then. Gives up the lock.
-    #[must_use]
-    fn publish(&self, mut state: MutexGuard<'_, State<C>>, now: Time) -> Replaced {
-        let lease = state.core.lease(now);
-        let next = lease.as_ref().map(|(value, until)| (value.secret().fingerprint(), *until));
-        let former = self.published.load(|former| Some((former.value.secret().fingerprint(), former.until)));
-        if former != next {
-            self.published.store(lease);
+    /// Publishes what requests may use from now on, and releases the lock.
+    fn publish(self: &Arc<Self>, mut locked: MutexGuard<'_, Locked<C>>, now: Time) {
+        let before = self.publication.peek();
+        let after = locked.state.lease(now).map(|(value, until)| (value.clone(), until));
+        let fingerprint = |lease: &(C, _)| lease.0.secret().fingerprint();
+        if before == after.as_ref().map(|lease| (fingerprint(lease), lease.1)) {
+            return;
         }
-        let former = former.map(|(former, _)| former);
-        let keepers = match &mut state.keepers {
-            Some(keepers) if former != next.map(|(next, _)| next) => keepers.there(),
-            _ => Vec::new(),
-        };
-        Replaced { former, keepers }
-    }
-
-    /// Has it told when the credential is another.
-    pub(super) fn kept_by(&self, keeper: &Weak<dyn Keeper>) {
-        self.state().keepers.get_or_insert_default().add(keeper);
+        if let Some((replaced, _)) = before
+            && self.is_shared
+            && after.as_ref().map(fingerprint) != Some(replaced)
+        {
+            let remembered = locked.recently_replaced.get_or_insert_default();
+            if !remembered.contains(&replaced) {
+                remembered.truncate(REMEMBERED_REPLACEMENTS - 1);
+                remembered.push_front(replaced);
+            }
+        }
+        let after = after.map(|(credential, until)| (self.lease(credential), until));
+        self.publication.store(after, self.is_shared);
     }
 
     fn address(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
 
-    fn state(&self) -> MutexGuard<'_, State<C>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Locked<C>> {
+        self.locked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Ends the renewal that nobody is there for any more.
-impl<C: Credential> Drop for Shared<C> {
+/// Aborts the refresh that nobody waits for any more.
+impl<C: Credential> Drop for Driver<C> {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(task) = state.flight.as_ref().and_then(|flight| flight.task.get()) {
+        let locked = self.locked.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = locked.running.as_ref().and_then(|running| running.task.get()) {
             task.abort();
         }
+    }
+}
+
+impl<C: Credential> fmt::Debug for Driver<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
     }
 }
 
@@ -441,191 +380,68 @@ impl<C: Credential> Value for C {
     }
 }
 
-/// What is told of a renewal.
-struct Ended<C> {
-    outcome: Renewal,
-    /// The credential there is by now, or was.
+/// What events and metrics say about a refresh.
+struct Report<C> {
+    outcome: RefreshOutcome,
+    /// The current credential or the last one.
     last: Option<C>,
     error: Option<AuthError>,
 }
 
-impl<C: Credential> Ended<C> {
-    fn of(how: Result<Brought, Trouble>, failed: Renewal, core: &Core<C, AuthError>) -> Self {
-        let outcome = match how {
-            Ok(Brought::Another) => Renewal::Renewed,
-            Ok(Brought::TheSame) => Renewal::Unchanged,
-            Err(Trouble::Failed) => failed,
-            Err(Trouble::Aborted) => Renewal::Aborted,
-            Err(Trouble::Unfit(_) | Trouble::Rejected | Trouble::Older | Trouble::Stale) => Renewal::Unfit,
+impl<C: Credential> Report<C> {
+    /// `failed` is the outcome if the source failed.
+    fn new(
+        result: Result<Refreshed, RefreshFailure>,
+        failed: RefreshOutcome,
+        state: &State<C, AuthError>,
+    ) -> Self {
+        let outcome = match result {
+            Ok(Refreshed::Replaced) => RefreshOutcome::Refreshed,
+            Ok(Refreshed::Unchanged) => RefreshOutcome::Unchanged,
+            Err(RefreshFailure::Source) => failed,
+            Err(RefreshFailure::Aborted) => RefreshOutcome::Aborted,
+            Err(_) => RefreshOutcome::Unusable,
         };
-        Self { outcome, last: core.last().cloned(), error: core.error().cloned() }
+        Self { outcome, last: state.last().cloned(), error: state.error().cloned() }
     }
 }
 
-struct Takeoff<C> {
-    start: Start<C>,
-    landing: Landing,
-    task: Arc<OnceLock<AbortHandle>>,
-}
-
-/// Sees to it that a renewal ends, also when its task is dropped.
-struct End<C: Credential> {
-    engine: Weak<Shared<C>>,
+/// Completes a refresh exactly once, also when its task is dropped.
+struct Completion<C: Credential> {
+    engine: Weak<Driver<C>>,
     id: u64,
-    word: Option<Arc<Word>>,
+    in_flight: Option<InFlight>,
 }
 
-impl<C: Credential> End<C> {
-    fn with(mut self, fetched: Result<Fetched<C>, Failure>) {
-        self.end(Some(fetched));
+impl<C: Credential> Completion<C> {
+    fn finish(mut self, fetched: Result<Fetched<C>, Failed>) {
+        self.complete(Some(fetched));
     }
 
-    fn end(&mut self, ended: Option<Result<Fetched<C>, Failure>>) {
-        match (self.word.take(), self.engine.upgrade()) {
-            (Some(word), Some(engine)) => engine.land(self.id, ended, word),
-            // There is nothing to be had any more.
-            (Some(word), None) => word.tell(Ok(())),
+    fn complete(&mut self, ended: Option<Result<Fetched<C>, Failed>>) {
+        match (self.in_flight.take(), self.engine.upgrade()) {
+            (Some(in_flight), Some(engine)) => engine.complete(self.id, ended, in_flight),
+            // Nobody can ask the engine any more.
+            (Some(in_flight), None) => in_flight.complete(Ok(())),
             (None, _) => {}
         }
     }
 }
 
-impl<C: Credential> Drop for End<C> {
+impl<C: Credential> Drop for Completion<C> {
     fn drop(&mut self) {
-        self.end(None);
+        self.complete(None);
     }
 }
 
-/// Why nothing was fetched.
-struct Failure {
-    how: Renewal,
-    error: SourceError,
-}
-
-impl Failure {
-    fn of(how: Renewal, error: SourceError) -> Self {
-        Self { how, error }
-    }
-}
-
-impl From<SourceError> for Failure {
-    fn from(error: SourceError) -> Self {
-        Self::of(if error.is_permanent() { Renewal::Refused } else { Renewal::Failed }, error)
-    }
-}
-
-/// Asks the source, for so long and whatever it does.
-async fn fetch<C: Credential>(
-    source: &dyn DynSource<C>,
-    reason: Reason<C>,
-    limit: Duration,
-) -> Result<Fetched<C>, Failure> {
-    let fetching = async { source.fetch(reason).await };
-    let mut fetching = pin!(fetching);
-    let guarded = poll_fn(|cx| {
-        let polled = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx)));
-        // What it panicked with may be a secret.
-        let panicked = || Failure::of(Renewal::Panicked, SourceError::transient("the source panicked"));
-        polled.map_or_else(|_| Poll::Ready(Err(panicked())), |polled| polled.map_err(Failure::from))
-    });
-    // There is no asking a runtime whether it has timers: `timeout` panics where it does not.
-    let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
-        return Err(SourceError::transient(NO_TIME).into());
-    };
-    bounded.await.unwrap_or_else(|_| {
-        let error = SourceError::transient(format!("the source did not answer within {limit:?}"));
-        Err(Failure::of(Renewal::TimedOut, error))
-    })
-}
-
-fn offer<C: Credential>(fetched: Fetched<C>) -> Offer<C> {
+fn fresh<C: Credential>(fetched: Fetched<C>) -> Fresh<C> {
     let Fetched { credential, lifetime, recheck } = fetched;
-    Offer {
+    Fresh {
         expiry: credential.expiry(),
-        lifetime: credential.lifetime(),
-        stated: lifetime,
+        claimed_lifetime: credential.lifetime(),
+        stated_lifetime: lifetime,
         recheck,
-        lasting: C::OUTLIVES_REJECTION,
+        outlives_rejection: C::OUTLIVES_REJECTION,
         value: credential,
-    }
-}
-
-/// The one error that all who waited get.
-fn describe(trouble: Trouble, delay: Duration, cause: Option<SourceError>) -> AuthError {
-    let permanent = cause.as_ref().is_some_and(SourceError::is_permanent);
-    let kind = if permanent { AuthErrorKind::RefreshRejected } else { AuthErrorKind::RefreshFailed };
-    let mut detail = match trouble {
-        Trouble::Failed => "the source failed",
-        Trouble::Aborted => "its task was dropped, as runtimes do when they shut down",
-        Trouble::Unfit(Unfit::Expired) => {
-            "what the source gave has expired or is about to; if it is new, this machine's clock is ahead"
-        }
-        Trouble::Unfit(Unfit::NoExpiry) => "what the source gave does not say when it expires",
-        Trouble::Rejected => "the source gave what the API has refused",
-        Trouble::Older => "the source gave what expires sooner than what was there",
-        Trouble::Stale => "the source gave what is about to expire",
-    }
-    .to_owned();
-    if !permanent {
-        let _ = write!(detail, "; tried again in {delay:.1?} at the earliest");
-    }
-    AuthError::renewal(kind, detail, (!permanent).then_some(delay), cause.map(SourceError::into_cause))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{
-        sync::mpsc::channel,
-        task::{Context, Waker},
-        thread,
-    };
-
-    use http::{Request, Response};
-    use tokio::runtime;
-    use tower::{Layer, Service, service_fn};
-
-    use super::*;
-    use crate::{ApiKey, ApiKeyLayer, BoxError, JwtLayer, Refreshing, Token, source::source_fn};
-
-    #[test]
-    fn r1_f8_while_the_lock_is_held_a_fresh_credential_is_read_and_sent() {
-        let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async {
-            Ok::<_, BoxError>(Token::new("a-token")?)
-        }));
-        let runtime = runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        runtime.block_on(jwts.prefetch()).unwrap();
-        let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
-        let mut service = JwtLayer::new(&jwts, ApiKey::new("sk-selam-x").unwrap()).layer(api);
-        let mut send = move || {
-            let mut context = Context::from_waker(Waker::noop());
-            let request = Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap();
-            pin!(service.call(request)).poll(&mut context).is_ready()
-        };
-        assert!(send(), "the first makes the set that the others share");
-
-        let (tell, told) = channel();
-        let held = jwts.0.state();
-        let reader = jwts.clone();
-        thread::spawn(move || {
-            let token = pin!(reader.token()).poll(&mut Context::from_waker(Waker::noop())).is_ready();
-            tell.send((token, send())).unwrap();
-        });
-        let told = told.recv_timeout(Duration::from_secs(10));
-        drop(held);
-        assert_eq!(told.expect("nobody waits for the lock"), (true, true));
-    }
-
-    #[test]
-    fn s3_layers_that_are_gone_are_not_remembered() {
-        let keys = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
-            Ok::<_, BoxError>(ApiKey::new("sk-selam-x")?)
-        }));
-        let keepers = || keys.0.state().keepers.as_ref().map_or(0, |keepers| keepers.0.len());
-        let stays = ApiKeyLayer::bearer(&keys);
-        for _ in 0..100 {
-            drop(ApiKeyLayer::bearer(&keys));
-        }
-        assert!(keepers() < 10, "{} layers", keepers());
-        drop(stays);
     }
 }

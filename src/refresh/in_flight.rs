@@ -1,329 +1,188 @@
-//! The end of a renewal, and those who wait for it.
+//! A refresh that is running, and the future that waits for it.
 
 use std::{
-    mem,
     pin::Pin,
-    sync::{Arc, PoisonError},
-    task::{Context, Poll, Waker},
+    sync::Arc,
+    task::{Context, Poll},
     time::Duration,
-    vec,
 };
 
-use tokio::runtime::{self, Handle as Timers};
+use tokio::runtime::{self, Handle};
 
-use super::driver::{is_renewed_by_this_task, own_source};
+use super::reentrancy::{is_own_refresh, own_source};
 use crate::{
     AuthError,
-    util::sync::{Mutex, MutexGuard},
-    util::timer::Timer,
+    util::{sync::watch, timer::Timer},
 };
 
-/// Who waits for a renewal gives it so much longer than it has itself.
+/// How much longer than the refresh itself a waiter gives it before it abandons the refresh.
 const MARGIN: Duration = Duration::from_secs(1);
 
-/// A renewal that is running, for those who wait for it.
+/// The result of a refresh, for all its waiters.
+pub(super) type Results = Arc<watch::Sender<Option<Result<(), AuthError>>>>;
+
+/// A refresh that is running.
 #[derive(Clone)]
-pub(crate) struct Landing(pub(super) Arc<InFlight>);
+pub(crate) struct InFlight(Arc<Flight>);
 
-/// What is known of it.
-pub(super) struct InFlight {
-    pub(super) word: Arc<Word>,
-    /// It has ended by itself after this time, if its runtime is driven.
-    pub(super) limit: Duration,
-    pub(super) runtime: Option<runtime::Id>,
-    pub(super) engine: usize,
-    pub(super) abandon: Box<dyn Fn() + Send + Sync>,
+struct Flight {
+    results: Results,
+    /// When the refresh ends on its own, provided that its runtime is driven.
+    timeout: Duration,
+    runtime: Option<runtime::Id>,
+    engine: usize,
+    abandon: Box<dyn Fn() + Send + Sync>,
 }
 
-/// How a renewal ended: told once, to however many wait for it.
-pub(super) struct Word(Mutex<State>);
-
-enum State {
-    Awaited(Queue),
-    Told(Result<(), AuthError>),
-}
-
-/// Those who are woken, all of them though a waker may panic.
-struct Awake(vec::IntoIter<Option<Waker>>);
-
-impl Awake {
-    fn wake(&mut self) {
-        self.0.by_ref().flatten().for_each(Waker::wake);
-    }
-}
-
-impl Drop for Awake {
-    fn drop(&mut self) {
-        self.wake();
-    }
-}
-
-/// Those who wait. Who leaves makes room for another.
-#[derive(Default)]
-struct Queue {
-    places: Vec<Option<Waker>>,
-    left: Vec<usize>,
-}
-
-impl Word {
-    pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State::Awaited(Queue::default()))))
+impl InFlight {
+    /// `engine` is the engine's address, and `abandon` gives the refresh up. A repeated refresh takes over the `results`,
+    /// and with them the waiters, of the one before.
+    pub(super) fn new(
+        results: Option<Results>,
+        timeout: Duration,
+        engine: usize,
+        abandon: Box<dyn Fn() + Send + Sync>,
+    ) -> Self {
+        let results = results.unwrap_or_else(|| Arc::new(watch::Sender::new(None)));
+        let runtime = Handle::try_current().ok().map(|runtime| runtime.id());
+        Self(Arc::new(Flight { results, timeout, runtime, engine, abandon }))
     }
 
-    /// The first word counts.
-    pub(super) fn tell(&self, how: Result<(), AuthError>) {
-        let mut state = self.state();
-        let State::Awaited(queue) = &mut *state else { return };
-        let queue = mem::take(queue);
-        *state = State::Told(how);
-        // What wakers do is others' code.
-        drop(state);
-        Awake(queue.places.into_iter()).wake();
+    pub(super) fn results(&self) -> Results {
+        Arc::clone(&self.0.results)
     }
 
-    /// Who waits has a place, which is its own until the word is told.
-    fn poll(&self, place: &mut Option<usize>, cx: &mut Context<'_>) -> Poll<Result<(), AuthError>> {
-        let mut state = self.state();
-        let queue = match &mut *state {
-            State::Awaited(queue) => queue,
-            State::Told(how) => {
-                *place = None;
-                return Poll::Ready(how.clone());
+    /// Wakes all waiters with the result. The first result counts.
+    pub(super) fn complete(&self, result: Result<(), AuthError>) {
+        self.0.results.send_if_modified(|current| {
+            let is_first = current.is_none();
+            if is_first {
+                *current = Some(result);
             }
-        };
-        let former = queue.wait(place, cx.waker());
-        drop(state);
-        drop(former);
-        Poll::Pending
+            is_first
+        });
     }
 
-    fn leave(&self, place: usize) {
-        let mut state = self.state();
-        let State::Awaited(queue) = &mut *state else { return };
-        let former = queue.leave(place);
-        drop(state);
-        drop(former);
+    fn result(&self) -> Option<Result<(), AuthError>> {
+        self.0.results.borrow().clone()
     }
 
     #[cfg(all(test, model))]
-    pub(super) fn told(&self) -> Option<Result<(), AuthError>> {
-        match &*self.state() {
-            State::Awaited(_) => None,
-            State::Told(how) => Some(how.clone()),
-        }
+    pub(super) fn completed(&self) -> Option<Result<(), AuthError>> {
+        self.result()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    #[cfg(all(test, model))]
+    pub(super) fn shares_waiters_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0.results, &other.0.results)
     }
 }
 
-impl Queue {
-    /// Takes a place, or keeps it. The waker that was there is for the caller to drop, without the lock.
-    fn wait(&mut self, place: &mut Option<usize>, waker: &Waker) -> Option<Waker> {
-        let at = *place.get_or_insert_with(|| {
-            self.left.pop().unwrap_or_else(|| {
-                self.places.push(None);
-                self.places.len() - 1
-            })
-        });
-        match self.places.get_mut(at) {
-            Some(Some(own)) if own.will_wake(waker) => None,
-            Some(own) => own.replace(waker.clone()),
-            None => None,
-        }
-    }
-
-    fn leave(&mut self, place: usize) -> Option<Waker> {
-        self.left.push(place);
-        self.places.get_mut(place)?.take()
-    }
-}
-
-/// Future of the end of a renewal. One whose task was dropped has ended without a word, and so has one that nobody drives:
-/// it would have ended by now.
-pub(crate) struct Wait {
-    landing: Landing,
-    /// From the first time it is polled.
-    place: Option<usize>,
-    /// Whether it looks at the time wherever it is polled; else not where the renewal runs: whoever drives that runtime drives
-    /// the renewal too.
-    is_watch: bool,
-    /// Boxed, as many wait and few of them have one.
+/// Waits until a refresh has ended.
+///
+/// A refresh whose runtime was shut down, or whose source blocks its thread, never ends on its own; a waiter abandons it
+/// after its timeout.
+pub(crate) struct WaitForRefresh {
+    in_flight: InFlight,
+    /// From the first poll on.
+    completed: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+    /// Whether it keeps the time even on the runtime that runs the refresh. One such watchdog serves all waiters there.
+    is_watchdog: bool,
+    /// Boxed because most waiters never need it.
     timer: Option<Box<Timer>>,
 }
 
-impl Wait {
-    pub(crate) fn new(landing: Landing) -> Self {
-        Self { landing, place: None, is_watch: false, timer: None }
+impl WaitForRefresh {
+    pub(crate) fn new(in_flight: InFlight) -> Self {
+        Self { in_flight, completed: None, is_watchdog: false, timer: None }
     }
 
-    /// One that looks at the time wherever it is polled.
-    pub(super) fn watch(landing: Landing) -> Self {
-        Self { landing, place: None, is_watch: true, timer: None }
+    pub(super) fn watchdog(in_flight: InFlight) -> Self {
+        Self { is_watchdog: true, ..Self::new(in_flight) }
     }
 
-    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let InFlight { limit, runtime, .. } = &*self.landing.0;
-        let here = Timers::try_current().ok().map(|here| here.id());
-        if !self.is_watch && here.is_some() && here == *runtime {
+    fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Flight { timeout, runtime, .. } = &*self.in_flight.0;
+        let here = Handle::try_current().ok().map(|here| here.id());
+        if !self.is_watchdog && here.is_some() && here == *runtime {
             return Poll::Pending;
         }
-        let timer = self.timer.get_or_insert_with(|| Box::new(Timer::new(limit.saturating_add(MARGIN))));
-        // Where no runtime has the time, it waits for the word alone.
+        let timer = self.timer.get_or_insert_with(|| Box::new(Timer::new(timeout.saturating_add(MARGIN))));
+        // Without a runtime that has timers, only the result can end the wait.
         timer.poll(cx).unwrap_or(Poll::Pending)
     }
 }
 
-impl Future for Wait {
+impl Future for WaitForRefresh {
     type Output = Result<(), AuthError>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Self { landing, place, .. } = &mut *self;
-        // Another task may have asked for the one that waits.
-        if place.is_none() && is_renewed_by_this_task(landing.0.engine) {
-            return Poll::Ready(Err(own_source()));
+        let Self { in_flight, completed, .. } = &mut *self;
+        let completed = match completed {
+            Some(completed) => completed,
+            // Another task may have asked on behalf of this one.
+            None if is_own_refresh(in_flight.0.engine) => return Poll::Ready(Err(own_source())),
+            None => {
+                let mut result = in_flight.0.results.subscribe();
+                completed.insert(Box::pin(async move {
+                    let _ = result.wait_for(Option::is_some).await;
+                }))
+            }
+        };
+        if completed.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(self.in_flight.result().unwrap_or(Ok(())));
         }
-        let told = landing.0.word.poll(place, cx);
-        if told.is_pending() && self.poll_timer(cx).is_ready() {
-            (self.landing.0.abandon)();
+        if self.poll_timeout(cx).is_ready() {
+            (self.in_flight.0.abandon)();
             return Poll::Ready(Ok(()));
         }
-        told
-    }
-}
-
-impl Drop for Wait {
-    fn drop(&mut self) {
-        if let Some(place) = self.place {
-            self.landing.0.word.leave(place);
-        }
+        Poll::Pending
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        panic::{AssertUnwindSafe, catch_unwind},
-        sync::atomic::{AtomicUsize, Ordering},
-        task::Wake,
-    };
+    use tokio_test::{assert_pending, assert_ready, task};
 
     use super::*;
 
-    fn landing() -> Landing {
-        let (word, abandon) = (Word::new(), Box::new(|| ()));
-        Landing(Arc::new(InFlight { word, limit: Duration::ZERO, runtime: None, engine: 0, abandon }))
+    fn in_flight() -> InFlight {
+        InFlight::new(None, Duration::ZERO, 0, Box::new(|| ()))
     }
 
-    /// A waker that counts, and finds the lock free whatever becomes of it.
-    struct Looks {
-        word: Arc<Word>,
-        woken: AtomicUsize,
-    }
-
-    impl Looks {
-        fn at(landing: &Landing) -> Arc<Self> {
-            Arc::new(Self { word: Arc::clone(&landing.0.word), woken: AtomicUsize::new(0) })
-        }
-
-        fn woken(&self) -> usize {
-            self.woken.load(Ordering::Relaxed)
-        }
-
-        fn look(&self) {
-            assert!(self.word.0.try_lock().is_ok(), "others' code runs under the lock");
-        }
-    }
-
-    impl Wake for Looks {
-        fn wake(self: Arc<Self>) {
-            self.look();
-            self.woken.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    impl Drop for Looks {
-        fn drop(&mut self) {
-            self.look();
-        }
-    }
-
-    fn poll(wait: &mut Wait, waker: &Arc<Looks>) -> Poll<Result<(), AuthError>> {
-        Pin::new(wait).poll(&mut Context::from_waker(&Waker::from(Arc::clone(waker))))
-    }
-
+    /// F1, F2: every waiter gets the first result.
     #[test]
-    fn f1_each_is_woken_once_by_the_waker_it_came_with_last() {
-        let landing = landing();
-        let mut waits = [(); 3].map(|()| Wait::new(landing.clone()));
-        let wakers = [(); 3].map(|()| Looks::at(&landing));
-        for _ in 0..2 {
-            for (wait, waker) in waits.iter_mut().zip(&wakers) {
-                assert!(poll(wait, waker).is_pending());
-            }
+    fn all_waiters_share_the_first_result() {
+        let in_flight = in_flight();
+        let mut waiters = [(); 3].map(|()| task::spawn(WaitForRefresh::new(in_flight.clone())));
+        for waiter in &mut waiters {
+            assert_pending!(waiter.poll());
         }
-        let moved = Looks::at(&landing);
-        assert!(poll(&mut waits[1], &moved).is_pending());
-        assert_eq!(Arc::strong_count(&wakers[1]), 1, "the former waker is kept");
-
-        landing.0.word.tell(Ok(()));
-        landing.0.word.tell(Ok(()));
-        assert_eq!(wakers.each_ref().map(|waker| waker.woken()), [1, 0, 1]);
-        assert_eq!(moved.woken(), 1);
-        for wait in &mut waits {
-            assert!(matches!(poll(wait, &moved), Poll::Ready(Ok(()))));
+        in_flight.complete(Err(own_source()));
+        in_flight.complete(Ok(()));
+        for waiter in &mut waiters {
+            assert!(waiter.is_woken());
+            assert!(assert_ready!(waiter.poll()).is_err());
         }
+        assert!(assert_ready!(task::spawn(WaitForRefresh::new(in_flight)).poll()).is_err());
     }
 
+    /// F4: waiters that were dropped leave nothing behind.
     #[test]
-    fn f5_a_waker_that_panics_leaves_nobody_waiting() {
-        struct Panics;
-
-        impl Wake for Panics {
-            fn wake(self: Arc<Self>) {
-                panic!("a waker that panics");
-            }
-        }
-
-        let landing = landing();
-        let mut waits = [(); 3].map(|()| Wait::new(landing.clone()));
-        let waker = Looks::at(&landing);
-        assert!(poll(&mut waits[0], &waker).is_pending());
-        let panics = Waker::from(Arc::new(Panics));
-        assert!(Pin::new(&mut waits[1]).poll(&mut Context::from_waker(&panics)).is_pending());
-        assert!(poll(&mut waits[2], &waker).is_pending());
-        assert!(catch_unwind(AssertUnwindSafe(|| landing.0.word.tell(Ok(())))).is_err());
-        assert_eq!(waker.woken(), 2);
-    }
-
-    #[test]
-    fn f4_who_leaves_is_not_woken_and_makes_room() {
-        let landing = landing();
-        let (stays, leaves) = (Looks::at(&landing), Looks::at(&landing));
-        let mut first = Wait::new(landing.clone());
-        assert!(poll(&mut first, &stays).is_pending());
+    fn dropped_waiters_are_forgotten() {
+        let in_flight = in_flight();
         for _ in 0..1_000 {
-            let mut other = Wait::new(landing.clone());
-            assert!(poll(&mut other, &leaves).is_pending());
+            let mut waiter = task::spawn(WaitForRefresh::new(in_flight.clone()));
+            assert_pending!(waiter.poll());
         }
-        assert_eq!(Arc::strong_count(&leaves), 1);
-        let State::Awaited(Queue { places, left }) = &*landing.0.word.state() else {
-            panic!("nobody has told anything")
-        };
-        assert_eq!((places.len(), left.len()), (2, 1));
+        assert_eq!(in_flight.0.results.receiver_count(), 0);
+        assert_eq!(Arc::strong_count(&in_flight.0), 1);
     }
 
+    /// T2
     #[test]
-    fn f8_a_waker_that_is_the_last_of_its_kind_is_dropped_without_the_lock() {
-        let landing = landing();
-        let last = |wait: &mut Wait| assert!(poll(wait, &Looks::at(&landing)).is_pending());
-        let mut left = Wait::new(landing.clone());
-        last(&mut left);
-        last(&mut left);
-        drop(left);
-        let mut told = Wait::new(landing.clone());
-        last(&mut told);
-        landing.0.word.tell(Ok(()));
+    fn waiters_are_send_and_sync() {
+        fn check<T: Send + Sync + Unpin>() {}
+        check::<WaitForRefresh>();
     }
 }

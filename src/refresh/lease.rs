@@ -1,51 +1,86 @@
-//! What requests read without a lock.
+//! The published credential: what requests read without a lock.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use super::driver::Driver;
 use crate::{
-    util::clock::Deadline,
-    util::sync::{ArcSwapOption, AtomicU64, Ordering},
+    credential::{Credential, Fingerprint},
+    util::{
+        clock::{Deadline, Time},
+        per_thread::{Unshare, Unshared},
+        sync::ArcSwapOption,
+    },
 };
 
-/// A value that may be used without asking until a deadline.
-#[derive(Clone, Debug)]
-pub(crate) struct Lease<V> {
-    pub(crate) value: V,
-    pub(crate) until: Deadline,
-    /// The one it was published in.
-    pub(crate) epoch: Epoch,
-}
-
-/// Tells one state of a [`Published`] from the next.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd)]
-pub(crate) struct Epoch(u64);
-
-/// The lease that is in force. Written under the engine's lock, read without one.
+/// A credential and the engine that it came from, to be told when the API rejects it.
 #[derive(Debug)]
-pub(crate) struct Published<V> {
-    lease: ArcSwapOption<Lease<V>>,
-    epoch: AtomicU64,
+pub(crate) struct Lease<C: Credential> {
+    pub(crate) credential: C,
+    /// Weak: an engine ends with its last handle, whatever requests are under way.
+    pub(super) engine: Weak<Driver<C>>,
 }
 
-impl<V> Published<V> {
-    pub(crate) fn new() -> Self {
-        Self { lease: ArcSwapOption::empty(), epoch: AtomicU64::new(0) }
+impl<C: Credential> Unshare for Arc<Lease<C>> {
+    fn unshare(&self) -> Self {
+        let Lease { credential, engine } = &**self;
+        Self::new(Lease { credential: credential.unshare(), engine: Weak::clone(engine) })
     }
+}
 
+/// A credential that a request is sent with.
+#[derive(Clone, Debug)]
+pub(crate) enum Issued<C: Credential> {
+    Fixed(C),
+    Leased(Arc<Lease<C>>),
+}
+
+impl<C: Credential> Issued<C> {
     #[inline]
-    pub(crate) fn load<T>(&self, read: impl FnOnce(&Lease<V>) -> Option<T>) -> Option<T> {
-        self.lease.load().as_deref().and_then(read)
+    pub(crate) fn credential(&self) -> &C {
+        match self {
+            Self::Fixed(credential) => credential,
+            Self::Leased(lease) => &lease.credential,
+        }
     }
 
-    /// First the epoch, then the lease: who has seen a lease does not see the epoch before its own.
-    pub(crate) fn store(&self, lease: Option<(V, Deadline)>) {
-        let epoch = Epoch(self.epoch.fetch_add(1, Ordering::Relaxed) + 1);
-        self.lease.store(lease.map(|(value, until)| Arc::new(Lease { value, until, epoch })));
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        self.credential().secret().fingerprint()
+    }
+}
+
+/// The lease in force. The driver writes it under its lock; requests read it without one.
+pub(super) struct Publication<C: Credential>(ArcSwapOption<Published<C>>);
+
+struct Published<C: Credential> {
+    lease: Unshared<Arc<Lease<C>>>,
+    until: Deadline,
+}
+
+impl<C: Credential> Publication<C> {
+    pub(super) fn empty() -> Self {
+        Self(ArcSwapOption::empty())
     }
 
-    /// Puts nothing in order: the lease does, which is released and acquired.
+    /// The lease, if it may be used without asking the engine.
     #[inline]
-    pub(crate) fn epoch(&self) -> Epoch {
-        Epoch(self.epoch.load(Ordering::Relaxed))
+    pub(super) fn get(&self, now: impl FnOnce() -> Time) -> Option<Arc<Lease<C>>> {
+        let published = self.0.load();
+        let published = published.as_ref().filter(|published| !published.until.has_come(now()))?;
+        Some(Arc::clone(published.lease.local()))
+    }
+
+    /// What is published, in force or not.
+    pub(super) fn peek(&self) -> Option<(Fingerprint, Deadline)> {
+        let published = self.0.load();
+        let Published { lease, until } = published.as_deref()?;
+        Some((lease.original().credential.secret().fingerprint(), *until))
+    }
+
+    /// `is_shared`: whether many threads will read it.
+    pub(super) fn store(&self, lease: Option<(Arc<Lease<C>>, Deadline)>, is_shared: bool) {
+        self.0.store(lease.map(|(lease, until)| {
+            let lease = if is_shared { Unshared::per_thread(lease) } else { Unshared::single(lease) };
+            Arc::new(Published { lease, until })
+        }));
     }
 }

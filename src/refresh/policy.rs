@@ -1,12 +1,15 @@
+//! [`RefreshPolicy`]: windows, timeout and back-off.
+
 use std::time::Duration;
 
 #[cfg(feature = "test-util")]
 use crate::util::clock::TestClock;
 use crate::util::clock::{Clock, Time};
 
-/// When a credential is renewed, and what happens when that fails.
+/// When a credential is refreshed, and what happens when that fails.
 ///
-/// The defaults suit tokens that live from seconds to months; see [how renewal works](super).
+/// The defaults suit tokens that live from seconds to months; see
+/// [how refreshing works](crate::guide::refreshing).
 ///
 /// ```
 /// use std::time::Duration;
@@ -30,7 +33,7 @@ pub struct RefreshPolicy {
 }
 
 impl RefreshPolicy {
-    /// The defaults.
+    /// Creates the default policy.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -45,66 +48,62 @@ impl RefreshPolicy {
         }
     }
 
-    /// The advisory window is at most so long; 5 minutes by default.
+    /// Limits the advisory window, in which the old token is served while a refresh runs in the background; 5 minutes by
+    /// default.
     ///
-    /// It is the last tenth of the lifetime, but at least one second and twice what the last renewal took, and
-    /// never more than half of the lifetime. In it the old token is served while a new one is fetched.
+    /// The window is the last tenth of the lifetime, but at least one second and twice what the last refresh took, and
+    /// never more than half of the lifetime.
     #[must_use]
-    pub fn with_advisory_window(mut self, at_most: Duration) -> Self {
-        self.advisory = at_most;
+    pub fn with_advisory_window(mut self, max: Duration) -> Self {
+        self.advisory = max;
         self
     }
 
-    /// The mandatory window is at most so long; 10 seconds by default, and never more than a tenth of the
-    /// advisory one. In it requests wait for the renewal, so that no token expires on its way.
+    /// Limits the mandatory window, in which requests wait for the refresh so that no token expires on its way to the
+    /// API; 10 seconds by default, and never more than a tenth of the advisory window.
     #[must_use]
-    pub fn with_mandatory_window(mut self, at_most: Duration) -> Self {
-        self.mandatory = at_most;
+    pub fn with_mandatory_window(mut self, max: Duration) -> Self {
+        self.mandatory = max;
         self
     }
 
-    /// Renewals begin earlier by up to this part of the advisory window, by chance, so that a fleet that was
-    /// started at once does not renew at once. From 0.0 to 1.0, by default 0.2.
+    /// Starts refreshes earlier by a random part of the advisory window, up to `fraction` of it, so that a fleet that was
+    /// started at once does not refresh at once. From 0.0 to 1.0; 0.2 by default.
     #[must_use]
-    pub fn with_jitter(mut self, part: f64) -> Self {
-        self.jitter = if part.is_finite() { part.clamp(0.0, 1.0) } else { 0.0 };
+    pub fn with_jitter(mut self, fraction: f64) -> Self {
+        self.jitter = if fraction.is_finite() { fraction.clamp(0.0, 1.0) } else { 0.0 };
         self
     }
 
-    /// A renewal that takes longer has failed; 30 seconds by default.
+    /// Sets after how long a refresh counts as failed; 30 seconds by default.
     #[must_use]
-    pub fn with_timeout(mut self, time: Duration) -> Self {
-        self.timeout = time;
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
         self
     }
 
-    /// How long to wait after a failed renewal: `first`, then twice as long each time, up to `at_most`, less up
-    /// to a half by chance. By default from one second to one minute. A source that says when to ask again
-    /// is obeyed instead, from `first` up to an hour.
+    /// Sets the back-off after a failed refresh: `first`, then twice as long each time, up to `max`, each shortened by a
+    /// random part of up to a half. By default from one second to one minute. A source that says when to try again is
+    /// obeyed instead, from `first` up to an hour.
     #[must_use]
-    pub fn with_backoff(mut self, first: Duration, at_most: Duration) -> Self {
+    pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
         self.min_backoff = first;
-        self.max_backoff = at_most.max(first);
+        self.max_backoff = max.max(first);
         self
     }
 
-    /// A token that does not say when it expires counts as expired after this time; 5 minutes by default.
+    /// Sets the lifetime of a token that does not say when it expires; 5 minutes by default.
     #[must_use]
-    pub fn with_assumed_lifetime(mut self, time: Duration) -> Self {
-        self.assumed_lifetime = Some(time);
+    pub fn with_assumed_lifetime(mut self, lifetime: Duration) -> Self {
+        self.assumed_lifetime = Some(lifetime);
         self
     }
 
-    /// A token that does not say when it expires is an error.
+    /// Treats a token that does not say when it expires as an error.
     #[must_use]
     pub fn require_expiry(mut self) -> Self {
         self.assumed_lifetime = None;
         self
-    }
-
-    #[inline]
-    pub(crate) fn now(&self) -> Time {
-        self.clock.now()
     }
 
     /// Takes the time from `clock`, for tests.
@@ -113,6 +112,11 @@ impl RefreshPolicy {
     pub fn with_clock(mut self, clock: TestClock) -> Self {
         self.clock = clock.into();
         self
+    }
+
+    #[inline]
+    pub(crate) fn now(&self) -> Time {
+        self.clock.now()
     }
 }
 

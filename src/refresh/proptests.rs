@@ -1,4 +1,4 @@
-//! Walks the core through random schedules of time, success, failure, rejection and cancellation.
+//! Walks the state machine through random schedules of time, success, failure, rejection and cancellation.
 
 use std::{
     cell::RefCell,
@@ -11,12 +11,12 @@ use tokio::time::Instant;
 
 use super::{
     RefreshPolicy,
-    schedule::Offer,
-    state::{Answer, Core, Finish, Outcome, Rejection, Start, Value},
+    schedule::Fresh,
+    state::{Answer, Finish, Outcome, Rejection, Start, State, Value},
 };
 use crate::{credential::Fingerprint, source::Reason, util::clock::Time};
 
-/// What happens next.
+/// One step of a schedule.
 #[derive(Clone, Debug)]
 enum Step {
     Pass(u64),
@@ -24,40 +24,40 @@ enum Step {
     JumpBack(u64),
     Demand,
     DemandFor(u64),
-    /// The renewal brings a new token that lives so many milliseconds.
-    Bring(u64),
-    /// A new one, of whose lifetime so much is left: out of a cache, or by an issuer whose clock is behind.
-    BringAged {
+    /// The source returns a new token with this lifetime in milliseconds.
+    Fetch(u64),
+    /// A token of which only a fraction of the lifetime is left: from a cache, or an issuer whose clock is behind.
+    FetchAged {
         lifetime: u64,
         left: f64,
     },
-    /// Somebody needs one every so many milliseconds, for nearly all of its lifetime or for no time, and
-    /// renewals bring such ones at once.
+    /// Callers need a token every few milliseconds, for nearly all of its lifetime or for no time, and the source returns
+    /// such tokens at once.
     Load {
         every: u64,
         lifetime: u64,
         left: f64,
         whole: bool,
     },
-    /// It brings one that was there before.
-    BringOld(usize),
-    /// A renewal that was given up answers after all.
-    BringLate(u64),
+    /// The source returns an earlier token.
+    FetchOld(usize),
+    /// A refresh that was given up ends after all.
+    FetchLate(u64),
     Fail {
         permanent: bool,
         retry_after: Option<u64>,
     },
-    /// Its runtime is shut down, and so, perhaps, is the one that the next caller starts another on.
+    /// The runtime shuts down, and perhaps the one on which the next caller starts a refresh.
     Abort {
-        again: bool,
+        twice: bool,
     },
-    /// The API refuses the present token.
+    /// The API rejects the current token.
     Reject {
         insist: bool,
     },
-    /// The API refuses one of those before.
+    /// The API rejects an earlier token.
     RejectOld(usize),
-    /// What the source works with is replaced.
+    /// The source's version changes.
     Change,
 }
 
@@ -71,22 +71,22 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (1u64..3_600_000).prop_map(Step::JumpBack),
         8 => Just(Step::Demand),
         1 => (0u64..200_000).prop_map(Step::DemandFor),
-        6 => lifetime.clone().prop_map(Step::Bring),
-        2 => (lifetime.clone(), 0.0..1.0).prop_map(|(lifetime, left)| Step::BringAged { lifetime, left }),
+        6 => lifetime.clone().prop_map(Step::Fetch),
+        2 => (lifetime.clone(), 0.0..1.0).prop_map(|(lifetime, left)| Step::FetchAged { lifetime, left }),
         2 => (1u64..200, lifetime.clone(), prop_oneof![Just(1.0), 0.0..1.0, 0.1..0.13], any::<bool>())
             .prop_map(|(every, lifetime, left, whole)| Step::Load { every, lifetime, left, whole }),
-        3 => any::<usize>().prop_map(Step::BringOld),
-        1 => lifetime.prop_map(Step::BringLate),
+        3 => any::<usize>().prop_map(Step::FetchOld),
+        1 => lifetime.prop_map(Step::FetchLate),
         2 => (any::<bool>(), prop::option::of(0u64..100_000))
             .prop_map(|(permanent, retry_after)| Step::Fail { permanent, retry_after }),
-        2 => any::<bool>().prop_map(|again| Step::Abort { again }),
+        2 => any::<bool>().prop_map(|twice| Step::Abort { twice }),
         2 => any::<bool>().prop_map(|insist| Step::Reject { insist }),
         1 => any::<usize>().prop_map(Step::RejectOld),
         1 => Just(Step::Change),
     ]
 }
 
-/// When a token expires.
+/// A token's expiry and lifetime.
 #[derive(Clone, Copy, Debug)]
 struct Minted {
     mono: Instant,
@@ -100,40 +100,40 @@ impl Value for usize {
 }
 
 struct World {
-    core: Core<usize, String>,
+    state: State<usize, String>,
     now: Time,
     version: u64,
     running: Option<u64>,
     tokens: Vec<Minted>,
     rejected: HashSet<usize>,
-    lasting: bool,
-    /// Another may stand in its place after this time.
+    outlives_rejection: bool,
+    /// After this time the source may have another token.
     recheck: Option<Duration>,
-    /// How long the last one that was brought lived.
-    brought: Duration,
-    /// What was said of renewals that brought nothing.
-    troubles: Vec<String>,
-    /// What may have brought a start of its own.
-    pushes: u64,
-    /// When the last one was, and the pushes before it.
+    /// The lifetime of the token that was fetched last.
+    fetched: Duration,
+    /// Why refreshes failed.
+    failures: Vec<String>,
+    /// How many events may each have caused a refresh.
+    triggers: u64,
+    /// When the last refresh started, and how many triggers preceded it.
     started: Option<(Instant, u64)>,
 }
 
 impl World {
-    fn new(lasting: bool, recheck: bool, seed: u64) -> Self {
+    fn new(outlives_rejection: bool, recheck: bool, seed: u64) -> Self {
         let mono = Instant::now();
         Self {
-            core: Core::new(RefreshPolicy::new(), seed),
+            state: State::new(RefreshPolicy::new(), seed),
             now: Time { wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000), mono },
             version: 0,
             running: None,
             tokens: Vec::new(),
             rejected: HashSet::new(),
-            lasting,
+            outlives_rejection,
             recheck: recheck.then_some(Duration::from_secs(1)),
-            brought: Duration::MAX,
-            troubles: Vec::new(),
-            pushes: 0,
+            fetched: Duration::MAX,
+            failures: Vec::new(),
+            triggers: 0,
             started: None,
         }
     }
@@ -142,52 +142,53 @@ impl World {
         match step {
             Step::Pass(time) => self.pass(time),
             Step::JumpForward(time) => {
-                self.pushes += 1;
+                self.triggers += 1;
                 self.now.wall += Duration::from_millis(time);
             }
             Step::JumpBack(time) => self.now.wall -= Duration::from_millis(time),
             Step::Demand => self.demand(Duration::ZERO),
             Step::DemandFor(time) => self.demand(Duration::from_millis(time)),
-            Step::Bring(lifetime) => self.bring(lifetime, 1.0),
-            Step::BringAged { lifetime, left } => self.bring(lifetime, left),
+            Step::Fetch(lifetime) => self.fetch(lifetime, 1.0),
+            Step::FetchAged { lifetime, left } => self.fetch(lifetime, left),
             Step::Load { every, lifetime, left, whole } => {
-                let lasting = Duration::from_millis(if whole { lifetime.saturating_sub(every) } else { 0 });
+                let min_validity =
+                    Duration::from_millis(if whole { lifetime.saturating_sub(every) } else { 0 });
                 for _ in 0..8 {
                     self.pass(every);
-                    self.demand(lasting);
+                    self.demand(min_validity);
                     if self.running.is_some() {
-                        self.bring(lifetime, left);
+                        self.fetch(lifetime, left);
                     }
                 }
             }
-            Step::BringOld(at) if !self.tokens.is_empty() => self.bring_again(at % self.tokens.len()),
-            Step::BringLate(lifetime) => {
+            Step::FetchOld(at) if !self.tokens.is_empty() => self.fetch_again(at % self.tokens.len()),
+            Step::FetchLate(lifetime) => {
                 let token = self.mint(lifetime, 1.0);
-                self.finish_late(Outcome::Fetched(self.offer(token)));
+                self.finish_late(Outcome::Fetched(self.fresh(token)));
             }
             Step::Fail { permanent, retry_after } => {
                 let retry_after = retry_after.map(Duration::from_millis);
                 self.finish(Outcome::Failed { permanent, retry_after });
             }
-            Step::Abort { again } => {
-                self.pushes += 1;
+            Step::Abort { twice } => {
+                self.triggers += 1;
                 self.finish(Outcome::Aborted);
-                if again {
+                if twice {
                     self.take(Step::Demand);
-                    self.take(Step::Abort { again: false });
+                    self.take(Step::Abort { twice: false });
                 }
             }
             Step::Reject { insist } => {
-                if let Some(token) = self.core.current(self.now).map(|(token, _)| *token) {
+                if let Some(token) = self.state.current(self.now).map(|(token, _)| *token) {
                     self.reject(token, insist);
                 }
             }
             Step::RejectOld(at) if !self.tokens.is_empty() => self.reject(at % self.tokens.len(), false),
             Step::Change => {
-                self.pushes += 1;
+                self.triggers += 1;
                 self.version += 1;
             }
-            Step::BringOld(_) | Step::RejectOld(_) => {}
+            Step::FetchOld(_) | Step::RejectOld(_) => {}
         }
         self.check_lease();
     }
@@ -203,141 +204,147 @@ impl World {
         self.tokens.len() - 1
     }
 
-    fn bring(&mut self, lifetime: u64, left: f64) {
+    fn fetch(&mut self, lifetime: u64, left: f64) {
         let token = self.mint(lifetime, left);
-        self.bring_again(token);
+        self.fetch_again(token);
     }
 
-    fn bring_again(&mut self, token: usize) {
-        let offer = self.offer(token);
+    fn fetch_again(&mut self, token: usize) {
+        let fresh = self.fresh(token);
         if self.running.is_some() {
-            self.brought = offer.stated.unwrap_or(Duration::MAX);
+            self.fetched = fresh.stated_lifetime.unwrap_or(Duration::MAX);
         }
-        self.finish(Outcome::Fetched(offer));
+        self.finish(Outcome::Fetched(fresh));
     }
 
-    fn offer(&self, token: usize) -> Offer<usize> {
+    fn fresh(&self, token: usize) -> Fresh<usize> {
         let stated = self.tokens[token].mono.saturating_duration_since(self.now.mono);
-        Offer {
+        Fresh {
             value: token,
             expiry: None,
-            lifetime: (!self.lasting).then_some(self.tokens[token].lifetime),
-            stated: (!self.lasting).then_some(stated),
+            claimed_lifetime: (!self.outlives_rejection).then_some(self.tokens[token].lifetime),
+            stated_lifetime: (!self.outlives_rejection).then_some(stated),
             recheck: self.recheck,
-            lasting: self.lasting,
+            outlives_rejection: self.outlives_rejection,
         }
     }
 
     fn demand(&mut self, time: Duration) {
-        let (answer, start) = self.core.demand(self.now, time, self.version);
+        let (answer, start) = self.state.demand(self.now, time, self.version);
         self.started(start);
         match answer {
             Answer::Serve(token) => {
                 self.check(token);
-                assert!(self.lasting || self.now.mono + time <= self.tokens[token].mono, "too short");
+                assert!(
+                    self.outlives_rejection || self.now.mono + time <= self.tokens[token].mono,
+                    "too short"
+                );
             }
-            Answer::Wait => assert!(self.running.is_some(), "waits for nothing"),
-            Answer::Fail(_) => assert!(self.running.is_none(), "fails though a renewal runs"),
+            Answer::Wait => assert!(self.running.is_some(), "a caller waits for nothing"),
+            Answer::Fail(_) => assert!(self.running.is_none(), "a caller fails during a refresh"),
             Answer::TooShort => assert!(!time.is_zero()),
         }
     }
 
     fn reject(&mut self, token: usize, insist: bool) {
-        let held = self.core.current(self.now).map(|(held, _)| *held);
+        let held = self.state.current(self.now).map(|(held, _)| *held);
         let fingerprint = token.fingerprint();
-        let (rejection, start) = self.core.reject(self.now, fingerprint, insist, self.version);
-        // Even of one that has expired, which nobody is handed: it may come back with the renewal that runs.
+        let (rejection, start) = self.state.reject(self.now, fingerprint, insist, self.version);
+        // This includes an expired token: the running refresh may return it again.
         if rejection == Rejection::Refreshing {
-            self.pushes += 1;
+            self.triggers += 1;
         }
         self.started(start);
         match rejection {
             Rejection::Superseded => {}
             Rejection::Refreshing => assert!(self.running.is_some()),
             Rejection::Ignored if !insist => {
-                return assert_eq!(held, self.core.current(self.now).map(|(held, _)| *held));
+                return assert_eq!(held, self.state.current(self.now).map(|(held, _)| *held));
             }
             Rejection::Ignored => {}
         }
         if held == Some(token) {
-            self.rejected.extend(Some(token).filter(|_| !self.lasting));
+            self.rejected.extend(Some(token).filter(|_| !self.outlives_rejection));
         }
     }
 
     fn finish(&mut self, outcome: Outcome<usize>) {
         let Some(id) = self.running else { return self.finish_late(outcome) };
-        let troubles = &mut self.troubles;
-        let finish = self.core.finish(self.now, id, outcome, self.version, |trouble, _| {
-            troubles.push(format!("{trouble:?}"));
-            format!("{trouble:?}")
+        let failures = &mut self.failures;
+        let finish = self.state.finish(self.now, id, outcome, self.version, |failure, _| {
+            failures.push(format!("{failure:?}"));
+            format!("{failure:?}")
         });
         self.running = None;
         match finish {
-            Finish::Late => panic!("it was running"),
-            Finish::Again(start) => self.started(Some(start)),
-            Finish::Over(_) => {}
+            Finish::Late => panic!("the refresh was running"),
+            Finish::Repeat(start) => self.started(Some(start)),
+            Finish::Done(_) => {}
         }
     }
 
-    /// An answer that nobody awaits any more changes nothing.
+    /// The late end of a refresh that was given up changes nothing.
     fn finish_late(&mut self, outcome: Outcome<usize>) {
-        let before = format!("{:?}", self.core);
+        let before = format!("{:?}", self.state);
         let id = self.running.map_or(0, |running| running - 1);
-        let finish = self.core.finish(self.now, id, outcome, self.version, |_, _| String::new());
+        let finish = self.state.finish(self.now, id, outcome, self.version, |_, _| String::new());
         assert!(matches!(finish, Finish::Late));
-        assert_eq!(before, format!("{:?}", self.core));
+        assert_eq!(before, format!("{:?}", self.state));
     }
 
     fn started(&mut self, start: Option<Start<usize>>) {
         let Some(Start { id, reason }) = start else { return };
-        assert!(self.running.is_none(), "two renewals at once");
+        assert!(self.running.is_none(), "two refreshes at once");
         if let Reason::Rejected(token) = reason {
-            assert!(self.lasting || self.rejected.contains(&token) || self.tokens.len() > token);
+            assert!(self.outlives_rejection || self.rejected.contains(&token) || self.tokens.len() > token);
         }
         self.running = Some(id);
-        // Another follows after 0.4 seconds at the earliest (a token that lives for one; for one that lives shorter,
-        // after as large a part of that), unless something happened.
-        if let Some((at, pushes)) = self.started {
+        // Without a trigger, refreshes are at least 0.4 seconds apart; less for lifetimes below a second, in proportion.
+        if let Some((at, triggers)) = self.started {
             let since = self.now.mono - at;
-            let brought = self.brought.clamp(Duration::from_millis(100), Duration::from_secs(1));
-            assert!(pushes < self.pushes || since >= brought.mul_f64(0.399), "again after {since:?}");
+            let fetched = self.fetched.clamp(Duration::from_millis(100), Duration::from_secs(1));
+            assert!(
+                triggers < self.triggers || since >= fetched.mul_f64(0.399),
+                "another refresh after {since:?}"
+            );
         }
-        self.started = Some((self.now.mono, self.pushes));
+        self.started = Some((self.now.mono, self.triggers));
     }
 
-    /// What is handed out is good.
+    /// A token that is handed out has neither expired nor been rejected.
     fn check(&self, token: usize) {
         let Minted { mono, .. } = self.tokens[token];
-        assert!(self.lasting || self.now.mono < mono, "expired {:?} ago", self.now.mono - mono);
-        assert!(!self.rejected.contains(&token), "a rejected one came back");
+        assert!(self.outlives_rejection || self.now.mono < mono, "expired {:?} ago", self.now.mono - mono);
+        assert!(!self.rejected.contains(&token), "a rejected token is handed out");
     }
 
-    /// So is what requests may take without asking, for as long as they may.
+    /// So does a token that requests may use without asking, until its deadline.
     fn check_lease(&self) {
-        if let Some((token, until)) = self.core.lease(self.now) {
+        if let Some((&token, until)) = self.state.lease(self.now) {
             self.check(token);
             let last = self.now.mono + until.remaining(self.now);
-            assert!(self.lasting || last <= self.tokens[token].mono, "leased beyond its end");
+            assert!(self.outlives_rejection || last <= self.tokens[token].mono, "leased beyond its expiry");
         }
     }
 }
 
+/// R3, R5, W1, W2, W3, J1, J3, J5: the invariants that `check`, `started` and the answers assert.
 #[test]
-fn r3_r5_j3_every_schedule_keeps_the_invariants() {
+fn every_schedule_keeps_the_invariants() {
     let config = ProptestConfig { cases: 250, source_file: Some(file!()), ..ProptestConfig::default() };
     let steps = prop::collection::vec(step(), 1..120);
     let kinds = (prop::bool::weighted(0.2), prop::bool::weighted(0.2), any::<u64>());
-    let troubles = RefCell::new(BTreeSet::new());
-    let walk = |(steps, (lasting, recheck, seed)): (Vec<Step>, _)| {
-        let mut world = World::new(lasting, recheck, seed);
+    let failures = RefCell::new(BTreeSet::new());
+    let walk = |(steps, (outlives_rejection, recheck, seed)): (Vec<Step>, _)| {
+        let mut world = World::new(outlives_rejection, recheck, seed);
         for step in steps {
             world.take(step);
         }
-        troubles.borrow_mut().extend(world.troubles);
+        failures.borrow_mut().extend(world.failures);
         Ok(())
     };
     TestRunner::new(config).run(&(steps, kinds), walk).unwrap();
-    let met: Vec<_> = troubles.borrow().iter().cloned().collect();
-    let all = ["Aborted", "Failed", "Older", "Rejected", "Stale", "Unfit(Expired)"];
-    assert_eq!(met, all, "the schedules lead everywhere");
+    let met: Vec<_> = failures.borrow().iter().cloned().collect();
+    let all = ["Aborted", "Older", "Rejected", "Source", "Stale", "Unusable(Expired)"];
+    assert_eq!(met, all, "the schedules cover every failure");
 }

@@ -1,137 +1,131 @@
-//! From what is known of a credential to when it is renewed.
+//! When a credential is refreshed, from what is known of its lifetime.
 
 use std::time::{Duration, SystemTime};
 
 use super::RefreshPolicy;
 use crate::util::clock::{Deadline, LONG, Time};
 
-/// An advisory window is at least so long: enough for one renewal before any was timed.
-const ONE_RENEWAL: Duration = Duration::from_secs(1);
+/// The shortest advisory window: room for one refresh before any was timed.
+const MIN_ADVISORY_WINDOW: Duration = Duration::from_secs(1);
 
-/// What lives no longer than this expires on its way to whoever waits for it.
-const TOO_BRIEF: Duration = Duration::from_millis(100);
+/// A credential with a shorter lifetime would expire on its way to a waiter.
+const MIN_LIFETIME: Duration = Duration::from_millis(100);
 
-/// Another is not fetched sooner than this; for a lifetime below one second, sooner than the same part of that.
-const SPACING: Duration = Duration::from_millis(400);
+/// The shortest time between refreshes; for lifetimes below one second, the same fraction of the lifetime.
+const MIN_REFRESH_INTERVAL: Duration = Duration::from_millis(400);
 
-/// A credential as it came from its source.
+/// A credential that a source just fetched.
 #[derive(Clone, Debug)]
-pub(super) struct Offer<V> {
+pub(super) struct Fresh<V> {
     pub(super) value: V,
-    /// When it expires by its own word.
+    /// When it expires by its own claims.
     pub(super) expiry: Option<SystemTime>,
-    /// How long it lives from its issue by its own word.
-    pub(super) lifetime: Option<Duration>,
-    /// How long it still lives by its source's word.
-    pub(super) stated: Option<Duration>,
-    /// Another may stand in its place after this time.
+    /// The time from issue to expiry by its own claims.
+    pub(super) claimed_lifetime: Option<Duration>,
+    /// How long it lives from now on, as its source says.
+    pub(super) stated_lifetime: Option<Duration>,
+    /// After this time the source may have another one.
     pub(super) recheck: Option<Duration>,
-    /// Without an expiry it lives until it is rejected.
-    pub(super) lasting: bool,
+    /// Without an expiry it lives until it is replaced, and it stays in use after a rejection.
+    pub(super) outlives_rejection: bool,
 }
 
-/// When what is to be done with it.
+/// The points in the life of a credential.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Schedule {
-    /// When it came; all else is so long after that.
-    came: Time,
-    renew: Span,
-    wait: Span,
-    expire: Span,
-    /// Whether it said, or its source, when it expires.
-    pub(super) expires: bool,
+    fetched: Time,
+    advisory: Duration,
+    mandatory: Duration,
+    lifetime: Duration,
+    expires: bool,
 }
 
-/// A [`Duration`] in half the room: in nanoseconds, of which there are enough for centuries.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Span(u64);
-
-impl From<Duration> for Span {
-    fn from(time: Duration) -> Self {
-        Self(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
-    }
-}
-
-impl From<Span> for Duration {
-    fn from(Span(nanos): Span) -> Self {
-        Self::from_nanos(nanos)
-    }
-}
-
-/// Why it is of no use.
+/// Why a credential cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unfit {
+pub(super) enum Unusable {
     Expired,
     NoExpiry,
 }
 
 impl Schedule {
-    /// `took` is how long the last renewal took, `chance` lies between 0 and 1.
+    /// `last_refresh` is how long the last refresh took; `random` lies between 0 and 1.
     pub(super) fn new<V>(
-        offer: &Offer<V>,
+        fresh: &Fresh<V>,
         now: Time,
-        took: Duration,
-        chance: f64,
+        last_refresh: Duration,
+        random: f64,
         policy: &RefreshPolicy,
-    ) -> Result<Self, Unfit> {
-        let lives = lifetime(offer, now, policy)?;
-        let expire = lives.unwrap_or(LONG).min(LONG);
-        if expire < TOO_BRIEF {
-            return Err(Unfit::Expired);
+    ) -> Result<Self, Unusable> {
+        let known = remaining_lifetime(fresh, now, policy)?;
+        let lifetime = known.unwrap_or(LONG).min(LONG);
+        if lifetime < MIN_LIFETIME {
+            return Err(Unusable::Expired);
         }
 
-        let (mut renew, mut wait) = (expire, expire);
-        if lives.is_some() {
-            let whole = offer.lifetime.unwrap_or(expire).clamp(expire, LONG);
-            let advisory =
-                (whole / 10).min(policy.advisory).max(ONE_RENEWAL.max(took.saturating_mul(2))).min(whole / 2);
-            let mandatory = (advisory / 10).min(policy.mandatory);
-            renew = expire.saturating_sub(advisory + advisory.mul_f64(policy.jitter * chance));
-            if !renew.is_zero() {
-                renew = renew.max(SPACING.min(expire.mul_f64(SPACING.as_secs_f64())));
+        let (mut advisory, mut mandatory) = (lifetime, lifetime);
+        if known.is_some() {
+            let whole = fresh.claimed_lifetime.unwrap_or(lifetime).clamp(lifetime, LONG);
+            let advisory_window = (whole / 10)
+                .min(policy.advisory)
+                .max(MIN_ADVISORY_WINDOW.max(last_refresh.saturating_mul(2)))
+                .min(whole / 2);
+            let mandatory_window = (advisory_window / 10).min(policy.mandatory);
+            let jitter = advisory_window.mul_f64(policy.jitter * random);
+            advisory = lifetime.saturating_sub(advisory_window + jitter);
+            if !advisory.is_zero() {
+                let interval = MIN_REFRESH_INTERVAL.min(lifetime.mul_f64(MIN_REFRESH_INTERVAL.as_secs_f64()));
+                advisory = advisory.max(interval);
             }
-            wait = expire.saturating_sub(mandatory);
+            mandatory = lifetime.saturating_sub(mandatory_window);
         }
-        if let Some(recheck) = offer.recheck {
-            renew = recheck.min(expire);
-            // Whoever comes after a pause had better have what stands there now.
-            wait = recheck.saturating_mul(2).min(expire);
+        if let Some(recheck) = fresh.recheck {
+            advisory = recheck.min(lifetime);
+            // After an idle period, block until the source has been asked again.
+            mandatory = recheck.saturating_mul(2).min(lifetime);
         }
-        let [renew, wait, expire] = [renew, wait, expire].map(Span::from);
-        Ok(Self { came: now, renew, wait, expire, expires: lives.is_some() })
+        Ok(Self { fetched: now, advisory, mandatory, lifetime, expires: known.is_some() })
     }
 
-    /// A renewal runs beside.
-    pub(super) fn renew(&self) -> Deadline {
-        self.came.after(self.renew.into())
+    /// From here on a refresh runs in the background.
+    pub(super) fn advisory_at(&self) -> Deadline {
+        self.fetched.after(self.advisory)
     }
 
-    /// Callers wait for the renewal.
-    pub(super) fn wait(&self) -> Deadline {
-        self.came.after(self.wait.into())
+    /// From here on callers wait for the refresh.
+    pub(super) fn mandatory_at(&self) -> Deadline {
+        self.fetched.after(self.mandatory)
     }
 
-    /// It is not handed out any more.
-    pub(super) fn expire(&self) -> Deadline {
-        self.came.after(self.expire.into())
+    /// From here on the credential is not handed out.
+    pub(super) fn expires_at(&self) -> Deadline {
+        self.fetched.after(self.lifetime)
     }
 
-    /// How long it lived when it came.
+    /// Whether the credential or its source said when it expires.
+    pub(super) fn expires(&self) -> bool {
+        self.expires
+    }
+
+    /// How long the credential lived when it was fetched.
     pub(super) fn lifetime(&self) -> Duration {
-        self.expire.into()
+        self.lifetime
     }
 }
 
-/// How long the credential still lives; `None` for one that does not expire.
-fn lifetime<V>(offer: &Offer<V>, now: Time, policy: &RefreshPolicy) -> Result<Option<Duration>, Unfit> {
-    let of_issue = offer.lifetime.unwrap_or(LONG);
-    if let Some(stated) = offer.stated {
-        return Ok(Some(stated.min(of_issue)));
+/// How long the credential still lives; `None` if it does not expire.
+fn remaining_lifetime<V>(
+    fresh: &Fresh<V>,
+    now: Time,
+    policy: &RefreshPolicy,
+) -> Result<Option<Duration>, Unusable> {
+    let claimed = fresh.claimed_lifetime.unwrap_or(LONG);
+    if let Some(stated) = fresh.stated_lifetime {
+        return Ok(Some(stated.min(claimed)));
     }
-    match offer.expiry {
-        // A clock that is behind sees the expiry later than it is: no token lives longer than it does.
-        Some(expiry) => Ok(Some(expiry.duration_since(now.wall).unwrap_or_default().min(of_issue))),
-        None if offer.lasting => Ok(None),
-        None => policy.assumed_lifetime.map(Some).ok_or(Unfit::NoExpiry),
+    match fresh.expiry {
+        // A clock that is behind sees the expiry too far away, but no token lives longer than its claims say.
+        Some(expiry) => Ok(Some(expiry.duration_since(now.wall).unwrap_or_default().min(claimed))),
+        None if fresh.outlives_rejection => Ok(None),
+        None => policy.assumed_lifetime.map(Some).ok_or(Unusable::NoExpiry),
     }
 }

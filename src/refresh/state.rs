@@ -1,19 +1,19 @@
-//! What to do, decided from state and time alone: no I/O, no clock, no lock.
+//! The state machine: decides what to do from state and time alone, without I/O, clocks or locks.
 //!
 //! ```text
-//!             demand: none held             finish: a credential
-//!   empty ───────────────────────▶ renewing ───────────────────▶ held
-//!     ▲                             ▲    │                        │ │
-//!     │ finish: failed, none held   │    │ finish: failed         │ │ demand: renew has come
-//!     └─────────────────────────────┼────┴──▶ (back-off) ─────────┘ │ reject: it was refused
-//!                                   └───────────────────────────────┘
+//!             demand: nothing held           finish: fetched
+//!   empty ───────────────────────▶ refreshing ──────────────▶ held
+//!     ▲                             ▲    │                     │ │
+//!     │ finish: failed, none held   │    │ finish: failed      │ │ demand: advisory window reached
+//!     └─────────────────────────────┼────┴──▶ (back-off) ──────┘ │ reject: the API rejected it
+//!                                   └────────────────────────────┘
 //! ```
 
 use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
 
 use super::{
     RefreshPolicy,
-    schedule::{Offer, Schedule, Span, Unfit},
+    schedule::{Fresh, Schedule, Unusable},
 };
 use crate::{
     credential::Fingerprint,
@@ -21,70 +21,72 @@ use crate::{
     util::clock::{Deadline, Time},
 };
 
-/// So many rejected credentials are remembered, not to be taken again.
-const REMEMBERED: usize = 16;
+/// How many rejected credentials are remembered, so that none of them is accepted again.
+const REMEMBERED_REJECTIONS: usize = 16;
 
-/// No `Retry-After` is honoured for longer.
+/// The longest `Retry-After` that is honoured.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 
-/// After so long without a rejection, the next one counts as the first.
-const QUIET: Duration = Duration::from_secs(5 * 60);
+/// After this long without a rejection, the next one counts as the first of a streak.
+const STREAK_RESET: Duration = Duration::from_secs(5 * 60);
 
-/// By less than this the machine's two clocks part while a renewal runs, unless it was suspended or one was set.
-const PARTED: Duration = Duration::from_secs(1);
+/// How far the two clocks may drift apart during a refresh before the machine counts as suspended or its clock as set.
+const MAX_CLOCK_DRIFT: Duration = Duration::from_secs(1);
 
-/// So often is looked whether a permanent failure may be over.
+/// How often to re-check `Source::version` after a permanent failure.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
 
-/// So much of a lifetime is not promised to anyone: some of it passes before a caller has the credential.
-const ON_THE_WAY: Duration = Duration::from_secs(1);
+/// The part of a lifetime that is promised to nobody, because it may pass before a caller has the credential.
+const DELIVERY_MARGIN: Duration = Duration::from_secs(1);
 
-/// What is held. Equal ones have the same fingerprint.
+/// A credential as the state machine sees it. Equal credentials have equal fingerprints.
 pub(super) trait Value: Clone {
     fn fingerprint(&self) -> Fingerprint;
 }
 
-/// There may be one for each of many users, nearly all of whom hold a credential and have no trouble: what is not always
-/// there is boxed.
+/// The state of one engine. There may be one for each of many subjects, so what most of them never need is boxed.
 #[derive(Debug)]
-pub(super) struct Core<V, E> {
+pub(super) struct State<V, E> {
     policy: Arc<RefreshPolicy>,
-    chance: fastrand::Rng,
+    rng: fastrand::Rng,
     held: Option<Held<V>>,
     running: Option<Box<Running>>,
-    troubles: Option<Box<Troubles<V, E>>>,
+    /// How many refreshes were started.
     started: u64,
-    took: Span,
+    /// How long the last refresh took.
+    last_duration: Duration,
+    setbacks: Option<Box<Setbacks<V, E>>>,
 }
 
-/// The credential there is.
+/// What has gone wrong.
+#[derive(Debug)]
+struct Setbacks<V, E> {
+    /// Why the last refresh failed.
+    failure: Option<Failure<E>>,
+    /// The last credential that was rejected, until there is another.
+    last_rejected: Option<V>,
+    rejected: VecDeque<Fingerprint>,
+    rejections: Streak,
+    /// Whether the last refresh was aborted together with its runtime.
+    was_aborted: bool,
+}
+
+/// The current credential.
 #[derive(Debug)]
 struct Held<V> {
     value: V,
     schedule: Schedule,
-    lasting: bool,
-    /// The API refused it, and its source has not been asked since.
-    suspect: bool,
+    outlives_rejection: bool,
+    /// The API rejected it, and its source has not been asked since.
+    is_suspect: bool,
 }
 
 #[derive(Debug)]
 struct Running {
     id: u64,
     began: Time,
-    /// What was rejected while it ran; what it brings may be older than the rejection.
+    /// A credential that was rejected during this refresh: the refresh may have fetched it before the rejection.
     rejected: Option<Fingerprint>,
-}
-
-/// What went wrong lately.
-#[derive(Debug)]
-struct Troubles<V, E> {
-    failure: Option<Failure<E>>,
-    /// The last one that was rejected, until there is another.
-    refused: Option<V>,
-    rejected: VecDeque<Fingerprint>,
-    rejections: Streak,
-    /// Nobody ended the last renewal: its runtime did.
-    aborted: bool,
 }
 
 #[derive(Debug)]
@@ -92,50 +94,50 @@ struct Failure<E> {
     error: E,
     attempts: u32,
     retry: Deadline,
-    /// The source's version at the time, if the failure is permanent.
+    /// The version that the source had, if the failure is permanent.
     permanent: Option<u64>,
 }
 
-/// Rejections that followed each other closely.
+/// Rejections in close succession.
 #[derive(Debug, Default)]
 struct Streak {
     length: u32,
     last: Option<Time>,
 }
 
-/// A renewal to be started.
+/// A refresh to start.
 #[derive(Debug)]
 pub(super) struct Start<V> {
     pub(super) id: u64,
     pub(super) reason: Reason<V>,
 }
 
-/// What a caller who wants a credential gets.
+/// The answer to a caller who needs a credential.
 #[derive(Debug)]
 pub(super) enum Answer<V, E> {
     Serve(V),
-    /// A renewal is running, or to be started.
+    /// A refresh is running or about to start.
     Wait,
     Fail(E),
-    /// There is one, but what the source gives never lives as long as was asked for.
+    /// There is a credential, but the source's credentials never live as long as was asked for.
     TooShort,
 }
 
-/// What a rejection led to.
+/// The effect of a rejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
-    /// Another credential is in its place already.
+    /// The rejected credential had already been replaced.
     Superseded,
-    /// A renewal is running, or to be started.
+    /// A refresh is running or about to start.
     Refreshing,
-    /// Nothing: it is too soon for another renewal.
+    /// None: it is too early for another refresh.
     Ignored,
 }
 
-/// How a renewal ended.
+/// How a refresh ended.
 #[derive(Debug)]
 pub(super) enum Outcome<V> {
-    Fetched(Offer<V>),
+    Fetched(Fresh<V>),
     Failed {
         permanent: bool,
         retry_after: Option<Duration>,
@@ -144,69 +146,72 @@ pub(super) enum Outcome<V> {
     Aborted,
 }
 
-/// What became of the end of a renewal.
+/// What the driver does after a refresh has ended.
 #[derive(Debug)]
 pub(super) enum Finish<V> {
-    /// It was not the one that is running: nothing.
+    /// Nothing: this refresh was given up earlier.
     Late,
-    /// It has to be repeated.
-    Again(Start<V>),
-    Over(Result<Brought, Trouble>),
+    /// Start another one; its waiters keep waiting.
+    Repeat(Start<V>),
+    Done(Result<Refreshed, RefreshFailure>),
 }
 
-/// What a renewal brought.
+/// What a successful refresh brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Brought {
-    Another,
-    TheSame,
+pub(super) enum Refreshed {
+    Replaced,
+    Unchanged,
 }
 
-/// What is to be said of a renewal that brought nothing.
+/// Why a refresh brought nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
-    Failed,
+pub(super) enum RefreshFailure {
+    /// The source failed.
+    Source,
     Aborted,
-    Unfit(Unfit),
-    /// The API has refused what it brought.
+    Unusable(Unusable),
+    /// The API has rejected this credential before.
     Rejected,
-    /// What it brought expires sooner than what there is.
+    /// It expires sooner than the current one.
     Older,
-    /// What it brought should be renewed at once again.
+    /// It is already in its advisory window.
     Stale,
 }
 
-impl<V: Value, E: Clone> Core<V, E> {
+impl<V: Value, E: Clone> State<V, E> {
     pub(super) fn new(policy: impl Into<Arc<RefreshPolicy>>, seed: u64) -> Self {
         Self {
             policy: policy.into(),
-            chance: fastrand::Rng::with_seed(seed),
+            rng: fastrand::Rng::with_seed(seed),
             held: None,
             running: None,
-            troubles: None,
             started: 0,
-            took: Span::default(),
+            last_duration: Duration::ZERO,
+            setbacks: None,
         }
     }
 
-    /// Somebody needs a credential that is good for `lasting` at least. `version` is the source's.
+    /// Handles a caller who needs a credential that stays valid for `min_validity`. `version` is the source's.
     pub(super) fn demand(
         &mut self,
         now: Time,
-        lasting: Duration,
+        min_validity: Duration,
         version: u64,
     ) -> (Answer<V, E>, Option<Start<V>>) {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
-        let long_enough = lasting.is_zero() || held.schedule.expire().remaining(now) >= lasting;
-        if !long_enough && held.schedule.lifetime() < lasting.saturating_add(ON_THE_WAY) {
+        let lives_long_enough =
+            min_validity.is_zero() || held.schedule.expires_at().remaining(now) >= min_validity;
+        if !lives_long_enough && held.schedule.lifetime() < min_validity.saturating_add(DELIVERY_MARGIN) {
             return (Answer::TooShort, None);
         }
-        // Who has seen a renewal fail does not wait for the next while there is one to serve.
-        let must_wait = (held.schedule.wait().has_come(now) || held.suspect) && self.failure().is_none();
-        if must_wait || !long_enough {
+        // After a failed refresh nobody waits for the next one while there is a credential to serve.
+        let is_due = held.schedule.mandatory_at().has_come(now) || held.is_suspect;
+        if (is_due && self.failure().is_none()) || !lives_long_enough {
             return self.wait_or_fail(now, version);
         }
-        let (value, due) = (held.value.clone(), held.suspect || held.schedule.renew().has_come(now));
-        let start = if due { self.start(now, version) } else { None };
+        let value = held.value.clone();
+        let refresh_is_due = held.is_suspect || held.schedule.advisory_at().has_come(now);
+        let start = if refresh_is_due { self.start(now, version) } else { None };
         (Answer::Serve(value), start)
     }
 
@@ -220,7 +225,7 @@ impl<V: Value, E: Clone> Core<V, E> {
         }
     }
 
-    /// A renewal, if none is running and none has just failed.
+    /// Starts a refresh, unless one is running or backed off.
     fn start(&mut self, now: Time, version: u64) -> Option<Start<V>> {
         if self.running.is_some() || !self.may_start(now, version) {
             return None;
@@ -228,9 +233,9 @@ impl<V: Value, E: Clone> Core<V, E> {
         self.started += 1;
         let id = self.started;
         self.running = Some(Box::new(Running { id, began: now, rejected: None }));
-        let reason = match (&self.held, self.refused()) {
-            (Some(held), _) if held.suspect => Reason::Rejected(held.value.clone()),
-            (None, Some(refused)) => Reason::Rejected(refused.clone()),
+        let reason = match (&self.held, self.last_rejected()) {
+            (Some(held), _) if held.is_suspect => Reason::Rejected(held.value.clone()),
+            (None, Some(rejected)) => Reason::Rejected(rejected.clone()),
             (Some(held), _) => Reason::Expiring(held.value.clone()),
             (None, None) => Reason::First,
         };
@@ -245,8 +250,8 @@ impl<V: Value, E: Clone> Core<V, E> {
         }
     }
 
-    /// The API refused the credential with this fingerprint. A caller who insists has it forgotten even if it
-    /// is too soon for another renewal.
+    /// Handles a credential, known by its fingerprint, that the API rejected. `insist` forgets it even if it is too
+    /// early for another refresh.
     pub(super) fn reject(
         &mut self,
         now: Time,
@@ -256,19 +261,18 @@ impl<V: Value, E: Clone> Core<V, E> {
     ) -> (Rejection, Option<Start<V>>) {
         match &self.held {
             Some(held) if held.value.fingerprint() != fingerprint => return (Rejection::Superseded, None),
-            // One of many rejections of the same.
+            // One of several rejections of the same credential.
             None => return self.join(now, version),
-            Some(held) if held.suspect => return self.join(now, version),
+            Some(held) if held.is_suspect => return self.join(now, version),
             Some(_) => {}
         }
         let may_start = self.running.is_some() || self.may_start(now, version);
         let policy = &self.policy;
-        let too_soon =
-            self.troubles.as_mut().is_some_and(|troubles| troubles.rejections.is_too_soon(now, policy));
-        if !insist && (too_soon || !may_start) {
+        let is_too_soon = self.setbacks.as_mut().is_some_and(|past| past.rejections.is_too_soon(now, policy));
+        if !insist && (is_too_soon || !may_start) {
             return (Rejection::Ignored, None);
         }
-        self.troubles_mut().rejections.count(now);
+        self.setbacks_mut().rejections.count(now);
         if let Some(running) = &mut self.running {
             running.rejected = Some(fingerprint);
         }
@@ -276,26 +280,25 @@ impl<V: Value, E: Clone> Core<V, E> {
         self.join(now, version)
     }
 
-    /// The API took what came after `refused`: it does not refuse all there is, and the next rejection counts as the first.
-    pub(super) fn accept(&mut self, refused: Fingerprint) {
-        let other = self.held.as_ref().is_some_and(|held| held.value.fingerprint() != refused);
-        if let Some(troubles) = self.troubles.as_mut().filter(|_| other) {
-            troubles.rejections = Streak::default();
-            self.forget_troubles();
+    /// Handles a request that was accepted after `rejected` had been replaced: the API does not reject everything, so
+    /// the next rejection is the first of a streak.
+    pub(super) fn accept(&mut self, rejected: Fingerprint) {
+        if let Some(past) = &mut self.setbacks
+            && self.held.as_ref().is_some_and(|held| held.value.fingerprint() != rejected)
+        {
+            past.rejections = Streak::default();
         }
     }
 
     fn forget(&mut self, fingerprint: Fingerprint) {
         match &mut self.held {
-            Some(held) if held.lasting => held.suspect = true,
+            Some(held) if held.outlives_rejection => held.is_suspect = true,
             held => {
-                let refused = held.take().map(|held| held.value);
-                let troubles = self.troubles_mut();
-                if troubles.rejected.len() == REMEMBERED {
-                    troubles.rejected.pop_front();
-                }
-                troubles.rejected.push_back(fingerprint);
-                troubles.refused = refused;
+                let rejected = held.take().map(|held| held.value);
+                let past = self.setbacks_mut();
+                past.last_rejected = rejected;
+                past.rejected.truncate(REMEMBERED_REJECTIONS - 1);
+                past.rejected.push_front(fingerprint);
             }
         }
     }
@@ -308,228 +311,216 @@ impl<V: Value, E: Clone> Core<V, E> {
         }
     }
 
-    /// A renewal ended: how it went, in words made by `error`.
+    /// Handles the end of refresh `id`. `error` makes the error that waiters get, from the failure and the back-off.
     pub(super) fn finish(
         &mut self,
         now: Time,
         id: u64,
         outcome: Outcome<V>,
         version: u64,
-        error: impl FnOnce(Trouble, Duration) -> E,
+        error: impl FnOnce(RefreshFailure, Duration) -> E,
     ) -> Finish<V> {
         let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
-        let aborted = self.troubles.as_mut().is_some_and(|troubles| mem::take(&mut troubles.aborted));
-        let (trouble, retry_after) = match outcome {
-            Outcome::Fetched(mut offer) => {
-                let recheck = offer.recheck;
-                self.took = now.since(running.began).into();
-                // Suspended meanwhile, it may have been issued before that.
-                let unseen = now.unseen_since(running.began);
-                for lives in [&mut offer.stated, &mut offer.lifetime].into_iter().flatten() {
-                    *lives = lives.saturating_sub(unseen);
+        let was_aborted = self.setbacks.as_mut().is_some_and(|past| mem::take(&mut past.was_aborted));
+        let (failure, retry_after) = match outcome {
+            Outcome::Fetched(mut fresh) => {
+                let recheck = fresh.recheck;
+                self.last_duration = now.since(running.began);
+                // If the machine was suspended meanwhile, the credential may have been issued before that.
+                let suspended = now.unseen_since(running.began);
+                for lifetime in
+                    [&mut fresh.stated_lifetime, &mut fresh.claimed_lifetime].into_iter().flatten()
+                {
+                    *lifetime = lifetime.saturating_sub(suspended);
                 }
-                let stale = running.rejected == Some(offer.value.fingerprint());
-                match self.install(now, offer) {
-                    Ok(brought) => {
-                        if let Some(troubles) = &mut self.troubles {
-                            troubles.failure = None;
+                let predates_rejection = running.rejected == Some(fresh.value.fingerprint());
+                match self.install(now, fresh) {
+                    Ok(refreshed) => {
+                        if let Some(past) = &mut self.setbacks {
+                            past.failure = None;
                         }
-                        self.forget_troubles();
-                        // It may have been fetched before the rejection: once more.
-                        let again = stale && self.held.as_ref().is_some_and(|held| held.suspect);
-                        if let Some(held) = self.held.as_mut().filter(|_| !again) {
-                            held.suspect = false;
+                        if let Some(held) = self.held.as_mut().filter(|held| held.is_suspect) {
+                            if predates_rejection {
+                                return self.repeat(now, version, Ok(refreshed));
+                            }
+                            held.is_suspect = false;
                         }
-                        return if again {
-                            self.again(now, version, Ok(brought))
-                        } else {
-                            Finish::Over(Ok(brought))
-                        };
+                        return Finish::Done(Ok(refreshed));
                     }
-                    Err(trouble @ Trouble::Rejected) if stale => {
-                        return self.again(now, version, Err(trouble));
+                    Err(failure @ RefreshFailure::Rejected) if predates_rejection => {
+                        return self.repeat(now, version, Err(failure));
                     }
-                    Err(trouble @ Trouble::Unfit(Unfit::Expired)) if unseen >= PARTED => {
-                        return self.again(now, version, Err(trouble));
+                    Err(failure @ RefreshFailure::Unusable(Unusable::Expired))
+                        if suspended >= MAX_CLOCK_DRIFT =>
+                    {
+                        return self.repeat(now, version, Err(failure));
                     }
-                    Err(trouble) => (trouble, recheck),
+                    Err(failure) => (failure, recheck),
                 }
             }
             Outcome::Failed { permanent, retry_after } => {
-                self.fail(now, Trouble::Failed, permanent.then_some(version), retry_after, error);
-                return Finish::Over(Err(Trouble::Failed));
+                let failure = RefreshFailure::Source;
+                self.fail(now, failure, permanent.then_some(version), retry_after, error);
+                return Finish::Done(Err(failure));
             }
-            // Another runtime may do better, once.
-            Outcome::Aborted if !aborted => {
-                self.troubles_mut().aborted = true;
-                return Finish::Over(Err(Trouble::Aborted));
+            // The next caller's runtime may do better, once.
+            Outcome::Aborted if !was_aborted => {
+                self.setbacks_mut().was_aborted = true;
+                return Finish::Done(Err(RefreshFailure::Aborted));
             }
-            Outcome::Aborted => (Trouble::Aborted, None),
+            Outcome::Aborted => (RefreshFailure::Aborted, None),
         };
-        self.fail(now, trouble, None, retry_after, error);
-        Finish::Over(Err(trouble))
+        self.fail(now, failure, None, retry_after, error);
+        Finish::Done(Err(failure))
     }
 
-    fn again(&mut self, now: Time, version: u64, ended: Result<Brought, Trouble>) -> Finish<V> {
-        self.start(now, version).map_or(Finish::Over(ended), Finish::Again)
+    fn repeat(&mut self, now: Time, version: u64, ended: Result<Refreshed, RefreshFailure>) -> Finish<V> {
+        self.start(now, version).map_or(Finish::Done(ended), Finish::Repeat)
     }
 
-    fn install(&mut self, now: Time, offer: Offer<V>) -> Result<Brought, Trouble> {
-        let fingerprint = offer.value.fingerprint();
-        if self.troubles.as_ref().is_some_and(|troubles| troubles.rejected.contains(&fingerprint)) {
-            return Err(Trouble::Rejected);
+    fn install(&mut self, now: Time, fresh: Fresh<V>) -> Result<Refreshed, RefreshFailure> {
+        let fingerprint = fresh.value.fingerprint();
+        if self.setbacks.as_ref().is_some_and(|past| past.rejected.contains(&fingerprint)) {
+            return Err(RefreshFailure::Rejected);
         }
-        let chance = self.chance.f64();
-        let schedule =
-            Schedule::new(&offer, now, self.took.into(), chance, &self.policy).map_err(Trouble::Unfit)?;
-        let same = |held: &Held<V>| held.value.fingerprint() == fingerprint;
+        let schedule = Schedule::new(&fresh, now, self.last_duration, self.rng.f64(), &self.policy)
+            .map_err(RefreshFailure::Unusable)?;
+        let is_same = |held: &Held<V>| held.value.fingerprint() == fingerprint;
         if let Some(held) = self.usable(now)
-            && offer.recheck.is_none()
-            && !same(held)
-            && held.schedule.expires
-            && schedule.expires
-            && schedule.expire().remaining(now) < held.schedule.expire().remaining(now)
+            && fresh.recheck.is_none()
+            && !is_same(held)
+            && held.schedule.expires()
+            && schedule.expires()
+            && schedule.expires_at().remaining(now) < held.schedule.expires_at().remaining(now)
         {
-            return Err(Trouble::Older);
+            return Err(RefreshFailure::Older);
         }
-        let stale = schedule.renew().has_come(now);
-        let unchanged = self.held.as_ref().is_some_and(same);
-        let suspect = unchanged && self.held.as_ref().is_some_and(|held| held.suspect);
-        let Offer { value, lasting, .. } = offer;
-        self.held = Some(Held { value, schedule, lasting, suspect });
-        if let Some(troubles) = &mut self.troubles {
-            troubles.refused = None;
+        let is_stale = schedule.advisory_at().has_come(now);
+        let same = self.held.as_ref().filter(|held| is_same(held));
+        let (is_unchanged, is_suspect) = (same.is_some(), same.is_some_and(|held| held.is_suspect));
+        let Fresh { value, outlives_rejection, .. } = fresh;
+        self.held = Some(Held { value, schedule, outlives_rejection, is_suspect });
+        if let Some(past) = &mut self.setbacks {
+            past.last_rejected = None;
         }
-        match (stale, unchanged) {
-            (true, _) => Err(Trouble::Stale),
-            (false, true) => Ok(Brought::TheSame),
-            (false, false) => Ok(Brought::Another),
+        match (is_stale, is_unchanged) {
+            (true, _) => Err(RefreshFailure::Stale),
+            (false, true) => Ok(Refreshed::Unchanged),
+            (false, false) => Ok(Refreshed::Replaced),
         }
     }
 
     fn fail(
         &mut self,
         now: Time,
-        trouble: Trouble,
+        failure: RefreshFailure,
         permanent: Option<u64>,
         retry_after: Option<Duration>,
-        error: impl FnOnce(Trouble, Duration) -> E,
+        error: impl FnOnce(RefreshFailure, Duration) -> E,
     ) {
         if let Some(held) = &mut self.held {
-            held.suspect = false;
+            held.is_suspect = false;
         }
         let attempts = self.failure().map_or(0, |failure| failure.attempts).saturating_add(1);
         let delay = match retry_after {
             Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff),
-            None => self.policy.backoff(attempts).mul_f64(1.0 - self.chance.f64() / 2.0),
+            None => self.policy.backoff(attempts).mul_f64(1.0 - self.rng.f64() / 2.0),
         };
-        let error = error(trouble, delay);
-        self.troubles_mut().failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
+        let error = error(failure, delay);
+        self.setbacks_mut().failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
     }
 
-    /// What may be served without asking again, and until when.
-    pub(super) fn lease(&self, now: Time) -> Option<(V, Deadline)> {
-        let held = self.usable(now).filter(|held| !held.suspect)?;
+    /// The credential that requests may use without asking the state machine, and until when.
+    pub(super) fn lease(&self, now: Time) -> Option<(&V, Deadline)> {
+        let held = self.usable(now).filter(|held| !held.is_suspect)?;
         let schedule = &held.schedule;
         let until = match (self.failure(), &self.running) {
-            (None, None) => schedule.renew(),
-            (None, Some(_)) => schedule.wait(),
-            (Some(_), Some(_)) => schedule.expire(),
+            (None, None) => schedule.advisory_at(),
+            (None, Some(_)) => schedule.mandatory_at(),
+            (Some(_), Some(_)) => schedule.expires_at(),
             (Some(Failure { permanent: Some(_), .. }), None) => now.after(VERSION_CHECK),
             (Some(failure), None) => failure.retry,
         };
-        let until = until.earlier(schedule.expire());
-        (!until.has_come(now)).then(|| (held.value.clone(), until))
+        let until = until.earlier(schedule.expires_at());
+        (!until.has_come(now)).then_some((&held.value, until))
     }
 
-    /// The credential there is, if it may be handed out.
+    /// The current credential, unless it has expired.
     fn usable(&self, now: Time) -> Option<&Held<V>> {
-        self.held.as_ref().filter(|held| !held.schedule.expire().has_come(now))
+        self.held.as_ref().filter(|held| !held.schedule.expires_at().has_come(now))
     }
 
+    /// The current credential and when it expires, if it does.
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
-        let held = self.usable(now)?;
-        Some((&held.value, held.schedule.expires.then_some(held.schedule.expire())))
+        let Held { value, schedule, .. } = self.usable(now)?;
+        Some((value, schedule.expires().then(|| schedule.expires_at())))
     }
 
-    /// The one there is or was, as long as there is no other.
+    /// The current credential or, while there is none, the last one that was rejected.
     pub(super) fn last(&self) -> Option<&V> {
-        self.held.as_ref().map(|held| &held.value).or(self.refused())
+        self.held.as_ref().map(|held| &held.value).or(self.last_rejected())
     }
 
     pub(super) fn is_running(&self, id: u64) -> bool {
         self.running.as_ref().is_some_and(|running| running.id == id)
     }
 
-    pub(super) fn is_renewing(&self) -> bool {
+    pub(super) fn is_refreshing(&self) -> bool {
         self.running.is_some()
     }
 
-    /// Whether nothing is fetched until the source has another version.
-    pub(super) fn has_failed_for_good(&self) -> bool {
+    /// Whether the source is not asked again before its version changes.
+    pub(super) fn has_failed_permanently(&self) -> bool {
         self.failure().is_some_and(|failure| failure.permanent.is_some())
     }
 
-    /// Why there is none, if a renewal failed.
+    /// Why the last refresh failed, if it did.
     pub(super) fn error(&self) -> Option<&E> {
         self.failure().map(|failure| &failure.error)
     }
 
     fn failure(&self) -> Option<&Failure<E>> {
-        self.troubles.as_ref()?.failure.as_ref()
+        self.setbacks.as_ref()?.failure.as_ref()
     }
 
-    fn refused(&self) -> Option<&V> {
-        self.troubles.as_ref()?.refused.as_ref()
+    fn last_rejected(&self) -> Option<&V> {
+        self.setbacks.as_ref()?.last_rejected.as_ref()
     }
 
-    fn troubles_mut(&mut self) -> &mut Troubles<V, E> {
-        self.troubles.get_or_insert_default()
-    }
-
-    /// Keeps no room for them when they are over.
-    fn forget_troubles(&mut self) {
-        self.troubles.take_if(|troubles| troubles.are_over());
+    fn setbacks_mut(&mut self) -> &mut Setbacks<V, E> {
+        self.setbacks.get_or_insert_default()
     }
 }
 
-impl<V, E> Troubles<V, E> {
-    fn are_over(&self) -> bool {
-        let Self { failure, refused, rejected, rejections, aborted } = self;
-        let remembers = !rejected.is_empty() || rejections.last.is_some();
-        failure.is_none() && refused.is_none() && !remembers && !aborted
-    }
-}
-
-// Derived, it would ask for defaults of `V` and `E`.
-impl<V, E> Default for Troubles<V, E> {
+// Derived, it would require defaults of `V` and `E`.
+impl<V, E> Default for Setbacks<V, E> {
     fn default() -> Self {
         Self {
             failure: None,
-            refused: None,
+            last_rejected: None,
             rejected: VecDeque::new(),
             rejections: Streak::default(),
-            aborted: false,
+            was_aborted: false,
         }
     }
 }
 
 impl RefreshPolicy {
     fn backoff(&self, attempts: u32) -> Duration {
-        let doubled = 2u32.saturating_pow(attempts.saturating_sub(1));
-        self.min_backoff.saturating_mul(doubled).min(self.max_backoff)
+        let factor = 2u32.saturating_pow(attempts.saturating_sub(1));
+        self.min_backoff.saturating_mul(factor).min(self.max_backoff)
     }
 }
 
 impl Streak {
     fn is_too_soon(&mut self, now: Time, policy: &RefreshPolicy) -> bool {
         let Some(last) = self.last else { return false };
-        let since = now.since(last);
-        if since >= QUIET {
+        let elapsed = now.since(last);
+        if elapsed >= STREAK_RESET {
             *self = Self::default();
             return false;
         }
-        since < policy.backoff(self.length)
+        elapsed < policy.backoff(self.length)
     }
 
     fn count(&mut self, now: Time) {

@@ -1,3 +1,5 @@
+//! How a request's body is kept while it is sent, and restored for the replay.
+
 use std::{
     collections::VecDeque,
     convert::Infallible,
@@ -8,48 +10,42 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Request};
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
-/// How a request's body is had a second time. Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`];
-/// for a client with a body type of its own, by you.
+/// Keeps a request's body while it is sent, and restores it for the replay.
+///
+/// Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`]. Implement it for a client with its own body type.
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` cannot send a request with the body `{B}` again: use `.buffered(limit)` or `.without_replay()`",
-    label = "the body is not `Clone`, or no body at all",
-    note = "for reqwest's body: `.with_replay(TryCloneBody)` of `tower_selam::adapter::reqwest`",
-    note = "keep what is sent of it up to a limit by `.buffered(limit)`, or send no request again by \
-            `.without_replay()`: `SelamLayer` and `RefreshLayer` have both"
+    message = "`{Self}` cannot replay a request with the body `{B}`: use `.buffered(limit)` or `.without_replay()`",
+    label = "the body is not `Clone`, or not a body",
+    note = "for reqwest's body: `.with_replay(TryCloneBody)` from `tower_selam::adapter::reqwest`",
+    note = "`SelamLayer` and `RefreshLayer` have `.buffered(limit)`, which keeps up to `limit` bytes while they are sent, \
+            and `.without_replay()`, which replays nothing"
 )]
 pub trait Replay<B> {
-    /// What the service within gets.
+    /// The body that the inner service gets.
     type Body;
 
     /// What is kept meanwhile.
     type Captured;
 
-    /// Takes what is needed to send `body` again; nothing, when it cannot be.
+    /// Splits a body into the one to send and what is needed to restore it; `None` if it cannot be restored.
     fn capture(&self, body: B) -> (Self::Body, Option<Self::Captured>);
 
-    /// What the service within gets of a request that is not sent again.
+    /// Converts the body of a request that is never replayed.
     fn pass_through(&self, body: B) -> Self::Body;
 
-    /// Waits until the body can be had again, or never can: a client may still be sending it when the response is there.
+    /// Waits until the body can be restored, or never can: a client may still be sending it when the response arrives.
     ///
-    /// It is given up after five seconds. By default there is nothing to wait for.
-    fn poll_captured(&self, kept: &mut Self::Captured, cx: &mut Context<'_>) -> Poll<()> {
-        let _ = (kept, cx);
+    /// The layer gives up after five seconds. By default there is nothing to wait for.
+    fn poll_captured(&self, captured: &mut Self::Captured, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = (captured, cx);
         Poll::Ready(())
     }
 
-    /// The same body again, byte by byte; `None` when it cannot be had. Never another, nor an empty one.
-    fn restore(&self, kept: Self::Captured) -> Option<Self::Body>;
-
-    /// [`once`](Self::once) for a whole request, which need not be taken apart where the body stays as it is.
-    #[doc(hidden)]
-    #[inline]
-    fn once_of(&self, request: Request<B>) -> Request<Self::Body> {
-        request.map(|body| self.pass_through(body))
-    }
+    /// Returns the same body again, byte for byte; `None` if that is impossible. Never another, nor an empty one.
+    fn restore(&self, captured: Self::Captured) -> Option<Self::Body>;
 }
 
 /// Clones the body.
@@ -72,17 +68,12 @@ impl<B: Clone> Replay<B> for CloneBody {
         body
     }
 
-    fn restore(&self, kept: B) -> Option<B> {
-        Some(kept)
-    }
-
-    #[inline]
-    fn once_of(&self, request: Request<B>) -> Request<B> {
-        request
+    fn restore(&self, captured: B) -> Option<B> {
+        Some(captured)
     }
 }
 
-/// Sends nothing again.
+/// Replays nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoReplay;
 
@@ -100,17 +91,12 @@ impl<B> Replay<B> for NoReplay {
         body
     }
 
-    fn restore(&self, kept: Infallible) -> Option<B> {
-        match kept {}
-    }
-
-    #[inline]
-    fn once_of(&self, request: Request<B>) -> Request<B> {
-        request
+    fn restore(&self, captured: Infallible) -> Option<B> {
+        match captured {}
     }
 }
 
-/// Keeps what is sent of the body, up to a limit, and makes it a [`ReplayBody`].
+/// Keeps what is sent of the body, up to a limit.
 #[derive(Clone, Copy, Debug)]
 pub struct BufferBody {
     limit: usize,
@@ -130,7 +116,7 @@ impl<B: Body> Replay<B> for BufferBody {
     type Captured = CapturedBody<B>;
 
     fn capture(&self, body: B) -> (ReplayBody<B>, Option<CapturedBody<B>>) {
-        // One that says how long it is at least need not be tried.
+        // A body that is known to exceed the limit need not be kept.
         if usize::try_from(body.size_hint().lower()).map_or(true, |lower| lower > self.limit) {
             return (self.pass_through(body), None);
         }
@@ -157,23 +143,23 @@ impl<B: Body> Replay<B> for BufferBody {
     fn restore(&self, kept: CapturedBody<B>) -> Option<ReplayBody<B>> {
         match std::mem::replace(&mut *lock(&kept.0), Kept::Lost) {
             Kept::Done { frames, rest } => Some(ReplayBody::new(frames, rest, None)),
-            // The client still sends it, or it was too long.
+            // The client is still sending it, or it was too long.
             Kept::Sending { .. } | Kept::Lost => None,
         }
     }
 }
 
-/// What [`BufferBody`] keeps.
+/// The part of a body that [`BufferBody`] has kept.
 pub struct CapturedBody<B>(Arc<Mutex<Kept<B>>>);
 
 enum Kept<B> {
     Sending {
         frames: VecDeque<Piece>,
         room: usize,
-        /// Who wants to send it again.
+        /// Waits to restore the body.
         waiting: Option<Waker>,
     },
-    /// The client has let go of it; what it did not send is the rest.
+    /// The client has let go of the body; `rest` is what it did not send.
     Done {
         frames: VecDeque<Piece>,
         rest: Option<Pin<Box<B>>>,
@@ -187,8 +173,7 @@ enum Piece {
     Trailers(HeaderMap),
 }
 
-/// A body that is kept while it is sent: what [`RefreshLayer::buffered`](super::RefreshLayer::buffered) makes of
-/// a request's. The same frames, as `Bytes`.
+/// A request body that is kept while it is sent, made by [`BufferBody`]. It yields the same frames, with data as `Bytes`.
 pub struct ReplayBody<B> {
     before: VecDeque<Piece>,
     rest: Option<Pin<Box<B>>>,
@@ -200,10 +185,10 @@ impl<B> ReplayBody<B> {
         Self { before, rest, kept }
     }
 
-    fn remember(&mut self, piece: &Piece) {
+    fn keep(&mut self, piece: &Piece) {
         let Some(kept) = &self.kept else { return };
         if Arc::strong_count(kept) == 1 {
-            // Nobody is left to send it again: a stream goes on after its response has begun.
+            // Nobody can restore it any more: the response has begun, and the request body is still streaming.
             self.kept = None;
             return;
         }
@@ -221,7 +206,7 @@ impl<B> ReplayBody<B> {
         }
     }
 
-    /// It broke off or is too long, so it cannot be had again.
+    /// The body broke off or is too long, so it cannot be restored.
     fn lose(&mut self) {
         if let Some(kept) = self.kept.take() {
             settle(&kept, |_| Kept::Lost);
@@ -249,7 +234,7 @@ impl<B: Body> Body for ReplayBody<B> {
             }
             None => {
                 self.rest = None;
-                // All of it was sent, whoever holds on to this.
+                // Complete, even if the client does not drop it.
                 if let Some(kept) = self.kept.take() {
                     settle(&kept, |frames| Kept::Done { frames, rest: None });
                 }
@@ -261,13 +246,13 @@ impl<B: Body> Body for ReplayBody<B> {
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => Piece::Trailers(trailers),
                 Err(_) => {
-                    // A kind of frame that nobody knows yet.
+                    // A kind of frame that http-body does not know yet.
                     self.lose();
                     return Poll::Ready(Some(Ok(Frame::data(Bytes::new()))));
                 }
             },
         };
-        self.remember(&piece);
+        self.keep(&piece);
         Poll::Ready(Some(Ok(piece.into_frame())))
     }
 
@@ -287,7 +272,7 @@ impl<B: Body> Body for ReplayBody<B> {
     }
 }
 
-/// The client is done with it: what it did not send is still to be had.
+/// The client has let go of the body: what it did not send can be restored.
 impl<B> Drop for ReplayBody<B> {
     fn drop(&mut self) {
         let Some(kept) = self.kept.take() else { return };
@@ -312,7 +297,7 @@ impl Piece {
     }
 }
 
-/// What becomes of what was sent, now that no more is; wakes who waits for it.
+/// Ends the capture of a body, and wakes the waiter.
 fn settle<B>(kept: &Mutex<Kept<B>>, end: impl FnOnce(VecDeque<Piece>) -> Kept<B>) {
     let mut state = lock(kept);
     let waiting = match std::mem::replace(&mut *state, Kept::Lost) {
@@ -320,7 +305,6 @@ fn settle<B>(kept: &Mutex<Kept<B>>, end: impl FnOnce(VecDeque<Piece>) -> Kept<B>
             *state = end(frames);
             waiting
         }
-        // Nothing is sent any more, so it stays what it was.
         settled => {
             *state = settled;
             None
@@ -354,8 +338,9 @@ mod tests {
 
     use super::*;
 
+    /// J7
     #[tokio::test]
-    async fn j7_nothing_is_kept_once_nobody_is_left_to_send_it_again() {
+    async fn nothing_is_kept_after_the_response() {
         let owner = Arc::new([0; 8]);
         let held = |owner: &Arc<[u8; 8]>| Bytes::from_owner(Owner(Arc::clone(owner)));
         for (left, counted) in [(true, 2), (false, 1)] {

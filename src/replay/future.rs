@@ -1,3 +1,5 @@
+//! The response future: passes a response on, or replays the request after a 401.
+
 use std::{
     fmt,
     pin::Pin,
@@ -10,43 +12,94 @@ use http_body::Body;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use super::{Replay, head::HeadCopy, service::Spare};
+use super::{Replay, blame::Blame, captured::Captured};
 use crate::{
-    AuthErrorKind, Credentials,
-    auth_error::{Bounds, Collect, End, InspectedBody, Read},
-    authorize::Sent,
-    authorize::provider::Part,
-    error::CloneClient,
-    refresh::{Landing, Rejection, Wait},
+    CloneClient,
+    auth_error::{BodyLimits, InspectedBody, Inspection},
+    authorize::Undecided,
+    refresh::{Rejection, WaitForRefresh},
     telemetry::event,
-    util::cold::Cold,
     util::timer::Timer,
 };
 
-/// How long a client may take to let go of the body of a request that was refused.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client may take to let go of the body of a request that was rejected before it was sent completely.
+const BODY_RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pin_project! {
-    /// Response future of [`Refresh`](super::Refresh). Dropping it drops the request, and leaves a renewal that
-    /// it waits for running.
-    pub struct ResponseFuture<F, S, R, ReqBody, ResBody>
-    where
-        R: Replay<ReqBody>,
-        ResBody: Body,
-    {
+    /// Response future of [`Refresh`](super::Refresh).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping it drops the request. A refresh that it waits for continues.
+    pub struct ResponseFuture<F, A> {
+        // `None` once the first response is there.
         #[pin]
-        replaying: Replaying<F, S, R, ReqBody, ResBody>,
+        first: Option<F>,
+        attempt: A,
     }
 }
 
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> ResponseFuture<F, S, R, ReqBody, ResBody> {
+/// A request under way, and what it takes to replay it.
+#[expect(unnameable_types, reason = "an opaque parameter of `ResponseFuture`")]
+pub struct Attempt<S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>>,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    replay: R,
+    captured: Option<Captured<S, R::Captured>>,
+    recovery: Option<Box<Recovery<S, R::Body, ResBody>>>,
+}
+
+/// What happens after a 401.
+enum Recovery<S, B, ResBody>
+where
+    S: Service<Request<B>>,
+    ResBody: Body,
+{
+    /// The body of the 401 is being read.
+    Reading { rejected: Box<Inspection<ResBody>> },
+    /// A refresh is awaited, if one is needed.
+    Refreshing { rejected: Box<Inspection<ResBody>>, blame: Blame, refresh: Option<WaitForRefresh> },
+    /// The client may still be sending the request's body.
+    ReleasingBody { rejected: Box<Inspection<ResBody>>, blame: Blame, timeout: Timer },
+    /// The service is not ready for the replay.
+    NotReady { service: S, request: Request<B>, blame: Blame },
+    /// The second response is awaited, which is returned whatever it is.
+    Replaying { response: Pin<Box<S::Future>>, blame: Blame },
+}
+
+/// What follows a step.
+enum Next<S, B, ResBody, E>
+where
+    S: Service<Request<B>>,
+    ResBody: Body,
+{
+    Step(Recovery<S, B, ResBody>),
+    Return(Result<Response<InspectedBody<ResBody>>, E>),
+}
+
+impl<F, A> ResponseFuture<F, A> {
     #[inline]
-    pub(super) fn new(replaying: Replaying<F, S, R, ReqBody, ResBody>) -> Self {
-        Self { replaying }
+    pub(super) fn new(response: F, attempt: A) -> Self {
+        Self { first: Some(response), attempt }
     }
 }
 
-impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
+impl<S, R, ReqBody, ResBody> Attempt<S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>>,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    #[inline]
+    pub(super) fn new(replay: R, captured: Option<Captured<S, R::Captured>>) -> Self {
+        Self { replay, captured, recovery: None }
+    }
+}
+
+impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, Attempt<S, R, ReqBody, ResBody>>
 where
     S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody>,
@@ -56,381 +109,133 @@ where
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.project().replaying.poll_or(
-            cx,
-            |response| response.map(InspectedBody::unread),
-            |stopped| match stopped {
-                Stopped::Refused(read) => Ok(read.into_response()),
-                Stopped::Failed(error) => Err(error),
-            },
-        )
-    }
-}
-
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
-    for ResponseFuture<F, S, R, ReqBody, ResBody>
-{
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
-
-pin_project! {
-    /// The same, before it is known what becomes of a 401 that goes up.
-    pub(crate) struct Replaying<F, S, R, ReqBody, ResBody>
-    where
-        R: Replay<ReqBody>,
-        ResBody: Body,
-    {
-        #[pin]
-        state: State<F, S, R::Body, ResBody>,
-        again: Again<S, R, ReqBody>,
-    }
-}
-
-/// On a response that can yet turn out to be a refusal, in its trailers.
-#[derive(Clone, Copy)]
-pub(crate) struct Undecided;
-
-/// What comes of [`Replaying`] instead of a response that passes: a 401 that goes up has been read.
-pub(crate) enum Stopped<E, B: Body> {
-    Failed(E),
-    Refused(Box<Read<B>>),
-}
-
-/// What it takes to send a request again.
-pub(crate) struct Again<S, R: Replay<ReqBody>, ReqBody> {
-    pub(super) kept: Option<Kept<S, R::Captured>>,
-    pub(super) replay: R,
-}
-
-pub(super) struct Kept<S, B> {
-    pub(super) head: HeadCopy,
-    pub(super) body: B,
-    pub(super) spare: Spare<S>,
-}
-
-pin_project! {
-    #[project = StateProj]
-    enum State<F, S, B, ResBody>
-    where
-        ResBody: Body,
-    {
-        // The first response is awaited.
-        First { #[pin] response: F },
-        // It is a 401: seldom, and one state, so that the usual one is dropped as quickly as can be.
-        Refused { step: Cold<Step<F, S, B, ResBody>> },
-    }
-}
-
-/// What is awaited since the API refused.
-enum Step<F, S, B, ResBody: Body> {
-    /// What the 401 says.
-    Reading { refusal: Box<Refusal<ResBody>> },
-    /// Another credential.
-    Refreshing { refusal: Box<Refusal<ResBody>>, renewal: Option<Box<Wait>> },
-    /// The client, which may still be sending the body.
-    LettingGo { refusal: Box<Refusal<ResBody>>, patience: Timer },
-    /// The service, to be called again.
-    Readiness { again: Box<(S, Request<B>)>, blamed: Option<Box<Blamed>> },
-    /// The second response, which goes up whatever it is.
-    Second { response: Pin<Box<F>>, blamed: Option<Box<Blamed>> },
-}
-
-/// A 401, and what it is about.
-struct Refusal<B: Body> {
-    collect: Box<Collect<B>>,
-    end: Option<End<B::Error>>,
-    blamed: Option<Blamed>,
-}
-
-/// What the API refused, and where another can come from.
-pub(crate) struct Blamed {
-    part: Part,
-    sent: Credentials,
-}
-
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> Replaying<F, S, R, ReqBody, ResBody> {
-    #[inline]
-    pub(crate) fn new(response: F, again: Again<S, R, ReqBody>) -> Self {
-        Self { state: State::First { response }, again }
-    }
-
-    /// What the response is of that went up.
-    #[cfg(feature = "tonic")]
-    pub(crate) fn response(self: Pin<&mut Self>) -> Option<Pin<&mut F>> {
-        match self.project().state.project() {
-            StateProj::First { response } => Some(response),
-            StateProj::Refused { step } => match step.as_mut()? {
-                Step::Second { response, .. } => Some(response.as_mut()),
-                _ => None,
-            },
-        }
-    }
-}
-
-impl<S, R, ReqBody, ResBody> Future for Replaying<S::Future, S, R, ReqBody, ResBody>
-where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
-    R: Replay<ReqBody>,
-    ResBody: Body,
-{
-    type Output = Result<Response<ResBody>, Stopped<S::Error, ResBody>>;
-
-    #[inline]
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.poll_or(cx, |response| response, Err)
-    }
-}
-
-impl<S, R, ReqBody, ResBody> Replaying<S::Future, S, R, ReqBody, ResBody>
-where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
-    R: Replay<ReqBody>,
-    ResBody: Body,
-{
-    /// Polls for the response that passes, and what comes instead is for `stop` to say.
-    #[inline]
-    fn poll_or<T, E>(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        pass: impl FnOnce(Response<ResBody>) -> T,
-        stop: impl FnOnce(Stopped<S::Error, ResBody>) -> Result<T, E>,
-    ) -> Poll<Result<T, E>> {
-        let polled = match self.as_mut().project().state.project() {
-            StateProj::First { response } => match response.poll(cx) {
-                Poll::Ready(Ok(response)) if response.status() == StatusCode::UNAUTHORIZED => {
-                    self.refused(response, cx)
-                }
-                Poll::Ready(Ok(response)) => return Poll::Ready(Ok(pass(response))),
-                polled => polled.map_err(Stopped::Failed),
-            },
-            _ => self.poll_refused(cx),
-        };
-        Poll::Ready(match ready!(polled) {
-            Ok(response) => Ok(pass(response)),
-            Err(stopped) => stop(stopped),
-        })
-    }
-
-    #[cold]
-    fn refused(
-        mut self: Pin<&mut Self>,
-        response: Response<ResBody>,
-        cx: &mut Context<'_>,
-    ) -> Poll<<Self as Future>::Output> {
-        if !can_be_renewed(&response) {
-            return Poll::Ready(Ok(response));
-        }
-        let step = Cold::new(Step::Reading { refusal: Refusal::new(response) });
-        self.as_mut().project().state.set(State::Refused { step });
-        self.poll_refused(cx)
-    }
-
-    #[cold]
-    fn poll_refused(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<<Self as Future>::Output> {
-        let this = self.project();
-        let StateProj::Refused { step } = this.state.project() else { return Poll::Pending };
-        loop {
-            let Some(current) = step.as_mut() else { return Poll::Pending };
-            if let Step::Second { response, blamed } = current {
-                let second = ready!(response.as_mut().poll(cx));
-                if let (Ok(response), Some(blamed)) = (&second, blamed)
-                    && is_accepted(response)
-                {
-                    blamed.accept();
-                }
-                event::sent_again(second.as_ref().ok().map(Response::status));
-                return Poll::Ready(second.map_err(Stopped::Failed));
+        let mut this = self.project();
+        if let Some(first) = this.first.as_mut().as_pin_mut() {
+            let response = ready!(first.poll(cx));
+            this.first.set(None);
+            let response = response?;
+            if response.status() != StatusCode::UNAUTHORIZED || !can_recover(&response) {
+                return Poll::Ready(Ok(response.map(InspectedBody::unread)));
             }
-            ready!(current.poll(this.again, cx)).map_err(Stopped::Failed)?;
-            let Some(current) = step.take() else { return Poll::Pending };
-            *step = Cold::new(current.next(this.again)?);
+            let rejected = Inspection::new(response, BodyLimits::default());
+            this.attempt.recovery = Some(Box::new(Recovery::Reading { rejected }));
         }
+        this.attempt.poll_recovery(cx)
     }
 }
 
-impl<S, B, ResBody> Step<S::Future, S, B, ResBody>
+/// Whether a 401 concerns a credential that can be replaced.
+#[cold]
+fn can_recover<B>(response: &Response<B>) -> bool {
+    response.extensions().get().is_some_and(Blame::is_possible)
+}
+
+impl<S, R, ReqBody, ResBody> Attempt<S, R, ReqBody, ResBody>
 where
-    S: Service<Request<B>, Response = Response<ResBody>> + CloneClient,
+    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    R: Replay<ReqBody>,
     ResBody: Body,
 {
-    /// Waits until there is a next step.
-    fn poll<R, ReqBody>(
+    #[cold]
+    fn poll_recovery(
         &mut self,
-        again: &mut Again<S, R, ReqBody>,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(), S::Error>>
-    where
-        R: Replay<ReqBody, Body = B>,
-    {
-        match self {
-            Self::Reading { refusal } => ready!(refusal.poll_read(cx)),
-            Self::Refreshing { renewal: Some(wait), .. } => {
-                // Whether it succeeded shows in what there is.
-                let _ = ready!(Pin::new(wait).poll(cx));
-            }
-            Self::LettingGo { patience, .. } => {
-                if again.poll_kept(cx).is_pending() {
-                    ready!(patience.poll(cx).unwrap_or(Poll::Ready(())));
+    ) -> Poll<Result<Response<InspectedBody<ResBody>>, S::Error>> {
+        loop {
+            let Some(step) = &mut self.recovery else { return Poll::Pending };
+            match &mut **step {
+                Recovery::Reading { rejected } => ready!(rejected.poll(cx)),
+                Recovery::Refreshing { refresh: Some(refresh), .. } => {
+                    // Whether it succeeded shows in whether there is a replacement.
+                    let _ = ready!(Pin::new(refresh).poll(cx));
+                }
+                Recovery::Refreshing { refresh: None, .. } => {}
+                Recovery::ReleasingBody { timeout, .. } => {
+                    if let Some(captured) = &mut self.captured
+                        && self.replay.poll_captured(&mut captured.body, cx).is_pending()
+                    {
+                        ready!(timeout.poll(cx).unwrap_or(Poll::Ready(())));
+                    }
+                }
+                Recovery::NotReady { service, .. } => ready!(service.poll_ready(cx))?,
+                Recovery::Replaying { response, blame } => {
+                    let second = ready!(response.as_mut().poll(cx));
+                    if second.as_ref().is_ok_and(is_accepted) {
+                        blame.accept();
+                    }
+                    event::request_replayed(second.as_ref().ok().map(Response::status));
+                    return Poll::Ready(second.map(|response| response.map(InspectedBody::unread)));
                 }
             }
-            Self::Readiness { again, .. } => ready!(again.0.poll_ready(cx))?,
-            Self::Refreshing { renewal: None, .. } | Self::Second { .. } => {}
+            let Some(step) = self.recovery.take() else { return Poll::Pending };
+            match self.next(*step) {
+                Next::Step(step) => self.recovery = Some(Box::new(step)),
+                Next::Return(result) => return Poll::Ready(result),
+            }
         }
-        Poll::Ready(Ok(()))
     }
 
-    /// The next step, unless the 401 goes up.
-    fn next<R, ReqBody>(self, again: &mut Again<S, R, ReqBody>) -> Result<Self, Stopped<S::Error, ResBody>>
-    where
-        R: Replay<ReqBody, Body = B>,
-    {
-        Ok(match self {
-            Self::Reading { mut refusal } => {
-                let renewal = match refusal.reject() {
-                    _ if again.kept.is_none() => return Err(refusal.stop()),
-                    (Rejection::Superseded, _) => None,
-                    (_, Some(landing)) => Some(Box::new(Wait::new(landing))),
-                    (_, None) => return Err(refusal.stop()),
+    /// Continues after a step has been completed.
+    fn next(&mut self, step: Recovery<S, R::Body, ResBody>) -> Next<S, R::Body, ResBody, S::Error> {
+        let give_up = |rejected: Box<Inspection<ResBody>>| Next::Return(Ok(rejected.into_response()));
+        Next::Step(match step {
+            Recovery::Reading { rejected } => {
+                let kind = rejected.error().kind();
+                let Some(blame) = rejected.sent().and_then(|sent| Blame::assign(sent, kind)) else {
+                    return give_up(rejected);
                 };
-                Self::Refreshing { refusal, renewal }
+                // Even if this request cannot be replayed, the next one needs another credential.
+                let refresh = match blame.reject() {
+                    _ if self.captured.is_none() => return give_up(rejected),
+                    (Rejection::Superseded, _) => None,
+                    (_, Some(in_flight)) => Some(WaitForRefresh::new(in_flight)),
+                    (_, None) => return give_up(rejected),
+                };
+                Recovery::Refreshing { rejected, blame, refresh }
             }
-            Self::Refreshing { refusal, .. } if refusal.has_other() => {
-                Self::LettingGo { refusal, patience: Timer::new(PATIENCE) }
+            Recovery::Refreshing { rejected, blame, .. } if blame.has_replacement() => {
+                Recovery::ReleasingBody { rejected, blame, timeout: Timer::new(BODY_RELEASE_TIMEOUT) }
             }
-            Self::Refreshing { refusal, .. } => return Err(refusal.stop()),
-            Self::LettingGo { refusal, .. } => match again.take() {
-                Some(again) => {
-                    Self::Readiness { again: Box::new(again), blamed: refusal.blamed.map(Box::new) }
-                }
-                None => return Err(refusal.stop()),
+            Recovery::Refreshing { rejected, .. } => return give_up(rejected),
+            Recovery::ReleasingBody { rejected, blame, .. } => match self.restore() {
+                Some((service, request)) => Recovery::NotReady { service, request, blame },
+                None => return give_up(rejected),
             },
-            Self::Readiness { again, blamed } => {
-                let (mut service, request) = *again;
-                Self::Second { response: Box::pin(service.call(request)), blamed }
+            Recovery::NotReady { mut service, request, blame } => {
+                Recovery::Replaying { response: Box::pin(service.call(request)), blame }
             }
-            second @ Self::Second { .. } => second,
+            replaying @ Recovery::Replaying { .. } => replaying,
         })
     }
-}
 
-impl<S, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
-    /// A request that is not sent yet still has its head.
-    pub(crate) fn forget_head(&mut self) {
-        if let Some(kept) = &mut self.kept {
-            kept.head = HeadCopy::default();
-        }
-    }
-
-    /// The request is about to be sent.
-    pub(crate) fn keep_head(&mut self, request: &Request<R::Body>) {
-        if let Some(kept) = &mut self.kept {
-            kept.head = HeadCopy::of(request);
-        }
+    /// The request as it was, and a service to send it with; `None` if its body cannot be sent again.
+    fn restore(&mut self) -> Option<(S, Request<R::Body>)> {
+        let Captured { head, body, spare } = self.captured.take()?;
+        let body = self.replay.restore(body)?;
+        Some((spare.service(), Request::from_parts(head, body)))
     }
 }
 
-impl<S: Clone, R: Replay<ReqBody>, ReqBody> Again<S, R, ReqBody> {
-    fn poll_kept(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut self.kept {
-            Some(kept) => self.replay.poll_captured(&mut kept.body, cx),
-            None => Poll::Ready(()),
-        }
-    }
-
-    /// The request as it was, and a service to send it with; `None` if either cannot be had.
-    fn take(&mut self) -> Option<(S, Request<R::Body>)> {
-        let Kept { head, body, spare } = self.kept.take()?;
-        let request = head.into_request(self.replay.restore(body)?)?;
-        Some((spare.service()?, request))
-    }
-}
-
-/// Whether a 401 is on what can be another.
-fn can_be_renewed<B>(refusal: &Response<B>) -> bool {
-    refusal.extensions().get::<Sent>().is_some_and(|sent| sent.parts().any(renews))
-}
-
-impl<B: Body> Refusal<B> {
-    fn new(response: Response<B>) -> Box<Self> {
-        Box::new(Self { collect: Collect::new(response, Bounds::default()), end: None, blamed: None })
-    }
-
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.end.is_none() {
-            self.end = Some(ready!(self.collect.poll(cx)));
-        }
-        Poll::Ready(())
-    }
-
-    /// Rejects what is at fault: how, and what to wait for.
-    fn reject(&mut self) -> (Rejection, Option<Landing>) {
-        let sent = self.collect.parts.extensions.get::<Sent>().cloned();
-        let kind = self.collect.error(None).kind();
-        self.blamed = sent.as_ref().and_then(|sent| Blamed::of(sent, kind));
-        // The layer that reads the error for the caller needs it as well.
-        if let Some(sent) = sent {
-            self.collect.parts.extensions.insert(sent);
-        }
-        self.blamed.as_ref().map_or((Rejection::Ignored, None), Blamed::reject)
-    }
-
-    /// It goes up.
-    fn stop<E>(self) -> Stopped<E, B> {
-        let Self { collect, end, .. } = self;
-        Stopped::Refused(Box::new(Read { collect: *collect, end: end.unwrap_or(End::OutOfBounds) }))
-    }
-
-    fn has_other(&self) -> bool {
-        self.blamed.as_ref().is_some_and(Blamed::has_other)
-    }
-}
-
-impl Blamed {
-    /// What is at fault when `sent` was refused so; `None` when it is nothing that renews.
-    pub(crate) fn of(sent: &Sent, kind: AuthErrorKind) -> Option<Self> {
-        let with = |part: Part| {
-            let has = |sent: &&Credentials| match part {
-                Part::Key => sent.api_key().is_some(),
-                Part::Jwt => sent.jwt().is_some(),
-            };
-            sent.parts().find(has).map(|sent| (part, sent))
-        };
-        let (part, sent) = match kind {
-            AuthErrorKind::InvalidApiKey => with(Part::Key),
-            AuthErrorKind::MissingApiKey => None,
-            _ => with(Part::Jwt).or_else(|| with(Part::Key)),
-        }?;
-        let sent = sent.clone();
-        sent.provenance().is_some().then_some(Self { part, sent })
-    }
-
-    /// Rejects it: how, and what to wait for.
-    pub(crate) fn reject(&self) -> (Rejection, Option<Landing>) {
-        let from = self.sent.provenance();
-        from.map_or((Rejection::Ignored, None), |from| from.reject(self.part, &self.sent))
-    }
-
-    fn has_other(&self) -> bool {
-        self.sent.provenance().is_some_and(|from| from.has_other(self.part, &self.sent))
-    }
-
-    /// The API took another.
-    fn accept(&self) {
-        if let Some(from) = self.sent.provenance() {
-            from.accept(self.part, &self.sent);
-        }
-    }
-}
-
-/// Whether the credentials were good. A server that fails, limits or redirects may not have looked at them.
+/// Whether the API accepted the credentials. A server that fails, limits or redirects may not have looked at them.
 fn is_accepted<B>(response: &Response<B>) -> bool {
     let status = response.status();
     (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
         && response.extensions().get::<Undecided>().is_none()
 }
 
-fn renews(sent: &Credentials) -> bool {
-    sent.provenance().is_some()
+impl<S, R, ReqBody, ResBody> fmt::Debug for Attempt<S, R, ReqBody, ResBody>
+where
+    S: Service<Request<R::Body>>,
+    R: Replay<ReqBody>,
+    ResBody: Body,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attempt").finish_non_exhaustive()
+    }
+}
+
+impl<F, A> fmt::Debug for ResponseFuture<F, A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
 }

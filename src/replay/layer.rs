@@ -1,44 +1,53 @@
+//! The layer: [`RefreshLayer`].
+
 use tower_layer::Layer;
 
 use super::{BufferBody, CloneBody, NoReplay, Refresh};
 
-/// Renews what the API refused and sends the request once more. See the [module docs](super).
+/// Replays a request once after a 401, with a refreshed credential. See the [module docs](super).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RefreshLayer<R = CloneBody> {
     replay: R,
+    is_disabled: bool,
 }
 
 impl RefreshLayer {
-    /// Clones the body of each request, to send it again if need be.
+    /// Clones the body of each request, to replay it if needed.
     #[must_use]
     pub fn new() -> Self {
-        Self { replay: CloneBody }
+        Self::with_replay(CloneBody)
     }
 }
 
 impl RefreshLayer<BufferBody> {
-    /// Keeps up to `limit` bytes of each request's body while it is sent; one that is longer is not sent again.
+    /// Keeps up to `limit` bytes of each request's body while it is sent. A request with a longer body is not replayed.
     ///
-    /// The service within gets a [`ReplayBody`](super::ReplayBody).
+    /// The inner service gets a [`ReplayBody`](super::ReplayBody).
     #[must_use]
     pub fn buffered(limit: usize) -> Self {
-        Self { replay: BufferBody::new(limit) }
+        Self::with_replay(BufferBody::new(limit))
     }
 }
 
 impl RefreshLayer<NoReplay> {
-    /// Sends no request again: a 401 renews the credential for the next.
+    /// Replays nothing: a 401 refreshes the credential for the next request.
     #[must_use]
     pub fn without_replay() -> Self {
-        Self { replay: NoReplay }
+        Self::with_replay(NoReplay)
     }
 }
 
 impl<R> RefreshLayer<R> {
-    /// Sends requests again as `replay` says: for a body type of its own.
+    /// Keeps and restores bodies with `replay`, for a client with a body type of its own.
     #[must_use]
     pub fn with_replay(replay: R) -> Self {
-        Self { replay }
+        Self { replay, is_disabled: false }
+    }
+
+    /// Keeps nothing if no inner layer has a credential that can be refreshed.
+    pub(crate) fn disabled_if(mut self, is_disabled: bool) -> Self {
+        self.is_disabled = is_disabled;
+        self
     }
 }
 
@@ -46,6 +55,6 @@ impl<S, R: Clone> Layer<S> for RefreshLayer<R> {
     type Service = Refresh<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Refresh::new(inner, self.replay.clone())
+        Refresh::new(inner, self.replay.clone(), self.is_disabled)
     }
 }

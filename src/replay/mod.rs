@@ -1,6 +1,6 @@
-//! Renews what the API refused and sends the request once more: [`RefreshLayer`].
+//! Replays a request once after a 401, with a refreshed credential: [`RefreshLayer`].
 //!
-//! Between the layer that reads errors and the ones that write credentials:
+//! It goes between the layer that reads errors and the layers that write credentials:
 //!
 //! ```
 //! use bytes::Bytes;
@@ -8,7 +8,7 @@
 //! use http_body_util::Full;
 //! use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
 //! use tower_selam::{
-//!     ApiKey, AuthErrorLayer, BoxError, JwtLayer, RefreshLayer, Refreshing, Token,
+//!     AuthErrorLayer, BoxError, JwtLayer, RefreshLayer, Refreshing, Token,
 //!     source::{Reason, source_fn},
 //! };
 //!
@@ -25,7 +25,7 @@
 //! let service = ServiceBuilder::new()
 //!     .layer(AuthErrorLayer::new())
 //!     .layer(RefreshLayer::new())
-//!     .layer(JwtLayer::new(jwts, ApiKey::new("sk-selam-example")?))
+//!     .layer(JwtLayer::new(jwts))
 //!     .service(api);
 //!
 //! let request = Request::post("https://api.selamgpt.com/v1/models").body(Full::default())?;
@@ -34,41 +34,40 @@
 //! # }).unwrap();
 //! ```
 //!
-//! # What a 401 leads to
+//! # What a 401 causes
 //!
 //! | The API said | and the request carried | then |
 //! |---|---|---|
-//! | `invalid_api_key` | a key from a source | the source is asked again; the request is sent again if there is another key |
-//! | `missing_api_key` | | the 401 goes up |
-//! | anything else | a JWT | it is renewed, and the request sent again |
-//! | anything else | a key alone | as for `invalid_api_key` |
+//! | `invalid_api_key` | a key from a source | the source is asked again; the request is replayed if the key has changed |
+//! | `missing_api_key` | | the 401 is returned |
+//! | anything else | a JWT | it is refreshed, and the request replayed |
+//! | anything else | only a key | as for `invalid_api_key` |
 //!
-//! What was sent is compared before it is forgotten: a late 401 for an older credential leaves the newer one in
-//! place, and the request is sent again with that. However many requests are refused at once, one renewal serves
-//! them all. A request is sent twice at most; a 403 never is. Where tokens are refused time and again, renewals
-//! are spaced like failed ones, and the 401s go up in between; where the one that came after was accepted, they are not.
+//! The rejected credential is compared with the current one first: a late 401 for an older credential leaves the newer one
+//! in place, and the request is replayed with that. Concurrent 401s share one refresh. A request is sent at most twice; a
+//! 403 is never replayed. If replacements keep being rejected, refreshes are spaced like failed ones and the 401s are
+//! returned meanwhile; an accepted replacement ends that.
 //!
-//! The 401 that goes up has the body that it came with. To know what it says, 64 KiB of it are read, for 5
-//! seconds at most.
+//! A 401 that is returned has its body intact. To know what it says, up to 64 KiB of it are read, for at most 5 seconds.
 //!
 //! # Bodies
 //!
-//! To send a request again, its body has to be there again. [`RefreshLayer::new`] clones it, which is cheap for
-//! `Full<Bytes>` and its like. For a body that is a stream, [`RefreshLayer::buffered`] keeps what was sent, up to
-//! a limit, and [`RefreshLayer::without_replay`] keeps nothing: the credential is renewed all the same, and the
-//! 401 goes up. An API may refuse a stream before it has all of it. The client is then given five seconds after the renewal
-//! to let go of the rest, as it does when it has sent it, or when the API ends the connection or stream; if it does not, the
-//! 401 goes up, as two who read one stream would each have half.
+//! To replay a request, its body has to be available again. [`RefreshLayer::new`] clones it, which is cheap for
+//! `Full<Bytes>`. For a streaming body, [`RefreshLayer::buffered`] keeps what was sent, up to a limit, and
+//! [`RefreshLayer::without_replay`] keeps nothing: the credential is refreshed all the same, and the 401 returned. An API
+//! may reject a request before it has received the whole body. After the refresh the client has five seconds to let go of
+//! the rest, as it does when it has sent it or when the API closes the connection or stream; otherwise the 401 is
+//! returned, because two readers of one stream would each get half.
 
+mod blame;
 mod body;
+mod captured;
 mod future;
-mod head;
 mod layer;
 mod service;
 
-pub(crate) use self::future::{Again, Replaying, Stopped};
 #[cfg(feature = "tonic")]
-pub(crate) use self::future::{Blamed, Undecided};
+pub(crate) use self::blame::Blame;
 pub use self::{
     body::{BufferBody, CapturedBody, CloneBody, NoReplay, Replay, ReplayBody},
     future::ResponseFuture,

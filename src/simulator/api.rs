@@ -1,4 +1,4 @@
-//! What the API answers to what.
+//! Routes requests, checks their credentials and picks the response.
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{
@@ -18,11 +18,11 @@ use super::{
 };
 use crate::BoxError;
 
-/// So much of a request body is read as JSON; 413 beyond.
-const READ: usize = 8 * 1024 * 1024;
+/// The largest request body that is parsed; larger ones get 413.
+const PARSED_BODY: usize = 8 * 1024 * 1024;
 
-/// So much of it is remembered.
-const REMEMBERED: usize = 64 * 1024;
+/// How much of a body `Received` keeps.
+const RECORDED_BODY: usize = 64 * 1024;
 
 pub(super) type Answer = Response<SimulatorBody>;
 
@@ -38,7 +38,7 @@ where
         uri: parts.uri,
         version: parts.version,
         headers: parts.headers,
-        body: body.slice(..body.len().min(REMEMBERED)),
+        body: body.slice(..body.len().min(RECORDED_BODY)),
         body_length,
     };
     if received.uri.path() == token::PATH {
@@ -47,15 +47,19 @@ where
 
     let (fault, answer, quota, number) = {
         let mut state = simulator.state();
-        state.remember(received.clone());
+        state.record(received.clone());
         let fault = state.faults.pop_front();
         let quota = state.window.count();
         let answer = match (&fault, &quota) {
             (Some(Fault::Html(status)), _) => replies::html(*status),
-            (Some(Fault::RateLimited { retry_after }), _) => refusal::rate_limited(*retry_after),
+            (Some(Fault::RateLimited { retry_after }), _) => {
+                refusal::RATE_LIMITED.answer_with_retry_after(*retry_after)
+            }
             (Some(Fault::Unavailable), _) => refusal::UNAVAILABLE.answer(),
             (Some(Fault::Answer(answer)), _) => answer.clone().map(SimulatorBody::whole),
-            (_, Quota { allowed: false, reset_after, .. }) => refusal::rate_limited(*reset_after),
+            (_, Quota { allowed: false, reset_after, .. }) => {
+                refusal::RATE_LIMITED.answer_with_retry_after(*reset_after)
+            }
             _ => route(&state, &received, &body),
         };
         (fault, answer, quota, state.requests)
@@ -72,7 +76,7 @@ where
     answer
 }
 
-/// The beginning of the body and the length of all of it; what breaks off counts as far as it came.
+/// Returns the start of the body and its full length. A body that breaks off counts up to that point.
 async fn read<B: Body>(body: B) -> (Bytes, u64) {
     let mut body = Box::pin(body);
     let (mut kept, mut length) = (BytesMut::new(), 0);
@@ -80,7 +84,7 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
         if let Ok(mut data) = frame.into_data() {
             let data = data.copy_to_bytes(data.remaining());
             length += data.len() as u64;
-            kept.extend_from_slice(&data[..data.len().min(READ - kept.len())]);
+            kept.extend_from_slice(&data[..data.len().min(PARSED_BODY - kept.len())]);
         }
     }
     (kept.freeze(), length)
@@ -130,7 +134,7 @@ struct Caller {
     has_jwt: bool,
 }
 
-/// By the contract: the key as bearer, or a JWT as bearer and the key as `X-API-Key`, or the key there alone.
+/// Accepts the key as bearer, a JWT as bearer with the key in `X-API-Key`, or the key in `X-API-Key` alone.
 fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
     let authorization = only(headers, &AUTHORIZATION)?;
     let x_api_key = only(headers, &HeaderName::from_static("x-api-key"))?;
@@ -139,7 +143,7 @@ fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
         None => None,
     };
     match (bearer, x_api_key) {
-        // A JWT alone has no key beside it; anything else in its place is meant as the key.
+        // A bearer with two dots is a JWT whose key is missing. Any other bearer is taken as a key.
         (Some(jwt), None) if jwt.matches('.').count() == 2 => Err(refusal::MISSING_API_KEY),
         (Some(key), None) => check(state, None, key),
         (None, None) => Err(refusal::MISSING_API_KEY),
@@ -156,7 +160,7 @@ fn check(state: &State, jwt: Option<&str>, key: &str) -> Result<Caller, Refusal>
     }
 }
 
-/// Two of a header that may come once are refused, so that a duplicate does not go unnoticed.
+/// Returns a header's only value. Refuses duplicates, so that tests notice them.
 fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Refusal> {
     let mut values = headers.get_all(name).iter();
     let value = values.next().map(|value| value.to_str().unwrap_or_default());
@@ -180,7 +184,7 @@ fn handshake(state: &State, request: &Received) -> Result<Answer, Refusal> {
     Ok(replies::switch_to_websocket(nonce))
 }
 
-/// A query parameter that stands there once.
+/// Returns the value of a query parameter that occurs exactly once.
 fn param(request: &Received, name: &str) -> Option<String> {
     let params = request.uri.query()?.split('&').filter_map(|param| param.split_once('='));
     let mut values = params.filter(|(found, _)| *found == name).map(|(_, value)| value);

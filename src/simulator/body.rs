@@ -1,3 +1,5 @@
+//! The response body, which can stall or break off.
+
 use std::{
     collections::VecDeque,
     fmt,
@@ -11,10 +13,10 @@ use http_body::{Body, Frame, SizeHint};
 use super::Fault;
 use crate::BoxError;
 
-/// The body of a [`Simulator`](super::Simulator)'s response.
+/// Response body of [`Simulator`](super::Simulator).
 pub struct SimulatorBody {
     chunks: VecDeque<Bytes>,
-    /// What the response says its length is; `None` for a stream.
+    /// The announced length still to come; `None` for a stream.
     length: Option<u64>,
     end: End,
 }
@@ -22,7 +24,7 @@ pub struct SimulatorBody {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Complete,
-    /// First a pause, in which a server sends what it has, then the error.
+    /// Pends once, so that a server flushes the earlier chunks, then becomes `CutOff`.
     Flush,
     CutOff,
     Stall,
@@ -39,22 +41,22 @@ impl SimulatorBody {
         Self { chunks: chunks.into_iter().collect(), length: None, end: End::Complete }
     }
 
-    /// Breaks off half way; the announced length stays.
+    /// Breaks off in the middle. The announced length is unchanged.
     pub(super) fn cut_in_half(self) -> Self {
         let length: usize = self.chunks.iter().map(Bytes::len).sum();
         self.with_fault(&Fault::CutOff { after: length / 2 })
     }
 
-    /// As `fault` has it; the announced length stays.
+    /// Applies the part of `fault` that concerns the body. The announced length is unchanged.
     pub(super) fn with_fault(mut self, fault: &Fault) -> Self {
-        let (mut left, end) = match *fault {
+        let (mut remaining, end) = match *fault {
             Fault::StallBody { after } => (after, End::Stall),
             Fault::CutOff { after } => (after, End::Flush),
             _ => return self,
         };
         for chunk in &mut self.chunks {
-            chunk.truncate(left);
-            left -= chunk.len();
+            chunk.truncate(remaining);
+            remaining -= chunk.len();
         }
         self.chunks.retain(|chunk| !chunk.is_empty());
         self.end = end;
@@ -76,7 +78,7 @@ impl Body for SimulatorBody {
         }
         match self.end {
             End::Complete => Poll::Ready(None),
-            // Nobody is to be woken: this body never goes on.
+            // No waker is registered, because this body never continues.
             End::Stall => Poll::Pending,
             End::Flush => {
                 self.end = End::CutOff;

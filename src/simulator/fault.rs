@@ -1,34 +1,36 @@
+//! The faults that can be injected into the API.
+
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::{Response, StatusCode};
 
-/// What goes wrong with one request. `Debug` shows no body.
+/// A fault for a single API request: see [`inject`](super::Simulator::inject). `Debug` shows no body.
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Fault {
-    /// No answer ever comes.
+    /// Never responds.
     Stall,
-    /// The answer comes as it should, but its body stops after so many bytes without ending.
+    /// Sends the normal response, but its body stalls and never ends.
     StallBody {
-        /// The bytes that still come.
+        /// The number of bytes sent before the stall.
         after: usize,
     },
-    /// The answer comes as it should, but its body breaks off after so many bytes.
+    /// Sends the normal response, but its body breaks off.
     CutOff {
-        /// The bytes that still come.
+        /// The number of bytes sent before the error.
         after: usize,
     },
-    /// An error page of some gateway, in HTML.
+    /// Responds with this status and an HTML error page, like a gateway.
     Html(StatusCode),
-    /// 429 `rate_limit_exceeded`.
+    /// Responds 429 `rate_limit_exceeded`.
     RateLimited {
-        /// `Retry-After`, in whole seconds.
+        /// `Retry-After`, rounded up to whole seconds.
         retry_after: Duration,
     },
-    /// 503.
+    /// Responds 503.
     Unavailable,
-    /// Any other answer.
+    /// Sends this response.
     Answer(Response<Bytes>),
 }
 

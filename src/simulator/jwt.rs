@@ -1,3 +1,5 @@
+//! Mints and verifies JWTs.
+
 use std::{
     collections::HashSet,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -11,10 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{random_bytes, random_hex};
 
-/// Whom a JWT is for when nothing says otherwise.
+/// The default `sub` of a JWT.
 pub(super) const SUBJECT: &str = "simulated-user";
 
-/// How a JWT is signed ([RFC 7518 section 3.1](https://www.rfc-editor.org/rfc/rfc7518#section-3.1)).
+/// The signature algorithm of a JWT ([RFC 7518 section 3.1](https://www.rfc-editor.org/rfc/rfc7518#section-3.1)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JwtAlgorithm {
@@ -24,12 +26,12 @@ pub enum JwtAlgorithm {
     Es256,
 }
 
-/// Mints JWTs and knows its own again.
+/// Mints JWTs and accepts those it minted.
 pub(super) struct Issuer {
     hs256: Keys,
     es256: Keys,
-    expired: HashSet<String>,
-    minted: Vec<String>,
+    /// The `jti` of every JWT that was minted and not revoked by `expire_all`.
+    live: HashSet<String>,
 }
 
 struct Keys {
@@ -52,13 +54,13 @@ impl Issuer {
             Keys { sign: EncodingKey::from_secret(&secret), verify: DecodingKey::from_secret(&secret) };
 
         let key = SecretKey::random(&mut OsRng);
-        // Encoding a key just made does not fail; an empty one would sign nothing.
+        // Encoding a fresh key does not fail. If it did, the empty key would sign nothing.
         let private = key.to_pkcs8_der().map(|der| der.as_bytes().to_vec()).unwrap_or_default();
         let es256 = Keys {
             sign: EncodingKey::from_ec_der(&private),
             verify: DecodingKey::from_ec_der(&key.public_key().to_sec1_bytes()),
         };
-        Self { hs256, es256, expired: HashSet::new(), minted: Vec::new() }
+        Self { hs256, es256, live: HashSet::new() }
     }
 
     pub(super) fn mint(
@@ -79,16 +81,16 @@ impl Issuer {
             JwtAlgorithm::Hs256 => (Algorithm::HS256, &self.hs256),
             JwtAlgorithm::Es256 => (Algorithm::ES256, &self.es256),
         };
-        self.minted.push(claims.jti.clone());
-        // Signing with keys of our own does not fail; an empty token would be refused.
+        self.live.insert(claims.jti.clone());
+        // Signing with a generated key does not fail. If it did, the empty token would be refused.
         encode(&Header::new(algorithm), &claims, &keys.sign).unwrap_or_default()
     }
 
     pub(super) fn expire_all(&mut self) {
-        self.expired.extend(self.minted.drain(..));
+        self.live.clear();
     }
 
-    /// One of its own, unchanged, that has not expired by `now`.
+    /// Whether this issuer minted `jwt`, and it has neither expired by `now` nor been revoked.
     pub(super) fn accepts(&self, jwt: &str, now: SystemTime) -> bool {
         let verify = || {
             let algorithm = decode_header(jwt).ok()?.alg;
@@ -97,7 +99,7 @@ impl Issuer {
                 Algorithm::ES256 => &self.es256,
                 _ => return None,
             };
-            // `jsonwebtoken` reads the machine's clock, and whole seconds only.
+            // `exp` is checked below: `jsonwebtoken` uses the system clock and whole seconds.
             let mut validation = Validation::new(algorithm);
             validation.validate_exp = false;
             validation.required_spec_claims.clear();
@@ -105,14 +107,14 @@ impl Issuer {
         };
         let now = since_epoch(now).as_millis() as f64;
         verify().is_some_and(|TokenData { claims, .. }| {
-            // Rounded, as a fraction may come out of JSON a trifle off.
-            (claims.exp * 1000.0).round() > now && !self.expired.contains(&claims.jti)
+            // Rounded, because the fraction may lose precision in JSON.
+            (claims.exp * 1000.0).round() > now && self.live.contains(&claims.jti)
         })
     }
 }
 
-/// With a fraction, as [RFC 7519 section 2](https://www.rfc-editor.org/rfc/rfc7519#section-2) allows: a token
-/// of two seconds lives for two, whenever in a second it was made.
+/// Keeps the fraction, as [RFC 7519 section 2](https://www.rfc-editor.org/rfc/rfc7519#section-2) allows, so that a
+/// two-second token lives two seconds even if it was minted late in a second.
 fn numeric_date(since_epoch: Duration) -> f64 {
     since_epoch.as_millis() as f64 / 1000.0
 }
@@ -136,27 +138,27 @@ mod tests {
     }
 
     #[test]
-    fn its_own_jwts_are_accepted_until_they_expire() {
+    fn its_own_jwts_are_accepted_until_expired() {
         let now = at(0);
         for algorithm in [JwtAlgorithm::Hs256, JwtAlgorithm::Es256] {
             let mut issuer = Issuer::new();
             let jwt = issuer.mint(algorithm, SUBJECT, now, MINUTE);
             assert!(issuer.accepts(&jwt, now), "{algorithm:?}");
-            assert!(!Issuer::new().accepts(&jwt, now), "another issuer's");
+            assert!(!Issuer::new().accepts(&jwt, now), "minted by another issuer");
             issuer.expire_all();
-            assert!(!issuer.accepts(&jwt, now), "expired");
+            assert!(!issuer.accepts(&jwt, now), "expired by `expire_all`");
             let next = issuer.mint(algorithm, SUBJECT, now, MINUTE);
-            assert!(issuer.accepts(&next, now), "a new one");
+            assert!(issuer.accepts(&next, now), "minted after `expire_all`");
         }
     }
 
     #[test]
-    fn two_seconds_are_two_seconds_whenever_they_begin() {
+    fn lifetimes_are_exact_to_the_millisecond() {
         let mut issuer = Issuer::new();
-        for begin in [0, 1, 500, 999] {
-            let jwt = issuer.mint(JwtAlgorithm::Hs256, SUBJECT, at(begin), Duration::from_secs(2));
-            assert!(issuer.accepts(&jwt, at(begin + 1_999)), "{begin}");
-            assert!(!issuer.accepts(&jwt, at(begin + 2_000)), "{begin}");
+        for minted_at in [0, 1, 500, 999] {
+            let jwt = issuer.mint(JwtAlgorithm::Hs256, SUBJECT, at(minted_at), Duration::from_secs(2));
+            assert!(issuer.accepts(&jwt, at(minted_at + 1_999)), "{minted_at}");
+            assert!(!issuer.accepts(&jwt, at(minted_at + 2_000)), "{minted_at}");
         }
         let brief = issuer.mint(JwtAlgorithm::Hs256, SUBJECT, at(0), Duration::from_millis(5));
         assert!(issuer.accepts(&brief, at(4)) && !issuer.accepts(&brief, at(5)));
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn forged_jwts_are_not() {
+    fn forged_and_expired_jwts_are_refused() {
         let mut issuer = Issuer::new();
         let jwt = issuer.mint(JwtAlgorithm::Es256, SUBJECT, at(0), MINUTE);
         let [head, claims, _] = jwt.split('.').collect::<Vec<_>>()[..] else { panic!("{jwt}") };

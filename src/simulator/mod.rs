@@ -1,33 +1,8 @@
-//! SelamAPI as its users meet it, for tests: feature `test-util`.
+//! Simulates SelamAPI, for tests of programs that call it: feature `test-util`.
 //!
-//! A [`Simulator`] is a `tower::Service` that answers as the API does, in process; with feature `test-server`
-//! a `Server` serves it on a loopback port over http or TLS, HTTP/1.1 and HTTP/2. It accepts the keys it
-//! issued and the JWTs it minted, refuses the others with the documented errors word for word, and tells what
-//! it received.
-//!
-//! | Request | Needs | Answer |
-//! |---|---|---|
-//! | `POST /v1/chat/completions` | key | a completion, or server-sent events with `"stream": true` |
-//! | `POST /v1/chat/completions/batch` | key | a completion for each of `requests` |
-//! | `POST /v1/images/generations` | key with full access | a link |
-//! | `POST /v1/audio/speech` | key with full access | a WAV file |
-//! | `POST /v1/audio/agent/sessions` | JWT and key | a session; invented, as no HTTP endpoint is documented to need both |
-//! | `GET /v1/audio/agent`, `GET /socket.io/` | JWT and key, in the query | the voice agent's WebSocket handshake |
-//! | `POST /oauth/token` | client or key | an access token: a JWT that the above accept; invented, as none is documented |
-//!
-//! Every response has a request id, and every one of the API's the `X-RateLimit-*` headers.
-//!
-//! The token endpoint speaks OAuth 2.0 ([RFC 6749](https://www.rfc-editor.org/rfc/rfc6749)). It authenticates
-//! the clients of [`issue_client`](Simulator::issue_client) by `client_secret_basic` or `client_secret_post`,
-//! and an account by its API key as bearer; it refreshes for public clients too, which say their `client_id`
-//! and no more. It knows the grants `client_credentials` and `refresh_token`, token exchange
-//! ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)) and JWT bearer
-//! ([RFC 7523](https://www.rfc-editor.org/rfc/rfc7523)). Refresh tokens are for one use: one that comes again
-//! revokes all that came of it. The API's faults and rate limit leave the endpoint alone; it has
-//! [`TokenFault`]s and [outages](Simulator::set_token_outage) of its own.
-//!
-//! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. A program that turns on
-//! another backend of it as well has to choose one, as `jsonwebtoken` asks: `CryptoProvider::install_default`.
+//! A [`Simulator`] is a `tower::Service` that answers in process as the API does. With feature `test-server`, a `Server`
+//! puts it on a loopback port over http or TLS, HTTP/1.1 and HTTP/2. It accepts the keys it issued and the JWTs it
+//! minted, and refuses all others with the API's documented errors, word for word.
 //!
 //! ```
 //! use http::{Request, StatusCode};
@@ -47,6 +22,69 @@
 //! # Ok::<(), tower_selam::BoxError>(())
 //! # }).unwrap();
 //! ```
+
+//! # Endpoints
+//!
+//! | Request | Needs | Response |
+//! |---|---|---|
+//! | `POST /v1/chat/completions` | key | a completion, or server-sent events with `"stream": true` |
+//! | `POST /v1/chat/completions/batch` | key | a completion for each of `requests` |
+//! | `POST /v1/images/generations` | key with full access | a link |
+//! | `POST /v1/audio/speech` | key with full access | a WAV file |
+//! | `POST /v1/audio/agent/sessions` | JWT and key | a session; invented, as no documented HTTP endpoint needs both |
+//! | `GET /v1/audio/agent`, `GET /socket.io/` | JWT and key, in the query | the voice agent's WebSocket handshake |
+//! | `POST /oauth/token` | client or key | an access token, accepted as a JWT by the above; invented, as none is documented |
+//!
+//! Every response has an `x-request-id`. Every response of the API also has the `X-RateLimit-*` headers.
+//!
+//! # Injecting faults
+//!
+//! [`inject`](Simulator::inject) queues a [`Fault`]: a stalled, truncated or overloaded response, or any response you
+//! build. Each API request takes one fault from the queue. To make credentials fail instead, use
+//! [`revoke_key`](Simulator::revoke_key), [`expire_jwts`](Simulator::expire_jwts) or
+//! [`reject_jwts`](Simulator::reject_jwts); [`set_rate_limit`](Simulator::set_rate_limit) lowers the quota.
+//!
+//! The token endpoint is separate: API faults and the rate limit do not affect it. It has a queue of [`TokenFault`]s
+//! ([`inject_token_fault`](Simulator::inject_token_fault)) and [outages](Simulator::set_token_outage).
+//!
+//! ```
+//! # use std::time::Duration;
+//! # use http::{Request, StatusCode};
+//! # use tower::ServiceExt;
+//! use tower_selam::simulator::{Fault, Simulator};
+//!
+//! # tokio_test::block_on(async {
+//! let simulator = Simulator::new();
+//! simulator.inject(Fault::RateLimited { retry_after: Duration::from_secs(2) });
+//! # let request = Request::get("/v1/models").body(String::new())?;
+//! let response = simulator.oneshot(request).await?;
+//! assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+//! assert_eq!(response.headers()["retry-after"], "2");
+//! # Ok::<(), tower_selam::BoxError>(())
+//! # }).unwrap();
+//! ```
+//!
+//! # Inspecting requests
+//!
+//! [`received`](Simulator::received) returns the last 10,000 requests, with all headers and the first 64 KiB of each
+//! body. [`requests`](Simulator::requests) and [`token_requests`](Simulator::token_requests) count them;
+//! [`reused_refresh_tokens`](Simulator::reused_refresh_tokens) counts refresh tokens that were spent twice.
+//!
+//! # The token endpoint
+//!
+//! The token endpoint implements OAuth 2.0 ([RFC 6749](https://www.rfc-editor.org/rfc/rfc6749)). Clients from
+//! [`issue_client`](Simulator::issue_client) authenticate by `client_secret_basic` or `client_secret_post`, and an
+//! account by its API key as bearer. A public client, which sends only its `client_id`, can refresh but nothing else.
+//!
+//! It supports the grants `client_credentials` and `refresh_token`, token exchange
+//! ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)) and JWT bearer
+//! ([RFC 7523](https://www.rfc-editor.org/rfc/rfc7523)). Refresh tokens are single-use: reuse of a spent token revokes
+//! every token descended from the same first one.
+//!
+//! # Signing
+//!
+//! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
+//! backends too, `jsonwebtoken` asks you to choose: call `CryptoProvider::install_default`.
 
 mod api;
 mod body;
@@ -88,10 +126,10 @@ use crate::{
     util::clock::{Clock, TestClock},
 };
 
-/// So many requests are remembered.
-const REMEMBERED: usize = 10_000;
+/// How many requests are recorded.
+const RECORDED_REQUESTS: usize = 10_000;
 
-/// SelamAPI in process. Clones share one state. See the [module docs](self).
+/// Simulates SelamAPI in process. Clones share their state. See the [module docs](self).
 #[derive(Clone)]
 pub struct Simulator {
     state: Arc<Mutex<State>>,
@@ -109,7 +147,7 @@ struct State {
     requests: u64,
 }
 
-/// What a key may be used for.
+/// What a key gives access to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Full,
@@ -118,7 +156,7 @@ enum Access {
 }
 
 impl Simulator {
-    /// No keys, no JWTs, no clients, no faults, 600 requests a minute.
+    /// Creates a simulator without keys, clients or faults, and with a limit of 600 requests per minute.
     #[must_use]
     pub fn new() -> Self {
         let state = State {
@@ -135,20 +173,20 @@ impl Simulator {
         Self { state: Arc::new(Mutex::new(state)) }
     }
 
-    /// Has JWTs begin and expire by `clock` instead of the machine's; for every clone.
+    /// Issues and expires JWTs by `clock` instead of the system clock, for every clone.
     #[must_use]
     pub fn with_clock(self, clock: TestClock) -> Self {
         self.state().clock = clock.into();
         self
     }
 
-    /// A new key with access to everything.
+    /// Issues a key with access to everything.
     #[must_use]
     pub fn issue_key(&self) -> String {
         self.issue(Access::Full)
     }
 
-    /// A new key with access to chat completions only; the rest answers 403 `insufficient_permissions`.
+    /// Issues a key with access to chat completions only. Other endpoints respond 403 `insufficient_permissions`.
     #[must_use]
     pub fn issue_limited_key(&self) -> String {
         self.issue(Access::Limited)
@@ -160,17 +198,17 @@ impl Simulator {
         key
     }
 
-    /// Has the API accept this key from now on.
+    /// Accepts this key from now on, with access to everything.
     pub fn add_key(&self, key: impl Into<String>) {
         self.state().keys.insert(key.into(), Access::Full);
     }
 
-    /// Has the API refuse this key from now on, as it does with one that was found exposed.
+    /// Refuses this key from now on, as the API does with a key that was found exposed.
     pub fn revoke_key(&self, key: &str) {
         self.state().keys.remove(key);
     }
 
-    /// A new JWT that the API accepts for `lifetime`.
+    /// Mints a JWT that is accepted for `lifetime`.
     #[must_use]
     pub fn mint_jwt(&self, algorithm: JwtAlgorithm, lifetime: Duration) -> String {
         let mut state = self.state();
@@ -178,33 +216,33 @@ impl Simulator {
         state.issuer.mint(algorithm, SUBJECT, now, lifetime)
     }
 
-    /// Has the API refuse every JWT minted so far as expired.
+    /// Refuses every JWT minted so far as expired.
     pub fn expire_jwts(&self) {
         self.state().issuer.expire_all();
     }
 
-    /// Whether the API refuses every JWT, however valid.
+    /// Sets whether every JWT is refused, even a valid one.
     pub fn reject_jwts(&self, reject: bool) {
         self.state().reject_jwts = reject;
     }
 
-    /// Allows so many requests a minute; the ones beyond are answered 429. Starts a new minute.
+    /// Sets the rate limit, and starts a new minute. Requests beyond the limit get 429.
     pub fn set_rate_limit(&self, requests_per_minute: u64) {
         self.state().window = Window::new(requests_per_minute);
     }
 
-    /// Has the API's next request that no earlier fault awaits meet `fault`.
+    /// Queues `fault`. Each API request takes one fault from the queue, oldest first.
     pub fn inject(&self, fault: Fault) {
         self.state().faults.push_back(fault);
     }
 
-    /// The requests received, the token endpoint's among them, oldest first; the last 10,000.
+    /// Returns the last 10,000 requests, oldest first, including those to the token endpoint.
     #[must_use]
     pub fn received(&self) -> Vec<Received> {
         self.state().received.iter().cloned().collect()
     }
 
-    /// The number of requests received, the token endpoint's among them.
+    /// Returns the number of requests received, including those to the token endpoint.
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.state().requests
@@ -216,9 +254,9 @@ impl Simulator {
 }
 
 impl State {
-    fn remember(&mut self, received: Received) {
+    fn record(&mut self, received: Received) {
         self.requests += 1;
-        if self.received.len() == REMEMBERED {
+        if self.received.len() == RECORDED_REQUESTS {
             self.received.pop_front();
         }
         self.received.push_back(received);

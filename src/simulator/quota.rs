@@ -1,4 +1,4 @@
-//! The account's rate limit, and the headers that tell it.
+//! The account's rate limit and its response headers.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::util::clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// So many requests a minute.
+/// Counts requests in fixed windows of one minute.
 pub(super) struct Window {
     limit: u64,
     used: u64,
     ends: Instant,
 }
 
-/// What the limit means for one request.
+/// The state of the limit as of one request.
 pub(super) struct Quota {
     pub(super) allowed: bool,
     limit: u64,
@@ -47,7 +47,7 @@ impl Window {
 }
 
 impl Quota {
-    /// Leaves alone what an injected answer has.
+    /// Adds the headers that an injected response does not already have.
     pub(super) fn write(&self, headers: &mut HeaderMap) {
         let after = whole_seconds(self.reset_after);
         for (name, value) in [
@@ -61,7 +61,7 @@ impl Quota {
     }
 }
 
-/// Rounded up: after that long the wait is over.
+/// Rounds up, so that the wait is over after that many seconds.
 pub(super) fn whole_seconds(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }

@@ -1,17 +1,21 @@
+//! The record of a request.
+
 use std::fmt;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Method, Uri, Version};
 
-/// A request as it arrived, credentials and all. `Debug` shows no more than method, path and header names.
+/// A request as it arrived, credentials included.
+///
+/// `Debug` omits header values, query and body, which may hold secrets.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct Received {
     /// The method.
     pub method: Method,
-    /// The URI: whole in process and on HTTP/2, path and query on HTTP/1.1.
+    /// The URI: complete in process and over HTTP/2, only path and query over HTTP/1.1.
     pub uri: Uri,
-    /// The version.
+    /// The HTTP version.
     pub version: Version,
     /// The headers.
     pub headers: HeaderMap,

@@ -1,4 +1,4 @@
-//! What the API answers when it refuses.
+//! The error responses of the API, and the type they share with those of the token endpoint.
 
 use std::time::Duration;
 
@@ -6,60 +6,65 @@ use http::{
     HeaderValue, StatusCode,
     header::{RETRY_AFTER, WWW_AUTHENTICATE},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     SimulatorBody,
     api::Answer,
     quota::whole_seconds,
-    replies::{answered, set},
+    replies::{answered, set, uncached_json},
 };
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
-    error_type: &'static str,
+    format: Format,
     code: &'static str,
     message: &'static str,
     /// `WWW-Authenticate`.
     challenge: Option<&'static str>,
 }
 
-// The three that SelamAPI's authentication page documents.
-pub(super) const INVALID_API_KEY: Refusal = Refusal::new(
+/// The layout of an error body.
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    /// That of SelamAPI's authentication page.
+    Api { error_type: &'static str },
+    /// [RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2).
+    OAuth,
+}
+
+// The three errors that SelamAPI's authentication page documents.
+pub(super) const INVALID_API_KEY: Refusal = Refusal::api(
     StatusCode::UNAUTHORIZED,
     "authentication_error",
     "invalid_api_key",
     "Invalid API key provided.",
 );
 pub(super) const MISSING_API_KEY: Refusal =
-    Refusal::new(StatusCode::UNAUTHORIZED, "authentication_error", "missing_api_key", "No API key provided.");
-pub(super) const INSUFFICIENT_PERMISSIONS: Refusal = Refusal::new(
+    Refusal::api(StatusCode::UNAUTHORIZED, "authentication_error", "missing_api_key", "No API key provided.");
+pub(super) const INSUFFICIENT_PERMISSIONS: Refusal = Refusal::api(
     StatusCode::FORBIDDEN,
     "authorization_error",
     "insufficient_permissions",
     "Your account does not have access to this feature.",
 );
 
-// What it answers to a bad JWT is not documented: as RFC 6750 section 3.1 has it.
-pub(super) const INVALID_JWT: Refusal = Refusal {
-    challenge: Some(r#"Bearer error="invalid_token", error_description="The token is not valid""#),
-    ..Refusal::new(
-        StatusCode::UNAUTHORIZED,
-        "authentication_error",
-        "invalid_token",
-        "The token is not valid.",
-    )
-};
-pub(super) const MISSING_JWT: Refusal = Refusal {
-    challenge: Some("Bearer"),
-    ..Refusal::new(
-        StatusCode::UNAUTHORIZED,
-        "authentication_error",
-        "missing_token",
-        "This feature needs a JWT.",
-    )
-};
+// The response to a bad JWT is not documented; these follow RFC 6750 section 3.1.
+pub(super) const INVALID_JWT: Refusal = Refusal::api(
+    StatusCode::UNAUTHORIZED,
+    "authentication_error",
+    "invalid_token",
+    "The token is not valid.",
+)
+.with_challenge(r#"Bearer error="invalid_token", error_description="The token is not valid""#);
+pub(super) const MISSING_JWT: Refusal = Refusal::api(
+    StatusCode::UNAUTHORIZED,
+    "authentication_error",
+    "missing_token",
+    "This feature needs a JWT.",
+)
+.with_challenge("Bearer");
 
 pub(super) const DUPLICATE_HEADER: Refusal =
     Refusal::bad_request(StatusCode::BAD_REQUEST, "duplicate_header", "A header came more than once.");
@@ -81,45 +86,60 @@ pub(super) const NO_WEBSOCKET: Refusal = Refusal::bad_request(
 );
 
 pub(super) const UNAVAILABLE: Refusal =
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", "unavailable", "Try again later.");
-const RATE_LIMITED: Refusal = Refusal::new(
+    Refusal::api(StatusCode::SERVICE_UNAVAILABLE, "server_error", "unavailable", "Try again later.");
+pub(super) const RATE_LIMITED: Refusal = Refusal::api(
     StatusCode::TOO_MANY_REQUESTS,
     "rate_limit_error",
     "rate_limit_exceeded",
     "Rate limit exceeded.",
 );
 
-pub(super) fn rate_limited(retry_after: Duration) -> Answer {
-    let mut answer = RATE_LIMITED.answer();
-    set(answer.headers_mut(), &RETRY_AFTER, &whole_seconds(retry_after).to_string());
-    answer
-}
-
 impl Refusal {
-    const fn new(
+    const fn api(
         status: StatusCode,
         error_type: &'static str,
         code: &'static str,
         message: &'static str,
     ) -> Self {
-        Self { status, error_type, code, message, challenge: None }
+        Self { status, format: Format::Api { error_type }, code, message, challenge: None }
     }
 
     const fn bad_request(status: StatusCode, code: &'static str, message: &'static str) -> Self {
-        Self::new(status, "invalid_request_error", code, message)
+        Self::api(status, "invalid_request_error", code, message)
     }
 
-    /// Laid out as on SelamAPI's authentication page.
+    pub(super) const fn oauth(status: StatusCode, code: &'static str, message: &'static str) -> Self {
+        Self { status, format: Format::OAuth, code, message, challenge: None }
+    }
+
+    pub(super) const fn with_challenge(self, challenge: &'static str) -> Self {
+        Self { challenge: Some(challenge), ..self }
+    }
+
     pub(super) fn answer(self) -> Answer {
-        let [message, error_type, code] = [self.message, self.error_type, self.code].map(Value::from);
-        let body = format!(
-            "{{\n  \"error\": {{\n    \"message\": {message},\n    \"type\": {error_type},\n    \
-             \"code\": {code}\n  }}\n}}"
-        );
-        let mut answer = answered(self.status, "application/json", SimulatorBody::whole(body));
-        if let Some(challenge) = self.challenge {
+        let Self { status, format, code, message, challenge } = self;
+        let mut answer = match format {
+            Format::Api { error_type } => {
+                // Byte for byte as documented, so not the compact form of `serde_json`.
+                let [message, error_type, code] = [message, error_type, code].map(Value::from);
+                let body = format!(
+                    "{{\n  \"error\": {{\n    \"message\": {message},\n    \"type\": {error_type},\n    \
+                     \"code\": {code}\n  }}\n}}"
+                );
+                answered(status, "application/json", SimulatorBody::whole(body))
+            }
+            Format::OAuth => uncached_json(status, &json!({ "error": code, "error_description": message })),
+        };
+        if let Some(challenge) = challenge {
             answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
         }
+        answer
+    }
+
+    /// Adds `Retry-After` to the response.
+    pub(super) fn answer_with_retry_after(self, wait: Duration) -> Answer {
+        let mut answer = self.answer();
+        set(answer.headers_mut(), &RETRY_AFTER, &whole_seconds(wait).to_string());
         answer
     }
 }

@@ -1,10 +1,10 @@
-//! What the API answers when it has nothing against it.
+//! The responses of the API to accepted requests, and helpers to build responses.
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::{Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Response, StatusCode,
-    header::{CONNECTION, CONTENT_TYPE, SEC_WEBSOCKET_ACCEPT, UPGRADE},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, SEC_WEBSOCKET_ACCEPT, UPGRADE},
 };
 use serde_json::{Value, json};
 use sha1::{Digest, Sha1};
@@ -83,7 +83,7 @@ pub(super) fn speech() -> Answer {
     answered(StatusCode::OK, "audio/wav", SimulatorBody::whole(tone()))
 }
 
-/// [RFC 6455 section 4.2.2](https://www.rfc-editor.org/rfc/rfc6455#section-4.2.2).
+/// Accepts a WebSocket handshake: [RFC 6455 section 4.2.2](https://www.rfc-editor.org/rfc/rfc6455#section-4.2.2).
 pub(super) fn switch_to_websocket(nonce: &HeaderValue) -> Answer {
     let accept =
         Sha1::new().chain_update(nonce).chain_update("258EAFA5-E914-47DA-95CA-C5AB0DC85B11").finalize();
@@ -96,7 +96,7 @@ pub(super) fn switch_to_websocket(nonce: &HeaderValue) -> Answer {
     answer
 }
 
-/// A tenth of a second of 440 Hz: 8-bit mono WAV at 8 kHz.
+/// A WAV file with 0.1 s of 440 Hz, 8-bit mono at 8 kHz.
 fn tone() -> Bytes {
     const RATE: u32 = 8_000;
     let samples = (0..RATE / 10).map(|at| if (at * 440 * 2 / RATE).is_multiple_of(2) { 0xa0 } else { 0x60 });
@@ -109,7 +109,7 @@ fn tone() -> Bytes {
     wav.extend_from_slice(b"RIFF");
     numbers(&mut wav, &[36 + length]);
     wav.extend_from_slice(b"WAVEfmt ");
-    // PCM in one channel, then one byte a sample of 8 bits.
+    // Format PCM (1) and 1 channel, then 1 byte per block and 8 bits per sample.
     numbers(&mut wav, &[16, 1 | 1 << 16, RATE, RATE, 1 | 8 << 16]);
     wav.extend_from_slice(b"data");
     numbers(&mut wav, &[length]);
@@ -120,6 +120,13 @@ fn tone() -> Bytes {
 pub(super) fn html(status: StatusCode) -> Answer {
     let page = format!("<!DOCTYPE html>\n<html><head><title>{status}</title></head><body></body></html>\n");
     answered(status, "text/html; charset=UTF-8", SimulatorBody::whole(page))
+}
+
+/// JSON with `Cache-Control: no-store`.
+pub(super) fn uncached_json(status: StatusCode, body: &Value) -> Answer {
+    let mut answer = answered(status, "application/json", SimulatorBody::whole(body.to_string()));
+    answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
 }
 
 fn json(body: &Value) -> Answer {

@@ -1,4 +1,4 @@
-//! The simulator on a loopback port: feature `test-server`.
+//! Serves the simulator on a loopback port: feature `test-server`.
 
 use std::{
     io,
@@ -31,10 +31,10 @@ use tower_service::Service;
 use super::{Simulator, SimulatorBody};
 use crate::BoxError;
 
-/// Engine.IO's first packet, as the text frame of a WebSocket.
+/// Engine.IO's open packet, sent as a WebSocket text frame.
 const OPEN_PACKET: &str = r#"0{"sid":"simulated","upgrades":[],"pingInterval":25000,"pingTimeout":20000}"#;
 
-/// A [`Simulator`] on a free port of `127.0.0.1`, HTTP/1.1 and HTTP/2, until it is dropped.
+/// Serves a [`Simulator`] over HTTP/1.1 and HTTP/2 on a free port of `127.0.0.1`, until dropped.
 ///
 /// ```
 /// use tower_selam::simulator::{Server, Simulator};
@@ -42,8 +42,9 @@ const OPEN_PACKET: &str = r#"0{"sid":"simulated","upgrades":[],"pingInterval":25
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
 /// let server = Server::tls(&Simulator::new()).await?;
 /// assert!(server.base_url().starts_with("https://localhost:"));
-/// let trusted = server.ca_pem().expect("a certificate authority of its own");
-/// # assert!(trusted.starts_with("-----BEGIN CERTIFICATE-----"));
+/// // Give this to the client as a trusted root.
+/// let ca_pem = server.ca_pem().expect("a TLS server has a certificate authority");
+/// # assert!(ca_pem.starts_with("-----BEGIN CERTIFICATE-----"));
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();
 /// ```
@@ -51,10 +52,9 @@ const OPEN_PACKET: &str = r#"0{"sid":"simulated","upgrades":[],"pingInterval":25
 pub struct Server {
     address: SocketAddr,
     base_url: String,
-    ca_pem: Option<String>,
-    ca_der: Option<Vec<u8>>,
-    accepting: JoinHandle<()>,
-    /// Ends the WebSockets, which are no longer the connections' own.
+    authority: Option<Authority>,
+    accept_task: JoinHandle<()>,
+    /// Ends the WebSockets, whose tasks outlive their connection's.
     hang_up: watch::Sender<()>,
 }
 
@@ -63,42 +63,33 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// When no port is to be had.
+    /// When no port is free.
     pub async fn http(simulator: &Simulator) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let address = listener.local_addr()?;
-        let (hang_up, hung_up) = watch::channel(());
-        let host = Host { simulator: simulator.clone(), tls: None, hung_up };
-        Ok(Self {
-            address,
-            base_url: format!("http://{address}/v1"),
-            ca_pem: None,
-            ca_der: None,
-            accepting: tokio::spawn(host.accept(listener)),
-            hang_up,
-        })
+        Self::start(simulator, None).await
     }
 
-    /// Serves `simulator` over TLS as `localhost`, with a certificate made for it; HTTP/2 by ALPN.
+    /// Serves `simulator` over TLS as `localhost`, with a newly made certificate; HTTP/2 by ALPN.
     ///
     /// # Errors
     ///
-    /// When no port is to be had or the certificate cannot be made.
+    /// When no port is free or the certificate cannot be made.
     pub async fn tls(simulator: &Simulator) -> Result<Self, BoxError> {
+        Ok(Self::start(simulator, Some(make_certificates()?)).await?)
+    }
+
+    async fn start(simulator: &Simulator, tls: Option<(ServerConfig, Authority)>) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
-        let identity = Identity::new()?;
-        let tls = Some(TlsAcceptor::from(Arc::new(identity.config)));
+        let base_url = match tls {
+            None => format!("http://{address}/v1"),
+            Some(_) => format!("https://localhost:{}/v1", address.port()),
+        };
+        let (config, authority) = tls.unzip();
+        let tls = config.map(|config| TlsAcceptor::from(Arc::new(config)));
         let (hang_up, hung_up) = watch::channel(());
         let host = Host { simulator: simulator.clone(), tls, hung_up };
-        Ok(Self {
-            address,
-            base_url: format!("https://localhost:{}/v1", address.port()),
-            ca_pem: Some(identity.ca_pem),
-            ca_der: Some(identity.ca_der),
-            accepting: tokio::spawn(host.accept(listener)),
-            hang_up,
-        })
+        let accept_task = tokio::spawn(host.accept(listener));
+        Ok(Self { address, base_url, authority, accept_task, hang_up })
     }
 
     /// The base URL to give to a client.
@@ -107,62 +98,62 @@ impl Server {
         &self.base_url
     }
 
-    /// Where it listens.
+    /// The address it listens on.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// The certificate authority that clients have to trust, in PEM; `None` without TLS.
+    /// The certificate authority that clients must trust, in PEM; `None` without TLS.
     #[must_use]
     pub fn ca_pem(&self) -> Option<&str> {
-        self.ca_pem.as_deref()
+        self.authority.as_ref().map(|authority| &*authority.pem)
     }
 
-    /// The same in DER.
+    /// The certificate authority that clients must trust, in DER; `None` without TLS.
     #[must_use]
     pub fn ca_der(&self) -> Option<&[u8]> {
-        self.ca_der.as_deref()
+        self.authority.as_ref().map(|authority| &*authority.der)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.accepting.abort();
+        self.accept_task.abort();
         self.hang_up.send_replace(());
     }
 }
 
-struct Identity {
-    config: ServerConfig,
-    ca_pem: String,
-    ca_der: Vec<u8>,
+#[derive(Debug)]
+struct Authority {
+    pem: String,
+    der: Vec<u8>,
 }
 
-impl Identity {
-    fn new() -> Result<Self, BoxError> {
-        let mut authority = CertificateParams::new([])?;
-        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let authority_key = KeyPair::generate()?;
-        let authority_certificate = authority.self_signed(&authority_key)?;
+/// Makes a certificate authority, and a server configuration with a certificate it signed.
+fn make_certificates() -> Result<(ServerConfig, Authority), BoxError> {
+    let mut authority = CertificateParams::new([])?;
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority_key = KeyPair::generate()?;
+    let authority_certificate = authority.self_signed(&authority_key)?;
 
-        let key = KeyPair::generate()?;
-        let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
-        let certificate = CertificateParams::new(names)?
-            .signed_by(&key, &Issuer::from_params(&authority, &authority_key))?;
+    let key = KeyPair::generate()?;
+    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
+    let certificate =
+        CertificateParams::new(names)?.signed_by(&key, &Issuer::from_params(&authority, &authority_key))?;
 
-        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(vec![certificate.der().clone()], private)?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Self { config, ca_pem: authority_certificate.pem(), ca_der: authority_certificate.der().to_vec() })
-    }
+    let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate.der().clone()], private)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let (pem, der) = (authority_certificate.pem(), authority_certificate.der().to_vec());
+    Ok((config, Authority { pem, der }))
 }
 
-/// What a connection is served with.
+/// The state that every connection gets a clone of.
 #[derive(Clone)]
 struct Host {
     simulator: Simulator,
@@ -172,7 +163,7 @@ struct Host {
 
 impl Host {
     async fn accept(self, listener: TcpListener) {
-        // Aborts them all when this task is.
+        // Aborts the connections when this task is aborted.
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -187,7 +178,7 @@ impl Host {
     }
 
     async fn connection(self, stream: TcpStream) {
-        // Without it, small frames wait for acknowledgements.
+        // Otherwise Nagle's algorithm delays small frames.
         let _ = stream.set_nodelay(true);
         match self.tls.clone() {
             None => self.serve(stream).await,
@@ -202,7 +193,7 @@ impl Host {
     async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
         let service = service_fn(move |request| self.clone().exchange(request));
         let server = auto::Builder::new(TokioExecutor::new());
-        // A client that goes away is no concern of the simulator's.
+        // Errors are ignored: a client may disconnect at any time.
         let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), service).await;
     }
 
@@ -221,20 +212,20 @@ impl Host {
     }
 }
 
-/// Says hello as Socket.IO does, then listens until the caller hangs up or says that it will.
+/// Sends the open packet of Socket.IO, then reads until the client closes the WebSocket or the connection.
 async fn speak_websocket(upgrade: OnUpgrade) -> Result<(), BoxError> {
-    // RFC 6455 section 5.2: the last frame of a message, with the opcode of text or close.
+    // RFC 6455 section 5.2: the FIN bit, with the opcode for text or close.
     const TEXT: u8 = 0x81;
     const CLOSE: u8 = 0x88;
 
     let mut stream = TokioIo::new(upgrade.await?);
-    // Unmasked, and below 126 bytes.
+    // Unmasked; the length fits in 7 bits.
     stream.write_all(&[TEXT, OPEN_PACKET.len() as u8]).await?;
     stream.write_all(OPEN_PACKET.as_bytes()).await?;
     stream.flush().await?;
-    let mut heard = [0; 1024];
-    while stream.read(&mut heard).await? > 0 {
-        if heard[0] == CLOSE {
+    let mut frame = [0; 1024];
+    while stream.read(&mut frame).await? > 0 {
+        if frame[0] == CLOSE {
             stream.write_all(&[CLOSE, 0]).await?;
             break;
         }

@@ -1,18 +1,21 @@
+//! [`source_fn`]: an async closure as a [`Source`].
+
 use std::{fmt, marker::PhantomData};
 
 use super::{Fetched, Reason, Source, SourceError};
 use crate::credential::Credential;
 
-/// A [`Source`] of an async closure. Made by [`source_fn`].
+/// A [`Source`] backed by an async closure, made by [`source_fn`].
 pub struct SourceFn<F, C> {
     fetch: F,
     credential: PhantomData<fn() -> C>,
 }
 
-/// Makes an async closure a [`Source`]. See the [module docs](super) for an example.
+/// Turns an async closure into a [`Source`]. See the [module docs](super) for an example.
 ///
-/// It may return an [`ApiKey`](crate::ApiKey) or a [`Token`](crate::Token), or a [`Fetched`] that says more
-/// of it; its error a [`SourceError`] or a [`BoxError`](crate::BoxError), which counts as transient.
+/// The closure returns an [`ApiKey`](crate::ApiKey), a [`Token`](crate::Token), or a [`Fetched`] that also
+/// carries a lifetime. Its error is a [`SourceError`], or a [`BoxError`](crate::BoxError), which counts as
+/// transient.
 pub fn source_fn<C, F, R, T, E>(fetch: F) -> SourceFn<F, C>
 where
     C: Credential,

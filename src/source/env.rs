@@ -1,13 +1,20 @@
+//! [`EnvSource`]: a credential from an environment variable.
+
 use std::marker::PhantomData;
 
-use super::{Fetched, Reason, Source, SourceError};
-use crate::{ApiKey, Token, credential::Credential, env, error::Place};
+use zeroize::Zeroizing;
 
-/// A [`Source`] of an environment variable, read when there is no credential yet and when the one there was
-/// rejected.
+use super::{Fetched, Reason, Source, SourceError};
+use crate::{
+    credential::{ApiKey, Credential, Token, env},
+    error::Place,
+};
+
+/// A [`Source`] that reads an environment variable: for the first credential, and again when the API rejects
+/// it.
 ///
-/// A process does not see its variables change from outside; this is for programs that set them themselves.
-/// For what never changes, [`ApiKey::from_env`] is enough.
+/// The environment of a running process cannot be changed from outside, so this is for programs that set the
+/// variable themselves. For a value that never changes, [`ApiKey::from_env`] is enough.
 #[derive(Clone, Debug)]
 pub struct EnvSource<C> {
     name: String,
@@ -15,7 +22,7 @@ pub struct EnvSource<C> {
 }
 
 impl EnvSource<ApiKey> {
-    /// The key in [`SELAM_API_KEY`](env::SELAM_API_KEY).
+    /// Reads the key from [`SELAM_API_KEY`](env::SELAM_API_KEY).
     #[must_use]
     pub fn api_key() -> Self {
         Self::new(env::SELAM_API_KEY)
@@ -23,7 +30,7 @@ impl EnvSource<ApiKey> {
 }
 
 impl EnvSource<Token> {
-    /// The JWT in [`SELAM_JWT`](env::SELAM_JWT).
+    /// Reads the JWT from [`SELAM_JWT`](env::SELAM_JWT).
     #[must_use]
     pub fn jwt() -> Self {
         Self::new(env::SELAM_JWT)
@@ -31,7 +38,7 @@ impl EnvSource<Token> {
 }
 
 impl<C> EnvSource<C> {
-    /// The credential in the variable `name`.
+    /// Reads the credential from the variable `name`.
     #[must_use]
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), credential: PhantomData }
@@ -42,6 +49,6 @@ impl<C: Credential> Source<C> for EnvSource<C> {
     async fn fetch(&self, _: Reason<C>) -> Result<Fetched<C>, SourceError> {
         let place = || Place::EnvVar(self.name.clone());
         let value = env::var(&self.name).map_err(|kind| C::refuse(place(), kind))?;
-        Ok(Fetched::new(C::parse(value, place())?))
+        Ok(Fetched::new(C::parse(&Zeroizing::new(value), place())?))
     }
 }

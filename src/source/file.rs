@@ -1,4 +1,7 @@
+//! [`FileSource`]: a credential from a file that is replaced when the credential is rotated.
+
 use std::{
+    fs::File,
     io::{self, Read},
     marker::PhantomData,
     path::{Path, PathBuf},
@@ -8,21 +11,24 @@ use std::{
 use zeroize::Zeroizing;
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{ConfigError, ConfigErrorKind, credential::Credential, error::Place};
+use crate::{
+    credential::Credential,
+    error::{ConfigError, ConfigErrorKind, Place},
+};
 
-/// No key and no token is larger.
-const LIMIT: u64 = 64 * 1024;
+/// Larger than any key or token.
+const MAX_SIZE: usize = 64 * 1024;
 
 const RECHECK: Duration = Duration::from_secs(1);
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A [`Source`] of a file that holds one credential and is replaced when that is rotated: a secret volume of
-/// Kubernetes, or what an agent beside the program writes.
+/// A [`Source`] that reads one credential from a file which is replaced on rotation: a Kubernetes secret
+/// volume, or a file that an agent writes.
 ///
-/// It is read anew at most once a second while requests are made, and when the API has refused what it held.
-/// A file that is missing, empty or holds no valid credential is an error; what was read before is used on
-/// until it expires. A byte order mark and a line end are trimmed.
+/// While requests are made, the file is re-read at most once a second, and also when the API rejects the
+/// credential. If it is missing, empty or holds no valid credential, reading fails and the previous credential
+/// stays in use until it expires. A byte order mark and a trailing newline are trimmed.
 ///
 /// ```
 /// use tower_selam::{ApiKey, Refreshing, source::FileSource};
@@ -43,13 +49,13 @@ pub struct FileSource<C> {
 }
 
 impl<C> FileSource<C> {
-    /// The credential in the file at `path`.
+    /// Reads the credential from the file at `path`.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), credential: PhantomData }
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -57,36 +63,37 @@ impl<C> FileSource<C> {
 }
 
 impl<C: Credential> FileSource<C> {
-    /// Reads the file now, on this thread: for a program that will not start without it.
+    /// Reads the file now and blocks this thread: for a program that must not start without it.
     ///
     /// # Errors
     ///
-    /// When it cannot be read or holds no valid credential; the error names the file.
+    /// Fails if the file cannot be read or holds no valid credential. The error names the file.
     pub fn read(&self) -> Result<C, ConfigError> {
         let place = || Place::File(self.path.clone());
         let text = read(&self.path).map_err(|kind| C::refuse(place(), kind))?;
-        C::parse(text, place())
+        C::parse(&Zeroizing::new(text), place())
     }
 }
 
 impl<C: Credential> Source<C> for FileSource<C> {
     async fn fetch(&self, _: Reason<C>) -> Result<Fetched<C>, SourceError> {
         let file = Self::new(&self.path);
-        let read = tokio::task::spawn_blocking(move || file.read());
-        let credential = read.await.map_err(SourceError::transient)?;
-        let credential =
-            credential.map_err(|error| SourceError::transient(error).with_retry_after(RECHECK))?;
+        let credential = tokio::task::spawn_blocking(move || file.read())
+            .await
+            .map_err(SourceError::transient)?
+            .map_err(|error| SourceError::transient(error).with_retry_after(RECHECK))?;
         Ok(Fetched::new(credential).with_recheck_after(RECHECK))
     }
 }
 
-/// What the file holds. Of the right size from the start: a buffer that grows leaves copies behind.
+/// Reads the text of a file that holds a secret.
 pub(super) fn read(path: &Path) -> Result<String, ConfigErrorKind> {
     let unreadable = |error: io::Error| ConfigErrorKind::Unreadable { error: error.kind() };
-    let mut file = std::fs::File::open(path).map_err(unreadable)?;
-    let mut bytes = Zeroizing::new(Vec::with_capacity(LIMIT as usize + 1));
-    Read::by_ref(&mut file).take(LIMIT + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() as u64 > LIMIT {
+    let file = File::open(path).map_err(unreadable)?;
+    // Sized up front: a buffer that grows leaves unwiped copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SIZE + 1));
+    file.take(MAX_SIZE as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if bytes.len() > MAX_SIZE {
         return Err(ConfigErrorKind::TooLong);
     }
     let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);

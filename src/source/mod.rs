@@ -1,28 +1,28 @@
-//! Where credentials come from: [`Source`], and the ones that are ready-made.
+//! Where credentials are fetched from: the [`Source`] trait and its implementations.
 //!
-//! | A credential | Source |
+//! | The credential is | Source |
 //! |---|---|
 //! | in an environment variable | [`EnvSource`] |
-//! | in a file that is replaced when it is rotated | [`FileSource`] |
-//! | from code of yours | [`source_fn`] |
-//! | from a Tower service of yours, with layers of its own | [`ServiceSource`] |
-//! | from an OAuth 2.0 token endpoint | [`OAuthSource`](crate::oauth::OAuthSource) |
-//! | signed by the program itself, with a key of its own | `JwtSigner`: feature `sign` |
+//! | in a file that is replaced on rotation | [`FileSource`] |
+//! | returned by your own code | [`source_fn`] |
+//! | returned by your own Tower service | [`ServiceSource`] |
+//! | issued by an OAuth 2.0 token endpoint | [`OAuthSource`](crate::oauth::OAuthSource) |
+//! | a JWT that the program signs itself | `JwtSigner` (feature `sign`) |
 //!
-//! One that never changes needs no source: the layers take an [`ApiKey`](crate::ApiKey) or a
-//! [`Token`](crate::Token) as it is.
+//! A credential that never changes needs no source: the layers accept an [`ApiKey`](crate::ApiKey) or a
+//! [`Token`](crate::Token) directly.
 //!
-//! A source does one thing: it fetches when it is asked. It does not retry, cache or wait: the engine that
-//! asks it does ([`Refreshing`](crate::Refreshing)). For a token of each user, there is a source of each:
-//! [`PerSubject`](crate::PerSubject).
+//! A source only fetches. Caching, retries, back-off and single flight are the job of the engine that calls
+//! it, [`Refreshing`](crate::Refreshing). To use a different token for each subject, give each its own source:
+//! see [`PerSubject`](crate::PerSubject).
 //!
 //! ```
 //! use tower_selam::{BoxError, Refreshing, Token, source::{Reason, source_fn}};
 //!
 //! # tokio_test::block_on(async {
 //! let jwts = Refreshing::new(source_fn(|reason: Reason<Token>| async move {
-//!     if let Reason::Rejected(refused) = reason {
-//!         eprintln!("the API refused {refused:?}");
+//!     if let Reason::Rejected(token) = reason {
+//!         eprintln!("the API rejected {token:?}");
 //!     }
 //!     Ok::<_, BoxError>(Token::new("from.your.code")?)
 //! }));
@@ -41,53 +41,57 @@ mod sign;
 use std::{error::Error as StdError, fmt, pin::Pin, time::Duration};
 
 #[cfg(feature = "sign")]
-pub use self::sign::{JwtSigner, SigningAlgorithm, SigningKey};
+pub use self::sign::{HmacSecret, JwtSigner, SigningAlgorithm, SigningKey};
 pub use self::{
     closure::{SourceFn, source_fn},
     env::EnvSource,
     file::FileSource,
     service::ServiceSource,
 };
-use crate::{BoxError, ConfigError, credential::Credential};
+use crate::{
+    credential::Credential,
+    error::{BoxError, ConfigError},
+};
 
-/// Where a credential comes from. See the [module docs](self).
+/// Fetches a credential. See the [module docs](self).
 ///
 /// # Cancel safety
 ///
-/// The future is dropped when it takes longer than the engine's timeout, and when the last handle of the
-/// engine is. Callers that lose their patience do not drop it. A source that must not lose an answer
-/// (a refresh token that is spent once, say) fetches on a task of its own.
+/// The engine drops the future when it exceeds the engine's timeout, and when the last handle of the engine is
+/// dropped. A request that is dropped while it waits does not drop the future. A source that must not lose a
+/// response, for example because it spends a one-time refresh token, should fetch on a task it spawns itself.
 pub trait Source<C: Credential>: Send + Sync + 'static {
     /// Fetches a credential.
     ///
     /// # Errors
     ///
-    /// Whatever keeps it from that; [`SourceError`] tells whether it is worth trying again.
+    /// Fails if no credential can be obtained. [`SourceError`] says whether a retry can help.
     fn fetch(&self, reason: Reason<C>) -> impl Future<Output = Result<Fetched<C>, SourceError>> + Send;
 
-    /// Changes when what the source works with has changed: a new refresh token, a rotated key.
+    /// Returns a number that changes when the input of this source changes: a new refresh token, a rotated
+    /// key.
     ///
-    /// After a permanent failure the source is not asked again until it does. Must be cheap.
+    /// After a permanent failure the source is not called again until the version changes. Must be cheap.
     fn version(&self) -> u64 {
         0
     }
 }
 
-/// Why a source is asked.
+/// Why a source is called.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Reason<C> {
     /// There is no credential yet.
     First,
-    /// The one there is expires soon or has expired, or it is time to look whether it was replaced.
+    /// The current credential has expired or expires soon, or it is time to check whether it was rotated.
     Expiring(C),
-    /// The API refused this one.
+    /// The API rejected this credential.
     Rejected(C),
 }
 
-/// What a source fetched.
+/// A fetched credential, with what the source knows about its lifetime.
 ///
-/// A [`Token`](crate::Token) that is a JWT tells by itself when it expires; anything else is said here.
+/// A [`Token`](crate::Token) that is a JWT carries its expiry in its claims; for anything else, state it here.
 #[derive(Clone, Debug)]
 pub struct Fetched<C> {
     pub(crate) credential: C,
@@ -96,22 +100,24 @@ pub struct Fetched<C> {
 }
 
 impl<C> Fetched<C> {
-    /// A credential that expires as it says itself.
+    /// Wraps a credential that expires as its own claims say, or never.
     #[must_use]
     pub fn new(credential: C) -> Self {
         Self { credential, lifetime: None, recheck: None }
     }
 
-    /// It was issued just now and expires after this time: `expires_in` of OAuth 2.0. Counts more than what a
-    /// JWT says of itself, which a machine whose clock is wrong misreads.
+    /// Sets the remaining lifetime, counted from now: `expires_in` in OAuth 2.0.
+    ///
+    /// It takes precedence over the claims of a JWT, which a machine with a wrong clock misreads.
     #[must_use]
     pub fn with_lifetime(mut self, lifetime: Duration) -> Self {
         self.lifetime = Some(lifetime);
         self
     }
 
-    /// It was read from a place where another may stand at any time: look again after this time. What is
-    /// found there then replaces it, whether it expires later or sooner.
+    /// Asks for another fetch after `time`, because the credential may be rotated in place at any moment.
+    ///
+    /// The result of that fetch replaces this credential whether it expires later or sooner.
     #[must_use]
     pub fn with_recheck_after(mut self, time: Duration) -> Self {
         self.recheck = Some(time);
@@ -125,7 +131,7 @@ impl<C> From<C> for Fetched<C> {
     }
 }
 
-/// Why a source has no credential to give.
+/// Why a source could not fetch a credential, and whether a retry can help.
 ///
 /// ```
 /// use std::time::Duration;
@@ -144,30 +150,30 @@ pub struct SourceError {
 }
 
 impl SourceError {
-    /// Asking again later may help. This is also what any other error becomes.
+    /// Reports a failure that a later attempt may not meet. Any other error type converts to this.
     pub fn transient(error: impl Into<BoxError>) -> Self {
         Self { error: error.into(), permanent: false, retry_after: None }
     }
 
-    /// Asking again does not help until something [changes](Source::version).
+    /// Reports a failure that lasts until the input of the source [changes](Source::version).
     pub fn permanent(error: impl Into<BoxError>) -> Self {
         Self { error: error.into(), permanent: true, retry_after: None }
     }
 
-    /// To be asked again after this time, and not earlier: `Retry-After`. Otherwise the engine backs off.
+    /// Sets how long to wait before the next attempt, as `Retry-After` does. Without it the engine backs off.
     #[must_use]
     pub fn with_retry_after(mut self, time: Duration) -> Self {
         self.retry_after = Some(time);
         self
     }
 
-    /// Whether asking again does not help.
+    /// Returns whether a retry cannot help.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
         self.permanent
     }
 
-    /// When to be asked again.
+    /// Returns how long to wait before the next attempt.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
@@ -205,7 +211,7 @@ impl StdError for SourceError {
     }
 }
 
-/// [`Source`] for trait objects.
+/// [`Source`] as a trait object.
 pub(crate) trait DynSource<C>: Send + Sync {
     fn fetch(&self, reason: Reason<C>) -> Fetching<'_, C>;
 

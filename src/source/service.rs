@@ -1,3 +1,5 @@
+//! [`ServiceSource`]: a Tower service as a [`Source`].
+
 use std::{
     fmt,
     future::poll_fn,
@@ -7,9 +9,9 @@ use std::{
 use tower_service::Service;
 
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{BoxError, credential::Credential};
+use crate::{credential::Credential, error::BoxError};
 
-/// A [`Source`] of a Tower service, so that layers of your own fit around it: a timeout, a limit, a buffer.
+/// A [`Source`] backed by a Tower service, so that layers such as a timeout, a limit or a buffer fit around it.
 ///
 /// The request is the [`Reason`], the response a credential or a [`Fetched`].
 ///
@@ -30,7 +32,7 @@ use crate::{BoxError, credential::Credential};
 pub struct ServiceSource<S>(Mutex<S>);
 
 impl<S> ServiceSource<S> {
-    /// A source of `service`, a clone of which is called for each credential.
+    /// Wraps `service`. Each fetch calls a clone of it.
     pub fn new(service: S) -> Self {
         Self(Mutex::new(service))
     }

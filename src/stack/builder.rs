@@ -1,3 +1,5 @@
+//! The builder: [`SelamLayerBuilder`].
+
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
@@ -9,11 +11,10 @@ use super::SelamLayer;
 use crate::{
     ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins, Provider,
     Refreshing, Token,
-    authorize::{LayerCredentials, Policy},
+    authorize::{CredentialProvider, Owner, Policy, Settings},
     credential::Credential,
-    credential::Form,
     env,
-    error::{Place, Subject},
+    error::{Place, Setting},
     oauth::{ClientAuth, OAuthSource, TokenClient, TokenEndpoint},
     source::FileSource,
 };
@@ -35,23 +36,23 @@ pub struct SelamLayerBuilder {
 }
 
 impl SelamLayerBuilder {
-    /// The key. Required.
+    /// Sets the key. Required.
     pub fn with_api_key(mut self, key: impl Into<Provider<ApiKey>>) -> Self {
         self.api_key = Some(key.into());
         self
     }
 
-    /// A JWT to send with the key on every request, or [one for each user](crate::PerSubject); by default the key goes
-    /// alone.
+    /// Sets a JWT to send with the key on every request, or [one per subject](crate::PerSubject). By default the key is
+    /// sent alone.
     pub fn with_jwt(mut self, jwt: impl Into<JwtProvider>) -> Self {
         self.jwt = Some(jwt.into());
         self
     }
 
-    /// The HTTP client that asks the token endpoint for JWTs, where `SELAM_TOKEN_URL` names one; see
-    /// [`build_with_env`](Self::build_with_env). It should not follow redirects by itself.
+    /// Sets the HTTP client that requests JWTs from the token endpoint, if `SELAM_TOKEN_URL` names one; see
+    /// [`build_with_env`](Self::build_with_env). It should not follow redirects on its own.
     ///
-    /// `B` is the body that it takes, as for [`TokenEndpoint::new`].
+    /// `B` is the client's request body, as for [`TokenEndpoint::new`].
     ///
     /// ```no_run
     /// use bytes::Bytes;
@@ -80,20 +81,20 @@ impl SelamLayerBuilder {
         self
     }
 
-    /// The token endpoint that JWTs come from: what [`SELAM_TOKEN_URL`](env::SELAM_TOKEN_URL) names otherwise. For
-    /// [`build_with_env`](Self::build_with_env), which tells as whom it is asked.
+    /// Sets the token endpoint that issues the JWT, in place of [`SELAM_TOKEN_URL`](env::SELAM_TOKEN_URL). It is used by
+    /// [`build_with_env`](Self::build_with_env), which says how the client authenticates there.
     pub fn with_token_url(mut self, url: impl Into<String>) -> Self {
         self.token_url = Some(TokenUrl(url.into()));
         self
     }
 
-    /// Where the API lives; by default [`BaseUrl::DEFAULT`].
+    /// Sets where the API lives; [`BaseUrl::DEFAULT`] by default.
     pub fn with_base_url(mut self, base_url: BaseUrl) -> Self {
         self.base_url = Some(base_url);
         self
     }
 
-    /// Where credentials may go; by default to the base URL's origin alone.
+    /// Sets the origins that receive the credentials; only the base URL's origin by default.
     pub fn with_origins(mut self, origins: Origins) -> Self {
         self.origins = Some(origins);
         self
@@ -123,54 +124,54 @@ impl SelamLayerBuilder {
         self
     }
 
-    /// Lets `SELAM_BASE_URL` be plain `http` to a loopback address or `localhost`, for tests.
+    /// Allows `SELAM_BASE_URL` to be plain `http` to a loopback address or `localhost`, for tests.
     pub fn allow_insecure_loopback(mut self) -> Self {
         self.allow_insecure_loopback = true;
         self
     }
 
-    /// The layer, of what was given.
+    /// Builds the layer from the builder alone.
     ///
     /// # Errors
     ///
-    /// When no key was given, or the base URL's origin is not among the allowed ones.
+    /// When there is no key, or the base URL's origin is not among the allowed ones.
     pub fn build(self) -> Result<SelamLayer, ConfigError> {
         let Some(key) = self.api_key else {
-            return Err(ConfigError::new(Subject::ApiKey, Place::Argument, ConfigErrorKind::Missing));
+            return Err(ConfigError::new(Setting::ApiKey, Place::Argument, ConfigErrorKind::Missing));
         };
         let base_url = self.base_url.unwrap_or_default();
         let origins = self.origins.unwrap_or_else(|| base_url.origins());
         if !origins.contains(base_url.origin()) {
-            return Err(ConfigError::new(Subject::BaseUrl, Place::Argument, ConfigErrorKind::NotAllowed));
+            return Err(ConfigError::new(Setting::BaseUrl, Place::Argument, ConfigErrorKind::NotAllowed));
         }
         let policy = Policy {
-            provider: match self.jwt {
-                Some(jwt) => LayerCredentials::new(Form::Pair, Some(key), Some(jwt)),
-                None => LayerCredentials::new(Form::Bearer, Some(key), None),
+            owner: Owner::Both,
+            provider: CredentialProvider::new(Some(key), self.jwt).into(),
+            settings: Settings {
+                origins,
+                if_not_present: self.if_not_present,
+                require_request_auth: self.require_request_auth,
             },
-            origins,
-            if_not_present: self.if_not_present,
-            require_request_auth: self.require_request_auth,
         };
         Ok(SelamLayer::new(policy, self.errors, base_url))
     }
 
-    /// The layer, of what was given and, for what was not, the environment:
+    /// Builds the layer from the builder and, for what the builder leaves open, from the environment:
     ///
     /// - the key from [`SELAM_API_KEY`], or from the file that [`SELAM_API_KEY_FILE`] names;
-    /// - the JWT, which may be missing, from [`SELAM_JWT`], from the file that [`SELAM_JWT_FILE`] names, or from the
-    ///   OAuth 2.0 token endpoint at [`SELAM_TOKEN_URL`], asked through the client that
-    ///   [`with_token_client`](Self::with_token_client) gave: as [`SELAM_CLIENT_ID`] with [`SELAM_CLIENT_SECRET`]
-    ///   where they are set, else with the key as the bearer;
-    /// - [`SELAM_BASE_URL`], which may be missing.
+    /// - the JWT, which is optional, from [`SELAM_JWT`], from the file that [`SELAM_JWT_FILE`] names, or from the OAuth 2.0
+    ///   token endpoint at [`SELAM_TOKEN_URL`], through the client given to
+    ///   [`with_token_client`](Self::with_token_client). The client authenticates with [`SELAM_CLIENT_ID`] and
+    ///   [`SELAM_CLIENT_SECRET`] if they are set, otherwise with the API key as bearer;
+    /// - [`SELAM_BASE_URL`], which is optional.
     ///
-    /// A file is read now, and again when it is replaced: see [`FileSource`]. The endpoint is asked for the first JWT
-    /// when a request needs it: see [`OAuthSource::client_credentials`].
+    /// A file is read now, and again when it is replaced: see [`FileSource`]. The endpoint is asked for the first JWT when a
+    /// request needs it: see [`OAuthSource::client_credentials`].
     ///
     /// # Errors
     ///
-    /// When there is no key, a variable or file that is read holds something invalid, or two variables that stand for
-    /// the same are set; the error names it.
+    /// When there is no key, a variable or file contains something invalid, or two variables contradict each other; the
+    /// error names the variable.
     ///
     /// [`SELAM_API_KEY`]: env::SELAM_API_KEY
     /// [`SELAM_API_KEY_FILE`]: env::SELAM_API_KEY_FILE
@@ -189,12 +190,12 @@ impl SelamLayerBuilder {
             },
         };
         if self.jwt.is_none() && self.token_url.is_some() {
-            self.jwt = Some(self.ask_token_endpoint(&key)?.into());
+            self.jwt = Some(self.jwts_from_token_endpoint(&key)?.into());
         }
         if self.jwt.is_none() {
             self.jwt = match one_of::<Token>(&[env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL])? {
                 Some(env::SELAM_JWT_FILE) => Some(from_file::<Token>(env::SELAM_JWT_FILE)?.into()),
-                Some(env::SELAM_TOKEN_URL) => Some(self.ask_token_endpoint(&key)?.into()),
+                Some(env::SELAM_TOKEN_URL) => Some(self.jwts_from_token_endpoint(&key)?.into()),
                 Some(_) => Some(Token::from_env()?.into()),
                 None => None,
             };
@@ -206,24 +207,24 @@ impl SelamLayerBuilder {
         self.build()
     }
 
-    /// JWTs from the endpoint that was given, or else the one that the environment names.
-    fn ask_token_endpoint(&self, key: &Provider<ApiKey>) -> Result<Refreshing<Token>, ConfigError> {
+    /// JWTs from the builder's endpoint, or from the environment's.
+    fn jwts_from_token_endpoint(&self, key: &Provider<ApiKey>) -> Result<Refreshing<Token>, ConfigError> {
         let place = match self.token_url {
             Some(_) => Place::Argument,
             None => Place::EnvVar(env::SELAM_TOKEN_URL.to_owned()),
         };
         let Some(client) = self.token_client.clone() else {
-            return Err(ConfigError::new(Subject::TokenUrl, place, ConfigErrorKind::NeedsClient));
+            return Err(ConfigError::new(Setting::TokenUrl, place, ConfigErrorKind::NeedsClient));
         };
         let url = match &self.token_url {
             Some(TokenUrl(url)) => url.clone(),
-            None => read(Subject::TokenUrl, env::SELAM_TOKEN_URL)?,
+            None => read(Setting::TokenUrl, env::SELAM_TOKEN_URL)?,
         };
         let endpoint = TokenEndpoint::over(client, &url, place, self.allow_insecure_loopback)?;
         let is_set = |name| std::env::var_os(name).is_some();
         let auth = if is_set(env::SELAM_CLIENT_ID) || is_set(env::SELAM_CLIENT_SECRET) {
-            let id = read(Subject::ClientId, env::SELAM_CLIENT_ID)?;
-            let secret = read(Subject::ClientSecret, env::SELAM_CLIENT_SECRET)?;
+            let id = read(Setting::ClientId, env::SELAM_CLIENT_ID)?;
+            let secret = read(Setting::ClientSecret, env::SELAM_CLIENT_SECRET)?;
             let places =
                 [env::SELAM_CLIENT_ID, env::SELAM_CLIENT_SECRET].map(|name| Place::EnvVar(name.to_owned()));
             ClientAuth::found(id, secret, &places)?
@@ -235,7 +236,7 @@ impl SelamLayerBuilder {
     }
 }
 
-/// Its query may hold a secret.
+/// A URL whose query may contain a secret.
 #[derive(Clone)]
 struct TokenUrl(String);
 
@@ -245,13 +246,13 @@ impl fmt::Debug for TokenUrl {
     }
 }
 
-/// Which of these variables is set: they stand for the same.
+/// Which of these alternative variables is set.
 fn one_of<C: Credential>(names: &[&'static str]) -> Result<Option<&'static str>, ConfigError> {
     let mut set = names.iter().copied().filter(|name| std::env::var_os(name).is_some());
     let (first, second) = (set.next(), set.next());
     match (first, second) {
         (Some(first), Some(other)) => {
-            Err(C::refuse(Place::EnvVar(first.to_owned()), ConfigErrorKind::GivenTwice { other }))
+            Err(C::refuse(Place::EnvVar(first.to_owned()), ConfigErrorKind::Conflict { other }))
         }
         _ => Ok(first),
     }
@@ -264,11 +265,11 @@ fn from_file<C: Credential>(named_by: &'static str) -> Result<Provider<C>, Confi
         return Err(C::refuse(Place::EnvVar(named_by.to_owned()), ConfigErrorKind::Empty));
     }
     let source = FileSource::new(path);
-    // A file that is no good is better known now.
+    // Report an unusable file now.
     source.read()?;
     Ok(Provider::Refreshing(Refreshing::new(source)))
 }
 
-fn read(subject: Subject, name: &str) -> Result<String, ConfigError> {
-    env::var(name).map_err(|kind| ConfigError::new(subject, Place::EnvVar(name.to_owned()), kind))
+fn read(setting: Setting, name: &str) -> Result<String, ConfigError> {
+    env::var(name).map_err(|kind| ConfigError::new(setting, Place::EnvVar(name.to_owned()), kind))
 }

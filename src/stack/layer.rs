@@ -1,15 +1,14 @@
+//! The layer: [`SelamLayer`].
+
 use std::sync::Arc;
 
 use tower_layer::Layer;
 
-use super::{
-    AnnotatedSelamLayer, Selam, SelamLayerBuilder,
-    sending::{Stack, WrapError},
-};
+use super::{Selam, SelamLayerBuilder};
 use crate::{
     AuthErrorLayer, BaseUrl, ConfigError,
-    authorize::{Authorize, Policy},
-    replay::{BufferBody, CloneBody, NoReplay, Refresh},
+    authorize::Policy,
+    replay::{BufferBody, CloneBody, NoReplay},
 };
 
 /// The ready-made stack over any client. See the [module docs](super).
@@ -18,22 +17,22 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct SelamLayer<R = CloneBody> {
     pub(crate) errors: AuthErrorLayer,
-    replay: R,
+    pub(super) replay: R,
     pub(crate) policy: Arc<Policy>,
     base_url: Arc<BaseUrl>,
 }
 
 impl SelamLayer {
-    /// Everything from the environment; see [`SelamLayerBuilder::build_with_env`].
+    /// Builds the layer from the environment; see [`SelamLayerBuilder::build_with_env`].
     ///
     /// # Errors
     ///
-    /// When no key is named, or a variable holds something invalid; the error names it.
+    /// When there is no key, or a variable contains something invalid; the error names the variable.
     pub fn from_env() -> Result<Self, ConfigError> {
         Self::builder().build_with_env()
     }
 
-    /// Everything as the program says, and what it leaves open from the environment if it wants to.
+    /// Starts a builder: from the program, and from the environment where the program says nothing.
     pub fn builder() -> SelamLayerBuilder {
         SelamLayerBuilder::default()
     }
@@ -42,15 +41,14 @@ impl SelamLayer {
         Self { errors, replay: CloneBody, policy: Arc::new(policy), base_url: Arc::new(base_url) }
     }
 
-    /// Sends no request again after a 401, so that the body may be of any type. A 401 renews the credential for
-    /// the next request.
+    /// Replays nothing after a 401, so that bodies may be of any type. The credential is refreshed for the next request.
     #[must_use]
     pub fn without_replay(self) -> SelamLayer<NoReplay> {
         self.with_replay(NoReplay)
     }
 
-    /// Keeps up to `limit` bytes of each request's body while it is sent, to send it again after a 401; the
-    /// client gets a [`ReplayBody`](crate::replay::ReplayBody).
+    /// Keeps up to `limit` bytes of each request's body while it is sent, to replay it after a 401. The client gets a
+    /// [`ReplayBody`](crate::replay::ReplayBody).
     #[must_use]
     pub fn buffered(self, limit: usize) -> SelamLayer<BufferBody> {
         self.with_replay(BufferBody::new(limit))
@@ -58,34 +56,50 @@ impl SelamLayer {
 }
 
 impl<R> SelamLayer<R> {
-    /// Sends requests again after a 401 as `replay` says: for a body type of its own.
+    /// Keeps and restores bodies with `replay`, for a client with its own body type.
     #[must_use]
     pub fn with_replay<T>(self, replay: T) -> SelamLayer<T> {
         let Self { errors, policy, base_url, .. } = self;
         SelamLayer { errors, replay, policy, base_url }
     }
 
-    /// The same stack in annotate mode, for proxies: a 401 or 403 passes as it came, with the
-    /// [`AuthError`](crate::AuthError) in its extensions, after a renewal and a replay had their chance.
+    /// Returns a 401 or 403 as it came, with the [`AuthError`](crate::AuthError) in its extensions: for proxies. Refresh and
+    /// replay come first.
+    ///
+    /// ```
+    /// use http::Request;
+    /// use http_body_util::BodyExt;
+    /// use tower::Layer;
+    /// use tower_selam::{ApiKey, AuthError, AuthErrorKind, ErrorBody, SelamLayer, simulator::Simulator};
+    ///
+    /// # tokio_test::block_on(async {
+    /// let client = Simulator::new();
+    /// let revoked = ApiKey::new("sk-selam-revoked")?;
+    /// let layer = SelamLayer::builder().with_api_key(revoked).build()?.annotated();
+    /// let chat = layer.base_url().endpoint("chat/completions")?;
+    ///
+    /// let response = layer.layer(client).send(Request::post(chat).body(String::new())?).await?;
+    /// assert_eq!(response.status(), 401);
+    /// let error: &AuthError = response.extensions().get().unwrap();
+    /// assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey);
+    /// let body = response.into_body().collect().await?.to_bytes();
+    /// assert_eq!(ErrorBody::parse(&body).message(), Some("Invalid API key provided."));
+    /// # Ok::<(), tower_selam::BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    ///
+    /// A request that is not sent is an [`Error::Auth`](crate::Error::Auth) all the same: its origin is not allowed, or no
+    /// credential is available.
     #[must_use]
-    pub fn annotated(self) -> AnnotatedSelamLayer<R> {
-        AnnotatedSelamLayer(self)
+    pub fn annotated(mut self) -> Self {
+        self.errors = self.errors.annotated();
+        self
     }
 
-    /// Where the API lives, to make the URIs of requests from.
+    /// Returns where the API lives, to build the URIs of requests from.
     #[must_use]
     pub fn base_url(&self) -> &BaseUrl {
         &self.base_url
-    }
-}
-
-impl<R: Clone> SelamLayer<R> {
-    /// All but the layer that reads errors.
-    pub(super) fn stack<S>(&self, inner: S) -> Stack<S, R> {
-        let authorize = Authorize::new(WrapError(inner), Arc::clone(&self.policy));
-        // What never changes need not be kept for a second time.
-        let idle = !self.policy.provider.renews();
-        Refresh::new(authorize, self.replay.clone()).with_idle(idle)
     }
 }
 
@@ -93,6 +107,6 @@ impl<S, R: Clone> Layer<S> for SelamLayer<R> {
     type Service = Selam<S, R>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Selam::new(self.stack(inner), self.errors.0)
+        Selam::new(inner, self)
     }
 }

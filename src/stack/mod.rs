@@ -1,13 +1,14 @@
 //! The ready-made stack: [`SelamLayer`].
 //!
 //! ```text
-//!  request ─▶ MapAuthError ─▶ Refresh ────────▶ Authorize ─▶ your client
-//!             401, 403 as     401: renew, and    key, or JWT
-//!             typed errors    send once more     and key
+//!  request ─▶ AuthErrorLayer ─▶ RefreshLayer ──────▶ key, or JWT ─▶ your client
+//!             401 and 403 as    401: refresh and     and key
+//!             typed errors      replay once
 //! ```
 //!
-//! It fits any client, whatever its error type: its own is [`Error`](crate::Error), either the client's
-//! error or an [`AuthError`](crate::AuthError).
+//! It is the composition of the public layers, with one that owns both `Authorization` and `X-API-Key` and sends a
+//! consistent pair of key and JWT. It fits any client: its error is [`Error`](crate::Error), either the client's or an
+//! [`AuthError`](crate::AuthError).
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -31,18 +32,14 @@
 //! # }).unwrap();
 //! ```
 //!
-//! A proxy wants the API's own words to reach its caller: [`SelamLayer::annotated`] is the same stack in annotate mode, as
-//! [`AnnotateAuthErrorLayer`](crate::AnnotateAuthErrorLayer) has it.
+//! A proxy passes the API's own answers on: [`SelamLayer::annotated`].
 
-mod annotated;
 mod builder;
 mod layer;
-mod sending;
 mod service;
 
 pub use self::{
-    annotated::{AnnotatedFuture, AnnotatedSelam, AnnotatedSelamLayer},
     builder::SelamLayerBuilder,
     layer::SelamLayer,
-    service::{ResponseFuture, Selam},
+    service::{ResponseBody, Selam},
 };

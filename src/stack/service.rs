@@ -1,55 +1,65 @@
+//! The service: [`Selam`].
+
 use std::{
-    fmt,
-    future::poll_fn,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use http::{Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
+use tower::ServiceExt;
+use tower_layer::Layer;
 use tower_service::Service;
 
-use super::sending::{Sending, Stack};
+use super::SelamLayer;
 use crate::{
-    BoxError, Error,
-    auth_error::Bounds,
-    error::CloneClient,
-    replay::{CloneBody, Replay, Stopped},
+    BoxError, CloneClient, Error, RefreshLayer,
+    auth_error::{InspectedBody, MapAuthError},
+    authorize::Authorize,
+    replay::{CloneBody, Refresh, Replay},
 };
 
-/// Sends authenticated requests. Made by [`SelamLayer`](super::SelamLayer); see the [module docs](super).
+/// Sends authenticated requests. Made by [`SelamLayer`]; see the [module docs](super).
 #[derive(Clone, Debug)]
 pub struct Selam<S, R = CloneBody> {
-    stack: Stack<S, R>,
-    /// What is read of a 401 or 403, as [`AuthErrorLayer`](crate::AuthErrorLayer) reads it.
-    bounds: Bounds,
+    inner: Inner<S, R>,
+}
+
+type Inner<S, R> = MapAuthError<Refresh<Authorize<WrapError<S>>, R>>;
+
+/// The body of a response: the client's, of which [`RefreshLayer`] and [`AuthErrorLayer`](crate::AuthErrorLayer) may
+/// each have read a part.
+pub type ResponseBody<B> = InspectedBody<InspectedBody<B>>;
+
+impl<S, R: Clone> Selam<S, R> {
+    pub(super) fn new(inner: S, layer: &SelamLayer<R>) -> Self {
+        let authorize = Authorize::new(WrapError(inner), Arc::clone(&layer.policy));
+        let refresh = RefreshLayer::with_replay(layer.replay.clone());
+        let refresh = refresh.disabled_if(!layer.policy.provider.refreshes());
+        Self { inner: layer.errors.layer(refresh.layer(authorize)) }
+    }
 }
 
 impl<S, R> Selam<S, R> {
-    pub(super) fn new(stack: Stack<S, R>, bounds: Bounds) -> Self {
-        Self { stack, bounds }
-    }
-
-    /// The client within.
+    /// The inner client.
     pub fn get_ref(&self) -> &S {
-        &self.stack.get_ref().get_ref().0
+        &self.inner.get_ref().get_ref().get_ref().0
     }
 
-    /// The client within.
+    /// The inner client, to be changed.
     pub fn get_mut(&mut self) -> &mut S {
-        &mut self.stack.get_mut().get_mut().0
+        &mut self.inner.get_mut().get_mut().get_mut().0
     }
 
-    /// The client within.
+    /// The inner client, without the layers.
     pub fn into_inner(self) -> S {
-        self.stack.into_inner().into_inner().0
+        self.inner.into_inner().into_inner().into_inner().0
     }
-}
 
-impl<S, R> Selam<S, R> {
-    /// Sends a request by a clone of the stack, when that is ready: what tower's `ServiceExt::oneshot` does, except that the
-    /// compiler says what to do where the client does not fit.
+    /// Sends a request through a clone of the stack, as soon as that is ready: like tower's `ServiceExt::oneshot`, but the
+    /// compiler explains what to do if the client does not fit.
     ///
     /// ```
     /// use http::Request;
@@ -69,24 +79,22 @@ impl<S, R> Selam<S, R> {
     ///
     /// # Errors
     ///
-    /// [`Error::Auth`] when the API refused, or nothing was sent; [`Error::Inner`] when the client failed.
+    /// [`Error::Auth`] when the API refused the request or nothing was sent; [`Error::Inner`] when the client failed.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future drops the request, and leaves a renewal that it waits for running.
+    /// Dropping the future drops the request. A refresh that it waits for continues.
     pub async fn send<ReqBody, ResBody>(
         &self,
         request: Request<ReqBody>,
-    ) -> Result<Response<ResBody>, Error<S::Error>>
+    ) -> Result<Response<ResponseBody<ResBody>>, Error<S::Error>>
     where
         S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
         R: Replay<ReqBody> + Clone,
         ResBody: Body,
         ResBody::Error: Into<BoxError>,
     {
-        let mut selam = self.clone();
-        poll_fn(|cx| selam.poll_ready(cx)).await?;
-        selam.call(request).await
+        self.clone().oneshot(request).await
     }
 }
 
@@ -97,59 +105,55 @@ where
     ResBody: Body,
     ResBody::Error: Into<BoxError>,
 {
-    type Response = S::Response;
+    type Response = Response<ResponseBody<ResBody>>;
     type Error = Error<S::Error>;
-    type Future = ResponseFuture<S::Future, S, R, ReqBody, ResBody>;
+    type Future = <Inner<S, R> as Service<Request<ReqBody>>>::Future;
 
     #[inline]
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.stack.poll_ready(cx)
+        self.inner.poll_ready(cx)
     }
 
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        Sending::send(&mut self.stack, request, self.bounds, |sending| ResponseFuture { sending })
+        self.inner.call(request)
+    }
+}
+
+/// Turns the client's error into [`Error::Inner`], so that an [`AuthError`](crate::AuthError) fits next to it.
+#[derive(Clone, Debug)]
+#[expect(unnameable_types, reason = "a part of `Selam` that only its future shows")]
+pub struct WrapError<S>(S);
+
+impl<S: Service<Request<B>>, B> Service<Request<B>> for WrapError<S> {
+    type Response = S::Response;
+    type Error = Error<S::Error>;
+    type Future = WrapErrorFuture<S::Future>;
+
+    #[inline]
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(cx).map_err(Error::Inner)
+    }
+
+    #[inline]
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        WrapErrorFuture { response: self.0.call(request) }
     }
 }
 
 pin_project! {
-    /// Response future of [`Selam`]. Dropping it drops the request, or the response whose body it reads, and
-    /// leaves a renewal that it waits for running.
-    pub struct ResponseFuture<F, S, R, ReqBody, ResBody>
-    where
-        R: Replay<ReqBody>,
-        ResBody: Body,
-    {
+    #[derive(Debug)]
+    pub struct WrapErrorFuture<F> {
         #[pin]
-        sending: Sending<F, S, R, ReqBody, ResBody>,
+        response: F,
     }
 }
 
-impl<S, R, ReqBody, ResBody> Future for ResponseFuture<S::Future, S, R, ReqBody, ResBody>
-where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
-    R: Replay<ReqBody>,
-    ResBody: Body,
-    ResBody::Error: Into<BoxError>,
-{
-    type Output = Result<S::Response, Error<S::Error>>;
+impl<F: Future<Output = Result<T, E>>, T, E> Future for WrapErrorFuture<F> {
+    type Output = Result<T, Error<E>>;
 
     #[inline]
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let stop = |stopped| {
-            Err(match stopped {
-                Stopped::Failed(error) => error,
-                Stopped::Refused(read) => read.into_error().into(),
-            })
-        };
-        self.project().sending.poll_or(cx, |response| response, stop)
-    }
-}
-
-impl<F, S, R: Replay<ReqBody>, ReqBody, ResBody: Body> fmt::Debug
-    for ResponseFuture<F, S, R, ReqBody, ResBody>
-{
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+        self.project().response.poll(cx).map_err(Error::Inner)
     }
 }

@@ -1,7 +1,6 @@
-//! What happens, for whoever watches the program: events of `tracing` and metrics of `metrics`, with the features of
-//! those names. [`telemetry`](crate::telemetry) says what they are called and what they mean.
+//! Emits the events and metrics that [`telemetry`](crate::telemetry) documents.
 //!
-//! Who calls these holds no lock of an engine: subscribers and recorders are others' code.
+//! Callers hold no lock: subscribers and recorders are other people's code.
 
 #[cfg(feature = "metrics")]
 use std::sync::{Mutex, PoisonError};
@@ -13,26 +12,25 @@ use std::{
 use http::StatusCode;
 
 use crate::{
-    ApiKey, AuthError, Credentials, KeyId, Provider,
-    error::{CODES, Redactor, Subject, is_auth_status, with_causes},
-    oauth::RefreshToken,
+    ApiKey, AuthError, KeyId,
+    error::{CODES, Redactor, Setting, is_auth_status, with_causes},
     telemetry,
 };
 
-/// An event, with the feature `tracing`.
+/// Emits an event if the feature `tracing` is on.
 #[cfg(feature = "tracing")]
-macro_rules! tell {
+macro_rules! emit {
     ($level:ident, $($event:tt)+) => { tracing::$level!(target: telemetry::TARGET, $($event)+) };
 }
 
 #[cfg(not(feature = "tracing"))]
-macro_rules! tell {
+macro_rules! emit {
     ($level:ident, $($field:ident = $(%)? $value:expr,)* $message:literal $(,)?) => {{
         let _ = || { $(let _ = &$value;)* };
     }};
 }
 
-/// One more on a counter, with the feature `metrics`.
+/// Increments a counter if the feature `metrics` is on.
 #[cfg(feature = "metrics")]
 macro_rules! count {
     ($name:expr $(, $label:literal => $value:expr)*) => {
@@ -47,145 +45,132 @@ macro_rules! count {
     }};
 }
 
-/// How a renewal ended.
+/// How a refresh ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Renewal {
-    Renewed,
+pub(crate) enum RefreshOutcome {
+    Refreshed,
     Unchanged,
     Failed,
-    Refused,
+    Rejected,
     TimedOut,
     Panicked,
     Aborted,
-    Unfit,
+    Unusable,
 }
 
-impl Renewal {
+impl RefreshOutcome {
+    /// Its stable name in metrics and events.
     fn label(self) -> &'static str {
         match self {
-            Self::Renewed => "renewed",
+            Self::Refreshed => "renewed",
             Self::Unchanged => "unchanged",
             Self::Failed => "failed",
-            Self::Refused => "refused",
+            Self::Rejected => "refused",
             Self::TimedOut => "timed_out",
             Self::Panicked => "panicked",
             Self::Aborted => "aborted",
-            Self::Unfit => "unfit",
+            Self::Unusable => "unfit",
         }
     }
 }
 
-/// A renewal has ended. `id` is of what there is now, and `secret` may not be shown.
+/// Reports that a refresh ended. `id` is the current credential's; `secret` is masked in the error.
 #[cold]
-pub(crate) fn renewal_ended(
-    credential: Subject,
-    outcome: Renewal,
+pub(crate) fn refresh_ended(
+    credential: Setting,
+    outcome: RefreshOutcome,
     id: Option<KeyId>,
     error: Option<&AuthError>,
     secret: Option<&str>,
 ) {
     let (credential, label) = (name(credential), outcome.label());
     count!(telemetry::RENEWALS, "credential" => credential, "outcome" => label);
-    let (id, error) = (Id(id), error.map(|error| Said { error, secret }));
+    let (id, error) = (Id(id), error.map(|error| Redacted { error, secret }));
     match (outcome, error) {
-        (Renewal::Renewed, _) => {
-            tell!(info, credential = credential, outcome = label, id = %id, "a credential was renewed");
+        (RefreshOutcome::Refreshed, _) => {
+            emit!(info, credential = credential, outcome = label, id = %id, "credential refreshed");
         }
-        (Renewal::Unchanged, _) => {
-            tell!(trace, credential = credential, outcome = label, id = %id, "a credential is still the same");
+        (RefreshOutcome::Unchanged, _) => {
+            emit!(trace, credential = credential, outcome = label, id = %id, "credential unchanged");
         }
-        (Renewal::Refused, Some(error)) => {
-            tell!(error, credential = credential, outcome = label, id = %id, error = %error, "a credential cannot be renewed");
+        (RefreshOutcome::Rejected, Some(error)) => {
+            emit!(error, credential = credential, outcome = label, id = %id, error = %error, "credential refresh rejected");
         }
         (_, Some(error)) => {
-            tell!(warn, credential = credential, outcome = label, id = %id, error = %error, "a credential was not renewed");
+            emit!(warn, credential = credential, outcome = label, id = %id, error = %error, "credential refresh failed");
         }
         (_, None) => {
-            tell!(warn, credential = credential, outcome = label, id = %id, "a credential was not renewed");
+            emit!(warn, credential = credential, outcome = label, id = %id, "credential refresh failed");
         }
     }
 }
 
-/// A response goes up by which the API refused what was `sent`.
+/// Reports a 401 or 403 that is returned to the caller. `sent` are the ids of the key and of the token it was sent with.
 #[cold]
-pub(crate) fn refused_by_api(error: &AuthError, sent: Option<&Credentials>) {
+pub(crate) fn request_rejected(error: &AuthError, [api_key, token]: [Option<KeyId>; 2]) {
     let kind = error.kind().label();
     count!(telemetry::AUTH_ERRORS, "kind" => kind, "code" => code_label(error.code()));
-    tell!(
+    emit!(
         warn,
         kind = kind,
-        api_key = %Id(sent.and_then(|sent| Some(sent.api_key()?.id()))),
-        token = %Id(sent.and_then(|sent| Some(sent.jwt()?.id()))),
+        api_key = %Id(api_key),
+        token = %Id(token),
         request_id = error.request_id(),
         error = %error,
         "the API refused a request",
     );
 }
 
-/// A request was sent once more after a 401: what the answer is, if there is one.
+/// Reports the response to a replayed request; `None` if the client failed.
 #[cold]
-pub(crate) fn sent_again(status: Option<StatusCode>) {
+pub(crate) fn request_replayed(status: Option<StatusCode>) {
     let outcome = match status {
         Some(status) if is_auth_status(status) => "refused",
         Some(_) => "accepted",
         None => "failed",
     };
     count!(telemetry::REPLAYS, "outcome" => outcome);
-    tell!(debug, outcome = outcome, "a request was sent again");
+    emit!(debug, outcome = outcome, "request replayed");
 }
 
-/// A layer has refused to send a request.
+/// Reports a request that a layer refused to send.
 #[cold]
-pub(crate) fn not_sent(error: &AuthError) {
+pub(crate) fn request_not_sent(error: &AuthError) {
     let kind = error.kind().label();
     count!(telemetry::UNSENT_REQUESTS, "kind" => kind);
-    tell!(debug, kind = kind, error = %error, "a request was not sent");
+    emit!(debug, kind = kind, error = %error, "request not sent");
 }
 
-/// A store of refresh tokens has failed.
+/// Reports a store that failed to save a refresh token.
 #[cold]
-pub(crate) fn refresh_token_not_saved(token: &RefreshToken, error: &dyn Error) {
+pub(crate) fn refresh_token_not_saved(id: KeyId, secret: &str, error: &dyn Error) {
     count!(telemetry::UNSAVED_REFRESH_TOKENS);
-    let error = Said { error, secret: Some(token.expose_secret()) };
-    tell!(
-        warn,
-        id = %token.id(),
-        error = %error,
-        "the new refresh token was not saved and is kept in memory alone",
-    );
+    let error = Redacted { error, secret: Some(secret) };
+    emit!(warn, id = %id, error = %error, "refresh token not saved; it is kept in memory only");
 }
 
-/// A layer was made with this key. One that renews itself is shown by its engine.
-pub(crate) fn key_given(key: Option<&Provider<ApiKey>>) {
-    if let Some(Provider::Fixed(key)) = key {
-        show_key(key.id(), true);
+/// Reports the fixed key that a layer was built with. A refreshing key is reported by its engine.
+pub(crate) fn fixed_key_in_use(key: &ApiKey) {
+    show_key(key.id(), true);
+}
+
+/// The gauge that shows which API key an engine uses. Tokens have none.
+#[derive(Debug)]
+pub(crate) struct KeyInUse {
+    #[cfg(feature = "metrics")]
+    shown: Option<Mutex<Option<KeyId>>>,
+}
+
+#[cfg(feature = "metrics")]
+impl KeyInUse {
+    pub(crate) fn new(credential: Setting) -> Self {
+        Self { shown: (credential == Setting::ApiKey).then(Mutex::default) }
     }
-}
 
-/// What a gauge shows of an engine's credential.
-pub(crate) trait Shown: Default + Send + Sync {
-    /// It may be another by now.
-    fn show(&self, current: impl FnOnce() -> Option<KeyId>);
-}
-
-/// Nothing.
-impl Shown for () {
-    fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
-}
-
-/// Which key it is.
-#[derive(Debug, Default)]
-#[expect(unnameable_types, reason = "nobody outside is to use it")]
-pub struct KeyInUse {
-    #[cfg(feature = "metrics")]
-    shown: Mutex<Option<KeyId>>,
-}
-
-impl Shown for KeyInUse {
-    /// One after the other, so that the last to be shown is the last there is.
-    #[cfg(feature = "metrics")]
-    fn show(&self, current: impl FnOnce() -> Option<KeyId>) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Shows the key that `current` returns. Callers take turns, so that the gauge ends with the latest key.
+    pub(crate) fn show(&self, current: impl FnOnce() -> Option<KeyId>) {
+        let Some(shown) = &self.shown else { return };
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
         let current = current();
         if *shown != current {
             if let Some(old) = *shown {
@@ -197,12 +182,18 @@ impl Shown for KeyInUse {
             *shown = current;
         }
     }
-
-    #[cfg(not(feature = "metrics"))]
-    fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
 }
 
-/// With the engine, its key is out of use.
+#[cfg(not(feature = "metrics"))]
+impl KeyInUse {
+    pub(crate) fn new(_: Setting) -> Self {
+        Self {}
+    }
+
+    pub(crate) fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
+}
+
+/// An engine that ends takes its key out of use.
 #[cfg(feature = "metrics")]
 impl Drop for KeyInUse {
     fn drop(&mut self) {
@@ -212,7 +203,7 @@ impl Drop for KeyInUse {
 
 #[cfg(feature = "metrics")]
 fn show_key(id: KeyId, in_use: bool) {
-    let labels = [("credential", name(Subject::ApiKey).to_owned()), ("id", id.to_string())];
+    let labels = [("credential", name(Setting::ApiKey).to_owned()), ("id", id.to_string())];
     metrics::gauge!(telemetry::CREDENTIAL_INFO, &labels).set(if in_use { 1.0 } else { 0.0 });
 }
 
@@ -225,28 +216,20 @@ pub(crate) fn describe_metrics() {
 
     use crate::AuthErrorKind as Kind;
 
-    describe_counter!(telemetry::RENEWALS, Unit::Count, "Renewals of a credential, by how they ended.");
+    describe_counter!(telemetry::RENEWALS, Unit::Count, "Refreshes of a credential, by outcome.");
     describe_counter!(telemetry::AUTH_ERRORS, Unit::Count, "Requests that the API refused with 401 or 403.");
-    describe_counter!(
-        telemetry::REPLAYS,
-        Unit::Count,
-        "Requests sent again after a 401, by what came of it."
-    );
-    describe_counter!(
-        telemetry::UNSENT_REQUESTS,
-        Unit::Count,
-        "Requests that were refused before they were sent."
-    );
+    describe_counter!(telemetry::REPLAYS, Unit::Count, "Requests replayed after a 401, by outcome.");
+    describe_counter!(telemetry::UNSENT_REQUESTS, Unit::Count, "Requests that a layer refused to send.");
     describe_counter!(
         telemetry::UNSAVED_REFRESH_TOKENS,
         Unit::Count,
-        "Refresh tokens that their store did not take."
+        "Refresh tokens that their store failed to save."
     );
-    describe_gauge!(telemetry::CREDENTIAL_INFO, Unit::Count, "1 for the key in use, 0 for one that was.");
+    describe_gauge!(telemetry::CREDENTIAL_INFO, Unit::Count, "1 for the API key in use, 0 for a former one.");
 
-    use Renewal::{Aborted, Failed, Panicked, Refused, Renewed, TimedOut, Unchanged, Unfit};
-    for credential in [Subject::ApiKey, Subject::Token].map(name) {
-        for outcome in [Renewed, Unchanged, Failed, Refused, TimedOut, Panicked, Aborted, Unfit] {
+    use RefreshOutcome::{Aborted, Failed, Panicked, Refreshed, Rejected, TimedOut, Unchanged, Unusable};
+    for credential in [Setting::ApiKey, Setting::Token].map(name) {
+        for outcome in [Refreshed, Unchanged, Failed, Rejected, TimedOut, Panicked, Aborted, Unusable] {
             counter!(telemetry::RENEWALS, "credential" => credential, "outcome" => outcome.label())
                 .increment(0);
         }
@@ -277,17 +260,17 @@ pub(crate) fn describe_metrics() {
 const NO_CODE: &str = "none";
 const OTHER_CODE: &str = "other";
 
-/// A server may say whatever it likes, and labels are for ever.
+/// Maps codes to a fixed set of labels: servers can send any code, and a label never goes away.
 fn code_label(code: Option<&str>) -> &'static str {
     let Some(code) = code else { return NO_CODE };
     CODES.iter().find(|(known, _)| *known == code).map_or(OTHER_CODE, |(known, _)| known)
 }
 
-fn name(credential: Subject) -> &'static str {
-    if credential == Subject::ApiKey { "api_key" } else { "token" }
+fn name(credential: Setting) -> &'static str {
+    if credential == Setting::ApiKey { "api_key" } else { "token" }
 }
 
-/// The id of a credential, if there is one.
+/// Prints the id of a credential, or `none`.
 struct Id(Option<KeyId>);
 
 impl fmt::Display for Id {
@@ -299,13 +282,13 @@ impl fmt::Display for Id {
     }
 }
 
-/// An error and its causes, on one line and without credentials.
-struct Said<'a> {
+/// Prints an error and its causes on one line, without credentials.
+struct Redacted<'a> {
     error: &'a dyn Error,
     secret: Option<&'a str>,
 }
 
-impl fmt::Display for Said<'_> {
+impl fmt::Display for Redacted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let said = Redactor::masking(self.secret).text(with_causes(self.error));
         for char in said.chars() {

@@ -4,7 +4,6 @@
 mod macros;
 
 pub(crate) mod clock;
-pub(crate) mod cold;
 #[cfg(all(test, model))]
 pub(crate) mod loom;
 pub(crate) mod per_thread;

@@ -1,1 +1,1 @@
-//! What the compiler says where a client does not fit: see `tests/messages.rs`.
+//! Tests the compiler's messages for clients that do not fit the layers: see `tests/messages.rs`.

@@ -1,4 +1,4 @@
-//! E6: the response goes on as it was, with the error in its extensions.
+//! Tests of annotate mode: the response passes through unchanged, with the error in its extensions.
 
 use std::{future::ready, io, time::Duration};
 
@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, Empty, Full};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, Refreshing, SelamLayer,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BoxError, Refreshing, Selam, SelamLayer,
     Token,
     auth_error::InspectedBody,
     simulator::{Fault, JwtAlgorithm, Simulator},
@@ -20,12 +20,12 @@ use crate::support::{CHAT, Fed, KEY, MODELS, get, key};
 
 type Frame = io::Result<http_body::Frame<Bytes>>;
 
-fn fed() -> (UnboundedSender<Frame>, Response<Fed>) {
+fn channel_response() -> (UnboundedSender<Frame>, Response<Fed>) {
     let (send, receive) = unbounded_channel();
-    (send, refusal(Fed(receive)))
+    (send, unauthorized(Fed(receive)))
 }
 
-fn refusal<B>(body: B) -> Response<B> {
+fn unauthorized<B>(body: B) -> Response<B> {
     Response::builder().status(401).header("x-mark", "1").body(body).unwrap()
 }
 
@@ -33,11 +33,14 @@ fn data(text: &str) -> Frame {
     Ok(http_body::Frame::data(Bytes::copy_from_slice(text.as_bytes())))
 }
 
-async fn annotated<B: Body>(response: Response<B>) -> Response<InspectedBody<B>> {
+async fn annotated<B>(response: Response<B>) -> Response<InspectedBody<B>>
+where
+    B: Body<Error: Into<BoxError>>,
+{
     let mut response = Some(response);
     let api =
         service_fn(move |_: Request<()>| ready(Ok::<_, BoxError>(response.take().expect("one request"))));
-    AnnotateAuthErrorLayer::new().with_body_limit(64).layer(api).oneshot(get(MODELS)).await.unwrap()
+    AuthErrorLayer::new().annotated().with_body_limit(64).layer(api).oneshot(get(MODELS)).await.unwrap()
 }
 
 fn kind<B>(response: &Response<B>) -> Option<AuthErrorKind> {
@@ -46,9 +49,10 @@ fn kind<B>(response: &Response<B>) -> Option<AuthErrorKind> {
 
 const INVALID: &str = r#"{"error":{"code":"invalid_api_key"}}"#;
 
+/// E6: status, headers, body and trailers pass through unchanged.
 #[tokio::test]
-async fn e6_status_headers_body_and_trailers_go_on_as_they_were() {
-    let (feed, response) = fed();
+async fn response_passes_through_unchanged() {
+    let (feed, response) = channel_response();
     let trailers = HeaderMap::from_iter([("x-trailer".parse().unwrap(), "1".parse().unwrap())]);
     feed.send(data(&INVALID[..10])).unwrap();
     feed.send(data(&INVALID[10..])).unwrap();
@@ -65,9 +69,10 @@ async fn e6_status_headers_body_and_trailers_go_on_as_they_were() {
     assert_eq!(body.to_bytes(), INVALID);
 }
 
+/// E6: a body beyond the limit passes through whole; the error keeps only its beginning.
 #[tokio::test]
-async fn e6_an_oversize_body_goes_on_whole() {
-    let (feed, response) = fed();
+async fn oversize_body_passes_through_whole() {
+    let (feed, response) = channel_response();
     let long = "x".repeat(100);
     feed.send(data(&long)).unwrap();
     let response = annotated(response).await;
@@ -78,9 +83,10 @@ async fn e6_an_oversize_body_goes_on_whole() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), format!("{long}and more"));
 }
 
+/// E6: a stalled body delays the response up to the time limit, and the rest still arrives.
 #[tokio::test(start_paused = true)]
-async fn e6_a_stalled_body_goes_on_when_it_does() {
-    let (feed, response) = fed();
+async fn stalled_body_passes_through_later() {
+    let (feed, response) = channel_response();
     feed.send(data(INVALID)).unwrap();
     let started = tokio::time::Instant::now();
     let response = annotated(response).await;
@@ -93,9 +99,10 @@ async fn e6_a_stalled_body_goes_on_when_it_does() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), format!("{INVALID} late"));
 }
 
+/// E6: a body error reaches the caller after the same frames.
 #[tokio::test]
-async fn e6_a_body_that_breaks_off_breaks_off_in_the_same_place() {
-    let (feed, response) = fed();
+async fn body_error_stays_in_place() {
+    let (feed, response) = channel_response();
     feed.send(data("{\"error\"")).unwrap();
     feed.send(Err(io::Error::other("connection reset"))).unwrap();
     let mut response = annotated(response).await;
@@ -107,9 +114,10 @@ async fn e6_a_body_that_breaks_off_breaks_off_in_the_same_place() {
     assert!(body.frame().await.is_none());
 }
 
+/// E6: `is_end_stream` turns true with the last frame.
 #[tokio::test]
-async fn e6_the_end_is_where_the_last_frame_was() {
-    let mut response = annotated(refusal(Full::<Bytes>::from(INVALID))).await;
+async fn stream_ends_after_the_last_frame() {
+    let mut response = annotated(unauthorized(Full::<Bytes>::from(INVALID))).await;
     let body = response.body_mut();
     assert!(!body.is_end_stream());
     assert_eq!(body.frame().await.unwrap().unwrap().into_data().unwrap(), INVALID);
@@ -117,18 +125,20 @@ async fn e6_the_end_is_where_the_last_frame_was() {
     assert!(body.frame().await.is_none());
 }
 
+/// E6: an empty body stays empty.
 #[tokio::test]
-async fn e6_an_empty_body_stays_empty() {
-    let response = annotated(refusal(Empty::<Bytes>::new())).await;
+async fn empty_body_stays_empty() {
+    let response = annotated(unauthorized(Empty::<Bytes>::new())).await;
     assert_eq!(kind(&response), Some(AuthErrorKind::Unauthorized));
     assert!(response.body().is_end_stream());
     assert!(response.into_body().collect().await.unwrap().to_bytes().is_empty());
 }
 
+/// E5, E6: responses other than 401 and 403 are not annotated, and their bodies stream.
 #[tokio::test]
-async fn e6_other_responses_are_not_annotated_and_stream_on() {
+async fn other_responses_stream_without_annotation() {
     for status in [200, 400, 429, 500] {
-        let (feed, mut response) = fed();
+        let (feed, mut response) = channel_response();
         *response.status_mut() = status.try_into().unwrap();
         let mut response = annotated(response).await;
         assert_eq!(kind(&response), None);
@@ -138,17 +148,18 @@ async fn e6_other_responses_are_not_annotated_and_stream_on() {
     }
 }
 
+/// E6, S2: the error masks an echoed secret, while the body keeps its bytes.
 #[tokio::test]
-async fn e6_the_body_keeps_an_echo_that_the_error_masks() {
+async fn echoed_secret_is_masked_in_the_error_alone() {
     let echo = format!(r#"{{"error":{{"message":"bad key {KEY}"}}}}"#);
     let (mock, mut handle) = tower_test::mock::pair::<_, Response<Full<Bytes>>>();
     let stack = ServiceBuilder::new()
-        .layer(AnnotateAuthErrorLayer::new())
+        .layer(AuthErrorLayer::new().annotated())
         .layer(ApiKeyLayer::bearer(key()))
         .service(mock);
     let api = async {
         let (_, send) = handle.next_request().await.unwrap();
-        send.send_response(refusal(Full::from(echo.clone())));
+        send.send_response(unauthorized(Full::from(echo.clone())));
     };
     let (response, ()) = tokio::join!(stack.oneshot(get(MODELS)), api);
     let response = response.unwrap();
@@ -158,12 +169,12 @@ async fn e6_the_body_keeps_an_echo_that_the_error_masks() {
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), echo);
 }
 
-/// A simulator, and the stack in annotate mode over it with JWTs that renew themselves.
-fn renewing() -> (Simulator, tower_selam::stack::AnnotatedSelam<Simulator>) {
+/// Returns a simulator and an annotating stack over it whose JWTs are refreshed.
+fn refreshing_stack() -> (Simulator, Selam<Simulator>) {
     let simulator = Simulator::new();
-    let minting = simulator.clone();
+    let issuer = simulator.clone();
     let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
-        let jwt = minting.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(600));
+        let jwt = issuer.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(600));
         async { Ok::<_, BoxError>(Token::new(jwt)?) }
     }));
     let key = ApiKey::new(simulator.issue_key()).unwrap();
@@ -176,9 +187,10 @@ fn chat() -> Request<String> {
     Request::post("https://api.selamgpt.com/v1/chat/completions").body(CHAT.to_owned()).unwrap()
 }
 
+/// E6: the stack refreshes and replays before it annotates anything.
 #[tokio::test]
-async fn e6_the_stack_renews_and_sends_again_before_anything_goes_up() {
-    let (simulator, selam) = renewing();
+async fn stack_refreshes_and_replays_first() {
+    let (simulator, selam) = refreshing_stack();
     assert_eq!(selam.send(chat()).await.unwrap().status(), 200);
     simulator.expire_jwts();
     let response = selam.send(chat()).await.unwrap();
@@ -188,9 +200,10 @@ async fn e6_the_stack_renews_and_sends_again_before_anything_goes_up() {
     assert_eq!(simulator.requests(), 3);
 }
 
+/// E6, J4: the second 401 is returned unchanged, after exactly two sends.
 #[tokio::test]
-async fn e6_the_second_401_of_the_stack_goes_up_as_it_came() {
-    let (simulator, selam) = renewing();
+async fn second_401_is_returned_unchanged() {
+    let (simulator, selam) = refreshing_stack();
     let refusal = |n: u16| {
         let response =
             Response::builder().status(401).header("x-answer", n).header("www-authenticate", "Bearer");
@@ -211,12 +224,12 @@ async fn e6_the_second_401_of_the_stack_goes_up_as_it_came() {
     assert_eq!(body, r#"{"error":{"code":"jwt_expired"},"n":2}"#);
 }
 
-/// Whichever layer has read of it, and however much.
+/// E6: an error body of any size passes through whole, however much of it each layer has read.
 #[tokio::test]
-async fn e6_a_refusal_of_any_size_goes_through_the_stack_whole() {
+async fn error_body_of_any_size_survives_the_stack() {
     for status in [401, 403] {
         for size in [0, 1, 65_535, 65_536, 65_537, 1 << 20] {
-            let (simulator, selam) = renewing();
+            let (simulator, selam) = refreshing_stack();
             let sent = Bytes::from("x".repeat(size));
             for _ in 0..2 {
                 let answer =
@@ -233,10 +246,10 @@ async fn e6_a_refusal_of_any_size_goes_through_the_stack_whole() {
     }
 }
 
-/// It is read by the layer that renews, and then by the one that annotates.
+/// E6: a stalled 401 that is not replayed streams through, although two layers read its beginning.
 #[tokio::test(start_paused = true)]
-async fn e6_a_401_that_stalls_and_is_not_sent_again_goes_through_the_stack_as_it_comes() {
-    let (feed, response) = fed();
+async fn stalled_401_streams_through_the_stack() {
+    let (feed, response) = channel_response();
     let mut response = Some(response);
     let api =
         service_fn(move |_: Request<()>| ready(Ok::<_, BoxError>(response.take().expect("one request"))));
@@ -257,8 +270,9 @@ async fn e6_a_401_that_stalls_and_is_not_sent_again_goes_through_the_stack_as_it
     assert_eq!(body.to_bytes(), format!("{INVALID} late"));
 }
 
+/// E6: the documented errors keep the headers and bytes that the API sent.
 #[tokio::test]
-async fn e6_the_documented_errors_go_through_the_stack_with_the_bytes_that_the_api_sent() {
+async fn documented_errors_keep_the_api_bytes() {
     let simulator = Simulator::new();
     let (revoked, limited) = (simulator.issue_key(), simulator.issue_limited_key());
     simulator.revoke_key(&revoked);
@@ -287,9 +301,10 @@ async fn e6_the_documented_errors_go_through_the_stack_with_the_bytes_that_the_a
     }
 }
 
+/// E6: a request that is not sent has no response to annotate, and is an error.
 #[tokio::test]
-async fn e6_what_was_not_sent_is_an_error_of_the_stack() {
-    let (simulator, selam) = renewing();
+async fn unsent_request_is_an_error() {
+    let (simulator, selam) = refreshing_stack();
     let refused =
         selam.send(Request::get("http://api.selamgpt.com/v1/models").body(String::new()).unwrap()).await;
     assert_eq!(refused.unwrap_err().auth().unwrap().kind(), AuthErrorKind::OriginNotAllowed);

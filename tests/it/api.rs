@@ -1,4 +1,4 @@
-//! An API in process that accepts one credential, and notes what it was sent.
+//! An in-process API that accepts one credential and records the requests it receives.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use http_body_util::{BodyExt, Full};
 use tokio::sync::Semaphore;
 use tower::{Layer, Service, service_fn};
 use tower_selam::{
-    BoxError, JwtLayer, RefreshLayer, Refreshing, RequestAuth, Token,
+    ApiKeyLayer, BoxError, JwtLayer, RefreshLayer, Refreshing, RequestAuth, Token,
     authorize::Authorize,
     source::{Reason, source_fn},
 };
@@ -26,13 +26,13 @@ pub(crate) const INVALID_KEY: &str =
 pub(crate) const INVALID_TOKEN: &str =
     r#"{"error":{"message":"The token is not valid.","code":"invalid_token"}}"#;
 
-/// An API that accepts one bearer, or every one, and remembers what it was sent.
+/// An API that accepts one bearer credential or all of them, and records the requests it receives.
 #[derive(Clone)]
 pub(crate) struct Api {
     accepts: Arc<Mutex<Option<String>>>,
-    refusal: &'static str,
+    error_body: &'static str,
     pub(crate) received: Arc<Mutex<Vec<Received>>>,
-    /// Requests wait for it before they are answered.
+    /// Each response takes a permit of this semaphore.
     gate: Arc<Semaphore>,
 }
 
@@ -51,23 +51,23 @@ impl Api {
         api
     }
 
-    pub(crate) fn accepting(credential: &str, refusal: &'static str) -> Self {
+    pub(crate) fn accepting(credential: &str, error_body: &'static str) -> Self {
         Self {
             accepts: Arc::new(Mutex::new(Some(credential.to_owned()))),
-            refusal,
+            error_body,
             received: Arc::default(),
             gate: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
         }
     }
 
-    /// How often each bearer was sent.
+    /// Counts how often each bearer credential was received.
     pub(crate) fn tally(&self) -> BTreeMap<String, usize> {
         let mut tally = BTreeMap::new();
         self.bearers().into_iter().for_each(|bearer| *tally.entry(bearer).or_default() += 1);
         tally
     }
 
-    /// The same API, whose answers wait for a permit each.
+    /// Returns the same API, with responses that each take a permit of `gate`.
     pub(crate) fn gated(&self, gate: &Arc<Semaphore>) -> Self {
         Self { gate: Arc::clone(gate), ..self.clone() }
     }
@@ -104,7 +104,7 @@ impl Api {
                 let accepted = api.accepts.lock().unwrap().as_ref().is_none_or(|accepts| *accepts == bearer);
                 api.received.lock().unwrap().push(Received { bearer, key, head, body });
                 api.gate.acquire().await?.forget();
-                let (status, body) = if accepted { (200, "") } else { (401, api.refusal) };
+                let (status, body) = if accepted { (200, "") } else { (401, api.error_body) };
                 Ok(Response::builder().status(status).body(Full::from(body))?)
             }
         })
@@ -115,7 +115,7 @@ pub(crate) fn request() -> Request<Body> {
     Request::post(MODELS).body(Full::from("the body")).unwrap()
 }
 
-/// With a choice of its own.
+/// Makes a request with this choice of credentials.
 pub(crate) fn request_with(choice: Option<RequestAuth>) -> Request<Body> {
     let mut request = request();
     if let Some(choice) = choice {
@@ -124,10 +124,10 @@ pub(crate) fn request_with(choice: Option<RequestAuth>) -> Request<Body> {
     request
 }
 
-/// A source of `token-1`, `token-2`, …, and how often it was asked.
+/// Returns a source of `token-1`, `token-2`, …, and the number of calls to it.
 pub(crate) fn counting() -> (Refreshing<Token>, Arc<AtomicUsize>) {
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&asked);
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&calls);
     let source = source_fn(move |_: Reason<Token>| {
         let number = counter.fetch_add(1, SeqCst) + 1;
         async move {
@@ -135,12 +135,12 @@ pub(crate) fn counting() -> (Refreshing<Token>, Arc<AtomicUsize>) {
             Ok::<_, BoxError>(Token::new(format!("token-{number}"))?)
         }
     });
-    (Refreshing::new(source), asked)
+    (Refreshing::new(source), calls)
 }
 
 pub(crate) fn stack<S: Clone>(
     jwts: &Refreshing<Token>,
     inner: S,
-) -> <RefreshLayer as Layer<Authorize<S>>>::Service {
-    RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(inner))
+) -> <RefreshLayer as Layer<Authorize<Authorize<S>>>>::Service {
+    RefreshLayer::new().layer((JwtLayer::new(jwts), ApiKeyLayer::x_api_key(key())).layer(inner))
 }

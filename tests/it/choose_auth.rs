@@ -1,19 +1,18 @@
-//! The choice of credentials by what a request is.
+//! Choosing a request's credentials by its path or by a closure.
 
 use std::time::Duration;
 
 use http::{Method, Request, request::Parts};
 use tower::{ServiceBuilder, ServiceExt};
 use tower_selam::{
-    ApiKey, BoxError, ChooseAuthLayer, ConfigErrorKind, JwtLayer, Refreshing, RequestAuth, SelamLayer,
-    Subject, Token,
+    ApiKey, BoxError, ChooseAuthLayer, ConfigErrorKind, Refreshing, RequestAuth, SelamLayer, Subject, Token,
     simulator::{JwtAlgorithm, Simulator},
     source::{Reason, source_fn},
 };
 
 use crate::support::{CHAT, JWT, KEY, get, jwt, key, send, values};
 
-/// `Authorization` and `X-API-Key` of a request to `path` under `layer`.
+/// Sends a request to `path` through `layer`, and returns its `Authorization` and `X-API-Key`.
 async fn written<C>(
     layer: ChooseAuthLayer<C>,
     mut request: Request<()>,
@@ -23,7 +22,8 @@ where
     C: tower_selam::choose_auth::Choice + Clone,
 {
     *request.uri_mut() = format!("https://api.selamgpt.com{path}").parse().unwrap();
-    let layer = ServiceBuilder::new().layer(layer).layer(JwtLayer::new(jwt(), key()));
+    let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).build().unwrap();
+    let layer = ServiceBuilder::new().layer(layer).layer(selam);
     let sent = send(&layer, request).await.unwrap();
     (values(&sent, "authorization"), values(&sent, "x-api-key"))
 }
@@ -37,7 +37,7 @@ fn key_alone() -> (Vec<String>, Vec<String>) {
 }
 
 #[tokio::test]
-async fn paths_that_are_named_have_jwt_and_key_and_others_the_key_alone() {
+async fn listed_paths_get_the_jwt() {
     let layer = || ChooseAuthLayer::jwt_for_paths(["/v1/audio", "/v1/images"]).unwrap();
     for path in ["/v1/audio", "/v1/audio/speech?x=/v1/models", "/v1/images/generations"] {
         assert_eq!(written(layer(), get("/"), path).await, pair(), "{path}");
@@ -54,12 +54,12 @@ async fn paths_that_are_named_have_jwt_and_key_and_others_the_key_alone() {
         assert_eq!(written(layer(), get("/"), path).await, key_alone(), "{path}");
     }
     let error = ChooseAuthLayer::jwt_for_paths(["/v1/audio", "v1/images"]).unwrap_err();
-    assert_eq!(error.kind(), ConfigErrorKind::InvalidPath);
+    assert_eq!(error.kind(), &ConfigErrorKind::InvalidPath);
     assert_eq!(error.to_string(), "path prefix number 2 is not a plain path such as /v1/audio");
 }
 
 #[tokio::test]
-async fn a_request_that_has_chosen_keeps_its_choice() {
+async fn an_existing_choice_is_kept() {
     let layer = || ChooseAuthLayer::jwt_for_paths(["/v1/audio"]).unwrap();
     for (choice, expected) in [
         (RequestAuth::ApiKey, key_alone()),
@@ -75,7 +75,7 @@ async fn a_request_that_has_chosen_keeps_its_choice() {
 }
 
 #[tokio::test]
-async fn a_closure_chooses_or_leaves_it_to_the_layers() {
+async fn a_closure_chooses_or_defers() {
     let layer = ChooseAuthLayer::new(|request: &Parts| {
         assert!(request.extensions.get::<Subject>().is_none());
         (request.method == Method::HEAD).then_some(RequestAuth::ApiKey)
@@ -88,7 +88,7 @@ async fn a_closure_chooses_or_leaves_it_to_the_layers() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_sent_again_has_the_same_choice() {
+async fn a_replay_keeps_its_choice() {
     let simulator = Simulator::new();
     let minting = simulator.clone();
     let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {

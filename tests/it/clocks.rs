@@ -1,4 +1,4 @@
-//! R4 and R5: what tokens say of their lifetime, and clocks that jump. Time is paused.
+//! Tests of odd token lifetimes and of clocks that jump, in paused time.
 
 use std::{
     sync::{Arc, Mutex},
@@ -9,7 +9,8 @@ use http::{Request, Response, StatusCode};
 use tokio::time::{Instant, advance, sleep};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_selam::{
-    ApiKey, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy, Refreshing, TestClock, Token,
+    ApiKey, ApiKeyLayer, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy, Refreshing,
+    TestClock, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -19,11 +20,13 @@ use crate::{
     support::{Body, jwt_claiming, key, response},
 };
 
+/// R4: an odd `exp` or `iat` gives a bounded lifetime or a typed error, never a token that does not expire.
 #[tokio::test(start_paused = true)]
-async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
-    // The test's clock shows 1900000000. `None` is an error, and so is what says nothing where that is required.
+async fn every_jwt_expires_or_is_rejected() {
+    // The test clock starts at 1900000000. A lifetime of `None` means an error. `states` tells whether the JWT has
+    // a usable expiry; without one, `require_expiry` makes it an error.
     let minutes = |count: u32| Some(count * MINUTE);
-    for (claims, lives, says) in [
+    for (claims, lifetime, states) in [
         (r#"{"exp":1900000060}"#, minutes(1), true),
         (r#"{"exp":1900000060.0}"#, minutes(1), true),
         (r#"{"exp":1.90000006e9}"#, minutes(1), true),
@@ -45,7 +48,7 @@ async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
         (r#"{"exp":NaN}"#, minutes(5), false),
         (r"{}", minutes(5), false),
         ("", minutes(5), false),
-        // With the time of issue, which bounds the lifetime from above and never lengthens it.
+        // `iat` can only shorten the lifetime.
         (r#"{"iat":1899999990,"exp":1900000060}"#, minutes(1), true),
         (r#"{"iat":1900000030,"exp":1900000060}"#, Some(30 * SECOND), true),
         (r#"{"iat":1900000060,"exp":1900000060}"#, None, true),
@@ -56,18 +59,18 @@ async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
         (r#"{"iat":1900000000}"#, minutes(5), false),
     ] {
         for strict in [false, true] {
-            let expected = lives.filter(|_| says || !strict);
+            let expected = lifetime.filter(|_| states || !strict);
             let clock = clock();
             let policy = RefreshPolicy::new().with_clock(clock.clone());
             let policy = if strict { policy.require_expiry() } else { policy };
-            // There is one token, and never another.
+            // The source has a single token.
             let mint = Mint::default().then(Answer::Bare(jwt_claiming(claims))).then_always(Answer::Refused);
             let jwts = Refreshing::with_policy(mint.clone(), policy);
             let fetched = jwts.token().await;
             let Some(expected) = expected else {
                 let error = fetched.unwrap_err();
                 assert_eq!(error.kind(), AuthErrorKind::RefreshFailed, "{claims}");
-                let why = if says { "has expired or is about to" } else { "does not say when it expires" };
+                let why = if states { "returned an expired credential" } else { "a token without an expiry" };
                 assert!(error.to_string().contains(why), "{claims}: {error}");
                 assert_eq!((jwts.expires_at(), mint.asked()), (None, 1), "{claims}");
                 continue;
@@ -77,16 +80,17 @@ async fn r4_whatever_a_jwt_says_of_its_expiry_it_has_one_or_is_an_error() {
             advance(expected - Duration::from_millis(1)).await;
             assert!(jwts.current().is_some(), "{claims}");
             advance(Duration::from_millis(1)).await;
-            assert!(jwts.current().is_none(), "not for ever: {claims}");
+            assert!(jwts.current().is_none(), "the token must expire: {claims}");
             assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshRejected), "{claims}");
         }
     }
 }
 
+/// R4: a lifetime that the source states overrides `exp`, and is capped at a year.
 #[tokio::test(start_paused = true)]
-async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever() {
+async fn stated_lifetime_is_capped() {
     let year = 365 * 24 * 60 * MINUTE;
-    for (stated, lives) in [
+    for (stated, lifetime) in [
         (Duration::ZERO, None),
         (Duration::from_nanos(1), None),
         (2 * MINUTE, Some(2 * MINUTE)),
@@ -94,7 +98,7 @@ async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever(
         (Duration::MAX, Some(year)),
     ] {
         let clock = clock();
-        // By its own word the token has expired an hour ago: this machine's clock is ahead.
+        // By its `exp` the token expired an hour ago, as if this machine's clock were ahead.
         let jwt = jwt_claiming(r#"{"exp":1899996400}"#);
         let source = source_fn(move |_: Reason<Token>| {
             let fetched = Fetched::new(jwt.clone()).with_lifetime(stated);
@@ -102,44 +106,50 @@ async fn r4_whatever_a_source_states_of_the_lifetime_counts_and_is_not_for_ever(
         });
         let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock.clone()));
         let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
-        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{stated:?}");
-        assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{stated:?}");
+        assert_eq!(fetched, lifetime.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{stated:?}");
+        assert_eq!(jwts.expires_at(), lifetime.map(|lifetime| clock.now() + lifetime), "{stated:?}");
     }
-    // A key lasts, unless its source knows better.
-    for (stated, lasts) in [(None, true), (Some(MINUTE), false), (Some(Duration::MAX), false)] {
+    // A key never expires unless its source states a lifetime.
+    for (stated, never_expires) in [(None, true), (Some(MINUTE), false), (Some(Duration::MAX), false)] {
         let source = source_fn(move |_: Reason<ApiKey>| async move {
             let fetched = Fetched::new(ApiKey::new("sk-selam-x")?);
             Ok::<_, BoxError>(if let Some(stated) = stated { fetched.with_lifetime(stated) } else { fetched })
         });
         let keys = Refreshing::new(source);
         keys.prefetch().await.unwrap();
-        assert_eq!(keys.expires_at().is_none(), lasts, "{stated:?}");
+        assert_eq!(keys.expires_at().is_none(), never_expires, "{stated:?}");
     }
 }
 
+/// R4: an assumed lifetime is capped at a year.
 #[tokio::test(start_paused = true)]
-async fn r4_whatever_lifetime_is_assumed_is_not_for_ever_either() {
+async fn assumed_lifetime_is_capped() {
     let year = 365 * 24 * 60 * MINUTE;
-    for (assumed, lives) in [(Duration::ZERO, None), (MINUTE, Some(MINUTE)), (Duration::MAX, Some(year))] {
+    for (assumed, lifetime) in [(Duration::ZERO, None), (MINUTE, Some(MINUTE)), (Duration::MAX, Some(year))] {
         let clock = clock();
         let policy = RefreshPolicy::new().with_clock(clock.clone()).with_assumed_lifetime(assumed);
         let mint = Mint::default().then(Answer::Bare(Token::new("opaque").unwrap()));
         let jwts = Refreshing::with_policy(mint, policy);
         let fetched = jwts.token().await.map(|_| ()).map_err(|error| error.kind());
-        assert_eq!(fetched, lives.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{assumed:?}");
-        assert_eq!(jwts.expires_at(), lives.map(|lives| clock.now() + lives), "{assumed:?}");
+        assert_eq!(fetched, lifetime.map(|_| ()).ok_or(AuthErrorKind::RefreshFailed), "{assumed:?}");
+        assert_eq!(jwts.expires_at(), lifetime.map(|lifetime| clock.now() + lifetime), "{assumed:?}");
     }
 }
 
+/// R5: wall-clock jumps and a suspended machine cost one refresh each, and no expired token is returned.
 #[tokio::test(start_paused = true)]
-async fn r5_no_jump_of_the_wall_clock_makes_a_storm_or_sends_an_expired_token() {
+async fn clock_jumps_cause_no_refresh_storm() {
     let mint = Mint::default();
     let (jwts, clock) = engine(&mint);
     assert_eq!(text(&jwts).await.unwrap(), "token-1");
     clock.jump_back(60 * MINUTE);
     assert_eq!(text(&jwts).await.unwrap(), "token-1");
     advance(MINUTE + SECOND).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-2", "though the wall clock says it is early");
+    assert_eq!(
+        text(&jwts).await.unwrap(),
+        "token-2",
+        "the monotonic clock decides, although the wall clock was set back"
+    );
     clock.jump(60 * MINUTE);
     for _ in 0..100 {
         assert_eq!(text(&jwts).await.unwrap(), "token-3");
@@ -152,27 +162,27 @@ async fn r5_no_jump_of_the_wall_clock_makes_a_storm_or_sends_an_expired_token() 
     assert_eq!(mint.asked(), 4);
 }
 
-/// A machine whose two clocks may be wrong, and an API that knows what time it is.
+/// A machine whose clocks may be wrong, next to an API that knows the true time.
 #[derive(Clone)]
 struct Machine {
     clock: TestClock,
-    began: Instant,
+    started: Instant,
     suspended: Arc<Mutex<Duration>>,
     /// When each token was issued.
     issued: Arc<Mutex<Vec<Duration>>>,
-    /// What was sent, and whether it had expired.
+    /// The number of each token sent, and whether it had expired.
     sent: Arc<Mutex<Vec<(usize, bool)>>>,
 }
 
 impl Machine {
     fn new() -> Self {
         let (suspended, issued, sent) = (Arc::default(), Arc::default(), Arc::default());
-        Self { clock: clock(), began: Instant::now(), suspended, issued, sent }
+        Self { clock: clock(), started: Instant::now(), suspended, issued, sent }
     }
 
-    /// The time that has passed, whatever the machine's clocks say.
-    fn time(&self) -> Duration {
-        self.began.elapsed() + *self.suspended.lock().unwrap()
+    /// Returns the true time elapsed, independent of the machine's clocks.
+    fn true_time(&self) -> Duration {
+        self.started.elapsed() + *self.suspended.lock().unwrap()
     }
 
     fn suspend(&self, time: Duration) {
@@ -180,15 +190,15 @@ impl Machine {
         self.clock.jump(time);
     }
 
-    /// An engine whose tokens live a minute from when they are asked for, and come a while later.
-    fn engine(&self, takes: Duration) -> Refreshing<Token> {
+    /// Returns an engine whose tokens live one minute from the start of a fetch that takes `fetch_time`.
+    fn engine(&self, fetch_time: Duration) -> Refreshing<Token> {
         let machine = self.clone();
         let source = source_fn(move |_: Reason<Token>| {
             let mut issued = machine.issued.lock().unwrap();
-            issued.push(machine.time());
+            issued.push(machine.true_time());
             let token = Token::new(format!("token-{}", issued.len()));
             async move {
-                sleep(takes).await;
+                sleep(fetch_time).await;
                 Ok::<_, BoxError>(Fetched::new(token?).with_lifetime(MINUTE))
             }
         });
@@ -204,15 +214,16 @@ impl Machine {
         service_fn(move |request: Request<Body>| {
             let bearer = request.headers()["authorization"].to_str().unwrap();
             let number: usize = bearer.strip_prefix("Bearer token-").unwrap().parse().unwrap();
-            let expired = machine.time() >= machine.issued.lock().unwrap()[number - 1] + MINUTE;
+            let expired = machine.true_time() >= machine.issued.lock().unwrap()[number - 1] + MINUTE;
             machine.sent.lock().unwrap().push((number, expired));
             std::future::ready(Ok(response(if expired { 401 } else { 200 }, "")))
         })
     }
 }
 
+/// R5: whenever a clock jumps or the machine is suspended, no expired token is sent and refreshes stay few.
 #[tokio::test(start_paused = true)]
-async fn r5_whatever_the_clocks_do_no_expired_token_is_sent_and_no_storm_breaks_out() {
+async fn clock_jumps_send_no_expired_token() {
     const HOUR: Duration = Duration::from_secs(60 * 60);
     type Event = (&'static str, fn(&Machine));
     let events: [Event; 5] = [
@@ -225,48 +236,50 @@ async fn r5_whatever_the_clocks_do_no_expired_token_is_sent_and_no_storm_breaks_
             machine.suspend(HOUR + MINUTE);
         }),
     ];
-    // While the first is awaited; while it is fresh; while its renewal runs beside; afterwards.
-    for (takes, at) in
+    // During the first fetch, while the token is fresh, during the background refresh, and after it.
+    for (fetch_millis, at) in
         [(200, 100), (200, 10_000), (200, 54_300), (200, 54_600), (5_800, 3_000), (5_800, 57_000)]
     {
-        for (event, happen) in events {
+        for (event, trigger) in events {
             let machine = Machine::new();
-            let jwts = machine.engine(Duration::from_millis(takes));
-            let stack = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(machine.api()));
+            let jwts = machine.engine(Duration::from_millis(fetch_millis));
+            let stack = RefreshLayer::new()
+                .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(machine.api()));
             let mut calls = Vec::new();
             let send = |calls: &mut Vec<_>| calls.push(tokio::spawn(stack.clone().oneshot(request())));
             let began = Instant::now();
-            let mut happened = false;
+            let mut triggered = false;
             while began.elapsed() < 3 * MINUTE {
                 send(&mut calls);
                 sleep(Duration::from_millis(100)).await;
-                if !happened && began.elapsed() >= Duration::from_millis(at) {
-                    happened = true;
-                    happen(&machine);
+                if !triggered && began.elapsed() >= Duration::from_millis(at) {
+                    triggered = true;
+                    trigger(&machine);
                     (0..100).for_each(|_| send(&mut calls));
                 }
             }
-            let case = format!("{event}, at {at} with renewals of {takes}");
+            let case = format!("{event} at {at} ms, fetches taking {fetch_millis} ms");
             for call in calls {
                 let response = call.await.unwrap();
                 assert_eq!(response.expect(&case).status(), StatusCode::OK, "{case}");
             }
             let sent = machine.sent.lock().unwrap();
             assert_eq!(sent.iter().filter(|(_, expired)| *expired).count(), 0, "{case}");
-            let asked = machine.issued.lock().unwrap().len();
-            assert!((3..=7).contains(&asked), "{case}: {asked} renewals in three minutes");
+            let refreshes = machine.issued.lock().unwrap().len();
+            assert!((3..=7).contains(&refreshes), "{case}: {refreshes} refreshes in three minutes");
         }
     }
 }
 
+/// R5: a JWT with `iat` and `exp` expires on time although the machine's clock is wrong.
 #[tokio::test(start_paused = true)]
-async fn r5_a_jwt_expires_in_time_by_a_clock_that_is_wrong() {
-    // It is 1900000000 on the issuer's clock, and ten hours less or more on the machine's.
-    const WRONG: Duration = Duration::from_secs(10 * 60 * 60);
+async fn jwt_expires_on_time_with_a_wrong_clock() {
+    // The issuer's clock shows 1900000000; the machine's is ten hours behind, then ten hours ahead.
+    const OFFSET: Duration = Duration::from_secs(10 * 60 * 60);
     let jwt = jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#);
     let mint = Mint::default().then(Answer::Bare(jwt.clone()));
     let (jwts, clock) = engine(&mint);
-    clock.jump_back(WRONG);
+    clock.jump_back(OFFSET);
     assert_eq!(text(&jwts).await.unwrap(), jwt.expose_secret());
     advance(53 * SECOND).await;
     assert_eq!((text(&jwts).await.unwrap().as_str(), mint.asked()), (jwt.expose_secret(), 1));
@@ -275,19 +288,20 @@ async fn r5_a_jwt_expires_in_time_by_a_clock_that_is_wrong() {
 
     let mint = Mint::default().then_always(Answer::Bare(jwt));
     let (jwts, clock) = engine(&mint);
-    clock.jump(WRONG);
+    clock.jump(OFFSET);
     let error = jwts.token().await.unwrap_err();
     assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
     assert!(error.to_string().contains("this machine's clock is ahead"), "{error}");
     for _ in 0..100 {
         assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     }
-    assert_eq!(mint.asked(), 1, "no storm");
+    assert_eq!(mint.asked(), 1, "repeated calls must not refetch");
 }
 
+/// R5: a JWT whose fetch spans a suspension is fetched again.
 #[tokio::test(start_paused = true)]
-async fn r5_a_jwt_that_came_before_the_machine_was_suspended_is_fetched_again() {
-    // The clock is wrong as well, so that the expiry alone would not tell.
+async fn jwt_fetched_before_suspension_is_refetched() {
+    // The wall clock is wrong as well, so `exp` alone does not reveal the suspension.
     let mint = Mint::default()
         .taking(SECOND)
         .then(Answer::Bare(jwt_claiming(r#"{"iat":1900000000,"exp":1900000060}"#)));

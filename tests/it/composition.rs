@@ -1,5 +1,4 @@
-//! The recipes of the page `composition`: each layer of Tower's on the side where it belongs, and where it shows, on the
-//! other.
+//! Tests of the guide's `composition` page: Tower's own layers outside and inside this crate's.
 
 use std::{
     future::{Ready, pending, ready},
@@ -41,8 +40,8 @@ fn request() -> Request<Body> {
     Request::get(MODELS).body(Body::default()).unwrap()
 }
 
-/// Tokens that take so long: `jwt-1`, `jwt-2` and so on.
-fn tokens(takes: Duration) -> Refreshing<Token> {
+/// Returns a source of `jwt-1`, `jwt-2` and so on, each of which takes `fetch_time`.
+fn tokens(fetch_time: Duration) -> Refreshing<Token> {
     let count = Arc::new(Mutex::new(0));
     Refreshing::new(source_fn(move |_: Reason<Token>| {
         let number = {
@@ -51,17 +50,17 @@ fn tokens(takes: Duration) -> Refreshing<Token> {
             *count
         };
         async move {
-            sleep(takes).await;
+            sleep(fetch_time).await;
             let token = Token::new(format!("jwt-{number}"))?;
             Ok::<_, BoxError>(Fetched::new(token).with_lifetime(3600 * SECOND))
         }
     }))
 }
 
-/// What a client was sent: `Authorization`, once for each request.
+/// The `Authorization` header of each request that a client received.
 type Seen = Arc<Mutex<Vec<String>>>;
 
-/// Answers from the front of `answers`, and 200 at their end.
+/// Returns a client that answers with the given statuses in order, then with 200.
 fn api(
     answers: &[u16],
 ) -> (impl Service<Request<Body>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone, Seen) {
@@ -80,17 +79,17 @@ fn api(
     (api, seen)
 }
 
-/// Tries again after 5xx, so many times.
+/// Retries after a 5xx, up to a number of times.
 #[derive(Clone)]
-struct Again(u8);
+struct RetryServerErrors(u8);
 
-impl<E> Policy<Request<Body>, Response<Body>, E> for Again {
+impl<B, E> Policy<Request<Body>, Response<B>, E> for RetryServerErrors {
     type Future = Ready<()>;
 
-    fn retry(&mut self, _: &mut Request<Body>, result: &mut Result<Response<Body>, E>) -> Option<Ready<()>> {
-        let again = result.as_ref().is_ok_and(|response| response.status().is_server_error());
-        self.0 = self.0.checked_sub(u8::from(again))?;
-        again.then(|| ready(()))
+    fn retry(&mut self, _: &mut Request<Body>, result: &mut Result<Response<B>, E>) -> Option<Ready<()>> {
+        let retry = result.as_ref().is_ok_and(|response| response.status().is_server_error());
+        self.0 = self.0.checked_sub(u8::from(retry))?;
+        retry.then(|| ready(()))
     }
 
     fn clone_request(&mut self, request: &Request<Body>) -> Option<Request<Body>> {
@@ -98,27 +97,31 @@ impl<E> Policy<Request<Body>, Response<Body>, E> for Again {
     }
 }
 
+/// Outside, each attempt takes the current credential; inside, the attempts share their request's.
 #[tokio::test(start_paused = true)]
-async fn a_retry_outside_has_the_credential_of_its_moment_and_one_inside_that_of_its_request() {
+async fn retry_works_outside_and_inside() {
     let layer = || {
         let jwts = tokens(Duration::ZERO);
         SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap()
     };
     let sent = ["Bearer jwt-1", "Bearer jwt-1", "Bearer jwt-2", "Bearer jwt-2"];
-    // 503, then a 401 that renews the token, then 503 for the replay, then 200.
+    // 503, then a 401 that causes a refresh, then 503 for the replay, then 200.
     let (client, seen) = api(&[503, 401, 503]);
-    let service = ServiceBuilder::new().layer(RetryLayer::new(Again(2))).layer(layer()).service(client);
+    let service =
+        ServiceBuilder::new().layer(RetryLayer::new(RetryServerErrors(2))).layer(layer()).service(client);
     assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
     assert_eq!(*seen.lock().unwrap(), sent);
 
     let (client, seen) = api(&[503, 401, 503]);
-    let service = ServiceBuilder::new().layer(layer()).layer(RetryLayer::new(Again(2))).service(client);
+    let service =
+        ServiceBuilder::new().layer(layer()).layer(RetryLayer::new(RetryServerErrors(2))).service(client);
     assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
     assert_eq!(*seen.lock().unwrap(), sent);
 }
 
+/// F4: a timeout around the layer does not cancel the refresh; a timeout inside does not count it.
 #[tokio::test(start_paused = true)]
-async fn a_timeout_outside_counts_the_wait_for_a_credential_and_one_inside_does_not() {
+async fn only_an_outer_timeout_counts_the_refresh() {
     let layer =
         |jwts: &Refreshing<Token>| SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
     let timeout = TimeoutLayer::new(SECOND);
@@ -132,7 +135,7 @@ async fn a_timeout_outside_counts_the_wait_for_a_credential_and_one_inside_does_
     let error = outside.clone().oneshot(request()).await.unwrap_err();
     assert!(error.is::<Elapsed>());
     assert!(seen.lock().unwrap().is_empty());
-    // The renewal went on: who comes later need not wait.
+    // The refresh continued, so that a later request need not wait.
     sleep(2 * SECOND).await;
     outside.oneshot(request()).await.unwrap();
 
@@ -147,10 +150,10 @@ async fn a_timeout_outside_counts_the_wait_for_a_credential_and_one_inside_does_
     }
 }
 
-/// A client that is no `Clone`.
-struct Single(Seen);
+/// A client that does not implement `Clone`.
+struct NotClone(Seen);
 
-impl Service<Request<Body>> for Single {
+impl Service<Request<Body>> for NotClone {
     type Response = Response<Body>;
     type Error = BoxError;
     type Future = Ready<Result<Response<Body>, BoxError>>;
@@ -166,17 +169,17 @@ impl Service<Request<Body>> for Single {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_buffer_inside_takes_a_client_that_is_no_clone() {
+async fn inner_buffer_accepts_a_client_without_clone() {
     let seen = Seen::default();
     let layer = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let service =
-        ServiceBuilder::new().layer(layer).layer(BufferLayer::new(8)).service(Single(Arc::clone(&seen)));
+        ServiceBuilder::new().layer(layer).layer(BufferLayer::new(8)).service(NotClone(Arc::clone(&seen)));
     service.oneshot(request()).await.unwrap();
     assert_eq!(*seen.lock().unwrap(), [format!("Bearer {KEY}")]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_buffer_outside_is_not_held_up_by_one_who_waits_for_a_renewal() {
+async fn outer_buffer_is_not_blocked_by_a_waiter() {
     let (client, seen) = api(&[]);
     let jwts = tokens(3 * SECOND);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
@@ -200,8 +203,9 @@ async fn a_buffer_outside_is_not_held_up_by_one_who_waits_for_a_renewal() {
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::OriginNotAllowed);
 }
 
+/// T1: a request waiting for a refresh holds no permit of a `ConcurrencyLimit` inside, but one of a limit outside.
 #[tokio::test(start_paused = true)]
-async fn a_limit_inside_is_not_used_up_by_those_who_wait_and_one_outside_is() {
+async fn only_an_outer_limit_counts_waiters() {
     let jwts = tokens(3 * SECOND);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
     let limit = ConcurrencyLimitLayer::new(1);
@@ -219,8 +223,9 @@ async fn a_limit_inside_is_not_used_up_by_those_who_wait_and_one_outside_is() {
     assert!(task::spawn(second.ready()).poll().is_pending(), "the permit is taken");
 }
 
+/// T1: a refused request costs no slot of a `RateLimit` inside.
 #[tokio::test(start_paused = true)]
-async fn a_rate_limit_inside_under_a_buffer_counts_what_is_sent() {
+async fn rate_limit_under_a_buffer_counts_sent_requests() {
     let (client, seen) = api(&[]);
     let layer = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let service = ServiceBuilder::new().layer(layer).buffer(8).rate_limit(2, SECOND).service(client);
@@ -236,20 +241,25 @@ async fn a_rate_limit_inside_under_a_buffer_counts_what_is_sent() {
     assert!(took >= SECOND && took < 2 * SECOND, "{took:?}");
 }
 
+/// T1: a refused request releases the permit of the inner service.
 #[tokio::test(start_paused = true)]
-async fn a_request_that_is_refused_gives_its_permit_back() {
+async fn refused_request_releases_its_permit() {
     let layer = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let service = ServiceBuilder::new().layer(layer).layer(ConcurrencyLimitLayer::new(1)).service(api(&[]).0);
     let mut holder = service.clone();
     let mut refused = request();
     *refused.uri_mut() = "http://api.selamgpt.com/".parse().unwrap();
     holder.ready().await.unwrap().call(refused).await.unwrap_err();
-    assert!(task::spawn(service.oneshot(request())).poll().is_ready(), "though `holder` lives");
+    assert!(
+        task::spawn(service.oneshot(request())).poll().is_ready(),
+        "the permit is free although `holder` is alive"
+    );
     drop(holder);
 }
 
+/// T1: an inner `LoadShed` sheds requests when they are sent, not while they wait for a refresh.
 #[tokio::test(start_paused = true)]
-async fn a_load_shed_over_the_limit_sheds_what_is_sent_and_not_what_waits() {
+async fn load_shed_ignores_waiters() {
     let jwts = tokens(3 * SECOND);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
     let never = service_fn(|_: Request<Body>| pending::<Result<Response<Body>, BoxError>>());
@@ -261,7 +271,7 @@ async fn a_load_shed_over_the_limit_sheds_what_is_sent_and_not_what_waits() {
     let mut calls: Vec<_> = (0..3).map(|_| task::spawn(service.clone().oneshot(request()))).collect();
     calls.iter_mut().for_each(|call| assert_pending!(call.poll()));
     jwts.prefetch().await.unwrap();
-    // The first of them holds the one permit, and the others are shed.
+    // The first request holds the only permit; the others are shed.
     assert_pending!(calls[0].poll());
     for call in &mut calls[1..] {
         match assert_ready!(call.poll()) {
@@ -271,19 +281,20 @@ async fn a_load_shed_over_the_limit_sheds_what_is_sent_and_not_what_waits() {
     }
 }
 
+/// S2: an outer `TraceLayer` sees no credential, and an inner one prints none.
 #[tokio::test]
-async fn a_log_outside_sees_no_credential_and_one_inside_shows_none_of_the_headers() {
-    let said = |inside: bool| {
-        let said = Arc::new(Mutex::new(String::new()));
+async fn trace_layer_logs_no_credential() {
+    let tracer = |inside: bool| {
+        let log = Arc::new(Mutex::new(String::new()));
         let trace = TraceLayer::new_for_http().on_request({
-            let said = Arc::clone(&said);
+            let log = Arc::clone(&log);
             move |request: &Request<Body>, _: &tracing::Span| {
-                said.lock().unwrap().push_str(&format!("{:?} {}", request.headers(), request.uri()));
+                log.lock().unwrap().push_str(&format!("{:?} {}", request.headers(), request.uri()));
             }
         });
-        (trace, said, inside)
+        (trace, log, inside)
     };
-    for (trace, said, inside) in [said(false), said(true)] {
+    for (trace, log, inside) in [tracer(false), tracer(true)] {
         let layer = ApiKeyLayer::bearer(key());
         let (client, _) = api(&[]);
         if inside {
@@ -291,15 +302,16 @@ async fn a_log_outside_sees_no_credential_and_one_inside_shows_none_of_the_heade
         } else {
             ServiceBuilder::new().layer(trace).layer(layer).service(client).oneshot(request()).await.unwrap();
         }
-        let said = said.lock().unwrap();
-        assert_eq!(said.contains("authorization"), inside, "{said}");
-        assert!(!said.contains(KEY), "{said}");
+        let log = log.lock().unwrap();
+        assert_eq!(log.contains("authorization"), inside, "{log}");
+        assert!(!log.contains(KEY), "{log}");
     }
 }
 
+/// O4: redirects followed outside lose the credentials; those followed inside leak `X-API-Key`.
 #[tokio::test]
-async fn redirects_outside_go_on_without_credentials_and_those_inside_take_the_key_along() {
-    let hops = || {
+async fn only_an_inner_redirect_layer_leaks_the_key() {
+    let redirecting_client = || {
         let seen: Arc<Mutex<Vec<(String, bool, bool)>>> = Arc::default();
         let client = service_fn({
             let seen = Arc::clone(&seen);
@@ -322,25 +334,32 @@ async fn redirects_outside_go_on_without_credentials_and_those_inside_take_the_k
         (client, seen)
     };
     let layer = || {
-        JwtLayer::new(Token::new("a.b.c").unwrap(), key())
-            .with_origins(Origins::selam().strip_for_other_origins())
+        (
+            JwtLayer::new(Token::new("a.b.c").unwrap())
+                .with_origins(Origins::selam().strip_for_other_origins()),
+            ApiKeyLayer::x_api_key(key()).with_origins(Origins::selam().strip_for_other_origins()),
+        )
     };
     let host = |name: &str, sent| (name.to_owned(), sent, sent);
 
-    let (client, seen) = hops();
+    let (client, seen) = redirecting_client();
     let outside = ServiceBuilder::new().layer(FollowRedirectLayer::new()).layer(layer()).service(client);
     outside.oneshot(request()).await.unwrap();
     assert_eq!(*seen.lock().unwrap(), [host("api.selamgpt.com", true), host("other.example", false)]);
 
-    let (client, seen) = hops();
+    let (client, seen) = redirecting_client();
     let inside = ServiceBuilder::new().layer(layer()).layer(FollowRedirectLayer::new()).service(client);
     inside.oneshot(request()).await.unwrap();
     let leaked = ("other.example".to_owned(), false, true);
-    assert_eq!(seen.lock().unwrap()[1], leaked, "this is why it belongs outside");
+    assert_eq!(
+        seen.lock().unwrap()[1],
+        leaked,
+        "an inner redirect layer forwards `X-API-Key` to the other origin"
+    );
 }
 
 #[tokio::test]
-async fn decompression_inside_lets_a_compressed_error_be_read() {
+async fn inner_decompression_exposes_error_bodies() {
     let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
     gzip.write_all(br#"{"error":{"message":"No API key provided.","code":"missing_api_key"}}"#).unwrap();
     let body = Bytes::from(gzip.finish().unwrap());
@@ -358,8 +377,9 @@ async fn decompression_inside_lets_a_compressed_error_be_read() {
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::Unauthorized);
 }
 
+/// E7: the `AuthError` is found through Tower's layers and their boxes.
 #[tokio::test]
-async fn a_stack_of_them_all_works_and_its_errors_are_found() {
+async fn full_stack_works_and_errors_are_found() {
     let simulator = Simulator::new();
     let good = simulator.issue_key();
     let layer = |key: &str| {

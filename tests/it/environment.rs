@@ -1,4 +1,5 @@
-//! What is read from the environment. Each case runs in a process of its own, as variables are the process's.
+//! Configuration from environment variables. Each case runs in a separate process, because variables are
+//! process-wide.
 
 use std::{env, process::Command};
 
@@ -11,7 +12,7 @@ use crate::support::{Body, MODELS, get, send, values};
 
 pub(crate) const CASE: &str = "TOWER_SELAM_TEST_CASE";
 
-/// Runs the test `name` again in a process with these variables; what it prints after `=> `.
+/// Runs the test `name` in a new process with these variables, and returns what it passes to [`tell`].
 #[track_caller]
 pub(crate) fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String {
     let output = Command::new(env::current_exe().unwrap())
@@ -33,34 +34,35 @@ pub(crate) fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String 
     printed.lines().find_map(|line| line.split_once("=> ")).expect("a result").1.to_owned()
 }
 
-#[allow(clippy::print_stdout, reason = "this is how the other process answers")]
-pub(crate) fn tell(said: &str) {
-    println!("\n=> {said}");
+#[allow(clippy::print_stdout, reason = "the other process answers on stdout")]
+pub(crate) fn tell(answer: &str) {
+    println!("\n=> {answer}");
 }
 
-fn told<T>(result: Result<T, ConfigError>) -> String {
+fn describe<T>(result: Result<T, ConfigError>) -> String {
     match result {
         Ok(_) => "ok".to_owned(),
         Err(error) => format!("{error} ({:?})", error.env_var()),
     }
 }
 
+/// S1: the error names the variable and does not show its value.
 #[test]
-fn s1_a_bad_variable_is_named_and_its_value_is_not() {
+fn invalid_variable_is_named_and_not_shown() {
     if let Ok(case) = env::var(CASE) {
         return tell(&match &*case {
-            "key" => told(ApiKey::from_env()),
-            "jwt" => told(Token::from_env()),
-            "url" => told(BaseUrl::from_env()),
-            "other" => told(ApiKey::from_env_var("OTHER_KEY")),
-            _ => told(SelamLayer::from_env()),
+            "key" => describe(ApiKey::from_env()),
+            "jwt" => describe(Token::from_env()),
+            "url" => describe(BaseUrl::from_env()),
+            "other" => describe(ApiKey::from_env_var("OTHER_KEY")),
+            _ => describe(SelamLayer::from_env()),
         });
     }
     let run = |case, variables: &[(&str, &str)]| {
-        run("environment::s1_a_bad_variable_is_named_and_its_value_is_not", case, variables)
+        run("environment::invalid_variable_is_named_and_not_shown", case, variables)
     };
     let key = r#"(Some("SELAM_API_KEY"))"#;
-    for (case, variables, said) in [
+    for (case, variables, expected) in [
         ("key", &[][..], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
         ("key", &[("SELAM_API_KEY", " ")], format!("API key from the environment variable SELAM_API_KEY is empty {key}")),
         (
@@ -72,7 +74,7 @@ fn s1_a_bad_variable_is_named_and_its_value_is_not() {
         (
             "jwt",
             &[("SELAM_JWT", "Bearer secret")],
-            r#"JWT from the environment variable SELAM_JWT starts with `Bearer `: give the value alone (Some("SELAM_JWT"))"#
+            r#"JWT from the environment variable SELAM_JWT starts with `Bearer `: remove that prefix (Some("SELAM_JWT"))"#
                 .to_owned(),
         ),
         (
@@ -84,7 +86,7 @@ fn s1_a_bad_variable_is_named_and_its_value_is_not() {
         (
             "other",
             &[("OTHER_KEY", "\"secret\"")],
-            r#"API key from the environment variable OTHER_KEY is in quotes: give it without them (Some("OTHER_KEY"))"#
+            r#"API key from the environment variable OTHER_KEY is in quotes: remove them (Some("OTHER_KEY"))"#
                 .to_owned(),
         ),
         ("selam", &[], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
@@ -101,15 +103,16 @@ fn s1_a_bad_variable_is_named_and_its_value_is_not() {
                 .to_owned(),
         ),
     ] {
-        let found = run(case, variables);
-        assert_eq!(found, said, "{case} {variables:?}");
-        assert!(!found.contains("secret"));
+        let answer = run(case, variables);
+        assert_eq!(answer, expected, "{case} {variables:?}");
+        assert!(!answer.contains("secret"));
     }
 }
 
+/// S1: `VarError` would show the value.
 #[cfg(unix)]
 #[test]
-fn s1_a_variable_that_is_not_unicode_is_named_and_not_shown() {
+fn non_unicode_variable_is_not_shown() {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
 
     if env::var(CASE).is_ok() {
@@ -117,11 +120,7 @@ fn s1_a_variable_that_is_not_unicode_is_named_and_not_shown() {
         return tell(&format!("{error} {error:?}"));
     }
     let output = Command::new(env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "environment::s1_a_variable_that_is_not_unicode_is_named_and_not_shown",
-            "--nocapture",
-        ])
+        .args(["--exact", "environment::non_unicode_variable_is_not_shown", "--nocapture"])
         .env("SELAM_API_KEY", OsStr::from_bytes(b"secret\xff"))
         .env(CASE, "key")
         .output()
@@ -131,9 +130,10 @@ fn s1_a_variable_that_is_not_unicode_is_named_and_not_shown() {
     assert!(!printed.contains("secret"), "{printed}");
 }
 
+/// A variable that is not needed is not read, even if it is invalid.
 #[test]
-fn an_explicit_argument_beats_the_environment() {
-    const NAME: &str = "environment::an_explicit_argument_beats_the_environment";
+fn explicit_argument_overrides_the_environment() {
+    const NAME: &str = "environment::explicit_argument_overrides_the_environment";
     if let Ok(case) = env::var(CASE) {
         let mut builder = SelamLayer::builder();
         if case == "explicit" {
@@ -161,7 +161,7 @@ fn an_explicit_argument_beats_the_environment() {
         run(NAME, "environment", &environment[..1]),
         format!(r#"{MODELS} (["Bearer sk-selam-environment"], [])"#)
     );
-    // Not even a broken variable matters when it is not needed.
+    // Variables that are not needed may be invalid.
     for environment in [&environment[..], &[("SELAM_API_KEY", ""), ("SELAM_BASE_URL", "nowhere")]] {
         assert_eq!(
             run(NAME, "explicit", environment),
@@ -170,9 +170,10 @@ fn an_explicit_argument_beats_the_environment() {
     }
 }
 
+/// `SELAM_TOKEN_URL`, `SELAM_CLIENT_ID` and `SELAM_CLIENT_SECRET`.
 #[test]
-fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
-    const NAME: &str = "environment::a_token_endpoint_is_asked_for_jwts_as_the_variables_say";
+fn token_endpoint_is_read_from_the_environment() {
+    const NAME: &str = "environment::token_endpoint_is_read_from_the_environment";
     if let Ok(case) = env::var(CASE) {
         let simulator = Simulator::new();
         let (id, secret) = simulator.issue_client();
@@ -204,22 +205,22 @@ fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
         }
         let layer = match builder.build_with_env() {
             Ok(layer) => layer,
-            Err(error) => return tell(&told(Err::<(), _>(error))),
+            Err(error) => return tell(&describe(Err::<(), _>(error))),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let sent = runtime.block_on(send(&layer, get(MODELS))).unwrap();
         let jwt = values(&sent, "authorization")[0].strip_prefix("Bearer ").unwrap().to_owned();
-        let asked = simulator.received()[0].headers["authorization"].to_str().unwrap().to_owned();
-        let scheme = if asked == format!("Bearer {key}") { "key" } else { "client" };
+        let authorization = simulator.received()[0].headers["authorization"].to_str().unwrap().to_owned();
+        let scheme = if authorization == format!("Bearer {key}") { "key" } else { "client" };
         let ours = values(&sent, "x-api-key") == [key] && Token::new(jwt).unwrap().expires_at().is_some();
         return tell(&format!("{scheme} {ours}"));
     }
     let url = ("SELAM_TOKEN_URL", "https://login.example/oauth/token");
     let (id, secret) = (("SELAM_CLIENT_ID", "app"), ("SELAM_CLIENT_SECRET", "s:cret\n"));
-    for (case, variables, said) in [
+    for (case, variables, expected) in [
         ("", &[url][..], "key true"),
         ("", &[url, id, secret], "client true"),
-        // What the program says counts more.
+        // A URL given by the program takes precedence.
         (
             "given https://login.example/oauth/token",
             &[("SELAM_TOKEN_URL", "nonsense"), ("SELAM_JWT", "")],
@@ -245,7 +246,7 @@ fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
         (
             "no client",
             &[url],
-            r#"token endpoint's URL from the environment variable SELAM_TOKEN_URL needs an HTTP client: give one by `SelamLayerBuilder::with_token_client` (Some("SELAM_TOKEN_URL"))"#,
+            r#"token endpoint's URL from the environment variable SELAM_TOKEN_URL needs an HTTP client: pass one to `SelamLayerBuilder::with_token_client` (Some("SELAM_TOKEN_URL"))"#,
         ),
         (
             "",
@@ -255,14 +256,14 @@ fn a_token_endpoint_is_asked_for_jwts_as_the_variables_say() {
         (
             "",
             &[url, ("SELAM_JWT_FILE", "jwt")],
-            r#"JWT from the environment variable SELAM_JWT_FILE is set beside SELAM_TOKEN_URL: set one of the two (Some("SELAM_JWT_FILE"))"#,
+            r#"JWT from the environment variable SELAM_JWT_FILE is set together with SELAM_TOKEN_URL: set only one of them (Some("SELAM_JWT_FILE"))"#,
         ),
         (
             "",
             &[url, ("SELAM_JWT", "a.b.c")],
-            r#"JWT from the environment variable SELAM_JWT is set beside SELAM_TOKEN_URL: set one of the two (Some("SELAM_JWT"))"#,
+            r#"JWT from the environment variable SELAM_JWT is set together with SELAM_TOKEN_URL: set only one of them (Some("SELAM_JWT"))"#,
         ),
     ] {
-        assert_eq!(run(NAME, case, variables), said, "{case} {variables:?}");
+        assert_eq!(run(NAME, case, variables), expected, "{case} {variables:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! E1 to E5 and E7: what becomes of 401 and 403, and of everything else.
+//! How 401 and 403 become typed errors, and everything else passes through (E1 to E5, E7).
 
 use std::{
     collections::HashMap,
@@ -22,13 +22,14 @@ use tokio_test::{assert_pending, assert_ready_err, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, retry::Policy, service_fn};
 use tower_selam::{
     ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BoxError, Error, ErrorBody, JwtLayer, Token,
+    auth_error::InspectedBody,
 };
 
 use crate::support::{Body, Fed, KEY, MODELS, get, jwt, key, response};
 
-/// One of the bodies seen in the wild.
+/// An error body seen in the wild, with what reading it must give.
 #[derive(serde::Deserialize)]
-pub(crate) struct Seen {
+pub(crate) struct SeenBody {
     pub(crate) id: String,
     pub(crate) status: u16,
     content_type: String,
@@ -37,11 +38,11 @@ pub(crate) struct Seen {
     pub(crate) expect: Value,
 }
 
-pub(crate) fn seen() -> Vec<Seen> {
+pub(crate) fn seen() -> Vec<SeenBody> {
     serde_json::from_str(include_str!("../error-bodies.json")).unwrap()
 }
 
-impl Seen {
+impl SeenBody {
     pub(crate) fn response(&self) -> Response<Bytes> {
         let mut response = Response::builder().status(self.status);
         if !self.content_type.is_empty() {
@@ -54,7 +55,8 @@ impl Seen {
     }
 }
 
-async fn answered<B>(response: Response<B>) -> Result<Response<B>, BoxError>
+/// Sends a request through [`AuthErrorLayer`] to an API that answers with `response`.
+async fn answered<B>(response: Response<B>) -> Result<Response<InspectedBody<B>>, BoxError>
 where
     B: http_body::Body<Error: Into<BoxError>>,
 {
@@ -67,6 +69,7 @@ where
     tokio::join!(call, api).0
 }
 
+/// Returns the error that `response` becomes.
 async fn error<B>(response: Response<B>) -> AuthError
 where
     B: http_body::Body<Error: Into<BoxError>>,
@@ -75,8 +78,9 @@ where
     AuthError::find(&*error).unwrap().clone()
 }
 
+/// E1: the three documented bodies, with their remedies.
 #[tokio::test]
-async fn e1_the_three_documented_bodies_are_typed_with_their_remedies() {
+async fn documented_errors_are_typed() {
     for (id, kind, status, code, error_type, message, remedy) in [
         (
             "seed-invalid-api-key",
@@ -103,7 +107,7 @@ async fn e1_the_three_documented_bodies_are_typed_with_their_remedies() {
             "insufficient_permissions",
             "authorization_error",
             "Your account does not have access to this feature.",
-            "a higher account level has this feature",
+            "this feature needs a higher account level",
         ),
     ] {
         let seen = seen().into_iter().find(|seen| seen.id == id).unwrap();
@@ -121,8 +125,9 @@ async fn e1_the_three_documented_bodies_are_typed_with_their_remedies() {
     }
 }
 
+/// E2: every body in `error-bodies.json`.
 #[tokio::test]
-async fn e2_every_body_seen_gives_what_it_says() {
+async fn every_seen_body_is_read() {
     let seen = seen();
     assert_eq!(seen.len(), 18);
     for seen in seen {
@@ -143,7 +148,7 @@ async fn e2_every_body_seen_gives_what_it_says() {
                 assert!(!is_auth, "{}", seen.id);
                 assert_eq!(response.status(), seen.status);
                 let body = response.into_body().collect().await.unwrap().to_bytes();
-                assert_eq!(body, seen.body, "{} passes as it is", seen.id);
+                assert_eq!(body, seen.body, "{} passes unchanged", seen.id);
                 let body = ErrorBody::parse(&body);
                 let owned = |text: Option<&str>| text.map(str::to_owned);
                 (owned(body.code()), owned(body.error_type()), owned(body.message()))
@@ -160,8 +165,9 @@ async fn e2_every_body_seen_gives_what_it_says() {
     }
 }
 
+/// E2: a body of unknown shape.
 #[tokio::test]
-async fn e2_what_has_no_known_shape_keeps_status_and_body() {
+async fn unknown_bodies_keep_status_and_body() {
     for body in
         ["", "<html>denied</html>", "File Not Found", "\u{0}\u{1}", "{\"error\":", "[[[[", "null", "{}"]
     {
@@ -178,8 +184,9 @@ async fn e2_what_has_no_known_shape_keeps_status_and_body() {
     assert_eq!(error.body(), b"\xff\xfe{\"error\":\"\xc3\x28\"}");
 }
 
+/// E3: the code decides before the type, the type before the status.
 #[tokio::test]
-async fn e3_the_code_counts_before_the_type_and_the_type_before_the_status() {
+async fn the_code_decides_first() {
     use AuthErrorKind as Kind;
     for (status, code, error_type, kind) in [
         (401, "invalid_api_key", "invalid_request_error", Kind::InvalidApiKey),
@@ -200,8 +207,9 @@ async fn e3_the_code_counts_before_the_type_and_the_type_before_the_status() {
     }
 }
 
+/// E3: `WWW-Authenticate` supplies what the body lacks.
 #[tokio::test]
-async fn e3_the_challenge_counts_where_the_body_says_nothing() {
+async fn the_challenge_fills_gaps() {
     let challenged = |body: &'static str, challenge: &str| {
         let mut response = response(401, body);
         response.headers_mut().insert("www-authenticate", challenge.parse().unwrap());
@@ -212,9 +220,9 @@ async fn e3_the_challenge_counts_where_the_body_says_nothing() {
     let found = error(challenged("Unauthorized", expired)).await;
     assert_eq!((found.kind(), found.code()), (AuthErrorKind::TokenRejected, Some("invalid_token")));
     assert_eq!(found.message(), Some("expired"));
-    assert!(!found.is_permanent(), "a token can be renewed");
+    assert!(!found.is_permanent(), "a token can be refreshed");
 
-    // The body's own words win, but they do not hide whose fault it was.
+    // The body's code wins, but the challenge still tells that the token was rejected.
     let found = error(challenged(r#"{"error":{"code":"E17","message":"m"}}"#, expired)).await;
     assert_eq!((found.kind(), found.code()), (AuthErrorKind::TokenRejected, Some("E17")));
     let found = error(challenged(r#"{"error":{"code":"invalid_api_key"}}"#, expired)).await;
@@ -222,24 +230,24 @@ async fn e3_the_challenge_counts_where_the_body_says_nothing() {
 }
 
 #[tokio::test]
-async fn an_error_tells_what_the_headers_say() {
-    let mut refused = response(403, r#"{"request_id":"from-body"}"#);
-    assert_eq!(error(refused.clone()).await.request_id(), Some("from-body"));
-    refused.headers_mut().insert("request-id", "req_1".parse().unwrap());
-    assert_eq!(error(refused.clone()).await.request_id(), Some("req_1"));
-    refused.headers_mut().insert("x-request-id", "req_2".parse().unwrap());
+async fn headers_are_read() {
+    let mut forbidden = response(403, r#"{"request_id":"from-body"}"#);
+    assert_eq!(error(forbidden.clone()).await.request_id(), Some("from-body"));
+    forbidden.headers_mut().insert("request-id", "req_1".parse().unwrap());
+    assert_eq!(error(forbidden.clone()).await.request_id(), Some("req_1"));
+    forbidden.headers_mut().insert("x-request-id", "req_2".parse().unwrap());
     for (name, value) in [("retry-after", "7"), ("x-ratelimit-limit", "60"), ("x-ratelimit-remaining", "59")]
     {
-        refused.headers_mut().insert(name, value.parse().unwrap());
+        forbidden.headers_mut().insert(name, value.parse().unwrap());
     }
-    let error = error(refused).await;
+    let error = error(forbidden).await;
     assert_eq!(error.request_id(), Some("req_2"));
     assert_eq!(error.retry_after(), Some(Duration::from_secs(7)));
     let limit = error.rate_limit().unwrap();
     assert_eq!((limit.limit, limit.remaining, limit.reset_at), (Some(60), Some(59), None));
 }
 
-/// A body of single frames and pauses.
+/// A body that follows a script of frames, errors and pauses.
 #[derive(Clone, Debug)]
 struct Script(std::collections::VecDeque<Step>);
 
@@ -248,8 +256,8 @@ enum Step {
     Data(Bytes),
     Fail,
     Hang,
-    /// Frames without bytes, for ever.
-    Nothings,
+    /// An endless series of empty frames.
+    EmptyFrames,
 }
 
 impl http_body::Body for Script {
@@ -257,7 +265,7 @@ impl http_body::Body for Script {
     type Error = io::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        if matches!(self.0.front(), Some(Step::Nothings)) {
+        if matches!(self.0.front(), Some(Step::EmptyFrames)) {
             return Poll::Ready(Some(Ok(Frame::data(Bytes::new()))));
         }
         match self.0.pop_front() {
@@ -267,7 +275,7 @@ impl http_body::Body for Script {
                 self.0.push_front(Step::Hang);
                 Poll::Pending
             }
-            Some(Step::Nothings) | None => Poll::Ready(None),
+            Some(Step::EmptyFrames) | None => Poll::Ready(None),
         }
     }
 }
@@ -278,8 +286,9 @@ fn script(steps: impl IntoIterator<Item = Step>) -> Response<Script> {
 
 const INVALID: &str = r#"{"error":{"code":"invalid_api_key"}}"#;
 
+/// E4: an oversize body is cut at the limit.
 #[tokio::test]
-async fn e4_an_oversize_body_is_read_up_to_its_bound() {
+async fn oversize_bodies_are_cut() {
     let megabyte = vec![b'x'; 1 << 20];
     let found = error(response(401, megabyte)).await;
     assert_eq!(found.kind(), AuthErrorKind::Unauthorized);
@@ -294,16 +303,18 @@ async fn e4_an_oversize_body_is_read_up_to_its_bound() {
     assert_eq!(AuthError::find(&*found).unwrap().body(), b"0123");
 }
 
+/// E4: a stall beyond the size limit costs no time.
 #[tokio::test(start_paused = true)]
-async fn e4_beyond_its_bound_a_body_is_not_waited_for() {
+async fn a_full_body_is_not_awaited() {
     let started = tokio::time::Instant::now();
     let kilobytes = std::iter::repeat_n(Step::Data(Bytes::from_static(&[b'x'; 1024])), 65);
     let found = error(script(kilobytes.chain([Step::Hang]))).await;
     assert_eq!((found.body().len(), started.elapsed()), (64 * 1024, Duration::ZERO));
 }
 
+/// E4: the default time limit is 5 s.
 #[tokio::test(start_paused = true)]
-async fn e4_a_stalled_body_is_waited_for_five_seconds_and_no_longer() {
+async fn stalled_bodies_end_after_five_seconds() {
     let api = service_fn(|_: Request<()>| async {
         Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
     });
@@ -316,25 +327,26 @@ async fn e4_a_stalled_body_is_waited_for_five_seconds_and_no_longer() {
     assert!(call.is_woken());
     let error = assert_ready_err!(call.poll());
     let error = AuthError::find(&*error).unwrap();
-    assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey, "what came counts");
+    assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey, "the part that arrived is read");
     assert_eq!(error.body(), INVALID.as_bytes());
 }
 
+/// E4: endless empty frames neither block the task's thread nor outlast the time limit.
 #[tokio::test(start_paused = true)]
-async fn e4_a_body_of_nothing_without_end_lets_others_run_and_ends() {
-    let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::Nothings])) });
+async fn endless_empty_frames_yield_and_end() {
+    let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::EmptyFrames])) });
     let mut service = AuthErrorLayer::new().layer(api);
     let mut call = task::spawn(service.call(get(MODELS)));
     assert_pending!(call.poll());
-    assert!(call.is_woken(), "it goes on in its next turn");
+    assert!(call.is_woken(), "it continues on the next poll");
     tokio::time::advance(Duration::from_secs(6)).await;
     let error = assert_ready_err!(call.poll());
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::Unauthorized);
 }
 
-/// In one poll: where nobody has the time, nothing is waited for.
+/// Asserts that one poll is enough: without a timer, nothing is awaited.
 #[track_caller]
-fn assert_reads_what_is_there() {
+fn assert_reads_available_data() {
     let api = service_fn(|_: Request<()>| async {
         Ok::<_, BoxError>(script([Step::Data(INVALID.into()), Step::Hang]))
     });
@@ -343,17 +355,19 @@ fn assert_reads_what_is_there() {
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
 }
 
+/// E4: outside a runtime, only available data is read.
 #[test]
-fn e4_outside_a_runtime_only_what_is_there_is_read() {
-    assert_reads_what_is_there();
+fn without_a_runtime_nothing_is_awaited() {
+    assert_reads_available_data();
 
-    let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::Nothings])) });
+    let api = service_fn(|_: Request<()>| async { Ok::<_, BoxError>(script([Step::EmptyFrames])) });
     let mut service = AuthErrorLayer::new().layer(api);
     assert_ready_err!(task::spawn(service.call(get(MODELS))).poll());
 }
 
+/// E4: data that arrived before the deadline counts, even if it is polled later.
 #[tokio::test(start_paused = true)]
-async fn e4_a_body_that_came_while_nobody_looked_still_counts() {
+async fn data_that_arrived_in_time_counts() {
     let (send, receive) = tokio::sync::mpsc::unbounded_channel();
     let mut response = Some(Response::builder().status(401).body(Fed(receive)).unwrap());
     let api = service_fn(move |_: Request<()>| {
@@ -369,17 +383,19 @@ async fn e4_a_body_that_came_while_nobody_looked_still_counts() {
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
 }
 
+/// E4: a broken body keeps its cause as the source.
 #[tokio::test]
-async fn e4_a_body_that_breaks_off_keeps_its_cause() {
+async fn a_broken_body_keeps_its_cause() {
     let found = error(script([Step::Data(Bytes::from_static(b"{\"error\":{")), Step::Fail])).await;
     assert_eq!((found.kind(), found.status().unwrap().as_u16()), (AuthErrorKind::Unauthorized, 401));
     assert_eq!(found.body(), b"{\"error\":{");
     assert_eq!(found.source().unwrap().to_string(), "connection reset");
-    assert!(!found.to_string().contains("connection reset"), "a cause is told once");
+    assert!(!found.to_string().contains("connection reset"), "a cause is shown once");
 }
 
+/// E4: a byte order mark or invalid UTF-8 does not hide the code.
 #[tokio::test]
-async fn e4_one_bad_byte_does_not_hide_what_a_body_says() {
+async fn invalid_bytes_do_not_hide_the_code() {
     for body in [
         &b"\xef\xbb\xbf{\"error\":{\"code\":\"invalid_api_key\"}}"[..],
         b"{\"error\":{\"message\":\"caf\xe9\",\"code\":\"invalid_api_key\"}}",
@@ -388,8 +404,9 @@ async fn e4_one_bad_byte_does_not_hide_what_a_body_says() {
     }
 }
 
+/// E2: header values made to overflow do not panic.
 #[tokio::test]
-async fn e2_headers_made_to_overflow_are_no_panic() {
+async fn overflowing_headers_do_not_panic() {
     let mut hostile = response(401, INVALID);
     for name in ["x-ratelimit-reset", "x-ratelimit-reset-after", "retry-after", "x-ratelimit-limit"] {
         hostile.headers_mut().insert(name, "18446744073709551615s1000ms".parse().unwrap());
@@ -398,8 +415,9 @@ async fn e2_headers_made_to_overflow_are_no_panic() {
     assert_eq!((found.kind(), found.rate_limit()), (AuthErrorKind::InvalidApiKey, None));
 }
 
+/// E4: wrong length, encoding and type headers do not matter.
 #[tokio::test]
-async fn e4_headers_that_lie_do_not_matter() {
+async fn lying_headers_do_not_matter() {
     for (name, value) in [
         ("content-length", "1000000"),
         ("content-length", "1"),
@@ -416,7 +434,7 @@ async fn e4_headers_that_lie_do_not_matter() {
     assert_eq!((found.kind(), found.body()), (AuthErrorKind::Forbidden, &gzip[..]));
 }
 
-/// A body that nobody may read.
+/// A body that panics when it is read.
 #[derive(Clone, Debug)]
 struct Untouchable;
 
@@ -433,13 +451,14 @@ impl http_body::Body for Untouchable {
     }
 }
 
+/// E5: every other status passes untouched and unread.
 #[test]
-fn e5_every_other_status_passes_untouched_and_unread() {
+fn other_statuses_pass_unread() {
     for status in (100..600).filter(|status| !matches!(status, 401 | 403)) {
         let answer = Response::builder().status(status).header("x-mark", "1").body(Untouchable).unwrap();
         let api = service_fn(move |_: Request<()>| std::future::ready(Ok::<_, BoxError>(answer.clone())));
         let mut service = AuthErrorLayer::new().layer(api);
-        // In one poll, without a runtime: nothing was waited for.
+        // One poll without a runtime proves that nothing is awaited.
         let passed = assert_ready_ok!(task::spawn(service.call(get(MODELS))).poll());
         assert_eq!((passed.status().as_u16(), passed.body().size_hint().exact()), (status, Some(7)));
         assert_eq!(passed.headers()["x-mark"], "1");
@@ -447,8 +466,9 @@ fn e5_every_other_status_passes_untouched_and_unread() {
     }
 }
 
+/// E5: the client's own error passes unchanged.
 #[tokio::test]
-async fn e5_the_clients_own_error_passes_as_it_is() {
+async fn client_errors_pass_unchanged() {
     let api = service_fn(|_: Request<()>| async {
         Err::<Response<Body>, BoxError>(io::Error::other("connection refused").into())
     });
@@ -459,10 +479,11 @@ async fn e5_the_clients_own_error_passes_as_it_is() {
     assert!(AuthError::find(&*error).is_none());
 }
 
+/// E7: one pointer wide, and found through boxes and wrappers.
 #[tokio::test]
-async fn e7_it_is_small_and_found_through_boxes() {
-    fn is_plain<T: Clone + Send + Sync + 'static>() {}
-    is_plain::<AuthError>();
+async fn errors_are_small_and_found() {
+    fn assert_bounds<T: Clone + Send + Sync + 'static>() {}
+    assert_bounds::<AuthError>();
     assert_eq!(size_of::<AuthError>(), size_of::<usize>());
     assert_eq!(size_of::<Option<AuthError>>(), size_of::<usize>());
 
@@ -481,16 +502,17 @@ async fn e7_it_is_small_and_found_through_boxes() {
     assert!(AuthError::find(&io::Error::from(io::ErrorKind::NotFound)).is_none());
 }
 
+/// Retries errors that are not permanent, at most this many times.
 #[derive(Clone)]
-struct Twice(u32);
+struct RetryTransient(u32);
 
-impl Policy<Request<()>, Response<Body>, BoxError> for Twice {
+impl<B> Policy<Request<()>, Response<B>, BoxError> for RetryTransient {
     type Future = std::future::Ready<()>;
 
     fn retry(
         &mut self,
         _: &mut Request<()>,
-        result: &mut Result<Response<Body>, BoxError>,
+        result: &mut Result<Response<B>, BoxError>,
     ) -> Option<Self::Future> {
         let error = AuthError::find(&**result.as_ref().err()?)?;
         self.0 = self.0.checked_sub(1)?;
@@ -502,16 +524,18 @@ impl Policy<Request<()>, Response<Body>, BoxError> for Twice {
     }
 }
 
+/// E7: survives `tower::retry`, `buffer` and `timeout`.
 #[tokio::test]
-async fn e7_it_survives_retry_buffer_and_timeout() {
+async fn errors_survive_tower_layers() {
     for (body, sends) in [(INVALID, 1), (r#"{"error":{"code":"invalid_token"}}"#, 3)] {
         let (mock, mut handle) = tower_test::mock::pair();
         let stack = ServiceBuilder::new()
             .timeout(Duration::from_secs(5))
             .buffer(4)
-            .retry(Twice(2))
+            .retry(RetryTransient(2))
             .layer(AuthErrorLayer::new())
-            .layer(JwtLayer::new(jwt(), key()))
+            .layer(JwtLayer::new(jwt()))
+            .layer(ApiKeyLayer::x_api_key(key()))
             .service(mock);
         let api = async {
             let mut sent = 0;
@@ -524,13 +548,14 @@ async fn e7_it_survives_retry_buffer_and_timeout() {
         let (result, sent) = tokio::join!(stack.oneshot(get(MODELS)), api);
         let error = result.unwrap_err();
         assert!(AuthError::find(&*error).is_some(), "{error}");
-        assert_eq!(sent, sends, "a permanent error is not sent again");
+        assert_eq!(sent, sends, "a permanent error is not retried");
     }
 }
 
+/// S2: a response that echoes the credentials is redacted in every field.
 #[tokio::test]
-async fn s2_an_echo_of_what_was_sent_is_masked_everywhere() {
-    /// Of no shape that would be masked by itself.
+async fn echoed_credentials_are_redacted() {
+    /// Without a shape that would be redacted on its own.
     const OPAQUE: &str = "opaque:token/of+no=shape";
     let jwt = || Token::new(OPAQUE).unwrap();
     let bodies = [
@@ -547,9 +572,13 @@ async fn s2_an_echo_of_what_was_sent_is_masked_everywhere() {
         let api = service_fn(move |_: Request<()>| std::future::ready(Ok::<_, BoxError>(echo.clone())));
         let stack = ServiceBuilder::new().layer(AuthErrorLayer::new());
         let result = if in_one_layer {
-            stack.layer(JwtLayer::new(jwt(), key())).service(api).oneshot(get(MODELS)).await
+            stack
+                .layer((JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())))
+                .service(api)
+                .oneshot(get(MODELS))
+                .await
         } else {
-            let stack = stack.layer(JwtLayer::beside_api_key(jwt())).layer(ApiKeyLayer::beside_jwt(key()));
+            let stack = stack.layer(JwtLayer::new(jwt())).layer(ApiKeyLayer::x_api_key(key()));
             stack.service(api).oneshot(get(MODELS)).await
         };
         let error = result.unwrap_err();
@@ -566,24 +595,26 @@ async fn s2_an_echo_of_what_was_sent_is_masked_everywhere() {
 }
 
 #[tokio::test]
-async fn a_long_or_many_lined_message_is_shown_on_one_line_and_shortened() {
+async fn long_messages_are_shown_shortened() {
     let body = format!(r#"{{"error":{{"message":"first\nsecond\u001b[31m {}"}}}}"#, "x".repeat(5_000));
     let error = error(response(403, body)).await;
     let shown = error.to_string();
     assert!(shown.starts_with("forbidden (403): first second\\u{1b}[31m xxx"), "{shown}");
     assert!(shown.len() < 500 && !shown.contains(['\n', '\u{1b}']), "{shown}");
-    assert!(error.message().unwrap().len() > 5_000, "`message` has all of it");
+    assert!(error.message().unwrap().len() > 5_000, "`message` is complete");
 }
 
+/// E4: a runtime without timers reads only available data.
 #[test]
-fn e4_a_runtime_without_timers_reads_what_is_there() {
+fn without_timers_nothing_is_awaited() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let _guard = runtime.enter();
-    assert_reads_what_is_there();
+    assert_reads_available_data();
 }
 
+/// E4: a body whose reading moves to another runtime keeps its time limit there.
 #[test]
-fn e4_a_body_that_is_read_on_in_another_runtime_has_its_five_seconds_there() {
+fn the_time_limit_moves_between_runtimes() {
     let runtime =
         || tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     let api = service_fn(|_: Request<()>| async {
@@ -598,12 +629,13 @@ fn e4_a_body_that_is_read_on_in_another_runtime_has_its_five_seconds_there() {
     }
     drop(first);
     let error = second.block_on(async { tokio::time::timeout(Duration::from_secs(6), call).await });
-    let error = error.expect("it ends").unwrap_err();
+    let error = error.expect("reading ends").unwrap_err();
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::InvalidApiKey);
 }
 
+/// T2: a future dropped before its first poll does nothing.
 #[tokio::test]
-async fn t2_a_future_dropped_before_its_first_poll_does_nothing() {
+async fn unpolled_futures_do_nothing() {
     let polled = Arc::new(AtomicBool::new(false));
     let api = {
         let polled = Arc::clone(&polled);
@@ -620,11 +652,12 @@ async fn t2_a_future_dropped_before_its_first_poll_does_nothing() {
     drop(stack.call(get(MODELS)));
     assert!(!polled.load(Ordering::Relaxed));
     stack.call(get(MODELS)).await.unwrap();
-    assert!(polled.load(Ordering::Relaxed), "the test can tell");
+    assert!(polled.load(Ordering::Relaxed), "the control request is seen");
 }
 
+/// T3: dropping a call while an error body is read drops the body.
 #[tokio::test]
-async fn t3_a_call_dropped_while_an_error_body_is_read_lets_go_of_it() {
+async fn a_dropped_call_drops_the_body() {
     let (feed, receive) = tokio::sync::mpsc::unbounded_channel();
     let mut response = Some(Response::builder().status(401).body(Fed(receive)).unwrap());
     let api = service_fn(move |_: Request<()>| {
@@ -636,5 +669,5 @@ async fn t3_a_call_dropped_while_an_error_body_is_read_lets_go_of_it() {
     assert_pending!(call.poll());
     assert!(!feed.is_closed());
     drop(call);
-    assert!(feed.is_closed(), "the response is gone, and its connection with it");
+    assert!(feed.is_closed(), "the response was dropped, which frees its connection");
 }

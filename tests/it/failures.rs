@@ -1,10 +1,10 @@
-//! W1 to W3: renewals that fail. Time is paused.
+//! W1 to W3: failed refreshes. Time is paused.
 
 use std::{sync::atomic::Ordering::SeqCst, time::Duration};
 
 use tokio::time::{advance, sleep};
 use tower::{Layer, Service, ServiceExt};
-use tower_selam::{AuthError, AuthErrorKind, JwtLayer, RefreshLayer};
+use tower_selam::{ApiKeyLayer, AuthError, AuthErrorKind, JwtLayer, RefreshLayer};
 
 use crate::{
     api::{Api, request},
@@ -12,15 +12,16 @@ use crate::{
     support::key,
 };
 
+/// W1: every request succeeds while the old token is valid, and the back-off grows with jitter.
 #[tokio::test(start_paused = true)]
-async fn w1_while_the_old_token_is_valid_no_request_fails_and_back_off_grows_with_jitter() {
+async fn valid_token_is_served_during_backoff() {
     let mut all = Vec::new();
     for _ in 0..4 {
         let mint = Mint::default().then(Answer::Lives(60 * MINUTE)).then_always(Answer::Fails(None));
         let (jwts, _) = engine(&mint);
         jwts.prefetch().await.unwrap();
         advance(55 * MINUTE).await;
-        // To its very end, the mandatory window included.
+        // Until it expires, the mandatory window included.
         for _ in 0..3_000 {
             assert_eq!(text(&jwts).await.unwrap(), "token-1");
             advance(SECOND / 10).await;
@@ -34,28 +35,30 @@ async fn w1_while_the_old_token_is_valid_no_request_fails_and_back_off_grows_wit
         }
         all.push(pauses);
     }
-    assert!(all[1..].iter().any(|pauses| pauses[4] != all[0][4]), "not all wait alike: {all:?}");
+    assert!(all[1..].iter().any(|pauses| pauses[4] != all[0][4]), "jitter varies between engines: {all:?}");
 }
 
+/// W1: also in the mandatory window.
 #[tokio::test(start_paused = true)]
-async fn w1_after_a_failure_nobody_waits_for_the_next_renewal_while_there_is_a_token() {
+async fn requests_never_wait_after_a_failure() {
     let mint = Mint::default().taking(4 * SECOND).then(Answer::Lives(60 * MINUTE));
     let mint = mint.then_always(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
     jwts.prefetch().await.unwrap();
     advance(55 * MINUTE).await;
-    // Every renewal takes four seconds, and the last ten are the mandatory window.
+    // Each refresh takes four seconds; the last ten seconds are the mandatory window.
     for _ in 0..299 {
-        let began = tokio::time::Instant::now();
+        let start = tokio::time::Instant::now();
         assert_eq!(text(&jwts).await.unwrap(), "token-1");
-        assert_eq!(began.elapsed(), Duration::ZERO);
+        assert_eq!(start.elapsed(), Duration::ZERO);
         sleep(SECOND).await;
     }
     assert!(mint.asked() > 5, "{}", mint.asked());
 }
 
+/// W1: without a token.
 #[tokio::test(start_paused = true)]
-async fn w1_retry_after_is_honoured() {
+async fn retry_after_is_honoured() {
     let mint = Mint::default().then(Answer::Fails(Some(MINUTE)));
     let (jwts, _) = engine(&mint);
     let error = jwts.token().await.unwrap_err();
@@ -66,35 +69,38 @@ async fn w1_retry_after_is_honoured() {
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
 }
 
+/// W1: while the old token is valid; bounded below by a second and above by an hour.
 #[tokio::test(start_paused = true)]
-async fn w1_retry_after_is_honoured_while_the_old_token_is_valid_and_within_reason() {
-    for (said, obeyed) in [(20 * SECOND, 20 * SECOND), (Duration::ZERO, SECOND), (Duration::MAX, 60 * MINUTE)]
+async fn retry_after_is_clamped() {
+    for (retry_after, wait) in
+        [(20 * SECOND, 20 * SECOND), (Duration::ZERO, SECOND), (Duration::MAX, 60 * MINUTE)]
     {
-        let mint = Mint::default().then(Answer::Lives(1_000 * MINUTE)).then(Answer::Fails(Some(said)));
+        let mint = Mint::default().then(Answer::Lives(1_000 * MINUTE)).then(Answer::Fails(Some(retry_after)));
         let (jwts, _) = engine(&mint);
         jwts.prefetch().await.unwrap();
         advance(996 * MINUTE).await;
-        for (pause, asked) in [(Duration::ZERO, 2), (obeyed - SECOND / 2, 2), (SECOND / 2, 3)] {
+        for (pause, asked) in [(Duration::ZERO, 2), (wait - SECOND / 2, 2), (SECOND / 2, 3)] {
             advance(pause).await;
-            if obeyed < MINUTE || asked == 2 && pause.is_zero() {
-                assert_eq!(text(&jwts).await.unwrap(), "token-1", "{said:?}");
+            if wait < MINUTE || asked == 2 && pause.is_zero() {
+                assert_eq!(text(&jwts).await.unwrap(), "token-1", "{retry_after:?}");
             } else {
                 let _ = text(&jwts).await;
             }
             settle().await;
-            assert_eq!(mint.asked(), asked, "{said:?}");
+            assert_eq!(mint.asked(), asked, "{retry_after:?}");
         }
     }
 }
 
+/// W2: the source is not called again until its version changes.
 #[tokio::test(start_paused = true)]
-async fn w2_after_a_permanent_failure_the_source_is_left_alone_until_it_changes() {
+async fn permanent_failure_lasts_until_version_changes() {
     let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
     let (jwts, _) = engine(&mint);
     jwts.prefetch().await.unwrap();
     advance(55 * SECOND).await;
     for _ in 0..40 {
-        assert_eq!(text(&jwts).await.unwrap(), "token-1", "served to its end");
+        assert_eq!(text(&jwts).await.unwrap(), "token-1", "served until it expires");
         advance(Duration::from_millis(100)).await;
     }
     advance(MINUTE).await;
@@ -107,12 +113,13 @@ async fn w2_after_a_permanent_failure_the_source_is_left_alone_until_it_changes(
     assert_eq!(text(&jwts).await.unwrap(), "token-3");
 }
 
+/// W2: while the old token is valid.
 #[tokio::test(start_paused = true)]
-async fn w2_a_change_is_noticed_within_a_second_while_the_old_token_is_valid() {
+async fn version_change_is_noticed_within_a_second() {
     let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
     let (jwts, _) = engine(&mint);
     let api = Api::accepting_all();
-    let service = JwtLayer::new(&jwts, key()).layer(api.service());
+    let service = (JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api.service());
     let send = || async { service.clone().oneshot(request()).await.map(|_| ()) };
     send().await.unwrap();
     advance(55 * SECOND).await;
@@ -131,8 +138,9 @@ async fn w2_a_change_is_noticed_within_a_second_while_the_old_token_is_valid() {
     assert_eq!((bearers.last().unwrap().as_str(), mint.asked()), ("token-3", 3));
 }
 
+/// W3: requests fail at once during back-off.
 #[tokio::test(start_paused = true)]
-async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
+async fn first_success_ends_backoff() {
     let mint = Mint::default().then(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
     for _ in 0..100 {
@@ -142,11 +150,12 @@ async fn w3_during_back_off_requests_fail_at_once_and_success_ends_it() {
     advance(SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
     advance(MINUTE).await;
-    assert_eq!(text(&jwts).await.unwrap(), "token-3", "no back-off is left");
+    assert_eq!(text(&jwts).await.unwrap(), "token-3", "the back-off has ended");
 }
 
+/// W3: requests wait for a refresh that is in flight after a failure.
 #[tokio::test(start_paused = true)]
-async fn w3_who_comes_while_the_next_renewal_runs_waits_for_it() {
+async fn requests_join_the_refresh_in_flight() {
     let mint = Mint::default().taking(SECOND).then(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
     assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
@@ -163,8 +172,9 @@ async fn w3_who_comes_while_the_next_renewal_runs_waits_for_it() {
     assert_eq!(mint.asked(), 2);
 }
 
+/// W3: a success resets the back-off.
 #[tokio::test(start_paused = true)]
-async fn w3_the_first_failure_after_a_success_is_the_first_again() {
+async fn backoff_restarts_after_a_success() {
     let mint = (0..4).fold(Mint::default(), |mint, _| mint.then(Answer::Fails(None)));
     let mint = mint.then(Answer::Lives(SECOND)).then_always(Answer::Fails(None));
     let (jwts, _) = engine(&mint);
@@ -173,12 +183,13 @@ async fn w3_the_first_failure_after_a_success_is_the_first_again() {
         advance(SECOND / 100).await;
     }
     let pauses = mint.pauses();
-    assert!(pauses[3] > 3 * SECOND, "the fourth: {pauses:?}");
-    assert!(pauses[5] <= SECOND + SECOND / 100, "the first again: {pauses:?}");
+    assert!(pauses[3] > 3 * SECOND, "the fourth back-off: {pauses:?}");
+    assert!(pauses[5] <= SECOND + SECOND / 100, "the back-off restarts: {pauses:?}");
 }
 
+/// W2, W3: without a token, nothing is sent and the source is not called again.
 #[tokio::test(start_paused = true)]
-async fn w2_w3_where_there_is_no_token_nothing_is_sent_and_nobody_is_asked_again() {
+async fn requests_fail_at_once_without_a_token() {
     for (answer, kind) in [
         (Answer::Fails(Some(MINUTE)), AuthErrorKind::RefreshFailed),
         (Answer::Refused, AuthErrorKind::RefreshRejected),
@@ -186,12 +197,13 @@ async fn w2_w3_where_there_is_no_token_nothing_is_sent_and_nobody_is_asked_again
         let mint = Mint::default().then(answer);
         let (jwts, _) = engine(&mint);
         let api = Api::accepting_all();
-        let mut service = RefreshLayer::new().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
+        let mut service = RefreshLayer::new()
+            .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api.service()));
         for _ in 0..100 {
-            let began = tokio::time::Instant::now();
+            let start = tokio::time::Instant::now();
             let error = service.ready().await.unwrap().call(request()).await.unwrap_err();
             assert_eq!(AuthError::find(&*error).unwrap().kind(), kind);
-            assert_eq!(began.elapsed(), Duration::ZERO, "at once");
+            assert_eq!(start.elapsed(), Duration::ZERO, "at once");
             advance(SECOND / 2).await;
         }
         assert_eq!((api.bearers().len(), mint.asked()), (0, 1));

@@ -24,7 +24,7 @@ use crate::{
     support::{Body, MODELS, get, jwt_claiming, key, send, values},
 };
 
-/// A directory of one test's own, gone afterwards.
+/// A temporary directory, removed on drop.
 pub(crate) struct Directory(PathBuf);
 
 impl Directory {
@@ -52,8 +52,9 @@ fn read(path: &Path) -> Result<String, String> {
     key.map(|key| key.expose_secret().to_owned()).map_err(|error| error.to_string())
 }
 
+/// K1: a byte order mark, CRLF and surrounding blanks are trimmed.
 #[test]
-fn k1_a_byte_order_mark_and_line_ends_are_read() {
+fn byte_order_mark_and_newline_are_trimmed() {
     let directory = Directory::new();
     let file = directory.file();
     for text in ["sk-selam-a", "sk-selam-a\n", "sk-selam-a\r\n", "\u{feff}sk-selam-a\r\n", "  sk-selam-a \n"]
@@ -63,13 +64,14 @@ fn k1_a_byte_order_mark_and_line_ends_are_read() {
     }
 }
 
+/// K1: the error names the file and does not show its content.
 #[test]
-fn k1_a_file_that_is_no_good_is_named_and_its_content_is_not() {
+fn invalid_file_is_named_without_its_content() {
     let directory = Directory::new();
     let file = directory.file();
     let named = format!("API key from the file {}", file.display());
     assert_eq!(read(&file).unwrap_err(), format!("{named} cannot be read: entity not found"));
-    for (content, said) in [
+    for (content, message) in [
         (&b""[..], "is empty"),
         (b"\n", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
@@ -79,12 +81,12 @@ fn k1_a_file_that_is_no_good_is_named_and_its_content_is_not() {
         (&[b'a'; 70_000], "is longer than 64 KiB"),
     ] {
         fs::write(&file, content).unwrap();
-        assert_eq!(read(&file).unwrap_err(), format!("{named} {said}"));
+        assert_eq!(read(&file).unwrap_err(), format!("{named} {message}"));
     }
     assert!(read(&directory.0).unwrap_err().contains("cannot be read"));
 }
 
-/// An engine over the file, after its first reading; real time stands still for it.
+/// Makes an engine that has read the file once, with a clock that only the test moves.
 async fn engine(file: &Path) -> (Refreshing<ApiKey>, TestClock) {
     let clock = TestClock::new(std::time::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     let policy = RefreshPolicy::new().with_clock(clock.clone());
@@ -93,23 +95,22 @@ async fn engine(file: &Path) -> (Refreshing<ApiKey>, TestClock) {
     (keys, clock)
 }
 
-/// What a request gets that is made a while later.
+/// Returns the key that a request made after the recheck interval gets.
 async fn later(keys: &Refreshing<ApiKey>, clock: &TestClock) -> String {
     clock.jump(Duration::from_millis(2_100));
     keys.api_key().await.unwrap().expose_secret().to_owned()
 }
 
+/// K1: the last good key is kept while the file is truncated or missing.
 #[tokio::test]
-async fn k1_a_file_that_is_replaced_truncated_or_deleted_is_followed() {
+async fn replaced_or_deleted_file_is_followed() {
     let directory = Directory::new();
     let file = directory.file();
     fs::write(&file, "sk-selam-one").unwrap();
     let (keys, clock) = engine(&file).await;
     assert_eq!(later(&keys, &clock).await, "sk-selam-one");
 
-    let beside = directory.0.join("next");
-    fs::write(&beside, "sk-selam-two\n").unwrap();
-    fs::rename(&beside, &file).unwrap();
+    replace(&file, b"sk-selam-two\n");
     assert_eq!(later(&keys, &clock).await, "sk-selam-two", "replaced atomically");
 
     fs::write(&file, "").unwrap();
@@ -118,21 +119,22 @@ async fn k1_a_file_that_is_replaced_truncated_or_deleted_is_followed() {
     assert_eq!(later(&keys, &clock).await, "sk-selam-two", "deleted: the last good one");
 
     fs::write(&file, "sk-selam-three").unwrap();
-    // After a failure the old one is served while the file is read beside.
-    let mut found = later(&keys, &clock).await;
+    // After a failure, the old key is served while the file is read in the background.
+    let mut current = later(&keys, &clock).await;
     for _ in 0..1_000_000 {
-        if found == "sk-selam-three" {
+        if current == "sk-selam-three" {
             break;
         }
         tokio::task::yield_now().await;
-        found = keys.api_key().await.unwrap().expose_secret().to_owned();
+        current = keys.api_key().await.unwrap().expose_secret().to_owned();
     }
-    assert_eq!(found, "sk-selam-three");
+    assert_eq!(current, "sk-selam-three");
 }
 
+/// K1: a Kubernetes secret volume, whose symlink is swapped.
 #[cfg(unix)]
 #[tokio::test]
-async fn k1_a_secret_volume_whose_symlink_is_swapped_is_followed() {
+async fn swapped_symlink_is_followed() {
     use std::os::unix::fs::symlink;
 
     let directory = Directory::new();
@@ -150,8 +152,9 @@ async fn k1_a_secret_volume_whose_symlink_is_swapped_is_followed() {
     assert_eq!(later(&keys, &clock).await, "sk-selam-two");
 }
 
+/// K1: without waiting for the next recheck.
 #[tokio::test]
-async fn k1_a_rejected_key_is_read_again_at_once() {
+async fn rejected_key_is_read_again_at_once() {
     let directory = Directory::new();
     let file = directory.file();
     fs::write(&file, "sk-selam-one").unwrap();
@@ -162,69 +165,73 @@ async fn k1_a_rejected_key_is_read_again_at_once() {
     assert_eq!(keys.api_key().await.unwrap().expose_secret(), "sk-selam-two");
 }
 
-const EVERY: Duration = Duration::from_millis(10);
+const REQUEST_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Sends a request every ten milliseconds for so long: what each was sent with. Every one is answered with 200.
+/// Sends a request every ten milliseconds for `time`, expects 200 for each, and returns the bearers that were sent.
 async fn load(service: &Stack, api: &Api, time: Duration) -> Vec<String> {
     let before = api.bearers().len();
-    let began = Instant::now();
-    while began.elapsed() < time {
+    let start = Instant::now();
+    while start.elapsed() < time {
         assert_eq!(service.clone().oneshot(request()).await.unwrap().status(), StatusCode::OK);
-        // Paused time does not go on while a file is being read.
-        sleep(EVERY).await;
+        // Paused time does not advance while a file is being read.
+        sleep(REQUEST_INTERVAL).await;
     }
     api.bearers().split_off(before)
 }
 
 type Stack = BoxCloneSyncService<Request<Body>, Response<InspectedBody<Body>>, BoxError>;
 
-/// An engine over the file, with a clock that goes with paused time, in a stack.
-fn watched(file: &Path, api: &Api) -> Stack {
+/// Makes a stack that sends the key in the file, with a clock that follows paused time.
+fn key_stack(file: &Path, api: &Api) -> Stack {
     let policy = RefreshPolicy::new().with_clock(clock());
     let keys = Refreshing::<ApiKey>::with_policy(FileSource::new(file), policy);
     BoxCloneSyncService::new(RefreshLayer::new().layer(ApiKeyLayer::bearer(keys).layer(api.service())))
 }
 
-/// The same of a JWT, beside a key that is fixed.
-fn watched_jwt(file: &Path, api: &Api) -> Stack {
+/// Like [`key_stack`], for a JWT in the file and a fixed key.
+fn jwt_stack(file: &Path, api: &Api) -> Stack {
     let policy = RefreshPolicy::new().with_clock(clock());
     let jwts = Refreshing::<Token>::with_policy(FileSource::new(file), policy);
-    BoxCloneSyncService::new(RefreshLayer::new().layer(JwtLayer::new(jwts, key()).layer(api.service())))
+    BoxCloneSyncService::new(
+        RefreshLayer::new().layer((JwtLayer::new(jwts), ApiKeyLayer::x_api_key(key())).layer(api.service())),
+    )
 }
 
-/// After how many of the requests the other credential was there; afterwards it stays.
-fn turned(sent: &[String], old: &str, new: &str) -> usize {
+/// Returns how many requests were sent with the old credential before the new one, which must then stay in use.
+fn requests_before_switch(sent: &[String], old: &str, new: &str) -> usize {
     let at = sent.iter().position(|bearer| bearer != old).unwrap_or(sent.len());
     assert!(sent[at..].iter().all(|bearer| bearer == new), "{sent:?}");
     at
 }
 
+/// Replaces the file atomically.
 fn replace(file: &Path, content: &[u8]) {
-    let beside = file.with_extension("next");
-    fs::write(&beside, content).unwrap();
-    fs::rename(&beside, file).unwrap();
+    let next = file.with_extension("next");
+    fs::write(&next, content).unwrap();
+    fs::rename(&next, file).unwrap();
 }
 
+/// K1: under load, at any offset into the recheck interval.
 #[tokio::test(start_paused = true)]
-async fn k1_under_load_a_new_key_is_there_within_a_second() {
-    // One reading of the file, and the request that began it.
-    const WITHIN: usize = 102;
+async fn new_key_is_used_within_a_second() {
+    // One second of requests, the read of the file, and the request that started it.
+    const LIMIT: usize = 102;
     for (name, content) in [
         ("bare", &b"sk-selam-two"[..]),
-        ("with a line end", b"sk-selam-two\n"),
-        ("with the other line end", b"sk-selam-two\r\n"),
+        ("with a newline", b"sk-selam-two\n"),
+        ("with CRLF", b"sk-selam-two\r\n"),
         ("with a byte order mark", b"\xef\xbb\xbfsk-selam-two\r\n"),
     ] {
-        // In every part of the second that passes between two readings.
+        // Different offsets into the second between two reads.
         for phase in [0, 10, 330, 980, 990] {
             let directory = Directory::new();
             let file = directory.file();
             fs::write(&file, "sk-selam-one").unwrap();
             let api = Api::accepting_all();
-            let service = watched(&file, &api);
+            let service = key_stack(&file, &api);
             let time = Duration::from_millis(2_000 + phase);
             assert_eq!(
-                turned(&load(&service, &api, time).await, "sk-selam-one", "never"),
+                requests_before_switch(&load(&service, &api, time).await, "sk-selam-one", "never"),
                 (200 + phase as usize / 10)
             );
             if phase % 20 == 0 {
@@ -233,49 +240,51 @@ async fn k1_under_load_a_new_key_is_there_within_a_second() {
                 fs::write(&file, content).unwrap();
             }
             let sent = load(&service, &api, Duration::from_millis(2_500)).await;
-            let after = turned(&sent, "sk-selam-one", "sk-selam-two");
-            assert!(after <= WITHIN, "{name}, at {phase}: after {after} requests");
+            let after = requests_before_switch(&sent, "sk-selam-one", "sk-selam-two");
+            assert!(after <= LIMIT, "{name}, at {phase}: after {after} requests");
         }
     }
 }
 
+/// K1: under load, for as long as the file holds no valid key.
 #[tokio::test(start_paused = true)]
-async fn k1_under_load_the_last_good_key_is_kept_for_as_long_as_there_is_none() {
+async fn last_good_key_is_kept() {
     type Break = (&'static str, fn(&Path));
     let breaks: [Break; 7] = [
         ("truncated", |file| fs::write(file, "").unwrap()),
         ("deleted", |file| fs::remove_file(file).unwrap()),
-        ("no text", |file| fs::write(file, b"\xff\xfe").unwrap()),
+        ("not text", |file| fs::write(file, b"\xff\xfe").unwrap()),
         ("two lines", |file| fs::write(file, "sk-selam-two\nsk-selam-three\n").unwrap()),
         ("half of a byte order mark", |file| fs::write(file, b"\xef\xbbsk-selam-two").unwrap()),
-        ("endless", |file| fs::write(file, [b'a'; 70_000]).unwrap()),
+        ("too long", |file| fs::write(file, [b'a'; 70_000]).unwrap()),
         ("a directory", |file| {
             fs::remove_file(file).unwrap();
             fs::create_dir(file).unwrap();
         }),
     ];
-    for (name, happen) in breaks {
+    for (name, damage) in breaks {
         let directory = Directory::new();
         let file = directory.file();
         fs::write(&file, "sk-selam-one").unwrap();
         let api = Api::accepting_all();
-        let service = watched(&file, &api);
+        let service = key_stack(&file, &api);
         load(&service, &api, Duration::from_millis(500)).await;
-        happen(&file);
-        // Long enough for a back-off to grow, if there were one.
+        damage(&file);
+        // Long enough for a back-off to grow, if one applied.
         let sent = load(&service, &api, Duration::from_secs(40)).await;
-        assert_eq!(turned(&sent, "sk-selam-one", "never"), 4_000, "{name}");
+        assert_eq!(requests_before_switch(&sent, "sk-selam-one", "never"), 4_000, "{name}");
         let _ = fs::remove_dir(&file);
         replace(&file, b"sk-selam-two");
         let sent = load(&service, &api, Duration::from_millis(2_500)).await;
-        let after = turned(&sent, "sk-selam-one", "sk-selam-two");
+        let after = requests_before_switch(&sent, "sk-selam-one", "sk-selam-two");
         assert!(after <= 102, "{name}: after {after} requests");
     }
 }
 
+/// K1: under load, a secret volume is updated eight times.
 #[cfg(unix)]
 #[tokio::test(start_paused = true)]
-async fn k1_under_load_a_secret_volume_is_followed_from_one_version_to_the_next() {
+async fn every_secret_volume_update_is_followed() {
     use std::os::unix::fs::symlink;
 
     let directory = Directory::new();
@@ -286,70 +295,76 @@ async fn k1_under_load_a_secret_volume_is_followed_from_one_version_to_the_next(
         fs::write(at(&name).join("key"), format!("sk-selam-{version}")).unwrap();
         symlink(&name, at("..data_tmp")).unwrap();
         fs::rename(at("..data_tmp"), at("..data")).unwrap();
-        // As the kubelet does: the old version goes at once.
+        // As the kubelet does, remove the old version at once.
         let _ = fs::remove_dir_all(at(&format!("..{}", version - 1)));
     };
     publish(1);
     symlink("..data/key", at("key")).unwrap();
     let api = Api::accepting_all();
-    let service = watched(&at("key"), &api);
+    let service = key_stack(&at("key"), &api);
     load(&service, &api, Duration::from_millis(770)).await;
     for version in 2..10 {
         publish(version);
         let sent = load(&service, &api, Duration::from_millis(1_770)).await;
-        let after = turned(&sent, &format!("sk-selam-{}", version - 1), &format!("sk-selam-{version}"));
+        let after = requests_before_switch(
+            &sent,
+            &format!("sk-selam-{}", version - 1),
+            &format!("sk-selam-{version}"),
+        );
         assert!(after <= 102, "version {version}: after {after} requests");
     }
 }
 
+/// K1: the next 401 causes a re-read, for a key and for a JWT.
 #[tokio::test(start_paused = true)]
-async fn k1_after_a_401_the_file_is_read_again_at_once_for_a_key_and_for_a_jwt() {
+async fn file_is_read_again_after_a_401() {
     for jwt in [false, true] {
         let directory = Directory::new();
         let file = directory.file();
-        fs::write(&file, "an-old-one").unwrap();
-        let refusal = if jwt { INVALID_TOKEN } else { INVALID_KEY };
-        let api = Api::accepting("an-old-one", refusal);
-        let service = if jwt { watched_jwt(&file, &api) } else { watched(&file, &api) };
-        load(&service, &api, EVERY).await;
-        // The API knows first.
-        api.accept("a-new-one");
-        let refused = service.clone().oneshot(request()).await.unwrap();
-        assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
-        assert_eq!(api.bearers(), ["an-old-one", "an-old-one"], "the file has no other");
+        fs::write(&file, "old-credential").unwrap();
+        let rejection = if jwt { INVALID_TOKEN } else { INVALID_KEY };
+        let api = Api::accepting("old-credential", rejection);
+        let service = if jwt { jwt_stack(&file, &api) } else { key_stack(&file, &api) };
+        load(&service, &api, REQUEST_INTERVAL).await;
+        // The API learns of the rotation before the file does.
+        api.accept("new-credential");
+        let rejected = service.clone().oneshot(request()).await.unwrap();
+        assert_eq!(rejected.status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(api.bearers(), ["old-credential", "old-credential"], "the file is unchanged");
         sleep(Duration::from_millis(500)).await;
-        // A key is used on, and what the API says of it goes up; a JWT that was refused is not sent again.
+        // A rejected key stays in use, and the 401 is returned to the caller. A rejected JWT is not sent again.
         for sends in 3..10 {
             let answered = service.clone().oneshot(request()).await;
             assert_eq!(answered.is_err(), jwt, "{answered:?}");
             assert_eq!(api.bearers().len(), if jwt { 2 } else { sends });
         }
         let before = api.bearers().len();
-        replace(&file, b"a-new-one\n");
+        replace(&file, b"new-credential\n");
         sleep(Duration::from_secs(1)).await;
-        // The file is looked at beside, or because of the 401.
+        // The file is re-read in the background, or because of the 401.
         let answered = service.clone().oneshot(request()).await.unwrap();
         assert_eq!(answered.status(), StatusCode::OK, "JWT: {jwt}");
         let sent = api.bearers().split_off(before);
-        assert_eq!(sent.last().unwrap(), "a-new-one");
+        assert_eq!(sent.last().unwrap(), "new-credential");
         assert!(sent.len() <= if jwt { 1 } else { 2 }, "{sent:?}");
     }
 }
 
+/// K1: the file is authoritative, even if its new JWT expires sooner.
 #[tokio::test(start_paused = true)]
-async fn k1_what_stands_in_the_file_counts_even_if_it_expires_sooner() {
+async fn shorter_lived_jwt_in_file_is_used() {
     let directory = Directory::new();
     let file = directory.file();
     let until = |exp: u32| jwt_claiming(&format!(r#"{{"exp":{exp}}}"#)).expose_secret().to_owned();
     let (long, short) = (until(1_900_003_600), until(1_900_000_060));
     fs::write(&file, &long).unwrap();
     let api = Api::accepting_all();
-    let service = watched_jwt(&file, &api);
+    let service = jwt_stack(&file, &api);
     load(&service, &api, Duration::from_millis(500)).await;
     replace(&file, short.as_bytes());
     let sent = load(&service, &api, Duration::from_secs(2)).await;
-    assert!(turned(&sent, &long, &short) <= 102);
-    // It expires, and nothing else comes: an error, and not the token that lives longer.
+    assert!(requests_before_switch(&sent, &long, &short) <= 102);
+    // Once it has expired, requests fail. The longer-lived token is not used again.
     sleep(Duration::from_secs(60)).await;
     let before = api.bearers().len();
     let error = service.clone().oneshot(request()).await.unwrap_err();
@@ -357,9 +372,10 @@ async fn k1_what_stands_in_the_file_counts_even_if_it_expires_sooner() {
     assert_eq!(api.bearers().len(), before);
 }
 
+/// K1: a variable is read on each fetch.
 #[test]
-fn k1_a_variable_that_the_program_sets_is_read_when_it_is_asked_for() {
-    const NAME: &str = "files::k1_a_variable_that_the_program_sets_is_read_when_it_is_asked_for";
+fn environment_variable_is_read_on_fetch() {
+    const NAME: &str = "files::environment_variable_is_read_on_fetch";
     if env::var(CASE).is_ok() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let source = EnvSource::<ApiKey>::api_key();
@@ -372,9 +388,10 @@ fn k1_a_variable_that_the_program_sets_is_read_when_it_is_asked_for() {
     assert_eq!(run(NAME, "unset", &[]), "API key from the environment variable SELAM_API_KEY is not set");
 }
 
+/// K1: `SELAM_API_KEY_FILE` and `SELAM_JWT_FILE`.
 #[test]
-fn k1_the_environment_names_files() {
-    const NAME: &str = "files::k1_the_environment_names_files";
+fn environment_variables_name_files() {
+    const NAME: &str = "files::environment_variables_name_files";
     if env::var(CASE).is_ok() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         return tell(&match SelamLayer::from_env() {
@@ -396,7 +413,7 @@ fn k1_the_environment_names_files() {
     );
     assert_eq!(
         run(NAME, "twice", &[("SELAM_API_KEY_FILE", key), ("SELAM_API_KEY", "sk-selam-x")]),
-        "API key from the environment variable SELAM_API_KEY is set beside SELAM_API_KEY_FILE: set one of the two"
+        "API key from the environment variable SELAM_API_KEY is set together with SELAM_API_KEY_FILE: set only one of them"
     );
     assert_eq!(
         run(NAME, "empty", &[("SELAM_API_KEY_FILE", "")]),

@@ -1,4 +1,4 @@
-//! The voice agent's handshake: credentials in its query, and nowhere else.
+//! Tests of the voice agent's WebSocket handshake, whose credentials are sent in the query.
 
 use std::time::Duration;
 
@@ -22,17 +22,11 @@ fn expected() -> String {
 }
 
 #[tokio::test]
-async fn the_credentials_go_into_the_query_and_nowhere_else() {
+async fn credentials_appear_only_in_the_query() {
     let pairs = (
-        JwtLayer::new(jwt(), key()),
-        ServiceBuilder::new()
-            .layer(JwtLayer::beside_api_key(jwt()))
-            .layer(ApiKeyLayer::beside_jwt(key()))
-            .into_inner(),
-        ServiceBuilder::new()
-            .layer(ApiKeyLayer::beside_jwt(key()))
-            .layer(JwtLayer::beside_api_key(jwt()))
-            .into_inner(),
+        (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())),
+        ServiceBuilder::new().layer(JwtLayer::new(jwt())).layer(ApiKeyLayer::x_api_key(key())).into_inner(),
+        ServiceBuilder::new().layer(ApiKeyLayer::x_api_key(key())).layer(JwtLayer::new(jwt())).into_inner(),
     );
     let mut request = handshake(AGENT);
     bring_theirs(&mut request);
@@ -54,18 +48,20 @@ async fn the_credentials_go_into_the_query_and_nowhere_else() {
     }
 }
 
+/// H3, O4: inbound query credentials are replaced, and a `Referer` that holds ours is removed.
 #[tokio::test]
-async fn theirs_are_replaced_and_a_referer_with_ours_is_taken_off() {
+async fn inbound_query_credentials_are_replaced() {
     let mut request = handshake(&format!("{AGENT}&token=theirs&%61pi_key=theirs"));
     request.headers_mut().insert("referer", expected().parse().unwrap());
-    let sent = send(&JwtLayer::new(jwt(), key()), request).await.unwrap();
+    let sent = send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), request).await.unwrap();
     assert_eq!(sent.uri().to_string(), expected());
     assert!(!sent.headers().contains_key("referer"));
 }
 
+/// O1, O2, O3: query credentials are written only into a handshake to an allowed `wss` origin.
 #[tokio::test]
-async fn anything_else_than_a_handshake_to_an_allowed_origin_is_refused() {
-    let layer = JwtLayer::new(jwt(), key());
+async fn only_handshakes_to_allowed_origins_are_sent() {
+    let layer = (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key()));
     let mut no_upgrade = get(AGENT);
     no_upgrade.extensions_mut().insert(RequestAuth::VoiceAgent);
     let refused = send(&layer, no_upgrade).await.unwrap_err();
@@ -77,7 +73,7 @@ async fn anything_else_than_a_handshake_to_an_allowed_origin_is_refused() {
         assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed, "{uri}");
         assert!(!format!("{refused} {refused:#?}").contains("token="));
     }
-    // Without the choice, the same request has them in its headers, as every other.
+    // Without `RequestAuth::VoiceAgent`, the same request carries its credentials in headers.
     let mut plain = handshake(AGENT);
     plain.extensions_mut().clear();
     let sent = send(&layer, plain).await.unwrap();
@@ -85,20 +81,21 @@ async fn anything_else_than_a_handshake_to_an_allowed_origin_is_refused() {
 }
 
 #[test]
-fn the_imperative_form_serves_websocket_clients() {
+fn imperative_form_writes_the_query() {
     let credentials = Credentials::key_and_jwt(key(), jwt());
     let (mut parts, ()) = handshake(AGENT).into_parts();
     credentials.apply(&Origins::selam(), &mut parts).unwrap();
     assert_eq!(parts.uri.to_string(), expected());
 
-    // Credentials of its own, in the headers of a handshake.
+    // Custom credentials of a handshake are written into its headers.
     parts.extensions.insert(RequestAuth::Custom(Credentials::x_api_key(key())));
     credentials.apply(&Origins::selam(), &mut parts).unwrap();
     assert_eq!(parts.headers["x-api-key"], KEY);
 }
 
+/// E5: the 101 response passes through untouched, and the connection switches protocols.
 #[tokio::test]
-async fn over_tls_the_connection_switches_protocols() {
+async fn upgrade_over_tls_passes_through() {
     let simulator = Simulator::new();
     let server = Server::tls(&simulator).await.unwrap();
     let key = simulator.issue_key();
@@ -115,7 +112,7 @@ async fn over_tls_the_connection_switches_protocols() {
     let call = |request| layer.layer(https(&server, Http::One)).oneshot(request);
 
     let mut response = tokio::time::timeout(HANG, call(request())).await.unwrap().unwrap();
-    assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS, "E5: passes untouched");
+    assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS, "the upgrade response passes through");
     assert_eq!(response.headers()["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     let mut socket = TokioIo::new(hyper::upgrade::on(&mut response).await.unwrap());
     let mut open = [0; 8];

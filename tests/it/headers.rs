@@ -1,4 +1,4 @@
-//! H1 to H4: which headers go out.
+//! Tests of which credential headers are sent, and which inbound ones are kept.
 
 use http::{HeaderName, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tower::{Layer, ServiceBuilder, ServiceExt};
@@ -14,13 +14,13 @@ use crate::support::{Body, JWT, KEY, MODELS, bring_theirs, get, jwt, key, respon
 
 const NONE: [&str; 0] = [];
 
-fn with(choice: RequestAuth) -> Request<()> {
+fn choosing(choice: RequestAuth) -> Request<()> {
     let mut request = get(MODELS);
     request.extensions_mut().insert(choice);
     request
 }
 
-fn with_theirs() -> Request<()> {
+fn with_inbound_credentials() -> Request<()> {
     let mut request = get(MODELS);
     bring_theirs(&mut request);
     request
@@ -36,46 +36,50 @@ fn assert_sent(request: &Request<()>, authorization: &[String], x_api_key: &[&st
     assert_eq!(values(request, "x-api-key"), x_api_key, "x-api-key");
 }
 
+/// H1: a key alone is sent as one `Authorization: Bearer`, without `X-API-Key`.
 #[tokio::test]
-async fn h1_the_key_alone_is_one_bearer_and_no_x_api_key() {
+async fn key_alone_is_sent_as_bearer() {
     let sent = send(&ApiKeyLayer::bearer(key()), get(MODELS)).await.unwrap();
     assert_sent(&sent, &bearer(KEY), &NONE);
     let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
     assert_sent(&send(&selam, get(MODELS)).await.unwrap(), &bearer(KEY), &NONE);
 }
 
+/// H1: the JWT is the one bearer, and the key the one `X-API-Key`.
 #[tokio::test]
-async fn h1_key_and_jwt_are_one_bearer_and_one_x_api_key() {
-    let sent = send(&JwtLayer::new(jwt(), key()), get(MODELS)).await.unwrap();
+async fn key_and_jwt_use_one_header_each() {
+    let sent = send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), get(MODELS)).await.unwrap();
     assert_sent(&sent, &bearer(JWT), &[KEY]);
     let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).build().unwrap();
     assert_sent(&send(&selam, get(MODELS)).await.unwrap(), &bearer(JWT), &[KEY]);
 }
 
+/// H1: a key in `X-API-Key` is sent without `Authorization`.
 #[tokio::test]
-async fn h1_the_key_in_its_own_header_goes_alone() {
+async fn x_api_key_is_sent_alone() {
     let sent = send(&ApiKeyLayer::x_api_key(key()), get(MODELS)).await.unwrap();
     assert_sent(&sent, &[], &[KEY]);
 }
 
+/// H0, H1: each layer writes its own header, whichever is outermost.
 #[tokio::test]
-async fn h1_the_two_layers_compose_in_either_order() {
-    let (jwt, key) = (JwtLayer::beside_api_key(jwt()), ApiKeyLayer::beside_jwt(key()));
+async fn key_and_jwt_layers_compose_in_either_order() {
+    let (jwt, key) = (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key()));
     let orders = (
         ServiceBuilder::new().layer(jwt.clone()).layer(key.clone()).into_inner(),
         ServiceBuilder::new().layer(key).layer(jwt).into_inner(),
     );
-    for request in [get(MODELS), with_theirs(), with(RequestAuth::ApiKeyAndJwt)] {
+    for request in [get(MODELS), with_inbound_credentials(), choosing(RequestAuth::ApiKeyAndJwt)] {
         assert_sent(&send(&orders.0, request.clone()).await.unwrap(), &bearer(JWT), &[KEY]);
         assert_sent(&send(&orders.1, request).await.unwrap(), &bearer(JWT), &[KEY]);
     }
-    let own = RequestAuth::Custom(Credentials::x_api_key(ApiKey::new("sk-selam-other").unwrap()));
+    let custom = RequestAuth::Custom(Credentials::x_api_key(ApiKey::new("sk-selam-other").unwrap()));
     for (choice, authorization, x_api_key) in [
-        (RequestAuth::ApiKey, bearer(KEY), vec![]),
+        (RequestAuth::ApiKey, vec![], vec![KEY]),
         (RequestAuth::Anonymous, vec![], vec![]),
-        (own, vec![], vec!["sk-selam-other"]),
+        (custom, vec![], vec!["sk-selam-other"]),
     ] {
-        let mut request = with_theirs();
+        let mut request = with_inbound_credentials();
         request.extensions_mut().insert(choice.clone());
         for sent in [send(&orders.0, request.clone()).await, send(&orders.1, request).await] {
             assert_sent(&sent.unwrap(), &authorization, &x_api_key);
@@ -83,43 +87,114 @@ async fn h1_the_two_layers_compose_in_either_order() {
     }
 }
 
+/// H0: a layer leaves the header that it does not own, sensitive or not.
 #[tokio::test]
-async fn h3_a_half_without_the_other_forwards_nothing_of_its_callers() {
-    let sent = send(&ApiKeyLayer::beside_jwt(key()), with_theirs()).await.unwrap();
-    assert_sent(&sent, &[], &[KEY]);
-    let sent = send(&JwtLayer::beside_api_key(jwt()), with_theirs()).await.unwrap();
-    assert_sent(&sent, &bearer(JWT), &NONE);
-    let mut request = with_theirs();
-    request.extensions_mut().insert(RequestAuth::ApiKey);
-    let sent = send(&JwtLayer::beside_api_key(jwt()), request).await.unwrap();
-    assert_sent(&sent, &[], &NONE);
+async fn headers_of_others_are_kept() {
+    let inbound: [String; 2] = ["Bearer theirs".into(), "Basic dGhlaXJz".into()];
+    let inbound_key = ["theirs", "theirs too"];
+    for is_sensitive in [false, true] {
+        let mut request = with_inbound_credentials();
+        request.headers_mut().values_mut().for_each(|value| value.set_sensitive(is_sensitive));
+        for choice in [None, Some(RequestAuth::ApiKey), Some(RequestAuth::Anonymous)] {
+            let (bearer_key, bearer_jwt, own_key) = match choice {
+                None => (bearer(KEY), bearer(JWT), vec![KEY]),
+                Some(RequestAuth::ApiKey) => (bearer(KEY), vec![], vec![KEY]),
+                _ => (vec![], vec![], vec![]),
+            };
+            let mut request = request.clone();
+            request.extensions_mut().extend(
+                choice
+                    .map(|choice| {
+                        let mut extensions = http::Extensions::new();
+                        extensions.insert(choice);
+                        extensions
+                    })
+                    .unwrap_or_default(),
+            );
+            let sent = send(&ApiKeyLayer::bearer(key()), request.clone()).await.unwrap();
+            assert_sent(&sent, &bearer_key, &inbound_key);
+            let sent = send(&JwtLayer::new(jwt()), request.clone()).await.unwrap();
+            assert_sent(&sent, &bearer_jwt, &inbound_key);
+            let sent = send(&ApiKeyLayer::x_api_key(key()), request).await.unwrap();
+            assert_sent(&sent, &inbound, &own_key);
+        }
+    }
 }
 
+/// H0: of two layers that own the same header, the inner one wins.
 #[tokio::test]
-async fn h1_a_layer_not_made_to_stand_beside_another_takes_all_or_nothing() {
-    let jwt = JwtLayer::beside_api_key(jwt());
+async fn inner_layer_wins_a_shared_header() {
+    let jwt = JwtLayer::new(jwt());
     let inside = ServiceBuilder::new().layer(jwt.clone()).layer(ApiKeyLayer::bearer(key())).into_inner();
-    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &bearer(KEY), &NONE);
-    let inside = ServiceBuilder::new().layer(jwt).layer(ApiKeyLayer::x_api_key(key())).into_inner();
-    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &[], &[KEY]);
-    let pair = JwtLayer::new(crate::support::jwt(), key());
-    let inside = ServiceBuilder::new().layer(ApiKeyLayer::bearer(key())).layer(pair).into_inner();
-    assert_sent(&send(&inside, with_theirs()).await.unwrap(), &bearer(JWT), &[KEY]);
+    assert_sent(&send(&inside, get(MODELS)).await.unwrap(), &bearer(KEY), &NONE);
+    let inside = ServiceBuilder::new().layer(ApiKeyLayer::bearer(key())).layer(jwt).into_inner();
+    assert_sent(&send(&inside, get(MODELS)).await.unwrap(), &bearer(JWT), &NONE);
 }
 
+/// H0, H3: the stack owns both headers.
 #[tokio::test]
-async fn h2_every_value_is_marked_sensitive() {
+async fn the_stack_replaces_both_headers() {
+    let selam = SelamLayer::builder().with_api_key(key());
+    let sent = send(&selam.clone().build().unwrap(), with_inbound_credentials()).await.unwrap();
+    assert_sent(&sent, &bearer(KEY), &NONE);
+    let sent = send(&selam.with_jwt(jwt()).build().unwrap(), with_inbound_credentials()).await.unwrap();
+    assert_sent(&sent, &bearer(JWT), &[KEY]);
+    let mut request = with_inbound_credentials();
+    request.extensions_mut().insert(RequestAuth::Custom(Credentials::x_api_key(key())));
+    assert_sent(&send(&ApiKeyLayer::per_request(), request).await.unwrap(), &[], &[KEY]);
+}
+
+/// H6: `TRACE` and `CONNECT` carry no credentials, in headers or in the query.
+#[tokio::test]
+async fn trace_and_connect_are_refused() {
+    let custom = RequestAuth::Custom(Credentials::bearer(key()));
+    for method in [http::Method::TRACE, http::Method::CONNECT] {
+        for choice in [None, Some(RequestAuth::ApiKey), Some(RequestAuth::VoiceAgent), Some(custom.clone())] {
+            let mut request = get(MODELS);
+            *request.method_mut() = method.clone();
+            if let Some(choice) = choice {
+                request.extensions_mut().insert(choice);
+            }
+            let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).build().unwrap();
+            let (mut parts, ()) = request.clone().into_parts();
+            let imperative = Credentials::key_and_jwt(key(), jwt()).apply(&Origins::selam(), &mut parts);
+            assert!(parts.headers.is_empty() && parts.uri.query().is_none());
+            for refused in [
+                send(&selam, request.clone()).await.unwrap_err(),
+                send(&ApiKeyLayer::bearer(key()).if_not_present(), request.clone()).await.unwrap_err(),
+                send(&ApiKeyLayer::x_api_key(key()), request.clone()).await.unwrap_err(),
+                send(&JwtLayer::new(jwt()), request.clone()).await.unwrap_err(),
+                imperative.unwrap_err(),
+            ] {
+                assert_eq!(refused.kind(), AuthErrorKind::InvalidRequest);
+                assert!(refused.to_string().contains(method.as_str()), "{refused}");
+            }
+        }
+        // Without credentials they pass: stripped, or because the request asks for none.
+        let mut request = with_inbound_credentials();
+        *request.method_mut() = method;
+        *request.uri_mut() = "https://elsewhere.example/".parse().unwrap();
+        let strip = ApiKeyLayer::bearer(key()).with_origins(Origins::selam().strip_for_other_origins());
+        let sent = send(&strip, request.clone()).await.unwrap();
+        assert!(!sent.headers().contains_key(AUTHORIZATION));
+        request.extensions_mut().insert(RequestAuth::Anonymous);
+        assert!(send(&ApiKeyLayer::bearer(key()), request).await.is_ok());
+    }
+}
+
+/// H2: every value is marked sensitive, on every path.
+#[tokio::test]
+async fn every_credential_value_is_sensitive() {
     let layers = (
         ApiKeyLayer::bearer(key()),
         ApiKeyLayer::x_api_key(key()),
-        JwtLayer::new(jwt(), key()),
-        ServiceBuilder::new()
-            .layer(JwtLayer::beside_api_key(jwt()))
-            .layer(ApiKeyLayer::beside_jwt(key()))
-            .into_inner(),
+        (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())),
+        ServiceBuilder::new().layer(JwtLayer::new(jwt())).layer(ApiKeyLayer::x_api_key(key())).into_inner(),
     );
-    let own = with(RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt())));
-    for request in [get(MODELS), own, with(RequestAuth::ApiKey)] {
+    let custom = choosing(RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt())));
+    let sent = send(&ApiKeyLayer::per_request(), custom).await.unwrap();
+    assert!(sent.headers().values().all(|value| value.is_sensitive()));
+    for request in [get(MODELS), choosing(RequestAuth::ApiKey)] {
         for sent in [
             send(&layers.0, request.clone()).await,
             send(&layers.1, request.clone()).await,
@@ -133,51 +208,56 @@ async fn h2_every_value_is_marked_sensitive() {
     }
 }
 
+/// H3: inbound credentials are replaced, duplicates included.
 #[tokio::test]
-async fn h3_what_the_request_came_with_is_replaced_duplicates_included() {
-    let sent = send(&ApiKeyLayer::bearer(key()), with_theirs()).await.unwrap();
-    assert_sent(&sent, &bearer(KEY), &NONE);
-    let sent = send(&ApiKeyLayer::x_api_key(key()), with_theirs()).await.unwrap();
-    assert_sent(&sent, &[], &[KEY]);
-    let sent = send(&JwtLayer::new(jwt(), key()), with_theirs()).await.unwrap();
+async fn inbound_credentials_are_replaced() {
+    let sent = send(&ApiKeyLayer::bearer(key()), with_inbound_credentials()).await.unwrap();
+    assert_eq!(values(&sent, "authorization"), bearer(KEY));
+    let sent = send(&ApiKeyLayer::x_api_key(key()), with_inbound_credentials()).await.unwrap();
+    assert_eq!(values(&sent, "x-api-key"), [KEY]);
+    let sent = send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), with_inbound_credentials())
+        .await
+        .unwrap();
     assert_sent(&sent, &bearer(JWT), &[KEY]);
 }
 
+/// H3: `if_not_present` keeps inbound credentials and relaxes nothing else.
 #[tokio::test]
-async fn h3_if_absent_keeps_what_the_request_came_with() {
-    let theirs: [String; 2] = ["Bearer theirs".into(), "Basic dGhlaXJz".into()];
-    let sent = send(&ApiKeyLayer::bearer(key()).if_not_present(), with_theirs()).await.unwrap();
-    assert_sent(&sent, &theirs, &["theirs", "theirs too"]);
+async fn if_not_present_keeps_inbound_credentials() {
+    let inbound: [String; 2] = ["Bearer theirs".into(), "Basic dGhlaXJz".into()];
+    let sent = send(&ApiKeyLayer::bearer(key()).if_not_present(), with_inbound_credentials()).await.unwrap();
+    assert_sent(&sent, &inbound, &["theirs", "theirs too"]);
     assert_sent(
         &send(&ApiKeyLayer::bearer(key()).if_not_present(), get(MODELS)).await.unwrap(),
         &bearer(KEY),
         &NONE,
     );
 
-    // Either header counts for a layer that minds both, its own for one that minds one.
+    // A layer that owns both headers writes neither if one is present; a layer that owns one looks at that one.
     let mut request = get(MODELS);
     request.headers_mut().insert("x-api-key", "theirs".parse().unwrap());
-    let sent = send(&JwtLayer::new(jwt(), key()).if_not_present(), request.clone()).await.unwrap();
-    assert_sent(&sent, &[], &["theirs"]);
-    let (of_jwt, of_key) =
-        (JwtLayer::beside_api_key(jwt()).if_not_present(), ApiKeyLayer::beside_jwt(key()).if_not_present());
-    let pair = ServiceBuilder::new().layer(of_jwt.clone()).layer(of_key.clone()).into_inner();
+    let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).if_not_present().build().unwrap();
+    assert_sent(&send(&selam, request.clone()).await.unwrap(), &[], &["theirs"]);
+    let (jwt_layer, key_layer) =
+        (JwtLayer::new(jwt()).if_not_present(), ApiKeyLayer::x_api_key(key()).if_not_present());
+    let pair = ServiceBuilder::new().layer(jwt_layer.clone()).layer(key_layer.clone()).into_inner();
     assert_sent(&send(&pair, request.clone()).await.unwrap(), &bearer(JWT), &["theirs"]);
-    let pair = ServiceBuilder::new().layer(of_key).layer(of_jwt).into_inner();
+    let pair = ServiceBuilder::new().layer(key_layer).layer(jwt_layer).into_inner();
     assert_sent(&send(&pair, request).await.unwrap(), &bearer(JWT), &["theirs"]);
 
-    // It loosens nothing else.
-    let mut elsewhere = with_theirs();
+    // The origin check is unchanged.
+    let mut elsewhere = with_inbound_credentials();
     *elsewhere.uri_mut() = "https://evil.com/".parse().unwrap();
     let refused = send(&ApiKeyLayer::bearer(key()).if_not_present(), elsewhere.clone()).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
     let pass =
         ApiKeyLayer::bearer(key()).if_not_present().with_origins(Origins::selam().strip_for_other_origins());
-    assert_sent(&send(&pass, elsewhere).await.unwrap(), &[], &NONE);
+    assert_sent(&send(&pass, elsewhere).await.unwrap(), &[], &["theirs", "theirs too"]);
 }
 
+/// H3: a hop-by-hop `Connection: authorization` does not remove our headers.
 #[tokio::test]
-async fn h3_the_connection_header_cannot_name_ours() {
+async fn connection_header_cannot_remove_credentials() {
     for (connection, kept) in [
         (&["Authorization, X-Api-Key"][..], &[][..]),
         (&["keep-alive,authorization , upgrade"], &["keep-alive, upgrade"]),
@@ -189,15 +269,16 @@ async fn h3_the_connection_header_cannot_name_ours() {
         for value in connection {
             request.headers_mut().append("connection", value.parse().unwrap());
         }
-        let sent = send(&JwtLayer::new(jwt(), key()), request).await.unwrap();
+        let sent = send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), request).await.unwrap();
         assert_sent(&sent, &bearer(JWT), &[KEY]);
         assert_eq!(values(&sent, "connection"), kept, "{connection:?}");
     }
 }
 
+/// H4: the `RequestAuth` extension selects the credentials of one request and does not leak into the next.
 #[tokio::test]
-async fn h4_a_request_chooses_its_credentials() {
-    let both = JwtLayer::new(jwt(), key());
+async fn request_auth_selects_the_credentials() {
+    let both = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).build().unwrap();
     let other =
         Credentials::key_and_jwt(ApiKey::new("sk-selam-other").unwrap(), Token::new("a.b.c").unwrap());
     for (choice, authorization, x_api_key) in [
@@ -206,41 +287,60 @@ async fn h4_a_request_chooses_its_credentials() {
         (RequestAuth::Anonymous, vec![], vec![]),
         (RequestAuth::Custom(other), bearer("a.b.c"), vec!["sk-selam-other"]),
     ] {
-        let mut request = with_theirs();
+        let mut request = with_inbound_credentials();
         request.extensions_mut().insert(choice);
         assert_sent(&send(&both, request).await.unwrap(), &authorization, &x_api_key);
-        // The next request has the layer's own again.
+        // The next request carries the layer's own credentials.
         assert_sent(&send(&both, get(MODELS)).await.unwrap(), &bearer(JWT), &[KEY]);
     }
-    // The key alone stays in the header it has.
-    let sent = send(&ApiKeyLayer::x_api_key(key()), with(RequestAuth::ApiKey)).await.unwrap();
-    assert_sent(&sent, &[], &[KEY]);
+    // A layer writes what it owns of custom credentials.
+    let other = || ApiKey::new("sk-selam-other").unwrap();
+    let pair = (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key()));
+    for (custom, authorization, x_api_key) in [
+        (
+            Credentials::key_and_jwt(other(), Token::new("a.b.c").unwrap()),
+            bearer("a.b.c"),
+            vec!["sk-selam-other"],
+        ),
+        (Credentials::x_api_key(other()), vec![], vec!["sk-selam-other"]),
+    ] {
+        let sent = send(&pair, choosing(RequestAuth::Custom(custom))).await.unwrap();
+        assert_sent(&sent, &authorization, &x_api_key);
+    }
+    let custom = choosing(RequestAuth::Custom(Credentials::bearer(other())));
+    assert_sent(&send(&ApiKeyLayer::bearer(key()), custom).await.unwrap(), &bearer("sk-selam-other"), &NONE);
 }
 
+/// H4: a request whose choice the layer cannot satisfy is refused before it is sent.
 #[tokio::test]
-async fn h4_what_is_not_there_is_refused_and_nothing_is_sent() {
+async fn unavailable_credential_is_refused() {
+    let custom = RequestAuth::Custom;
     for (layer, choice) in [
         (ApiKeyLayer::bearer(key()), RequestAuth::ApiKeyAndJwt),
-        (ApiKeyLayer::x_api_key(key()), RequestAuth::ApiKeyAndJwt),
+        // What goes into a header that the layer does not own cannot be sent.
+        (ApiKeyLayer::bearer(key()), custom(Credentials::key_and_jwt(key(), jwt()))),
+        (ApiKeyLayer::bearer(key()), custom(Credentials::x_api_key(key()))),
+        (ApiKeyLayer::x_api_key(key()), custom(Credentials::bearer(key()))),
         (ApiKeyLayer::bearer(key()), RequestAuth::VoiceAgent),
         (ApiKeyLayer::per_request(), RequestAuth::ApiKey),
         (ApiKeyLayer::per_request(), RequestAuth::ApiKeyAndJwt),
         (ApiKeyLayer::per_request(), RequestAuth::VoiceAgent),
     ] {
-        let refused = send(&layer, with(choice.clone())).await.unwrap_err();
+        let refused = send(&layer, choosing(choice.clone())).await.unwrap_err();
         assert_eq!(refused.kind(), AuthErrorKind::CredentialUnavailable, "{choice:?}");
         assert_eq!((refused.status(), refused.is_auth()), (None, false));
     }
-    // Credentials of its own go to allowed origins only.
-    let mut request = with(RequestAuth::Custom(Credentials::bearer(key())));
+    // Custom credentials are restricted to allowed origins as well.
+    let mut request = choosing(RequestAuth::Custom(Credentials::bearer(key())));
     *request.uri_mut() = "https://evil.com/".parse().unwrap();
     let refused = send(&ApiKeyLayer::per_request(), request).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
 }
 
+/// H4: a redirect that drops the `RequestAuth` extension fails closed.
 #[tokio::test]
-async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
-    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
+async fn redirect_without_request_auth_fails_closed() {
+    let custom = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
     let selam = SelamLayer::builder().with_api_key(key()).require_request_auth().build().unwrap();
     let selam = ServiceBuilder::new().map_err(Error::into_boxed).layer(selam).into_inner();
 
@@ -256,9 +356,9 @@ async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
                 (request, handle.next_request().await.is_some())
             };
             let (result, (first, second)) =
-                tokio::join!(client.oneshot(with(own.clone()).map(|()| Body::default())), api);
+                tokio::join!(client.oneshot(choosing(custom.clone()).map(|()| Body::default())), api);
             assert_sent(&first.map(|_| ()), &bearer("sk-selam-tenant"), &NONE);
-            assert!(!second, "nothing may follow");
+            assert!(!second, "the redirected request must not be sent");
             let error = result.unwrap_err();
             let error = AuthError::find(&*error).unwrap();
             assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
@@ -269,9 +369,10 @@ async fn h4_a_redirect_that_loses_the_choice_fails_closed() {
     fails_closed!(selam);
 }
 
+/// H4, O4: a redirect to another origin and back does not fall back to the layer's credentials.
 #[tokio::test]
-async fn h4_a_redirect_away_and_back_does_not_turn_the_choice_into_another() {
-    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
+async fn redirect_away_and_back_fails_closed() {
+    let custom = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-tenant").unwrap()));
     let layer = ApiKeyLayer::bearer(key())
         .require_request_auth()
         .with_origins(Origins::selam().strip_for_other_origins());
@@ -288,61 +389,60 @@ async fn h4_a_redirect_away_and_back_does_not_turn_the_choice_into_another() {
         }
         sent
     };
-    let (result, sent) = tokio::join!(client.oneshot(with(own).map(|()| Body::default())), api);
+    let (result, sent) = tokio::join!(client.oneshot(choosing(custom).map(|()| Body::default())), api);
     assert_eq!(sent, [("api.selamgpt.com".to_owned(), 1), ("evil.com".to_owned(), 0)]);
     let error = AuthError::find(&*result.unwrap_err()).unwrap().kind();
     assert_eq!(error, AuthErrorKind::CredentialUnavailable);
 }
 
+/// H4: an explicit `RequestAuth` wins over inbound headers, even with `if_not_present`.
 #[tokio::test]
-async fn h4_an_explicit_choice_counts_more_than_what_the_request_came_with() {
-    let mut request = with_theirs();
+async fn request_auth_overrides_if_not_present() {
+    let mut request = with_inbound_credentials();
     request.extensions_mut().insert(RequestAuth::ApiKey);
     let sent = send(&ApiKeyLayer::bearer(key()).if_not_present(), request).await.unwrap();
-    assert_sent(&sent, &bearer(KEY), &NONE);
+    assert_eq!(values(&sent, "authorization"), bearer(KEY));
 }
 
+/// O1: the JWT layer checks the origin even if the key layer writes the only credential.
 #[tokio::test]
-async fn o1_a_half_that_leaves_the_headers_to_the_other_checks_the_origin_too() {
-    let mut request = with(RequestAuth::ApiKey);
+async fn jwt_layer_checks_the_origin() {
+    let mut request = choosing(RequestAuth::ApiKey);
     *request.uri_mut() = "http://api.selamgpt.com/".parse().unwrap();
-    let refused = send(&JwtLayer::beside_api_key(jwt()), request).await.unwrap_err();
+    let refused = send(&JwtLayer::new(jwt()), request).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
 }
 
 #[tokio::test]
-async fn the_imperative_form_writes_the_same() {
+async fn imperative_form_writes_the_same_headers() {
     let other = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-other").unwrap()));
-    for (credentials, layered) in [
-        (Credentials::bearer(key()), send(&ApiKeyLayer::bearer(key()), with_theirs()).await),
-        (Credentials::x_api_key(key()), send(&ApiKeyLayer::x_api_key(key()), with_theirs()).await),
-        (Credentials::key_and_jwt(key(), jwt()), send(&JwtLayer::new(jwt(), key()), with_theirs()).await),
-    ] {
-        let (mut parts, ()) = with_theirs().into_parts();
+    for credentials in
+        [Credentials::bearer(key()), Credentials::x_api_key(key()), Credentials::key_and_jwt(key(), jwt())]
+    {
+        let mut request = with_inbound_credentials();
+        request.extensions_mut().insert(RequestAuth::Custom(credentials.clone()));
+        let layered = send(&ApiKeyLayer::per_request(), request).await;
+        let (mut parts, ()) = with_inbound_credentials().into_parts();
         credentials.apply(&Origins::selam(), &mut parts).unwrap();
         assert_eq!(&parts.headers, layered.unwrap().headers());
-
-        let mut headers = with_theirs().headers().clone();
-        credentials.apply_to_headers(&Origins::selam(), &MODELS.parse().unwrap(), &mut headers).unwrap();
-        assert_eq!(headers, parts.headers);
-        // Equality of header values does not count the mark.
-        assert!(headers.values().chain(parts.headers.values()).all(HeaderValue::is_sensitive));
+        // `HeaderValue` equality ignores the sensitive flag.
+        assert!(parts.headers.values().all(HeaderValue::is_sensitive));
 
         parts.extensions.insert(other.clone());
         credentials.apply(&Origins::selam(), &mut parts).unwrap();
         assert_eq!(parts.headers[AUTHORIZATION], "Bearer sk-selam-other");
 
-        let before = with_theirs().headers().clone();
+        let before = with_inbound_credentials().headers().clone();
         parts.headers = before.clone();
         parts.uri = "http://api.selamgpt.com/".parse().unwrap();
         let refused = credentials.apply(&Origins::selam(), &mut parts).unwrap_err();
         assert_eq!(refused.kind(), AuthErrorKind::OriginNotAllowed);
-        assert_eq!(parts.headers, before, "nothing is written on refusal");
+        assert_eq!(parts.headers, before, "a refused request keeps its headers");
     }
 }
 
 #[tokio::test]
-async fn a_full_header_map_is_an_error_and_no_panic() {
+async fn full_header_map_is_a_typed_error() {
     let mut request = get(MODELS);
     let mut filled = 0;
     let name = |number| format!("x-{number}").parse::<HeaderName>().unwrap();

@@ -1,16 +1,16 @@
-//! What must hold, seen from outside. Tests are named for the behaviour they prove; `tests/README.md` maps
-//! the ids.
+//! Integration tests through the public API; `tests/README.md` maps behaviour ids to files.
 
 #![allow(
     clippy::expect_used,
     clippy::panic,
     clippy::unwrap_used,
     missing_docs,
-    reason = "helpers of tests fail loudly too"
+    reason = "test helpers panic on failure, like the tests themselves"
 )]
 
 mod annotate;
 mod api;
+mod behaviours;
 mod choose_auth;
 mod clocks;
 mod composition;
@@ -25,9 +25,9 @@ mod mint;
 mod oauth;
 mod origins;
 mod redirects;
-mod reentry;
-mod refresh;
-mod renewal;
+mod reentrancy;
+mod refresh_layer;
+mod refreshing;
 mod replay;
 mod rotation;
 mod runtimes;

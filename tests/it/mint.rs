@@ -1,4 +1,4 @@
-//! A source of tokens that does what a test tells it to, and an engine over it.
+//! A scripted token source, and an engine over it.
 
 use std::{
     collections::VecDeque,
@@ -18,8 +18,7 @@ use tower_selam::{
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 
-/// A source that counts how often it is asked, and answers from a script: a token that lives a minute when
-/// that is at its end.
+/// A source that counts its fetches and answers from a script, and then with tokens that live for a minute.
 #[derive(Clone, Default)]
 pub(crate) struct Mint {
     pub(crate) asked: Arc<AtomicUsize>,
@@ -34,7 +33,7 @@ pub(crate) struct Mint {
 pub(crate) enum Answer {
     Lives(Duration),
     Same(&'static str, Duration),
-    /// With nothing said of it.
+    /// Without a stated lifetime.
     Bare(Token),
     Fails(Option<Duration>),
     Refused,
@@ -48,7 +47,7 @@ impl Mint {
         self
     }
 
-    /// The same answer so many times.
+    /// Scripts the same answer 1,000 times.
     pub(crate) fn then_always(self, answer: Answer) -> Self {
         self.script.lock().unwrap().extend(std::iter::repeat_n(answer, 1_000));
         self
@@ -59,7 +58,7 @@ impl Mint {
         self
     }
 
-    /// How long it takes from now on.
+    /// Sets how long each fetch takes from now on.
     pub(crate) fn takes(&self, time: Duration) {
         *self.takes.lock().unwrap() = time;
     }
@@ -68,12 +67,12 @@ impl Mint {
         self.asked.load(SeqCst)
     }
 
-    /// Why it was asked, each time.
+    /// Returns the reason of each fetch.
     pub(crate) fn reasons(&self) -> Vec<String> {
         self.reasons.lock().unwrap().clone()
     }
 
-    /// How long after the one before it was asked, each time.
+    /// Returns the times between the starts of consecutive fetches.
     pub(crate) fn pauses(&self) -> Vec<Duration> {
         self.times.lock().unwrap().windows(2).map(|pair| pair[1] - pair[0]).collect()
     }
@@ -92,10 +91,10 @@ impl Source<Token> for Mint {
         let takes = *self.takes.lock().unwrap();
         sleep(takes).await;
         let answer = self.script.lock().unwrap().pop_front().unwrap_or(Answer::Lives(MINUTE));
-        let token = |text: String, lives| Ok(Fetched::new(Token::new(text)?).with_lifetime(lives));
+        let token = |text: String, lifetime| Ok(Fetched::new(Token::new(text)?).with_lifetime(lifetime));
         match answer {
-            Answer::Lives(lives) => token(format!("token-{number}"), lives),
-            Answer::Same(text, lives) => token(text.to_owned(), lives),
+            Answer::Lives(lifetime) => token(format!("token-{number}"), lifetime),
+            Answer::Same(text, lifetime) => token(text.to_owned(), lifetime),
             Answer::Bare(token) => Ok(Fetched::new(token)),
             Answer::Fails(None) => Err(SourceError::transient("out of order")),
             Answer::Fails(Some(wait)) => Err(SourceError::transient("busy").with_retry_after(wait)),
@@ -110,8 +109,8 @@ impl Source<Token> for Mint {
     }
 }
 
-/// The same source on a machine that is busy: time passes whenever the engine asks for its version, as it does
-/// before it answers a caller.
+/// A [`Mint`] on a busy machine: time passes whenever the engine reads the version, which it does before it
+/// answers a caller.
 pub(crate) struct Busy {
     pub(crate) mint: Mint,
     pub(crate) clock: TestClock,
@@ -129,12 +128,12 @@ impl Source<Token> for Busy {
     }
 }
 
-/// A wall clock that goes with tokio's.
+/// A wall clock that follows tokio's time.
 pub(crate) fn clock() -> TestClock {
     TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000))
 }
 
-/// No jitter, and a clock of the test's own.
+/// Makes an engine without jitter, and the clock that it reads.
 pub(crate) fn engine(mint: &Mint) -> (Refreshing<Token>, TestClock) {
     let clock = clock();
     let policy = RefreshPolicy::new().with_jitter(0.0).with_clock(clock.clone());
@@ -145,7 +144,7 @@ pub(crate) async fn text(jwts: &Refreshing<Token>) -> Result<String, AuthErrorKi
     jwts.token().await.map(|token| token.expose_secret().to_owned()).map_err(|error| error.kind())
 }
 
-/// Lets the tasks that are ready run.
+/// Runs the tasks that are ready.
 pub(crate) async fn settle() {
     for _ in 0..20 {
         tokio::task::yield_now().await;

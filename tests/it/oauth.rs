@@ -1,20 +1,24 @@
-//! K2 and K3: tokens from an OAuth 2.0 token endpoint. Time is paused where nothing crosses a wire.
+//! K2, K3: tokens from an OAuth 2.0 token endpoint. Time is paused except over real connections.
 
 use std::{
     collections::VecDeque,
     error::Error as _,
     future::pending,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
+    task::{Context, Poll},
     time::{Duration, UNIX_EPOCH},
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
+use http_body::Frame;
 use http_body_util::{BodyExt, Full};
+use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     sync::Notify,
     task::JoinSet,
@@ -43,14 +47,14 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 type Client = BoxCloneSyncService<Request<Body>, Response<Body>, BoxError>;
 
-/// What an endpoint was sent.
-struct Asked {
+/// A request that the endpoint received.
+struct TokenRequest {
     head: http::request::Parts,
     form: Vec<(String, String)>,
 }
 
-impl Asked {
-    /// The parameters, as `name=value`.
+impl TokenRequest {
+    /// The form parameters, as `name=value`.
     fn form(&self) -> Vec<String> {
         self.form.iter().map(|(name, value)| format!("{name}={value}")).collect()
     }
@@ -60,33 +64,33 @@ impl Asked {
     }
 }
 
-/// An endpoint that answers from a script, and at its end with tokens that live a minute.
+/// An endpoint that sends scripted responses, and then tokens that live for a minute.
 #[derive(Clone, Default)]
 struct Scripted {
     script: Arc<Mutex<VecDeque<Response<&'static str>>>>,
-    asked: Arc<Mutex<Vec<Asked>>>,
+    requests: Arc<Mutex<Vec<TokenRequest>>>,
 }
 
 impl Scripted {
     fn then(self, status: u16, body: &'static str) -> Self {
-        let answer = Response::builder().status(status).body(body).unwrap();
-        self.script.lock().unwrap().push_back(answer);
+        let response = Response::builder().status(status).body(body).unwrap();
+        self.script.lock().unwrap().push_back(response);
         self
     }
 
     fn client(&self) -> Client {
         let this = self.clone();
-        BoxCloneSyncService::new(service_fn(move |request: Request<Body>| this.clone().answer(request)))
+        BoxCloneSyncService::new(service_fn(move |request: Request<Body>| this.clone().respond(request)))
     }
 
-    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, BoxError> {
+    async fn respond(self, request: Request<Body>) -> Result<Response<Body>, BoxError> {
         let (head, body) = request.into_parts();
         let body = body.collect().await?.to_bytes();
         let form = form_urlencoded::parse(&body).into_owned().collect();
         let number = {
-            let mut asked = self.asked.lock().unwrap();
-            asked.push(Asked { head, form });
-            asked.len()
+            let mut requests = self.requests.lock().unwrap();
+            requests.push(TokenRequest { head, form });
+            requests.len()
         };
         let scripted = self.script.lock().unwrap().pop_front();
         Ok(scripted.map_or_else(
@@ -95,7 +99,7 @@ impl Scripted {
                     format!(r#"{{"access_token":"token-{number}","token_type":"Bearer","expires_in":60}}"#);
                 Response::new(Full::from(body))
             },
-            |answer| answer.map(Full::from),
+            |response| response.map(Full::from),
         ))
     }
 
@@ -104,11 +108,11 @@ impl Scripted {
     }
 
     fn count(&self) -> usize {
-        self.asked.lock().unwrap().len()
+        self.requests.lock().unwrap().len()
     }
 
-    fn last<T>(&self, read: impl FnOnce(&Asked) -> T) -> T {
-        read(self.asked.lock().unwrap().last().expect("a request"))
+    fn last<T>(&self, read: impl FnOnce(&TokenRequest) -> T) -> T {
+        read(self.requests.lock().unwrap().last().expect("a request"))
     }
 }
 
@@ -116,7 +120,7 @@ fn endpoint(simulator: &Simulator) -> TokenEndpoint {
     TokenEndpoint::new::<_, Body, _>(URL, simulator.clone()).unwrap()
 }
 
-/// Asks the simulator for tokens for a client of its own.
+/// Requests tokens from the simulator as a newly registered client.
 fn service_account(simulator: &Simulator) -> OAuthSource {
     let (id, secret) = simulator.issue_client();
     let auth = ClientAuth::client_secret_basic(id, secret).unwrap();
@@ -139,20 +143,21 @@ fn token(text: &str) -> Token {
     Token::new(text).unwrap()
 }
 
-/// What the endpoint said, found as a user would.
+/// Finds the endpoint's error among the causes, as a user would.
 fn cause(error: &AuthError) -> &OAuthError {
     error.source().and_then(|cause| cause.downcast_ref()).unwrap_or_else(|| panic!("{error:?}"))
 }
 
-/// Lets the tasks that are ready run.
+/// Runs the tasks that are ready.
 async fn settle() {
     for _ in 0..50 {
         tokio::task::yield_now().await;
     }
 }
 
+/// K3: each grant sends the parameters that its RFC defines.
 #[tokio::test(start_paused = true)]
-async fn k3_each_grant_asks_as_its_rfc_has_it() {
+async fn each_grant_sends_its_parameters() {
     let scripted = Scripted::default();
     let endpoint = scripted.endpoint();
     let exchange = "urn:ietf:params:oauth:grant-type:token-exchange";
@@ -204,18 +209,22 @@ async fn k3_each_grant_asks_as_its_rfc_has_it() {
     ];
     for (source, form) in cases {
         engine(source).token().await.unwrap();
-        scripted.last(|asked| {
-            assert_eq!(asked.form(), form);
-            assert_eq!((asked.head.method.as_str(), asked.head.uri.to_string()), ("POST", URL.to_owned()));
-            assert_eq!(asked.head.headers["content-type"], "application/x-www-form-urlencoded");
-            assert_eq!(asked.head.headers["accept"], "application/json");
-            assert_eq!(asked.authorization(), None);
+        scripted.last(|request| {
+            assert_eq!(request.form(), form);
+            assert_eq!(
+                (request.head.method.as_str(), request.head.uri.to_string()),
+                ("POST", URL.to_owned())
+            );
+            assert_eq!(request.head.headers["content-type"], "application/x-www-form-urlencoded");
+            assert_eq!(request.head.headers["accept"], "application/json");
+            assert_eq!(request.authorization(), None);
         });
     }
 }
 
+/// K3: one authentication method per request.
 #[tokio::test(start_paused = true)]
-async fn k3_a_client_says_who_it_is_in_one_way() {
+async fn client_authenticates_in_one_way() {
     let scripted = Scripted::default();
     let encoded = BASE64_STANDARD.encode("my+app%3A1:s%2B+%25%3A%26");
     for (auth, authorization, form) in [
@@ -235,24 +244,25 @@ async fn k3_a_client_says_who_it_is_in_one_way() {
     ] {
         let source = OAuthSource::client_credentials(scripted.endpoint().with_client_auth(auth));
         engine(source).token().await.unwrap();
-        scripted.last(|asked| {
-            assert_eq!(asked.authorization(), authorization.as_deref());
-            assert!(asked.head.headers.get("authorization").is_none_or(http::HeaderValue::is_sensitive));
-            assert_eq!(asked.form()[1..], form);
+        scripted.last(|request| {
+            assert_eq!(request.authorization(), authorization.as_deref());
+            assert!(request.head.headers.get("authorization").is_none_or(http::HeaderValue::is_sensitive));
+            assert_eq!(request.form()[1..], form);
         });
     }
 }
 
+/// K3: over real connections with TLS.
 #[tokio::test]
-async fn k3_tokens_come_over_tls_in_either_version_of_http() {
+async fn tokens_arrive_over_http1_and_http2() {
     let simulator = Simulator::new();
     let server = Server::tls(&simulator).await.unwrap();
     let (id, secret) = simulator.issue_client();
     let url = server.base_url().replace("/v1", "/oauth/token");
     for http in BOTH {
         for auth in [
-            ClientAuth::client_secret_basic(&id, &secret),
-            ClientAuth::client_secret_post(&id, &secret),
+            ClientAuth::client_secret_basic(&id, &*secret),
+            ClientAuth::client_secret_post(&id, &*secret),
             Ok(ClientAuth::api_key(ApiKey::new(simulator.issue_key()).unwrap())),
         ] {
             let endpoint =
@@ -263,33 +273,35 @@ async fn k3_tokens_come_over_tls_in_either_version_of_http() {
     }
 }
 
+/// K3: plain http only to a loopback address, and only on request.
 #[test]
-fn k3_a_url_that_is_not_https_is_refused() {
-    let refuse = |url| TokenEndpoint::new::<_, Body, _>(url, Simulator::new()).unwrap_err();
+fn endpoint_url_must_be_https() {
+    let refusal = |url| TokenEndpoint::new::<_, Body, _>(url, Simulator::new()).unwrap_err();
     for (url, kind) in [
         ("http://login.example/token", ConfigErrorKind::NotHttps),
         ("http://127.0.0.1/token", ConfigErrorKind::NotHttps),
         ("https://secret@login.example/token", ConfigErrorKind::UserInfo),
-        ("https://login.example/token#secret", ConfigErrorKind::Excess),
+        ("https://login.example/token#secret", ConfigErrorKind::UnexpectedPart),
         ("login.example", ConfigErrorKind::InvalidUrl),
         ("", ConfigErrorKind::Empty),
     ] {
-        let error = refuse(url);
-        assert_eq!(error.kind(), kind, "{url}");
+        let error = refusal(url);
+        assert_eq!(error.kind(), &kind, "{url}");
         assert!(
             error.to_string().starts_with("token endpoint's URL ") && !error.to_string().contains("secret")
         );
     }
     let loopback = |url| TokenEndpoint::allow_insecure_loopback::<_, Body, _>(url, Simulator::new());
     assert!(loopback("http://127.0.0.1:8080/token").is_ok());
-    assert_eq!(loopback("http://localhost.evil.com/").unwrap_err().kind(), ConfigErrorKind::NotLoopback);
+    assert_eq!(loopback("http://localhost.evil.com/").unwrap_err().kind(), &ConfigErrorKind::NotLoopback);
     assert!(
         TokenEndpoint::new::<_, Body, _>("https://login.example/token?tenant=1", Simulator::new()).is_ok()
     );
 }
 
+/// S1: the error names the value and does not show it.
 #[test]
-fn s1_what_a_client_or_a_login_has_is_checked_and_not_shown() {
+fn invalid_secrets_are_refused_and_not_shown() {
     let cases = [
         (ClientAuth::client_secret_basic("", "secret").map(|_| ()), "client id is empty"),
         (ClientAuth::client_secret_basic("id", " \n").map(|_| ()), "client secret is empty"),
@@ -303,23 +315,51 @@ fn s1_what_a_client_or_a_login_has_is_checked_and_not_shown() {
             "refresh token has a character that is not ASCII at byte 6",
         ),
     ];
-    for (result, said) in cases {
-        assert_eq!(result.unwrap_err().to_string(), said);
+    for (result, message) in cases {
+        assert_eq!(result.unwrap_err().to_string(), message);
     }
     let source = OAuthSource::client_credentials(endpoint(&Simulator::new()));
     for name in ["grant_type", "client_secret", "refresh_token", "subject_token"] {
         let error = source.clone().with_parameter(name, "secret").unwrap_err();
-        assert_eq!(error.to_string(), "token request's parameter is one that the source sets itself");
+        assert_eq!(error.to_string(), "token request parameter is set by the source itself: remove it");
     }
 }
 
+/// S1: a `SecretString` is treated like text.
 #[tokio::test(start_paused = true)]
-async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() {
-    for (fault, said) in [
+async fn secret_strings_are_accepted() {
+    let secret = || SecretString::from(" s3cr3t\n");
+    assert_eq!(ExposeSecret::expose_secret(&RefreshToken::new(secret()).unwrap()), "s3cr3t");
+
+    let scripted = Scripted::default();
+    let basic = format!("Basic {}", BASE64_STANDARD.encode("app:s3cr3t"));
+    for (auth, authorization, form) in [
+        (ClientAuth::client_secret_basic("app", secret()), Some(&*basic), vec!["password=s3cr3t"]),
+        (
+            ClientAuth::client_secret_post("app", secret()),
+            None,
+            vec!["password=s3cr3t", "client_id=app", "client_secret=s3cr3t"],
+        ),
+    ] {
+        let endpoint = scripted.endpoint().with_client_auth(auth.unwrap());
+        let source = OAuthSource::client_credentials(endpoint);
+        let source = source.with_parameter("password", SecretString::from("s3cr3t")).unwrap();
+        engine(source).token().await.unwrap();
+        scripted.last(|request| {
+            assert_eq!(request.authorization(), authorization);
+            assert_eq!(request.form()[1..], form);
+        });
+    }
+}
+
+/// K3: RFC 6749 section 5.2, and responses that are not OAuth at all.
+#[tokio::test(start_paused = true)]
+async fn transient_errors_are_retried_permanent_are_not() {
+    for (fault, message) in [
         (TokenFault::ServerError, "answered 500 server_error: Something went wrong"),
         (TokenFault::Unavailable, "answered 503 temporarily_unavailable: Try again later"),
-        (TokenFault::Garbage, "answered 200: the answer is no JSON object with an"),
-        (TokenFault::Html, "answered 200: the answer is no JSON object with an"),
+        (TokenFault::Garbage, "answered 200: the response is not a JSON object with an"),
+        (TokenFault::Html, "answered 200: the response is not a JSON object with an"),
         (TokenFault::Redirect("https://evil.example/".into()), "answered 307: redirects are not followed"),
     ] {
         let simulator = Simulator::new();
@@ -327,13 +367,13 @@ async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() 
         simulator.inject_token_fault(fault);
         let error = jwts.token().await.unwrap_err();
         assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
-        assert!(cause(&error).to_string().contains(said), "{}", cause(&error));
+        assert!(cause(&error).to_string().contains(message), "{}", cause(&error));
         assert!(jwts.token().await.is_err());
-        assert_eq!(simulator.token_requests(), 1, "not during the back-off");
+        assert_eq!(simulator.token_requests(), 1, "no request during the back-off");
         advance(SECOND).await;
         jwts.token().await.unwrap();
     }
-    // Broken off, and expired: no answer of the endpoint's own, but failures all the same.
+    // A truncated body, and a token that has already expired, are failures too, without an `OAuthError`.
     for fault in [TokenFault::CutOff, TokenFault::Expired] {
         let simulator = Simulator::new();
         let jwts = engine(service_account(&simulator));
@@ -355,8 +395,9 @@ async fn k3_an_endpoint_that_fails_is_asked_again_and_one_that_refuses_is_not() 
     assert_eq!(simulator.token_requests(), 1);
 }
 
+/// K3: the source is not called before `Retry-After` has passed.
 #[tokio::test(start_paused = true)]
-async fn k3_retry_after_is_honoured() {
+async fn retry_after_is_honoured() {
     let simulator = Simulator::new();
     let jwts = engine(service_account(&simulator));
     simulator.inject_token_fault(TokenFault::RateLimited { retry_after: 90 * SECOND });
@@ -370,8 +411,9 @@ async fn k3_retry_after_is_honoured() {
     jwts.token().await.unwrap();
 }
 
+/// K3: the response body is bounded in size and time.
 #[tokio::test(start_paused = true)]
-async fn k3_an_answer_without_end_is_given_up() {
+async fn endless_response_is_abandoned() {
     for length in [64 * 1024, 64 * 1024 + 1] {
         let body = format!(r#"{{"access_token":"a","token_type":"Bearer","x":"{}"}}"#, "x".repeat(length));
         let body = Bytes::from(body[body.len() - length..].to_owned());
@@ -384,9 +426,9 @@ async fn k3_an_answer_without_end_is_given_up() {
         };
         let source = OAuthSource::client_credentials(TokenEndpoint::new(URL, sized()).unwrap());
         let error = engine(source).token().await.unwrap_err();
-        let said = error.source().unwrap().to_string();
-        // The one that is just within bounds is read, and is no JSON as it was cut.
-        assert_eq!(said.contains("too long"), length > 64 * 1024, "{said}");
+        let message = error.source().unwrap().to_string();
+        // The body of exactly 64 KiB is read, and is not JSON because its beginning is cut off.
+        assert_eq!(message.contains("too long"), length > 64 * 1024, "{message}");
     }
 
     let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
@@ -396,19 +438,48 @@ async fn k3_an_answer_without_end_is_given_up() {
         async { Ok::<_, BoxError>(Response::new(body)) }
     });
     let source = OAuthSource::client_credentials(TokenEndpoint::new(URL, stalled).unwrap());
-    let began = tokio::time::Instant::now();
+    let start = tokio::time::Instant::now();
     assert!(engine(source).token().await.is_err());
-    assert_eq!(began.elapsed(), 30 * SECOND);
+    assert_eq!(start.elapsed(), 30 * SECOND);
 }
 
+/// A body that is always ready and never sends a byte.
+struct EmptyFrames;
+
+impl http_body::Body for EmptyFrames {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Poll::Ready(Some(Ok(Frame::data(Bytes::new()))))
+    }
+}
+
+/// K3: empty frames neither block the runtime nor extend the time limit.
 #[tokio::test(start_paused = true)]
-async fn k2_refresh_tokens_rotate_and_each_is_spent_once() {
+async fn endless_empty_frames_are_abandoned() {
+    let client = service_fn(|_: Request<Body>| async { Ok::<_, BoxError>(Response::new(EmptyFrames)) });
+    let source = OAuthSource::client_credentials(TokenEndpoint::new(URL, client).unwrap());
+    let policy = policy().with_timeout(2 * MINUTE);
+    let call = tokio::spawn(async move { Refreshing::with_policy(source, policy).token().await });
+    settle().await;
+    advance(29 * SECOND).await;
+    settle().await;
+    assert!(!call.is_finished());
+    advance(SECOND).await;
+    let error = call.await.unwrap().unwrap_err();
+    assert!(error.source().unwrap().to_string().contains("takes too long"), "{error:?}");
+}
+
+/// K2: 100 concurrent callers, five rotations, no token spent twice.
+#[tokio::test(start_paused = true)]
+async fn each_refresh_token_is_spent_once() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
     let first = simulator.issue_refresh_token();
     let store = MemoryStore::new(RefreshToken::new(first.clone()).unwrap());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
-    for renewals in 1..=5 {
+    for refreshes in 1..=5 {
         let mut callers = JoinSet::new();
         for _ in 0..100 {
             let jwts = jwts.clone();
@@ -416,7 +487,7 @@ async fn k2_refresh_tokens_rotate_and_each_is_spent_once() {
         }
         let ids = callers.join_all().await;
         assert!(ids.iter().all(|id| *id == ids[0]));
-        assert_eq!(simulator.token_requests(), renewals);
+        assert_eq!(simulator.token_requests(), refreshes);
         assert!(simulator.is_refresh_token_valid(store.current().expose_secret()));
         advance(2 * MINUTE).await;
     }
@@ -424,8 +495,9 @@ async fn k2_refresh_tokens_rotate_and_each_is_spent_once() {
     assert_eq!(simulator.reused_refresh_tokens(), 0);
 }
 
+/// K2: an endpoint may not rotate refresh tokens.
 #[tokio::test(start_paused = true)]
-async fn k2_an_answer_without_a_refresh_token_keeps_the_old() {
+async fn missing_refresh_token_keeps_the_old() {
     let simulator = Simulator::new();
     simulator.rotate_refresh_tokens(false);
     simulator.set_token_lifetime(MINUTE);
@@ -440,8 +512,9 @@ async fn k2_an_answer_without_a_refresh_token_keeps_the_old() {
     assert_eq!(store.current().id(), first.id());
 }
 
+/// K2: the response that arrives after the engine's timeout is kept for the next request.
 #[tokio::test(start_paused = true)]
-async fn k2_the_answer_that_comes_after_the_timeout_is_kept_for_the_next_who_asks() {
+async fn late_response_serves_the_next_request() {
     let simulator = Simulator::new();
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let source = OAuthSource::refresh_token(public(&simulator), store.clone());
@@ -450,25 +523,26 @@ async fn k2_the_answer_that_comes_after_the_timeout_is_kept_for_the_next_who_ask
     simulator.inject_token_fault(TokenFault::Slow(20 * SECOND));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
 
-    // While the exchange still runs, nobody spends the token again.
+    // While the exchange still runs, the token is not spent again.
     advance(2 * SECOND).await;
     assert!(jwts.token().await.is_err());
     assert_eq!(simulator.token_requests(), 1);
 
     advance(8 * SECOND).await;
     settle().await;
-    assert!(simulator.is_refresh_token_valid(store.current().expose_secret()), "the new one is kept");
+    assert!(simulator.is_refresh_token_valid(store.current().expose_secret()), "the rotated token is saved");
     advance(12 * SECOND).await;
     jwts.token().await.unwrap();
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (1, 0));
 
-    // What was fetched for somebody else has aged meanwhile.
-    let left = jwts.expires_at().unwrap().duration_since(clock.now()).unwrap();
-    assert_eq!(left, 60 * MINUTE - 12 * SECOND);
+    // The token aged while it was unclaimed.
+    let remaining = jwts.expires_at().unwrap().duration_since(clock.now()).unwrap();
+    assert_eq!(remaining, 60 * MINUTE - 12 * SECOND);
 }
 
+/// K2: an access token that expired before it was claimed is not used.
 #[tokio::test(start_paused = true)]
-async fn k2_an_answer_that_expired_before_anybody_asked_is_not_handed_out() {
+async fn expired_unclaimed_token_is_discarded() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
@@ -483,8 +557,9 @@ async fn k2_an_answer_that_expired_before_anybody_asked_is_not_handed_out() {
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
 }
 
+/// K2: every caller and the engine itself are dropped during the exchange.
 #[tokio::test(start_paused = true)]
-async fn k2_whoever_leaves_and_even_if_all_do_the_new_refresh_token_reaches_the_store() {
+async fn rotated_token_is_saved_without_callers() {
     let simulator = Simulator::new();
     let first = simulator.issue_refresh_token();
     let store = MemoryStore::new(RefreshToken::new(first.clone()).unwrap());
@@ -496,9 +571,9 @@ async fn k2_whoever_leaves_and_even_if_all_do_the_new_refresh_token_reaches_the_
     });
     assert!(call.poll().is_pending());
     settle().await;
-    assert!(!simulator.is_refresh_token_valid(&first), "it is spent");
+    assert!(!simulator.is_refresh_token_valid(&first), "the token is spent");
     drop(call);
-    drop(jwts); // and with it the engine
+    drop(jwts); // the last handle of the engine
 
     advance(2 * SECOND).await;
     settle().await;
@@ -506,8 +581,9 @@ async fn k2_whoever_leaves_and_even_if_all_do_the_new_refresh_token_reaches_the_
     assert!(simulator.is_refresh_token_valid(store.current().expose_secret()));
 }
 
+/// K2: an exchange outlives its callers, but not for longer than two minutes.
 #[tokio::test(start_paused = true)]
-async fn k2_an_exchange_that_never_ends_is_given_up_after_two_minutes() {
+async fn hanging_exchange_ends_after_two_minutes() {
     let simulator = Simulator::new();
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store));
@@ -519,13 +595,14 @@ async fn k2_an_exchange_that_never_ends_is_given_up_after_two_minutes() {
     }
     advance(30 * SECOND).await;
     settle().await;
-    assert_eq!(simulator.token_requests(), 1, "nothing is spent for those who have left");
+    assert_eq!(simulator.token_requests(), 1, "no token is spent for dropped callers");
     jwts.token().await.unwrap();
     assert_eq!(simulator.token_requests(), 2);
 }
 
+/// K2: a permanent failure lasts until the store's version changes.
 #[tokio::test(start_paused = true)]
-async fn k2_a_new_login_ends_the_failure_of_the_old_one() {
+async fn new_login_ends_permanent_failure() {
     let simulator = Simulator::new();
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
@@ -540,8 +617,9 @@ async fn k2_a_new_login_ends_the_failure_of_the_old_one() {
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
 }
 
+/// K2: the new login wins over the result of the running exchange.
 #[tokio::test(start_paused = true)]
-async fn k2_a_login_during_an_exchange_is_not_overwritten_by_it() {
+async fn login_during_exchange_is_not_overwritten() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
@@ -556,7 +634,7 @@ async fn k2_a_login_during_an_exchange_is_not_overwritten_by_it() {
     store.replace(login.clone());
     waiting.await.unwrap().unwrap();
     settle().await;
-    // What the old login brought is dropped, and the new one spent at once.
+    // The result of the old login is discarded, and the new token is spent at once.
     assert!(!simulator.is_refresh_token_valid(login.expose_secret()));
     assert!(simulator.is_refresh_token_valid(store.current().expose_secret()));
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
@@ -566,9 +644,9 @@ async fn k2_a_login_during_an_exchange_is_not_overwritten_by_it() {
     jwts.token().await.unwrap();
 }
 
-/// A store whose parts fail when they are told to.
+/// A store that fails or blocks on demand.
 #[derive(Clone, Default)]
-struct Shelf {
+struct TestStore {
     token: Arc<Mutex<Option<RefreshToken>>>,
     broken: Arc<AtomicBool>,
     version: Arc<AtomicU64>,
@@ -576,7 +654,7 @@ struct Shelf {
     saving: Option<Arc<Notify>>,
 }
 
-impl Shelf {
+impl TestStore {
     fn put(&self, token: &str) {
         *self.token.lock().unwrap() = Some(RefreshToken::new(token).unwrap());
     }
@@ -586,7 +664,7 @@ impl Shelf {
     }
 }
 
-impl RefreshTokenStore for Shelf {
+impl RefreshTokenStore for TestStore {
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
         self.loads.fetch_add(1, SeqCst);
         if self.broken.load(SeqCst) {
@@ -611,42 +689,45 @@ impl RefreshTokenStore for Shelf {
     }
 }
 
+/// K2: the rotated token stays usable when `save` fails.
 #[tokio::test(start_paused = true)]
-async fn k2_a_store_that_fails_loses_nothing_in_memory() {
+async fn failing_store_loses_nothing_in_memory() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
-    let shelf = Shelf::default();
-    shelf.put(&simulator.issue_refresh_token());
-    let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
+    let store = TestStore::default();
+    store.put(&simulator.issue_refresh_token());
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     jwts.token().await.unwrap();
     settle().await;
-    let saved = shelf.holds();
+    let saved = store.holds();
 
-    shelf.broken.store(true, SeqCst);
+    store.broken.store(true, SeqCst);
     for _ in 0..3 {
         advance(2 * MINUTE).await;
         jwts.token().await.unwrap();
         settle().await;
-        assert_eq!(shelf.holds(), saved);
+        assert_eq!(store.holds(), saved);
     }
-    shelf.broken.store(false, SeqCst);
+    store.broken.store(false, SeqCst);
     advance(2 * MINUTE).await;
     jwts.token().await.unwrap();
     settle().await;
-    assert!(simulator.is_refresh_token_valid(&shelf.holds()), "the newest is saved");
-    assert_eq!((simulator.reused_refresh_tokens(), shelf.loads.load(SeqCst)), (0, 1));
+    assert!(simulator.is_refresh_token_valid(&store.holds()), "the newest is saved");
+    assert_eq!((simulator.reused_refresh_tokens(), store.loads.load(SeqCst)), (0, 1));
 }
 
-/// In a process of its own: `tracing` remembers for all threads whether anybody listens.
+/// K2: the event names the error and masks the token in it.
+///
+/// Runs in a separate process because `tracing` caches process-wide whether a subscriber is interested.
 #[cfg(feature = "tracing")]
 #[test]
-fn k2_a_store_that_fails_to_save_raises_an_event_without_the_token() {
+fn failed_save_raises_a_redacted_event() {
     use crate::environment::{CASE, run, tell};
 
-    const NAME: &str = "oauth::k2_a_store_that_fails_to_save_raises_an_event_without_the_token";
+    const NAME: &str = "oauth::failed_save_raises_a_redacted_event";
     if std::env::var(CASE).is_err() {
         let events = run(NAME, "the event", &[]);
-        assert!(events.contains("the new refresh token was not saved"), "{events}");
+        assert!(events.contains("refresh token not saved"), "{events}");
         assert!(events.contains("no room for [redacted]") && events.contains("tower_selam"), "{events}");
         return;
     }
@@ -656,90 +737,94 @@ fn k2_a_store_that_fails_to_save_raises_an_event_without_the_token() {
         tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let simulator = Simulator::new();
-        let shelf = Shelf::default();
-        shelf.put(&simulator.issue_refresh_token());
-        let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
+        let store = TestStore::default();
+        store.put(&simulator.issue_refresh_token());
+        let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
         simulator.inject_token_fault(TokenFault::Slow(SECOND));
         let call = tokio::spawn({
             let jwts = jwts.clone();
             async move { jwts.token().await }
         });
         settle().await;
-        shelf.broken.store(true, SeqCst);
+        store.broken.store(true, SeqCst);
         call.await.unwrap().unwrap();
         settle().await;
     });
     tell(&log.text().replace('\n', " "));
 }
 
+/// K2: a request does not wait for `save`; the next exchange does.
 #[tokio::test(start_paused = true)]
-async fn k2_a_slow_store_delays_no_request_but_the_next_exchange() {
+async fn slow_store_delays_only_the_next_exchange() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
     let saving = Arc::new(Notify::new());
-    let shelf = Shelf { saving: Some(Arc::clone(&saving)), ..Shelf::default() };
-    shelf.put(&simulator.issue_refresh_token());
-    let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
-    jwts.token().await.unwrap(); // though nothing is saved yet
+    let store = TestStore { saving: Some(Arc::clone(&saving)), ..TestStore::default() };
+    store.put(&simulator.issue_refresh_token());
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
+    jwts.token().await.unwrap(); // before the token is saved
 
     advance(61 * SECOND).await;
     let mut next = tokio_test::task::spawn(jwts.token());
     assert!(next.poll().is_pending());
     settle().await;
-    assert_eq!(simulator.token_requests(), 1, "it waits for the store");
+    assert_eq!(simulator.token_requests(), 1, "the exchange waits for the store");
     saving.notify_one();
     settle().await;
     assert!(next.poll().is_ready());
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
 }
 
+/// K2: after `invalid_grant` the store is read again.
 #[tokio::test(start_paused = true)]
-async fn k2_what_another_program_has_stored_is_taken_where_ours_was_refused() {
+async fn token_from_another_program_is_used() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
-    let shelf = Shelf::default();
-    shelf.put(&simulator.issue_refresh_token());
-    let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
+    let store = TestStore::default();
+    store.put(&simulator.issue_refresh_token());
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     jwts.token().await.unwrap();
     settle().await;
 
     simulator.revoke_refresh_tokens();
-    shelf.put(&simulator.issue_refresh_token());
+    store.put(&simulator.issue_refresh_token());
     advance(2 * MINUTE).await;
     jwts.token().await.unwrap();
     settle().await;
-    assert!(simulator.is_refresh_token_valid(&shelf.holds()));
-    assert_eq!(simulator.token_requests(), 3, "refused once, and then with the other");
+    assert!(simulator.is_refresh_token_valid(&store.holds()));
+    assert_eq!(simulator.token_requests(), 3, "the old token is rejected, the stored one accepted");
 }
 
+/// K2: an empty store is a permanent failure, an unreadable one a transient failure.
 #[tokio::test(start_paused = true)]
-async fn k2_nobody_logged_in_is_a_failure_until_somebody_has() {
+async fn missing_login_fails_until_stored() {
     let simulator = Simulator::new();
-    let shelf = Shelf::default();
-    let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
+    let store = TestStore::default();
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     let error = jwts.token().await.unwrap_err();
     assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
     assert_eq!(error.source().unwrap().to_string(), "there is no refresh token: log in");
     advance(MINUTE).await;
     assert!(jwts.token().await.is_err());
-    assert_eq!(shelf.loads.load(SeqCst), 1);
+    assert_eq!(store.loads.load(SeqCst), 1);
 
-    shelf.put(&simulator.issue_refresh_token());
-    shelf.version.store(1, SeqCst);
+    store.put(&simulator.issue_refresh_token());
+    store.version.store(1, SeqCst);
     jwts.token().await.unwrap();
 
-    // A store that cannot be read is asked again.
-    let shelf = Shelf { broken: Arc::new(AtomicBool::new(true)), ..Shelf::default() };
-    let jwts = engine(OAuthSource::refresh_token(public(&simulator), shelf.clone()));
+    // An unreadable store is read again.
+    let store = TestStore { broken: Arc::new(AtomicBool::new(true)), ..TestStore::default() };
+    let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
-    shelf.put(&simulator.issue_refresh_token());
-    shelf.broken.store(false, SeqCst);
+    store.put(&simulator.issue_refresh_token());
+    store.broken.store(false, SeqCst);
     advance(SECOND).await;
     jwts.token().await.unwrap();
 }
 
+/// J6: the endpoint rejects the old key, and the source supplies the new one.
 #[tokio::test(start_paused = true)]
-async fn j6_a_key_that_was_rotated_is_read_again_and_nobody_notices() {
+async fn rotated_api_key_is_fetched_again() {
     let simulator = Simulator::new();
     let first = simulator.issue_key();
     let present = Arc::new(Mutex::new(first.clone()));
@@ -759,8 +844,9 @@ async fn j6_a_key_that_was_rotated_is_read_again_and_nobody_notices() {
     assert_eq!(simulator.token_requests(), 2);
 }
 
+/// W2: a rejected key is sent once, until its source has another.
 #[tokio::test(start_paused = true)]
-async fn w2_a_key_that_is_refused_and_has_no_other_is_not_sent_again_until_it_has() {
+async fn rejected_key_is_not_resent_until_changed() {
     let simulator = Simulator::new();
     let present = Arc::new(Mutex::new("sk-selam-revoked".to_owned()));
     let keys = Refreshing::new(source_fn({
@@ -786,32 +872,34 @@ async fn w2_a_key_that_is_refused_and_has_no_other_is_not_sent_again_until_it_ha
     assert_eq!(simulator.token_requests(), 2);
 }
 
+/// K3: a rejected subject token is refreshed and sent once more; a fixed one is sent once.
 #[tokio::test(start_paused = true)]
-async fn k3_a_subject_token_that_is_refused_is_renewed_and_sent_once_more() {
+async fn rejected_subject_token_is_refreshed_once() {
     for refusal in [r#"{"error":"invalid_grant"}"#, r#"{"error":"invalid_request"}"#] {
         let scripted = Scripted::default().then(400, refusal);
-        let asked = Arc::new(AtomicU64::new(0));
+        let fetches = Arc::new(AtomicU64::new(0));
         let subjects = Refreshing::new(source_fn({
-            let asked = Arc::clone(&asked);
+            let fetches = Arc::clone(&fetches);
             move |_: Reason<Token>| {
-                let number = asked.fetch_add(1, SeqCst);
+                let number = fetches.fetch_add(1, SeqCst);
                 async move { Ok::<_, BoxError>(Token::new(format!("subject-{number}"))?) }
             }
         }));
         let source = OAuthSource::token_exchange(scripted.endpoint(), &subjects, TokenType::AccessToken);
         engine(source).token().await.unwrap();
-        assert_eq!((scripted.count(), asked.load(SeqCst)), (2, 2));
-        scripted.last(|asked| assert!(asked.form().contains(&"subject_token=subject-1".to_owned())));
+        assert_eq!((scripted.count(), fetches.load(SeqCst)), (2, 2));
+        scripted.last(|request| assert!(request.form().contains(&"subject_token=subject-1".to_owned())));
     }
-    // What is fixed has no other, and is sent but once.
+    // A fixed token cannot be refreshed, so it is sent once.
     let scripted = Scripted::default().then(400, r#"{"error":"invalid_grant"}"#);
     let source = OAuthSource::token_exchange(scripted.endpoint(), token("sub"), TokenType::AccessToken);
     assert_eq!(engine(source).token().await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
     assert_eq!(scripted.count(), 1);
 }
 
+/// F7: the token client sends through the layer that waits for the token.
 #[tokio::test(start_paused = true)]
-async fn f7_a_token_client_that_asks_for_the_token_itself_fails_at_once() {
+async fn reentrant_token_client_fails_at_once() {
     for refresh in [false, true] {
         let simulator = Simulator::new();
         let engines: Arc<Mutex<Option<Refreshing<Token>>>> = Arc::default();
@@ -830,17 +918,19 @@ async fn f7_a_token_client_that_asks_for_the_token_itself_fails_at_once() {
         };
         let jwts = engine(source);
         *engines.lock().unwrap() = Some(jwts.clone());
-        let began = tokio::time::Instant::now();
+        let start = tokio::time::Instant::now();
         let error = jwts.token().await.unwrap_err();
         assert!(format!("{error:?}").contains("waits for the credential itself"), "{error:?}");
-        assert_eq!((began.elapsed(), simulator.requests()), (Duration::ZERO, 0));
+        assert_eq!((start.elapsed(), simulator.requests()), (Duration::ZERO, 0));
     }
 }
 
+/// F5: a panic is a typed error, and the next exchange works.
 #[tokio::test(start_paused = true)]
-async fn f5_a_client_or_a_store_that_panics_fails_and_the_next_exchange_works() {
-    struct Panicking(AtomicBool);
-    impl RefreshTokenStore for Panicking {
+async fn panicking_client_or_store_fails_one_exchange() {
+    /// Panics in `load` unless the flag is set, and never completes `save`.
+    struct PanickingStore(AtomicBool);
+    impl RefreshTokenStore for PanickingStore {
         async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
             assert!(self.0.load(SeqCst), "the store panics");
             Ok(Some(RefreshToken::new("refresh")?))
@@ -859,11 +949,11 @@ async fn f5_a_client_or_a_store_that_panics_fails_and_the_next_exchange_works() 
             let (panics, scripted) = (panics.load(SeqCst), scripted.clone());
             async move {
                 assert!(!panics, "the client panics");
-                scripted.answer(request).await
+                scripted.respond(request).await
             }
         })
     };
-    let store = Panicking(AtomicBool::new(true));
+    let store = PanickingStore(AtomicBool::new(true));
     let jwts = engine(OAuthSource::refresh_token(TokenEndpoint::new(URL, client).unwrap(), store));
     let error = jwts.token().await.unwrap_err();
     assert!(error.source().unwrap().to_string().contains("panicked"), "{error:?}");
@@ -871,20 +961,21 @@ async fn f5_a_client_or_a_store_that_panics_fails_and_the_next_exchange_works() 
     advance(SECOND).await;
     jwts.token().await.unwrap();
 
-    let store = Panicking(AtomicBool::new(false));
+    let store = PanickingStore(AtomicBool::new(false));
     let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), store));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
 }
 
+/// W2, K1: a key file that is corrected after a rejection.
 #[tokio::test(start_paused = true)]
-async fn w2_k1_a_key_file_that_is_mended_after_a_refusal_is_read_again() {
+async fn corrected_key_file_is_read_again() {
     let simulator = Simulator::new();
     let directory = Directory::new();
     std::fs::write(directory.file(), "sk-selam-wrong").unwrap();
     let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(directory.file()));
     let auth = ClientAuth::api_key(&keys);
     let jwts = engine(OAuthSource::client_credentials(endpoint(&simulator).with_client_auth(auth)));
-    // As `SELAM_API_KEY_FILE` and `SELAM_TOKEN_URL` have it.
+    // The set-up that `SELAM_API_KEY_FILE` and `SELAM_TOKEN_URL` produce.
     let layer = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build().unwrap();
     let selam = layer.layer(simulator.clone());
     let request = || Request::get("https://api.selamgpt.com/v1/models").body(Body::default()).unwrap();
@@ -892,17 +983,18 @@ async fn w2_k1_a_key_file_that_is_mended_after_a_refusal_is_read_again() {
     assert_eq!(error.auth().unwrap().kind(), AuthErrorKind::RefreshRejected);
 
     std::fs::write(directory.file(), simulator.issue_key()).unwrap();
-    let mut tries = 0;
+    let mut attempts = 0;
     while let Err(error) = selam.clone().oneshot(request()).await {
-        tries += 1;
-        assert!(tries < 10, "{error:?}");
+        attempts += 1;
+        assert!(attempts < 10, "{error:?}");
         sleep(SECOND / 2).await;
     }
     assert_eq!(simulator.token_requests(), 2);
 }
 
+/// K2: the access token next to it is unusable.
 #[tokio::test(start_paused = true)]
-async fn k2_a_refresh_token_is_kept_though_its_answer_is_refused() {
+async fn refresh_token_of_unusable_response_is_kept() {
     let scripted =
         Scripted::default().then(200, r#"{"access_token":"a.b","expires_in":60,"refresh_token":"second"}"#);
     let store = MemoryStore::new(RefreshToken::new("first").unwrap());
@@ -911,30 +1003,33 @@ async fn k2_a_refresh_token_is_kept_though_its_answer_is_refused() {
     settle().await;
     advance(MINUTE).await;
     let _ = jwts.token().await;
-    scripted.last(|asked| {
-        assert!(asked.form().contains(&"refresh_token=second".to_owned()), "{:?}", asked.form())
+    scripted.last(|request| {
+        assert!(request.form().contains(&"refresh_token=second".to_owned()), "{:?}", request.form())
     });
 }
 
+/// K2: the store returns a token that this source has spent.
 #[tokio::test(start_paused = true)]
-async fn k2_what_was_spent_is_not_spent_again_though_the_store_has_it_still() {
+async fn spent_token_in_store_is_not_reused() {
     let scripted = Scripted::default()
         .then(200, r#"{"access_token":"t1","token_type":"Bearer","expires_in":60,"refresh_token":"second"}"#)
         .then(400, r#"{"error":"invalid_grant"}"#);
-    let shelf = Shelf::default();
-    shelf.put("first");
-    let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), shelf.clone()));
+    let store = TestStore::default();
+    store.put("first");
+    let jwts = engine(OAuthSource::refresh_token(scripted.endpoint(), store.clone()));
     jwts.token().await.unwrap();
-    // the store could not save "second": it holds "first" still
-    shelf.put("first");
+    // As if the store had failed to save "second": it still holds "first".
+    store.put("first");
     advance(2 * MINUTE).await;
     let _ = jwts.token().await;
-    let spent: Vec<_> = scripted.asked.lock().unwrap().iter().map(|asked| asked.form()[1].clone()).collect();
-    assert_eq!(spent.iter().filter(|s| *s == "refresh_token=first").count(), 1, "{spent:?}");
+    let spent: Vec<_> =
+        scripted.requests.lock().unwrap().iter().map(|request| request.form()[1].clone()).collect();
+    assert_eq!(spent.iter().filter(|token| *token == "refresh_token=first").count(), 1, "{spent:?}");
 }
 
+/// K2: an unclaimed access token belongs to the login it was fetched for.
 #[tokio::test(start_paused = true)]
-async fn k2_what_was_fetched_for_an_old_login_is_not_handed_to_the_new_one() {
+async fn old_login_result_is_not_reused() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(10 * MINUTE);
     let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
@@ -944,16 +1039,17 @@ async fn k2_what_was_fetched_for_an_old_login_is_not_handed_to_the_new_one() {
     advance(15 * SECOND).await;
     settle().await;
     let before = simulator.token_requests();
-    // somebody else logs in
+    // Another user logs in.
     let login = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
     store.replace(login.clone());
     jwts.token().await.unwrap();
-    assert_eq!(simulator.token_requests(), before + 1, "the old login's token was handed out");
+    assert_eq!(simulator.token_requests(), before + 1, "the token of the old login is not used");
     assert!(!simulator.is_refresh_token_valid(login.expose_secret()));
 }
 
+/// S2: the endpoint echoes the `Authorization` header.
 #[tokio::test(start_paused = true)]
-async fn s2_an_echo_of_the_basic_header_is_masked() {
+async fn echoed_basic_header_is_masked() {
     let basic = BASE64_STANDARD.encode("my-service:s3cr3t-canary");
     let body: &'static str = Box::leak(
         format!(r#"{{"error":"invalid_client","error_description":"not understood: Basic {basic}"}}"#)
@@ -963,12 +1059,13 @@ async fn s2_an_echo_of_the_basic_header_is_masked() {
     let auth = ClientAuth::client_secret_basic("my-service", "s3cr3t-canary").unwrap();
     let jwts = engine(OAuthSource::client_credentials(scripted.endpoint().with_client_auth(auth)));
     let error = jwts.token().await.unwrap_err();
-    let said = format!("{} {:?} {}", error, error, cause(&error));
-    assert!(!said.contains(&basic), "{said}");
+    let message = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!message.contains(&basic), "{message}");
 }
 
+/// S2: the endpoint echoes a form-encoded secret.
 #[tokio::test(start_paused = true)]
-async fn s2_an_echo_of_the_form_is_masked() {
+async fn echoed_form_value_is_masked() {
     let secret = "pa~ss wo*rd~x";
     let encoded: String = form_urlencoded::byte_serialize(secret.as_bytes()).collect();
     let body: &'static str = Box::leak(
@@ -979,12 +1076,13 @@ async fn s2_an_echo_of_the_form_is_masked() {
     let auth = ClientAuth::client_secret_post("my-service", secret).unwrap();
     let jwts = engine(OAuthSource::client_credentials(scripted.endpoint().with_client_auth(auth)));
     let error = jwts.token().await.unwrap_err();
-    let said = format!("{} {:?} {}", error, error, cause(&error));
-    assert!(!said.contains(&encoded), "{said}");
+    let message = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!message.contains(&encoded), "{message}");
 }
 
+/// S2: the endpoint echoes the value of an extra parameter.
 #[tokio::test(start_paused = true)]
-async fn s2_an_echo_of_a_parameter_is_masked() {
+async fn echoed_parameter_is_masked() {
     let scripted = Scripted::default()
         .then(400, r#"{"error":"invalid_request","error_description":"wrong password hunter2-canary"}"#);
     let jwts = engine(
@@ -993,12 +1091,13 @@ async fn s2_an_echo_of_a_parameter_is_masked() {
             .unwrap(),
     );
     let error = jwts.token().await.unwrap_err();
-    let said = format!("{} {:?} {}", error, error, cause(&error));
-    assert!(!said.contains("hunter2-canary"), "{said}");
+    let message = format!("{} {:?} {}", error, error, cause(&error));
+    assert!(!message.contains("hunter2-canary"), "{message}");
 }
 
+/// S2: `Debug` of the source, its endpoint and its store.
 #[test]
-fn s2_nothing_printed_shows_what_a_token_is_asked_with() {
+fn debug_output_contains_no_secret() {
     const SECRET: &str = "canary-secret";
     let endpoint = TokenEndpoint::new::<_, Body, _>(
         &format!("https://login.example/token?key={SECRET}"),
@@ -1013,14 +1112,14 @@ fn s2_nothing_printed_shows_what_a_token_is_asked_with() {
     ] {
         let endpoint = endpoint.clone().with_client_auth(auth);
         let store = MemoryStore::new(RefreshToken::new(SECRET).unwrap());
-        let said = [
+        let message = [
             shown(&OAuthSource::client_credentials(endpoint.clone()).with_parameter("p", SECRET).unwrap()),
             shown(&OAuthSource::token_exchange(endpoint.clone(), token(SECRET), TokenType::Jwt)),
             shown(&OAuthSource::refresh_token(endpoint, store.clone())),
             format!("{store:?}"),
         ]
         .concat();
-        assert!(!said.contains(SECRET), "{said}");
-        assert!(said.contains("https://login.example/token"), "{said}");
+        assert!(!message.contains(SECRET), "{message}");
+        assert!(message.contains("https://login.example/token"), "{message}");
     }
 }

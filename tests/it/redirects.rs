@@ -1,4 +1,4 @@
-//! O4 over two real origins: what reaches the second one when the first sends a request there.
+//! Redirects between two real origins: which credentials reach the second one (O4).
 
 use bytes::Bytes;
 use http::{Method, Request, Response, header::LOCATION};
@@ -11,7 +11,7 @@ use tower_http::follow_redirect::{
     policy::{Policy, PolicyExt, Standard, clone_body_fn},
 };
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BoxError, JwtLayer, Origins, RequestAuth,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, Origins, RequestAuth,
     simulator::{Fault, Received, Server, Simulator},
 };
 
@@ -19,13 +19,13 @@ use crate::support::{BOTH, Body, CHAT, Http, Https, jwt};
 
 const STATUSES: [u16; 4] = [301, 302, 307, 308];
 
-/// Follows redirects with the body, where it goes along.
+/// Follows redirects, and resends the body where the status preserves it.
 fn follow() -> FollowRedirectLayer<impl Policy<Body, BoxError> + Clone> {
     let cloned = clone_body_fn(|body: &Body| Some(body.clone()));
     FollowRedirectLayer::with_policy(cloned.and::<_, Body, BoxError>(Standard::default()))
 }
 
-/// The API, and somebody else.
+/// The API and a second, foreign origin.
 struct World {
     api: Simulator,
     other: Simulator,
@@ -41,15 +41,18 @@ impl World {
         Self { api, other, servers, key }
     }
 
-    fn origin(&self, of: usize) -> String {
-        self.servers[of].base_url().trim_end_matches("/v1").to_owned()
+    fn origin(&self, index: usize) -> String {
+        self.servers[index].base_url().trim_end_matches("/v1").to_owned()
     }
 
-    fn layer(&self, origins: Origins) -> JwtLayer {
-        JwtLayer::new(jwt(), ApiKey::new(&*self.key).unwrap()).with_origins(origins)
+    fn layer(&self, origins: Origins) -> (JwtLayer, ApiKeyLayer) {
+        (
+            JwtLayer::new(jwt()).with_origins(origins.clone()),
+            ApiKeyLayer::x_api_key(ApiKey::new(&*self.key).unwrap()).with_origins(origins),
+        )
     }
 
-    /// A client that trusts both.
+    /// Builds a client that trusts both servers.
     fn client(&self, http: Http) -> Https {
         let mut roots = RootCertStore::empty();
         for server in &self.servers {
@@ -70,10 +73,12 @@ impl World {
         Client::builder(TokioExecutor::new()).http2_only(http == Http::Two).build(connector)
     }
 
-    /// Has the API send its next request to the other, by a URL that echoes our key, from a page whose URL has it too.
+    /// Makes the API redirect its next request to the other origin. The location and the request's `Referer` both contain
+    /// our key.
     fn redirect(&self, status: u16) -> Request<Body> {
-        let away = format!("{}/v1/chat/completions?api_key={}&x=1", self.origin(1), self.key);
-        let answer = Response::builder().status(status).header(LOCATION, away).body(Bytes::new()).unwrap();
+        let location = format!("{}/v1/chat/completions?api_key={}&x=1", self.origin(1), self.key);
+        let answer =
+            Response::builder().status(status).header(LOCATION, location).body(Bytes::new()).unwrap();
         self.api.inject(Fault::Answer(answer));
         Request::post(format!("{}/v1/chat/completions", self.origin(0)))
             .header("referer", format!("{}/?api_key={}", self.origin(0), self.key))
@@ -90,13 +95,14 @@ impl World {
             panic!("{status}: {:?}", error.into());
         }
         let sent = self.api.received().pop().unwrap();
-        assert_eq!(sent.headers["x-api-key"], self.key, "the API has it");
-        self.other.received().pop().expect("the other origin was asked")
+        assert_eq!(sent.headers["x-api-key"], self.key, "the API received the key");
+        self.other.received().pop().expect("the other origin received a request")
     }
 }
 
+/// O4: a redirect followed outside the layers leaks no credential.
 #[tokio::test]
-async fn o4_a_redirect_that_is_followed_outside_takes_no_credential_along() {
+async fn redirects_followed_outside_leak_nothing() {
     let world = World::new().await;
     let origins = Origins::new(&world.origin(0)).unwrap().strip_for_other_origins();
     for http in BOTH {
@@ -118,8 +124,9 @@ async fn o4_a_redirect_that_is_followed_outside_takes_no_credential_along() {
     }
 }
 
+/// O4: without strip mode, a cross-origin redirect is refused.
 #[tokio::test]
-async fn o4_a_redirect_to_another_origin_is_refused_where_others_do_not_pass() {
+async fn cross_origin_redirects_are_refused_by_default() {
     let world = World::new().await;
     let origins = Origins::new(&world.origin(0)).unwrap();
     for status in STATUSES {
@@ -136,9 +143,9 @@ async fn o4_a_redirect_to_another_origin_is_refused_where_others_do_not_pass() {
     assert_eq!(world.other.requests(), 0);
 }
 
-/// Why it belongs outside: tower-http takes off a fixed list of headers, and `X-API-Key` is not on it.
+/// O4: why the redirect layer belongs outside. tower-http removes a fixed list of headers, without `X-API-Key`.
 #[tokio::test]
-async fn o4_a_redirect_that_is_followed_inside_leaks_the_key() {
+async fn redirects_followed_inside_leak_the_key() {
     let world = World::new().await;
     let origins = Origins::new(&world.origin(0)).unwrap();
     for status in STATUSES {
@@ -148,22 +155,20 @@ async fn o4_a_redirect_that_is_followed_inside_leaks_the_key() {
             .map_err(BoxError::from)
             .service(world.client(Http::One));
         let sent = world.send(service, status).await;
-        assert_eq!(
-            sent.headers["x-api-key"], world.key,
-            "{status}: tower-http has mended it: say so in the docs"
-        );
+        assert_eq!(sent.headers["x-api-key"], world.key, "{status}: fixed in tower-http, so update the docs");
         assert!(!sent.headers.contains_key("authorization"));
     }
 }
 
-/// The choice is lost on the way, and so the request is refused rather than sent with the layer's own.
+/// O4: the redirect loses the request's choice, so the request is refused instead of sent with the layer's credentials.
 #[tokio::test]
-async fn o4_a_request_without_credentials_stays_without() {
+async fn anonymous_requests_stay_anonymous() {
     let world = World::new().await;
     let origins = Origins::new(&world.origin(0)).unwrap().with_origin(&world.origin(1)).unwrap();
+    let (jwt, key) = world.layer(origins);
     let service = ServiceBuilder::new()
         .layer(follow())
-        .layer(world.layer(origins).require_request_auth())
+        .layer((jwt.require_request_auth(), key.require_request_auth()))
         .map_err(BoxError::from)
         .service(world.client(Http::Two));
     let mut request = world.redirect(307);

@@ -1,4 +1,4 @@
-//! J7: the request that is sent again, and the 401 that is not answered by one.
+//! J7: the replayed request, and the 401 that is returned where nothing is replayed.
 
 use std::{
     sync::{Arc, Mutex, atomic::Ordering::SeqCst},
@@ -14,7 +14,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_selam::{BoxError, JwtLayer, RefreshLayer};
+use tower_selam::{ApiKeyLayer, BoxError, JwtLayer, RefreshLayer};
 
 use crate::{
     api::{Api, INVALID_TOKEN, counting, request, stack},
@@ -22,8 +22,9 @@ use crate::{
     support::{Body, Fed, MODELS, key, response},
 };
 
+/// J7: the replay has the same method, URI, version, headers, extensions and body.
 #[tokio::test(start_paused = true)]
-async fn j7_what_is_sent_again_is_what_was_sent() {
+async fn replay_is_identical_to_the_first_send() {
     let (jwts, _) = counting();
     jwts.prefetch().await.unwrap();
     let api = Api::accepting("token-2", INVALID_TOKEN);
@@ -44,29 +45,31 @@ async fn j7_what_is_sent_again_is_what_was_sent() {
     assert!(second.head.contains("Some(7)"), "{}", second.head);
 }
 
+/// J7: a streamed body and its trailers are replayed if they fit the limit.
 #[tokio::test(start_paused = true)]
-async fn j7_a_stream_is_kept_and_sent_again_up_to_its_limit() {
+async fn streamed_body_is_replayed_within_the_limit() {
     for (limit, sends) in [(10, 2), (9, 1), (0, 1)] {
-        let (jwts, asked) = counting();
+        let (jwts, fetches) = counting();
         jwts.prefetch().await.unwrap();
         let api = Api::accepting("token-2", INVALID_TOKEN);
         let frames = ["01234", "56789"].map(|data| Ok::<_, BoxError>(Frame::data(Bytes::from(data))));
         let trailers = HeaderMap::from_iter([("x-sum".parse().unwrap(), "1".parse().unwrap())]);
         let frames = frames.into_iter().chain([Ok(Frame::trailers(trailers))]);
-        let body = StreamBody::new(tokio_stream(frames));
-        let service = RefreshLayer::buffered(limit).layer(JwtLayer::new(&jwts, key()).layer(api.service()));
+        let body = StreamBody::new(stream_of(frames));
+        let service = RefreshLayer::buffered(limit)
+            .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api.service()));
         let response = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
         let received = std::mem::take(&mut *api.received.lock().unwrap());
         assert_eq!(received.len(), sends, "limit {limit}");
         assert!(received.iter().all(|sent| sent.body == b"0123456789" && sent.head.contains("x-sum")));
         assert_eq!(response.status() == StatusCode::OK, sends == 2);
         sleep(SECOND).await;
-        assert_eq!(asked.load(SeqCst), 2, "the token is renewed all the same");
+        assert_eq!(fetches.load(SeqCst), 2, "the token is refreshed in any case");
     }
 }
 
-/// Items as a stream.
-fn tokio_stream<I: Iterator>(items: I) -> impl futures_core::Stream<Item = I::Item> {
+/// A stream of the items of an iterator.
+fn stream_of<I: Iterator>(items: I) -> impl futures_core::Stream<Item = I::Item> {
     let mut items = Box::new(items);
     struct Items<F>(F);
     impl<T, F: FnMut() -> Option<T> + Unpin> futures_core::Stream for Items<F> {
@@ -81,54 +84,60 @@ fn tokio_stream<I: Iterator>(items: I) -> impl futures_core::Stream<Item = I::It
     Items(move || items.next())
 }
 
+/// J7: without replay the 401 is returned intact, and the token is refreshed all the same.
 #[tokio::test(start_paused = true)]
-async fn j7_without_replay_the_401_goes_up_intact_and_the_token_is_renewed() {
+async fn without_replay_the_401_is_returned_intact() {
     let (jwts, _) = counting();
     let api = Api::accepting("token-2", INVALID_TOKEN);
-    let service = RefreshLayer::without_replay().layer(JwtLayer::new(&jwts, key()).layer(api.service()));
+    let service = RefreshLayer::without_replay()
+        .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api.service()));
     let response = service.clone().oneshot(request()).await.unwrap();
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), INVALID_TOKEN);
     assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
 }
 
-type Part = Result<Frame<Bytes>, BoxError>;
+type BodyFrame = Result<Frame<Bytes>, BoxError>;
 
-fn data(text: &'static str) -> Part {
+fn data(text: &'static str) -> BodyFrame {
     Ok(Frame::data(Bytes::from(text)))
 }
 
-/// What the API does with the body of a request that it refuses.
+/// What the API does with the rest of a rejected request's body, after it has read this many frames.
 #[derive(Clone, Copy, Debug)]
-enum Reads {
-    /// So many frames, and lets go of it.
-    Frames(usize),
-    /// So many frames, and sends the rest later.
-    Keeps(usize),
-    /// So many frames, and reads the rest, or lets go of it, a second after it has answered.
-    GoesOn(usize),
-    DropsLater(usize),
+enum Rest {
+    /// Drops it before answering.
+    Dropped(usize),
+    /// Holds it forever.
+    Held(usize),
+    /// Reads it one second after answering.
+    ReadLater(usize),
+    /// Drops it one second after answering.
+    DroppedLater(usize),
 }
 
-/// An API that refuses `token-1` without reading all of the body: what it read of each, and their size hints.
-fn hasty<B>(
-    reads: Reads,
-    read: &Read,
+/// What an API read of each body, and the body's exact size hint.
+type ReadLog = Arc<Mutex<Vec<(String, Option<u64>)>>>;
+
+/// An API that rejects `token-1` without reading the whole body.
+fn rejecting_early<B>(
+    rest: Rest,
+    log: &ReadLog,
 ) -> impl Service<Request<B>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<B>
 where
     B: http_body::Body<Data = Bytes, Error: Into<BoxError>> + Send + Unpin + 'static,
 {
-    let (read, kept) = (Arc::clone(read), Arc::new(Mutex::new(None)));
+    let (log, held) = (Arc::clone(log), Arc::new(Mutex::new(None)));
     service_fn(move |request: Request<B>| {
-        let (read, kept) = (Arc::clone(&read), Arc::clone(&kept));
+        let (log, held) = (Arc::clone(&log), Arc::clone(&held));
         async move {
-            let refused = request.headers()["authorization"] == "Bearer token-1";
+            let rejected = request.headers()["authorization"] == "Bearer token-1";
             let mut body = request.into_body();
             let hint = body.size_hint().exact();
-            let frames = match reads {
-                _ if !refused => usize::MAX,
-                Reads::Frames(frames) | Reads::Keeps(frames) => frames,
-                Reads::GoesOn(frames) | Reads::DropsLater(frames) => frames,
+            let frames = match rest {
+                _ if !rejected => usize::MAX,
+                Rest::Dropped(frames) | Rest::Held(frames) => frames,
+                Rest::ReadLater(frames) | Rest::DroppedLater(frames) => frames,
             };
             let mut text = String::new();
             for _ in 0..frames {
@@ -140,65 +149,64 @@ where
                     Err(_) => text.push_str(" (broken)"),
                 }
             }
-            match reads {
-                _ if !refused => {}
-                Reads::Frames(_) => {}
-                Reads::Keeps(_) => *kept.lock().unwrap() = Some(body),
-                Reads::GoesOn(_) | Reads::DropsLater(_) => {
+            match rest {
+                _ if !rejected => {}
+                Rest::Dropped(_) => {}
+                Rest::Held(_) => *held.lock().unwrap() = Some(body),
+                Rest::ReadLater(_) | Rest::DroppedLater(_) => {
                     tokio::spawn(async move {
                         sleep(SECOND).await;
-                        if let Reads::GoesOn(_) = reads {
+                        if let Rest::ReadLater(_) = rest {
                             while let Some(Ok(_)) = body.frame().await {}
                         }
                     });
                 }
             }
-            read.lock().unwrap().push((text, hint));
-            Ok(if refused { response(401, INVALID_TOKEN) } else { response(200, "") })
+            log.lock().unwrap().push((text, hint));
+            Ok(if rejected { response(401, INVALID_TOKEN) } else { response(200, "") })
         }
     })
 }
 
-type Read = Arc<Mutex<Vec<(String, Option<u64>)>>>;
-
+/// J7: a 401 sent before the body was read leads to a replay with the whole body or to no replay.
 #[tokio::test(start_paused = true)]
-async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_none() {
+async fn early_401_replays_the_whole_body_or_nothing() {
     let whole = "0123456789";
-    for (reads, broken, again) in [
-        (Reads::Frames(0), false, true),
-        (Reads::Frames(1), false, true),
-        (Reads::Frames(2), false, true),
-        (Reads::Frames(9), false, true),
-        // The client is still sending it, for a while.
-        (Reads::GoesOn(0), false, true),
-        (Reads::GoesOn(2), false, true),
-        (Reads::GoesOn(0), true, false),
-        (Reads::DropsLater(0), false, true),
-        (Reads::DropsLater(1), false, true),
-        // Or for good.
-        (Reads::Keeps(0), false, false),
-        (Reads::Keeps(1), false, false),
-        // All of it was sent, whoever holds on to it.
-        (Reads::Keeps(9), false, true),
-        // It broke off, so nobody has all of it.
-        (Reads::Frames(9), true, false),
+    for (rest, broken, replayed) in [
+        (Rest::Dropped(0), false, true),
+        (Rest::Dropped(1), false, true),
+        (Rest::Dropped(2), false, true),
+        (Rest::Dropped(9), false, true),
+        // The inner service holds the body for one more second.
+        (Rest::ReadLater(0), false, true),
+        (Rest::ReadLater(2), false, true),
+        (Rest::ReadLater(0), true, false),
+        (Rest::DroppedLater(0), false, true),
+        (Rest::DroppedLater(1), false, true),
+        // The inner service holds the body forever.
+        (Rest::Held(0), false, false),
+        (Rest::Held(1), false, false),
+        // The whole body was read, so the copy is complete even while the body is held.
+        (Rest::Held(9), false, true),
+        // The body failed midway, so no copy is complete.
+        (Rest::Dropped(9), true, false),
     ] {
-        let case = format!("{reads:?}, broken: {broken}");
-        let (jwts, asked) = counting();
+        let case = format!("{rest:?}, broken: {broken}");
+        let (jwts, fetches) = counting();
         jwts.prefetch().await.unwrap();
         let frames = [data("0123"), data("456"), if broken { Err("broken".into()) } else { data("789") }];
-        let body = StreamBody::new(tokio_stream(frames.into_iter()));
-        let read = Read::default();
-        let service =
-            RefreshLayer::buffered(10).layer(JwtLayer::new(&jwts, key()).layer(hasty(reads, &read)));
-        let began = Instant::now();
+        let body = StreamBody::new(stream_of(frames.into_iter()));
+        let log = ReadLog::default();
+        let service = RefreshLayer::buffered(10)
+            .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(rejecting_early(rest, &log)));
+        let started = Instant::now();
         let answered = service.oneshot(Request::post(MODELS).body(body).unwrap()).await.unwrap();
-        let waited = match reads {
-            Reads::Frames(_) => Duration::ZERO,
-            Reads::GoesOn(_) | Reads::DropsLater(_) => SECOND,
-            // Nobody waits for a client longer than this.
-            Reads::Keeps(_) => {
-                if again {
+        let waited = match rest {
+            Rest::Dropped(_) => Duration::ZERO,
+            Rest::ReadLater(_) | Rest::DroppedLater(_) => SECOND,
+            // The layer waits no longer than this for the inner service to release the body.
+            Rest::Held(_) => {
+                if replayed {
                     Duration::ZERO
                 } else {
                     5 * SECOND
@@ -206,42 +214,44 @@ async fn j7_a_refusal_before_the_body_was_read_leads_to_the_whole_body_or_to_non
             }
         };
         assert!(
-            waited <= began.elapsed() && began.elapsed() <= waited + SECOND / 10,
+            waited <= started.elapsed() && started.elapsed() <= waited + SECOND / 10,
             "{case}: {:?}",
-            began.elapsed()
+            started.elapsed()
         );
-        let read = std::mem::take(&mut *read.lock().unwrap());
-        if again {
+        let log = std::mem::take(&mut *log.lock().unwrap());
+        if replayed {
             assert_eq!(answered.status(), StatusCode::OK, "{case}");
-            assert_eq!((read.len(), read[1].0.as_str()), (2, whole), "{case}");
+            assert_eq!((log.len(), log[1].0.as_str()), (2, whole), "{case}");
         } else {
-            assert_eq!((answered.status(), read.len()), (StatusCode::UNAUTHORIZED, 1), "{case}");
+            assert_eq!((answered.status(), log.len()), (StatusCode::UNAUTHORIZED, 1), "{case}");
             let intact = answered.into_body().collect().await.unwrap().to_bytes();
             assert_eq!(intact, INVALID_TOKEN, "{case}");
         }
         sleep(SECOND).await;
-        assert_eq!(asked.load(SeqCst), 2, "the token is renewed all the same: {case}");
+        assert_eq!(fetches.load(SeqCst), 2, "the token is refreshed in any case: {case}");
     }
 }
 
+/// J7: the replayed body has the same exact size hint as the first.
 #[tokio::test(start_paused = true)]
-async fn j7_a_body_of_known_length_has_that_length_the_second_time() {
-    for reads in [Reads::Frames(0), Reads::Frames(9)] {
+async fn replayed_body_keeps_its_exact_length() {
+    for rest in [Rest::Dropped(0), Rest::Dropped(9)] {
         let (jwts, _) = counting();
         jwts.prefetch().await.unwrap();
-        let read = Read::default();
-        let service =
-            RefreshLayer::buffered(100).layer(JwtLayer::new(&jwts, key()).layer(hasty(reads, &read)));
+        let log = ReadLog::default();
+        let service = RefreshLayer::buffered(100)
+            .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(rejecting_early(rest, &log)));
         assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
-        let sizes: Vec<_> = read.lock().unwrap().iter().map(|(_, size)| *size).collect();
+        let sizes: Vec<_> = log.lock().unwrap().iter().map(|(_, size)| *size).collect();
         assert_eq!(sizes, [Some(8), Some(8)]);
-        assert_eq!(read.lock().unwrap()[1].0, "the body");
+        assert_eq!(log.lock().unwrap()[1].0, "the body");
     }
 }
 
+/// J7: no header, extension or body of one request is sent with another.
 #[tokio::test(start_paused = true)]
-async fn j7_what_one_request_had_does_not_go_out_with_another() {
-    // Heads are copied into boxes that are used again: by requests that are refused and by those that are not.
+async fn nothing_leaks_into_another_request() {
+    // The layer reuses the boxes that hold copies of request heads, for accepted and for rejected requests.
     let (jwts, _) = counting();
     let api = Api::accepting("token-1", INVALID_TOKEN);
     let send = |name: &'static str, method: Method, number: u8| {
@@ -270,10 +280,10 @@ async fn j7_what_one_request_had_does_not_go_out_with_another() {
         );
     }
     for sent in received.iter() {
-        let of_others = ["x-first", "x-second", "x-third", "x-fourth"]
+        let foreign = ["x-first", "x-second", "x-third", "x-fourth"]
             .iter()
             .filter(|name| name.as_bytes() != sent.body && sent.head.contains(**name));
-        assert_eq!(of_others.count(), 0, "{sent:?}");
+        assert_eq!(foreign.count(), 0, "{sent:?}");
         assert_eq!(
             sent.head.contains("Some("),
             sent.head.contains("x-first") || sent.head.contains("x-third")
@@ -281,26 +291,28 @@ async fn j7_what_one_request_had_does_not_go_out_with_another() {
     }
 }
 
+/// J7: nothing of a request is kept once it is answered.
 #[tokio::test(start_paused = true)]
-async fn j7_nothing_of_a_request_is_kept_once_it_is_answered() {
+async fn answered_request_is_dropped_completely() {
     let (jwts, _) = counting();
     jwts.prefetch().await.unwrap();
     let api = Api::accepting("token-2", INVALID_TOKEN);
-    let held = Arc::new(());
-    // The first is sent twice, the second once.
+    let marker = Arc::new(());
+    // The first request is replayed, the second is not.
     for sends in [2, 3] {
         let mut request = request();
-        request.extensions_mut().insert(Arc::clone(&held));
+        request.extensions_mut().insert(Arc::clone(&marker));
         stack(&jwts, api.service()).oneshot(request).await.unwrap();
-        assert_eq!((api.bearers().len(), Arc::strong_count(&held)), (sends, 1));
+        assert_eq!((api.bearers().len(), Arc::strong_count(&marker)), (sends, 1));
     }
 }
 
+/// J7: the returned 401 has its headers, whole body and trailers, even if the body is long or slow.
 #[tokio::test(start_paused = true)]
-async fn j7_the_401_that_goes_up_is_the_one_that_came_however_long_or_slow_its_body() {
-    // Its trailers too. Of the first 64 KiB is read what it says; the rest may be longer or slower.
+async fn returned_401_has_its_whole_body() {
+    // The layer inspects at most the first 64 KiB and waits for them at most 5 s.
     for (length, slow) in [(10, false), (100_000, false), (10, true), (100_000, true)] {
-        let (jwts, asked) = counting();
+        let (jwts, fetches) = counting();
         let (feed, fed) = unbounded_channel();
         let fed = Arc::new(Mutex::new(Some(fed)));
         let api = service_fn(move |_: Request<Body>| {
@@ -323,9 +335,10 @@ async fn j7_the_401_that_goes_up_is_the_one_that_came_however_long_or_slow_its_b
             feed.send(Ok(Frame::data(Bytes::from("the end")))).unwrap();
             feed.send(Ok(Frame::trailers(trailers))).unwrap();
         };
-        let service = RefreshLayer::without_replay().layer(JwtLayer::new(&jwts, key()).layer(api));
+        let service = RefreshLayer::without_replay()
+            .layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api));
         jwts.prefetch().await.unwrap();
-        let began = Instant::now();
+        let started = Instant::now();
         let answered = if slow {
             let answered = service.oneshot(request()).await.unwrap();
             finish();
@@ -336,12 +349,12 @@ async fn j7_the_401_that_goes_up_is_the_one_that_came_however_long_or_slow_its_b
         };
         assert_eq!(answered.headers()["x-of-the-api"], "1");
         let waited = if slow && length < 64 * 1024 { 5 * SECOND } else { Duration::ZERO };
-        assert_eq!(began.elapsed(), waited, "{length}, slow: {slow}");
+        assert_eq!(started.elapsed(), waited, "{length}, slow: {slow}");
         let collected = answered.into_body().collect().await.unwrap();
         assert_eq!(collected.trailers().unwrap()["x-sum"], "1");
         whole.extend_from_slice(b"the end");
         assert_eq!(collected.to_bytes(), whole);
         sleep(SECOND).await;
-        assert_eq!(asked.load(SeqCst), 2, "the token is renewed");
+        assert_eq!(fetches.load(SeqCst), 2, "the token is refreshed");
     }
 }

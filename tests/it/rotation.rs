@@ -1,5 +1,4 @@
-//! H5, J1 and J2 on many threads: while keys and JWTs are replaced, the two of one request were there together, and
-//! each rotation costs one renewal.
+//! Rotation under load: key and JWT of one request stay consistent (H5), and each rotation costs one refresh (J1, J2).
 
 use std::{
     sync::{
@@ -13,7 +12,7 @@ use http::{Request, Response, StatusCode};
 use tokio::{sync::Semaphore, task::yield_now};
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_selam::{
-    ApiKey, BoxError, JwtLayer, RefreshPolicy, Refreshing, Token,
+    ApiKey, BoxError, RefreshPolicy, Refreshing, SelamLayer, Token,
     source::{Reason, Source, source_fn},
 };
 
@@ -25,7 +24,7 @@ use crate::{
 
 type Sent = Arc<Mutex<Vec<(u64, u64)>>>;
 
-/// A source of the numbers 1, 2, 3, …, each of which waits for a permit.
+/// A source of the numbers 1, 2, 3, …; each fetch waits for a permit.
 fn numbers<C: tower_selam::Credential>(
     gate: &Arc<Semaphore>,
     make: fn(String) -> C,
@@ -48,16 +47,16 @@ fn jwts(gate: &Arc<Semaphore>) -> Refreshing<Token> {
     Refreshing::new(numbers(gate, |text| Token::new(text).unwrap()))
 }
 
-fn open() -> Arc<Semaphore> {
+fn open_gate() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(Semaphore::MAX_PERMITS))
 }
 
-fn closed() -> Arc<Semaphore> {
+fn closed_gate() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(0))
 }
 
-/// An API that notes the number of the key and of the JWT it was sent.
-fn noting(
+/// An API that records the number of the key and of the JWT in each request.
+fn recording(
     sent: &Sent,
 ) -> impl Service<Request<()>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone + use<> {
     let sent = Arc::clone(sent);
@@ -71,18 +70,20 @@ fn noting(
     })
 }
 
+/// H5: under load, every key and JWT sent together were current together while both rotate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 6)]
-async fn h5_every_pair_that_is_sent_was_a_pair_while_both_rotate_under_load() {
-    let (keys, jwts, sent) = (keys(&open()), jwts(&open()), Sent::default());
+async fn pairs_stay_consistent_while_both_rotate() {
+    let (keys, jwts, sent) = (keys(&open_gate()), jwts(&open_gate()), Sent::default());
     keys.prefetch().await.unwrap();
     jwts.prefetch().await.unwrap();
-    let stack = JwtLayer::new(&jwts, &keys).layer(noting(&sent));
-    let ended = Arc::new(AtomicBool::new(false));
+    let selam = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build().unwrap();
+    let stack = selam.layer(recording(&sent));
+    let stop = Arc::new(AtomicBool::new(false));
     let load: Vec<_> = (0..8)
         .map(|_| {
-            let (stack, ended) = (stack.clone(), Arc::clone(&ended));
+            let (stack, stop) = (stack.clone(), Arc::clone(&stop));
             tokio::spawn(async move {
-                while !ended.load(SeqCst) {
+                while !stop.load(SeqCst) {
                     stack.clone().oneshot(get(MODELS)).await.unwrap();
                     yield_now().await;
                 }
@@ -90,7 +91,7 @@ async fn h5_every_pair_that_is_sent_was_a_pair_while_both_rotate_under_load() {
         })
         .collect();
 
-    // First the key and then the JWT, so that the one's number is the other's, or one more.
+    // The key rotates before the JWT, so its number equals that of the JWT or is one higher.
     for _ in 0..500 {
         let key = keys.api_key().await.unwrap();
         keys.invalidate(&key);
@@ -98,44 +99,47 @@ async fn h5_every_pair_that_is_sent_was_a_pair_while_both_rotate_under_load() {
         jwts.invalidate(&jwts.token().await.unwrap());
         jwts.token().await.unwrap();
     }
-    ended.store(true, SeqCst);
+    stop.store(true, SeqCst);
     for task in load {
         task.await.unwrap();
     }
     let sent = sent.lock().unwrap();
-    let strange: Vec<_> = sent.iter().filter(|(key, jwt)| key != jwt && *key != jwt + 1).collect();
-    assert!(strange.is_empty(), "{} of {}: {strange:?}", strange.len(), sent.len());
+    let inconsistent: Vec<_> = sent.iter().filter(|(key, jwt)| key != jwt && *key != jwt + 1).collect();
+    assert!(inconsistent.is_empty(), "{} of {}: {inconsistent:?}", inconsistent.len(), sent.len());
     assert!(sent.iter().any(|(key, _)| *key > 1), "the load saw a rotation");
 }
 
+/// H5: a request that waited for a JWT is not sent with a key that was rejected meanwhile.
 #[tokio::test(start_paused = true)]
-async fn h5_a_request_that_waits_for_a_jwt_is_not_sent_with_the_key_it_found_before() {
-    let (key_gate, jwt_gate) = (closed(), closed());
+async fn waiting_request_does_not_use_a_stale_key() {
+    let (key_gate, jwt_gate) = (closed_gate(), closed_gate());
     let (keys, jwts, sent) = (keys(&key_gate), jwts(&jwt_gate), Sent::default());
     key_gate.add_permits(1);
     keys.prefetch().await.unwrap();
-    let stack = JwtLayer::new(&jwts, &keys).layer(noting(&sent));
+    let selam = SelamLayer::builder().with_api_key(&keys).with_jwt(&jwts).build().unwrap();
+    let stack = selam.layer(recording(&sent));
     let request = tokio::spawn(stack.oneshot(get(MODELS)));
     settle().await;
 
-    // The second key comes, and is refused before the JWT is there.
+    // The second key arrives and is rejected before the JWT arrives.
     keys.invalidate(&keys.current().unwrap());
     key_gate.add_permits(1);
     settle().await;
     keys.invalidate(&keys.current().unwrap());
     jwt_gate.add_permits(1);
     settle().await;
-    assert!(sent.lock().unwrap().is_empty(), "nothing is sent with a key that is gone");
+    assert!(sent.lock().unwrap().is_empty(), "nothing is sent with a rejected key");
 
     key_gate.add_permits(1);
     tokio::time::timeout(Duration::from_secs(1), request).await.unwrap().unwrap().unwrap();
     assert_eq!(*sent.lock().unwrap(), [(3, 1)]);
 }
 
+/// J1, J2: under load, each rotation costs one refresh, and no request is sent more than twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_than_two_sends() {
+async fn rotation_under_load_costs_one_refresh() {
     const ROTATIONS: u64 = 200;
-    // The API refuses what was issued before this one.
+    // The API rejects tokens with a number below `floor`.
     let (floor, issued) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(0)));
     let counter = Arc::clone(&issued);
     let source = source_fn(move |_: Reason<Token>| {
@@ -148,10 +152,10 @@ async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_th
     let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
     let jwts = Refreshing::with_policy(source, policy);
     jwts.prefetch().await.unwrap();
-    let ended = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let load: Vec<_> = (0..8)
         .map(|_| {
-            let (jwts, ended) = (jwts.clone(), Arc::clone(&ended));
+            let (jwts, stop) = (jwts.clone(), Arc::clone(&stop));
             let (floor, accepted_from) = (Arc::clone(&floor), Arc::clone(&floor));
             tokio::spawn(async move {
                 let sends = Arc::new(AtomicU64::new(0));
@@ -163,7 +167,7 @@ async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_th
                     let accepted = number >= accepted_from.load(SeqCst);
                     let answer = if accepted { response(200, "") } else { response(401, INVALID_TOKEN) };
                     async move {
-                        // Some refusals come when the renewal for the others is over.
+                        // Some 401s arrive only after the refresh that the others caused.
                         for _ in 0..number % 5 {
                             yield_now().await;
                         }
@@ -171,12 +175,12 @@ async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_th
                     }
                 });
                 let service = stack(&jwts, api);
-                while !ended.load(SeqCst) {
+                while !stop.load(SeqCst) {
                     let (before, rotation) = (sends.load(SeqCst), floor.load(SeqCst));
                     let status = service.clone().oneshot(request()).await.unwrap().status();
                     let sends = sends.load(SeqCst) - before;
                     assert!((1..=2).contains(&sends), "{sends} sends");
-                    // A second rotation may come while it is on its way.
+                    // A second rotation may happen while the request is in flight.
                     assert!(status == StatusCode::OK || floor.load(SeqCst) > rotation, "{status}");
                     yield_now().await;
                 }
@@ -190,7 +194,7 @@ async fn j1_j2_each_rotation_under_load_costs_one_renewal_and_no_request_more_th
             yield_now().await;
         }
     }
-    ended.store(true, SeqCst);
+    stop.store(true, SeqCst);
     for task in load {
         task.await.unwrap();
     }

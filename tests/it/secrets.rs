@@ -1,4 +1,4 @@
-//! S2 to S4: nothing secret is printed, and nothing is left behind.
+//! Tests that secrets are never printed, and that their bytes are wiped.
 
 use std::{
     fmt::{self, Write as _},
@@ -26,30 +26,31 @@ use crate::support::{
     BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, handshake, https, jwt, key, post, send,
 };
 
-fn assert_clean(shown: &str) {
+fn assert_no_secret(shown: &str) {
     for secret in [KEY, JWT, "canary"] {
         assert!(!shown.contains(secret), "{shown}");
     }
 }
 
+/// S2: `Debug` of every type that holds a secret is redacted.
 #[test]
-fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
+fn debug_output_is_redacted() {
     let selam = SelamLayer::builder().with_api_key(key()).with_jwt(jwt());
     let layer = selam.clone().build().unwrap();
     let service = layer.layer(());
-    let own = RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt()));
+    let custom = RequestAuth::Custom(Credentials::key_and_jwt(key(), jwt()));
     let (layers, halves) = (
-        (ApiKeyLayer::bearer(key()), JwtLayer::new(jwt(), key())),
-        (ApiKeyLayer::beside_jwt(key()), JwtLayer::beside_api_key(jwt())),
+        (ApiKeyLayer::bearer(key()), (JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key()))),
+        (ApiKeyLayer::x_api_key(key()), JwtLayer::new(jwt())),
     );
     let all = format!(
-        "{:#?} {:?} {:#?} {:?} {own:#?} {selam:?} {layer:#?} {service:#?} {layers:#?} {halves:#?}",
+        "{:#?} {:?} {:#?} {:?} {custom:#?} {selam:?} {layer:#?} {service:#?} {layers:#?} {halves:#?}",
         key(),
         key(),
         jwt(),
         Credentials::x_api_key(key()),
     );
-    assert_clean(&all);
+    assert_no_secret(&all);
     assert!(all.contains(&format!("ApiKey([redacted] id={})", key().id())), "{all}");
     assert!(all.contains(&format!("Token([redacted] id={})", jwt().id())), "{all}");
     let credentials = format!("{:?}", Credentials::key_and_jwt(key(), jwt()));
@@ -57,8 +58,9 @@ fn s2_debug_of_everything_that_holds_a_secret_is_redacted() {
     assert_eq!(credentials, format!("Credentials(ApiKey([redacted] id={key}), Token([redacted] id={jwt}))"));
 }
 
+/// S2: no panic message holds a secret.
 #[test]
-fn s2_panic_messages_are_clean() {
+fn panic_messages_hold_no_secret() {
     fn message<T>(panics: impl FnOnce() -> T + std::panic::UnwindSafe) -> String {
         let payload = std::panic::catch_unwind(panics).map(|_| ()).unwrap_err();
         payload.downcast::<String>().map(|message| *message).unwrap_or_default()
@@ -73,29 +75,31 @@ fn s2_panic_messages_are_clean() {
     ];
     for message in messages {
         assert!(message.len() > 20, "{message}");
-        assert_clean(&message);
+        assert_no_secret(&message);
     }
 }
 
+/// S2: errors of constructors and refused requests hold no secret.
 #[tokio::test]
-async fn s2_errors_of_construction_and_refusal_are_clean() {
+async fn errors_hold_no_secret() {
     for bad in [format!("Bearer {KEY}"), format!("{KEY} {KEY}"), format!("{KEY}\u{e9}"), format!("\"{KEY}\"")]
     {
         for error in [ApiKey::new(&*bad).unwrap_err(), Token::new(&*bad).unwrap_err()] {
-            assert_clean(&format!("{error} {error:?} {error:#?}"));
+            assert_no_secret(&format!("{error} {error:?} {error:#?}"));
         }
     }
     for bad in [format!("https://{KEY}@h"), format!("https://h/?{KEY}"), format!("http://{KEY}")] {
         let errors = [Origins::new(&bad).unwrap_err(), BaseUrl::new(&bad).unwrap_err()];
-        assert_clean(&format!("{errors:?} {} {}", errors[0], errors[1]));
+        assert_no_secret(&format!("{errors:?} {} {}", errors[0], errors[1]));
     }
     for uri in [format!("https://{KEY}@api.selamgpt.com/"), format!("http://h/?token={JWT}")] {
-        let refused = send(&JwtLayer::new(jwt(), key()), get(&uri)).await.unwrap_err();
-        assert_clean(&format!("{refused} {refused:?} {refused:#?}"));
+        let refused =
+            send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), get(&uri)).await.unwrap_err();
+        assert_no_secret(&format!("{refused} {refused:?} {refused:#?}"));
     }
 }
 
-/// Writes down every event and span of this thread, at every level.
+/// A subscriber that records the events and spans of this thread at every level.
 #[derive(Clone, Default)]
 pub(crate) struct Log(Arc<Mutex<String>>);
 
@@ -138,9 +142,11 @@ impl tracing::Subscriber for Log {
     fn exit(&self, _: &tracing::span::Id) {}
 }
 
-/// One thread runs client and server, so that the log has both.
+/// S2: no log of any level holds a secret or an echo of one.
+///
+/// Client and server share one thread, so that the log covers both.
 #[tokio::test]
-async fn s2_no_log_of_any_level_has_a_secret_nor_an_echo_of_one() {
+async fn logs_hold_no_secret_at_any_level() {
     let log = Log::default();
     let guard = tracing::subscriber::set_default(log.clone());
     let simulator = Simulator::new();
@@ -157,27 +163,28 @@ async fn s2_no_log_of_any_level_has_a_secret_nor_an_echo_of_one() {
             assert!(AuthError::find(&error).is_some());
             let mut level: Option<&dyn std::error::Error> = Some(&error);
             while let Some(error) = level {
-                assert_clean(&format!("{error} {error:?} {error:#?}"));
+                assert_no_secret(&format!("{error} {error:?} {error:#?}"));
                 level = error.source();
             }
         }
     }
-    // The handshake, whose URI holds them.
+    // The handshake, whose URI holds the credentials.
     let uri = layer.base_url().endpoint("audio/agent?voice=mekdes").unwrap();
     let request = handshake(&uri.to_string()).map(|()| Body::default());
     let refused = layer.layer(https(&server, Http::One)).oneshot(request);
     let refused = tokio::time::timeout(HANG, refused).await.unwrap().unwrap_err();
-    assert_clean(&format!("{refused} {refused:?} {refused:#?}"));
+    assert_no_secret(&format!("{refused} {refused:?} {refused:#?}"));
     assert!(simulator.received().pop().unwrap().uri.query().unwrap().contains(JWT));
 
     drop(guard);
     let log = log.0.lock().unwrap();
-    assert!(log.len() > 1_000, "h2 logs what it does: {log}");
-    assert_clean(&log);
+    assert!(log.len() > 1_000, "the log must include the output of h2: {log}");
+    assert_no_secret(&log);
 }
 
+/// S2: `Debug` of the simulator's recorded requests is redacted.
 #[test]
-fn s2_what_the_simulator_received_is_not_shown() {
+fn simulator_hides_received_secrets() {
     let simulator = Simulator::new();
     simulator.add_key(KEY);
     let request = http::Request::post("/v1/chat/completions?api_key=canary")
@@ -185,25 +192,26 @@ fn s2_what_the_simulator_received_is_not_shown() {
         .body(CHAT.to_owned())
         .unwrap();
     tokio_test::block_on(simulator.clone().oneshot(request)).unwrap();
-    assert_clean(&format!("{simulator:?} {:#?}", simulator.received()));
+    assert_no_secret(&format!("{simulator:?} {:#?}", simulator.received()));
 }
 
-/// How often the end of `masked` (every bit of the text flipped) stands in this process's writable memory, unmasked.
+/// Counts copies of a secret in this process's writable memory.
 ///
-/// What is read is masked at once, and the buffer for it is passed over: it finds no copy of its own making. Nor
-/// does it take memory anew, over something that was freed without being wiped.
+/// `masked` is the secret with every bit flipped. Memory is masked as soon as it is read and the read buffer is
+/// skipped, so that the scan does not count its own copies. The buffers are reused: a new allocation could overwrite
+/// memory that was freed without being wiped.
 #[cfg(target_os = "linux")]
 pub(crate) fn resident(masked: &[u8]) -> usize {
-    // The allocator writes into the beginning of what is freed.
+    // The allocator overwrites the first bytes of freed memory, so only the end of the secret is searched.
     let masked = &masked[40..];
     use std::{cell::RefCell, fs::File, io::Read, os::unix::fs::FileExt};
 
     thread_local! {
-        static OWN: RefCell<(Vec<u8>, String)> = RefCell::new((vec![0; 1 << 20], String::with_capacity(1 << 16)));
+        static BUFFERS: RefCell<(Vec<u8>, String)> = RefCell::new((vec![0; 1 << 20], String::with_capacity(1 << 16)));
     }
-    let (mut buffer, mut maps) = OWN.take();
+    let (mut buffer, mut maps) = BUFFERS.take();
     let memory = File::open("/proc/self/mem").unwrap();
-    let own = buffer.as_ptr() as u64..buffer.as_ptr() as u64 + buffer.len() as u64;
+    let skipped = buffer.as_ptr() as u64..buffer.as_ptr() as u64 + buffer.len() as u64;
     let mut count = |from: u64, to: u64| {
         let (mut at, mut found) = (from, 0);
         while at < to {
@@ -211,7 +219,7 @@ pub(crate) fn resident(masked: &[u8]) -> usize {
             let Ok(read) = memory.read_at(&mut buffer[..length], at) else { break };
             buffer[..read].iter_mut().for_each(|byte| *byte = !*byte);
             found += buffer[..read].windows(masked.len()).filter(|window| *window == masked).count();
-            // One on the border is seen next time, and none twice.
+            // The overlap finds a copy that spans two reads, and counts none twice.
             at += read as u64;
             if at < to {
                 at -= masked.len() as u64 - 1;
@@ -227,16 +235,16 @@ pub(crate) fn resident(masked: &[u8]) -> usize {
         Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
     });
     let found = writable
-        .map(|(start, end)| match start <= own.start && own.end <= end {
-            true => count(start, own.start) + count(own.end, end),
+        .map(|(start, end)| match start <= skipped.start && skipped.end <= end {
+            true => count(start, skipped.start) + count(skipped.end, end),
             false => count(start, end),
         })
         .sum();
-    OWN.set((buffer, maps));
+    BUFFERS.set((buffer, maps));
     found
 }
 
-/// A secret of 120 bytes, made where it is needed, so that no other copy of it is anywhere.
+/// Unmasks a secret where it is needed, so that memory holds no other copy of it.
 #[cfg(target_os = "linux")]
 fn unmasked(masked: &[u8]) -> String {
     let mut text = String::with_capacity(masked.len());
@@ -244,7 +252,7 @@ fn unmasked(masked: &[u8]) -> String {
     text
 }
 
-/// Letters that do not repeat, so that a text is found once where it stands once.
+/// Returns a masked secret of 120 letters without repeated parts, so that each copy counts once.
 #[cfg(target_os = "linux")]
 fn masked(seed: u32) -> Vec<u8> {
     let next = |state: &u32| Some(state.wrapping_mul(1_103_515_245).wrapping_add(12_345));
@@ -252,22 +260,23 @@ fn masked(seed: u32) -> Vec<u8> {
     states.map(|state| !(b'a' + (state >> 16) as u8 % 26)).take(120).collect()
 }
 
+/// S3: the bytes of a secret are wiped when its last reference drops.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
-    // In a process of its own there is less memory to look through, and nobody else's.
+async fn secrets_are_wiped_on_last_drop() {
+    // A separate process has less memory to scan, and none of other tests.
     if std::env::var_os(CASE).is_none() {
-        run("secrets::s3_our_bytes_are_wiped_when_the_last_reference_drops", "own process", &[]);
+        run("secrets::secrets_are_wiped_on_last_drop", "separate process", &[]);
         return;
     }
     let (masked_key, masked_jwt) = (masked(1), masked(2));
 
     let key = ApiKey::new(unmasked(&masked_key)).unwrap();
     let jwt = Token::new(unmasked(&masked_jwt)).unwrap();
-    assert_eq!(resident(&masked_key), 1, "one buffer, and what it was made from is wiped");
+    assert_eq!(resident(&masked_key), 1, "the key has one buffer, and its source text is wiped");
     assert_eq!(resident(&masked_jwt), 1);
 
-    let layer = JwtLayer::new(jwt, key);
+    let layer = (JwtLayer::new(jwt), ApiKeyLayer::x_api_key(key));
     let sent = send(&layer, get(MODELS)).await.unwrap();
     let replaced = send(&layer, sent).await.unwrap();
     drop(layer);
@@ -280,55 +289,64 @@ async fn s3_our_bytes_are_wiped_when_the_last_reference_drops() {
     );
     let (mut parts, ()) = voice.into_parts();
     credentials.apply(&Origins::selam(), &mut parts).unwrap();
-    assert!(resident(&masked_jwt) >= 3, "the request before, these credentials, and the handshake's query");
+    assert!(
+        resident(&masked_jwt) >= 3,
+        "the earlier request, these credentials and the handshake's query hold one each"
+    );
 
     drop((replaced, parts, credentials));
     assert_eq!((resident(&masked_key), resident(&masked_jwt)), (0, 0));
     tell("wiped");
 }
 
+/// S3: replaced credentials are wiped, also those last sent by idle layers and for idle subjects.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
+async fn replaced_credentials_are_wiped_everywhere() {
     if std::env::var_os(CASE).is_none() {
-        run("secrets::s3_what_was_replaced_is_wiped_of_those_who_stay_away_too", "own process", &[]);
+        run("secrets::replaced_credentials_are_wiped_everywhere", "separate process", &[]);
         return;
     }
-    let next = |asked: &AtomicUsize, seeds: [u32; 2]| unmasked(&masked(seeds[asked.fetch_add(1, Relaxed)]));
-    let asked = AtomicUsize::new(0);
+    let next =
+        |fetches: &AtomicUsize, seeds: [u32; 2]| unmasked(&masked(seeds[fetches.fetch_add(1, Relaxed)]));
+    let fetches = AtomicUsize::new(0);
     let keys = Refreshing::new(source_fn(move |_: Reason<ApiKey>| {
-        ready(ApiKey::new(next(&asked, [3, 4])).map_err(BoxError::from))
+        ready(ApiKey::new(next(&fetches, [3, 4])).map_err(BoxError::from))
     }));
-    let asked = AtomicUsize::new(0);
+    let fetches = AtomicUsize::new(0);
     let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
-        ready(Token::new(next(&asked, [5, 6])).map_err(BoxError::from))
+        ready(Token::new(next(&fetches, [5, 6])).map_err(BoxError::from))
     }));
-    let users = PerSubject::new(|_: &Subject| source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
-    let (shared, of_users) = (JwtLayer::new(&jwts, &keys), JwtLayer::new(&users, &keys));
-    let goes = JwtLayer::new(&users, &keys);
-    let idle = JwtLayer::new(&jwts, key());
-    let of = |name: &str| {
+    let per_subject =
+        PerSubject::new(|_: &Subject| source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
+    let (shared, for_subjects) = (
+        (JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(&keys)),
+        (JwtLayer::new(&per_subject), ApiKeyLayer::x_api_key(&keys)),
+    );
+    let dropped = (JwtLayer::new(&per_subject), ApiKeyLayer::x_api_key(&keys));
+    let idle = (JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key()));
+    let request_of = |name: &str| {
         let mut request = get(MODELS);
         request.extensions_mut().insert(Subject::new(name));
         request
     };
-    let alone = || {
+    let key_only = || {
         let mut request = get(MODELS);
         request.extensions_mut().insert(RequestAuth::ApiKey);
         request
     };
     for (layer, request) in [
-        (&of_users, of("stays away")),
-        (&of_users, of("comes again")),
-        (&of_users, alone()),
+        (&for_subjects, request_of("idle")),
+        (&for_subjects, request_of("returning")),
+        (&for_subjects, key_only()),
         (&shared, get(MODELS)),
-        (&shared, alone()),
+        (&shared, key_only()),
         (&idle, get(MODELS)),
-        (&goes, of("came by another layer")),
+        (&dropped, request_of("of a dropped layer")),
     ] {
         drop(send(layer, request).await.unwrap());
     }
-    drop(goes);
+    drop(dropped);
     assert!(resident(&masked(3)) > 0 && resident(&masked(5)) > 0);
 
     keys.invalidate(&keys.current().unwrap());
@@ -336,17 +354,18 @@ async fn s3_what_was_replaced_is_wiped_of_those_who_stay_away_too() {
     while resident(&masked(4)) == 0 || resident(&masked(6)) == 0 {
         yield_now().await;
     }
-    // Who lets go of many does so on a task.
+    // Many references are released on a task.
     yield_now().await;
-    drop(send(&of_users, of("comes again")).await.unwrap());
+    drop(send(&for_subjects, request_of("returning")).await.unwrap());
     drop(send(&shared, get(MODELS)).await.unwrap());
     assert_eq!((resident(&masked(3)), resident(&masked(5))), (0, 0));
-    drop((idle, shared, of_users));
+    drop((idle, shared, for_subjects));
     tell("wiped");
 }
 
+/// S4: the key id is stable, short and distinct, and is no part of the key.
 #[test]
-fn s4_the_id_is_stable_short_and_shared_by_nothing_else() {
+fn key_id_is_stable_and_short() {
     assert_eq!(ApiKey::new("sk-selam-example").unwrap().id().to_string(), "9da0f3");
     assert_eq!(
         ApiKey::new(" sk-selam-example\n").unwrap().id(),

@@ -1,4 +1,4 @@
-//! F1 to F4: one renewal for all who want a token, whoever of them leaves and however long it takes.
+//! Tests of single flight: one refresh for all waiters, whichever leave and however long it takes.
 
 use std::{
     collections::HashSet,
@@ -16,7 +16,7 @@ use tokio::{
 use tokio_test::{assert_pending, assert_ready_ok, task};
 use tower::{Layer, ServiceExt};
 use tower_selam::{
-    AuthErrorKind, BoxError, JwtLayer, RefreshPolicy, Refreshing, Token,
+    ApiKeyLayer, AuthErrorKind, BoxError, JwtLayer, RefreshPolicy, Refreshing, Token,
     source::{Fetched, Reason, source_fn},
 };
 
@@ -26,8 +26,9 @@ use crate::{
     support::key,
 };
 
+/// F1, F2: ten thousand waiters share one refresh, or its one error.
 #[tokio::test(start_paused = true)]
-async fn f1_f2_ten_thousand_callers_cause_one_renewal_and_share_its_error() {
+async fn ten_thousand_callers_share_one_refresh() {
     for answer in [Answer::Lives(MINUTE), Answer::Fails(None)] {
         let mint = Mint::default().taking(Duration::from_millis(50)).then(answer.clone());
         let (jwts, _) = engine(&mint);
@@ -52,21 +53,23 @@ async fn f1_f2_ten_thousand_callers_cause_one_renewal_and_share_its_error() {
     }
 }
 
+/// F3: the refresh completes after all its callers were dropped.
 #[tokio::test(start_paused = true)]
-async fn f3_the_renewal_completes_when_its_callers_are_gone() {
+async fn refresh_completes_without_its_callers() {
     let mint = Mint::default().taking(SECOND);
     let (jwts, _) = engine(&mint);
     for _ in 0..3 {
         let waited = tokio::time::timeout(Duration::from_millis(100), jwts.token()).await;
-        assert!(waited.is_err(), "dropped while it waits");
+        assert!(waited.is_err(), "the caller must be dropped while it waits");
     }
     sleep(SECOND).await;
     assert_eq!(jwts.current().unwrap().expose_secret(), "token-1");
     assert_eq!(mint.asked(), 1);
 }
 
+/// F4: a refresh that hangs ends at its timeout, and the next call tries again.
 #[tokio::test(start_paused = true)]
-async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
+async fn hanging_refresh_ends_at_its_timeout() {
     let mint = Mint::default().then(Answer::Hangs);
     let (jwts, _) = engine(&mint);
     let began = Instant::now();
@@ -77,8 +80,9 @@ async fn f4_a_renewal_that_hangs_ends_at_its_timeout() {
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
 }
 
+/// F2: without a back-off, waiters still get the error of the refresh that they waited for.
 #[tokio::test(start_paused = true)]
-async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
+async fn waiters_get_the_error_without_backoff() {
     let mint = Mint::default().taking(SECOND).then_always(Answer::Fails(None));
     let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
     let jwts = Refreshing::with_policy(mint.clone(), policy);
@@ -94,8 +98,9 @@ async fn f2_who_waited_gets_the_error_where_the_next_would_be_tried_at_once() {
     assert_eq!(mint.asked(), 1);
 }
 
+/// F1: callers on many threads share one refresh.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn f1_callers_on_many_threads_cause_one_renewal() {
+async fn callers_on_many_threads_share_one_refresh() {
     for _ in 0..50 {
         let mint = Mint::default();
         let jwts = Refreshing::new(mint.clone());
@@ -116,15 +121,16 @@ async fn f1_callers_on_many_threads_cause_one_renewal() {
     }
 }
 
+/// F1: ten thousand requests through a layer share one refresh, and each is sent once.
 #[tokio::test(start_paused = true)]
-async fn f1_ten_thousand_requests_through_a_layer_cause_one_renewal_and_are_sent_once_each() {
+async fn ten_thousand_requests_share_one_refresh() {
     let mint = Mint::default().taking(SECOND);
     let (jwts, _) = engine(&mint);
     let api = Api::accepting_all();
-    let service = JwtLayer::new(&jwts, key()).layer(api.service());
+    let service = (JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(api.service());
     let calls: Vec<_> = (0..10_000).map(|_| tokio::spawn(service.clone().oneshot(request()))).collect();
     settle().await;
-    assert!(api.bearers().is_empty(), "nothing is sent without a token");
+    assert!(api.bearers().is_empty(), "nothing may be sent without a token");
     for call in calls {
         call.await.unwrap().unwrap();
     }
@@ -132,9 +138,10 @@ async fn f1_ten_thousand_requests_through_a_layer_cause_one_renewal_and_are_sent
     assert_eq!((sent.len(), sent.iter().all(|bearer| bearer == "token-1"), mint.asked()), (10_000, true, 1));
 }
 
+/// F3: whichever waiters are dropped, the leading caller included, the others get the token.
 #[tokio::test(start_paused = true)]
-async fn f3_whoever_leaves_the_others_get_the_token() {
-    // The first of three causes the renewal; each of them, two of them, or all leave.
+async fn remaining_waiters_get_the_token() {
+    // The first of three waiters starts the refresh. One waiter is dropped, or two, or all.
     for leave in [[true, false, false], [false, true, false], [true, true, false], [true, true, true]] {
         let mint = Mint::default().taking(SECOND);
         let (jwts, _) = engine(&mint);
@@ -155,9 +162,10 @@ async fn f3_whoever_leaves_the_others_get_the_token() {
     }
 }
 
+/// F3: a rotated refresh token is kept although all callers were dropped.
 #[tokio::test(start_paused = true)]
-async fn f3_a_refresh_token_that_was_rotated_is_kept_when_nobody_waits_any_more() {
-    // Each refresh token is good once, and the next comes with the answer.
+async fn rotated_refresh_token_survives_its_callers() {
+    // Each refresh token is valid once; the response brings the next one.
     let (next, spent) = (Arc::new(Mutex::new(1)), Arc::new(Mutex::new(Vec::new())));
     let (held, server) = (Arc::clone(&next), Arc::clone(&spent));
     let source = source_fn(move |_: Reason<Token>| {
@@ -181,22 +189,23 @@ async fn f3_a_refresh_token_that_was_rotated_is_kept_when_nobody_waits_any_more(
     assert_eq!((*next.lock().unwrap(), &*spent.lock().unwrap()), (4, &vec![1, 2, 3]));
 }
 
+/// F4: a waiter's deadline ends that waiter alone; the timeout releases all others, and a late answer changes nothing.
 #[tokio::test(start_paused = true)]
-async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
-    // Says when it is dropped.
-    struct Told(Arc<AtomicUsize>);
-    impl Drop for Told {
+async fn timed_out_refresh_releases_all_waiters() {
+    // Counts its drops.
+    struct DropCounter(Arc<AtomicUsize>);
+    impl Drop for DropCounter {
         fn drop(&mut self) {
             self.0.fetch_add(1, SeqCst);
         }
     }
-    let (asked, dropped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let (counter, tell) = (Arc::clone(&asked), Arc::clone(&dropped));
+    let (fetches, dropped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (counter, drops) = (Arc::clone(&fetches), Arc::clone(&dropped));
     let source = source_fn(move |_: Reason<Token>| {
-        let (number, told) = (counter.fetch_add(1, SeqCst) + 1, Told(Arc::clone(&tell)));
+        let (number, guard) = (counter.fetch_add(1, SeqCst) + 1, DropCounter(Arc::clone(&drops)));
         async move {
-            let _told = told;
-            // The first would answer after a minute.
+            let _guard = guard;
+            // The first fetch would answer after a minute.
             sleep(if number == 1 { MINUTE } else { SECOND }).await;
             let fetched = Fetched::new(Token::new(format!("token-{number}"))?);
             Ok::<_, BoxError>(fetched.with_lifetime(10 * MINUTE))
@@ -205,17 +214,17 @@ async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
     let policy = RefreshPolicy::new().with_clock(clock()).with_timeout(5 * SECOND);
     let jwts = Refreshing::with_policy(source, policy);
     let began = Instant::now();
-    // Their own deadlines end them alone.
-    let brief: Vec<_> = (1..5).map(|time| tokio::time::timeout(time * SECOND, jwts.token())).collect();
+    // The deadline of a waiter does not cancel the refresh.
+    let impatient: Vec<_> = (1..5).map(|time| tokio::time::timeout(time * SECOND, jwts.token())).collect();
     let patient: Vec<_> = (0..100)
         .map(|_| {
             let jwts = jwts.clone();
             tokio::spawn(async move { jwts.token().await })
         })
         .collect();
-    for caller in brief {
-        assert!(caller.await.is_err(), "its own deadline");
-        assert_eq!((asked.load(SeqCst), dropped.load(SeqCst)), (1, 0));
+    for caller in impatient {
+        assert!(caller.await.is_err(), "the waiter's own deadline must end its wait");
+        assert_eq!((fetches.load(SeqCst), dropped.load(SeqCst)), (1, 0));
     }
     let mut causes = HashSet::new();
     for caller in patient {
@@ -229,5 +238,5 @@ async fn f4_a_renewal_that_hangs_releases_all_at_once_and_never_answers() {
     sleep(2 * SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
     sleep(2 * MINUTE).await;
-    assert_eq!((text(&jwts).await.unwrap().as_str(), asked.load(SeqCst)), ("token-2", 2));
+    assert_eq!((text(&jwts).await.unwrap().as_str(), fetches.load(SeqCst)), ("token-2", 2));
 }

@@ -1,4 +1,4 @@
-//! K4: JWTs signed locally, verified with `ring`, which shares no code with what signs them.
+//! K4: JWTs signed locally, verified with `ring`, which shares no code with the signer.
 
 use std::{
     collections::HashSet,
@@ -17,6 +17,7 @@ use ring::{
     hmac,
     signature::{self, UnparsedPublicKey, VerificationAlgorithm},
 };
+use secrecy::{SecretSlice, SecretString};
 use serde_json::{Map, Value, json};
 use tower_selam::{
     ConfigErrorKind, RefreshPolicy, Refreshing, TestClock,
@@ -51,7 +52,7 @@ const ALGORITHMS: [(SigningAlgorithm, &str); 12] = [
     (SigningAlgorithm::EdDsa, "EdDSA"),
 ];
 
-/// The key of the tests for the algorithm of this name.
+/// Returns the test key for the algorithm `name`.
 fn key(name: &str) -> SigningKey {
     match &name[..2] {
         "HS" => SigningKey::hmac(SECRET),
@@ -62,7 +63,7 @@ fn key(name: &str) -> SigningKey {
     }
 }
 
-/// A signer at 1,900,000,000.9 seconds since the epoch.
+/// Makes a signer whose clock shows 1,900,000,000.9 seconds since the epoch.
 fn signer(algorithm: SigningAlgorithm, key: SigningKey) -> JwtSigner {
     JwtSigner::new(algorithm, key).unwrap().with_clock(clock())
 }
@@ -75,7 +76,7 @@ fn clock() -> TestClock {
     TestClock::new(UNIX_EPOCH + Duration::from_millis(1_900_000_000_900))
 }
 
-/// Whether `ring` accepts the JWT as signed by the algorithm of this name.
+/// Returns whether `ring` accepts the signature of the JWT for the algorithm `name`.
 fn verifies(name: &str, jwt: &str) -> bool {
     let (message, signature) = jwt.rsplit_once('.').unwrap();
     let (message, signature) = (message.as_bytes(), BASE64_URL_SAFE_NO_PAD.decode(signature).unwrap());
@@ -103,7 +104,7 @@ fn verifies(name: &str, jwt: &str) -> bool {
     UnparsedPublicKey::new(algorithm, public).verify(message, &signature).is_ok()
 }
 
-/// The header and the claims of a JWT.
+/// Decodes the header and the claims of a JWT.
 fn read(jwt: &str) -> (Value, Value) {
     let part = |part: &str| serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(part).unwrap()).unwrap();
     let [header, claims, _] = jwt.split('.').collect::<Vec<_>>()[..] else { panic!("{jwt}") };
@@ -114,8 +115,9 @@ fn sign(signer: &JwtSigner) -> String {
     signer.sign().unwrap().expose_secret().to_owned()
 }
 
+/// K4: `ring` verifies JWTs of every algorithm.
 #[test]
-fn k4_jwts_of_every_algorithm_verify_with_another_implementation() {
+fn every_algorithm_verifies_with_ring() {
     for (algorithm, name) in ALGORITHMS {
         let signer = signer(algorithm, key(name)).with_claims(json!({ "sub": "selam" })).unwrap();
         let jwt = sign(&signer);
@@ -123,12 +125,13 @@ fn k4_jwts_of_every_algorithm_verify_with_another_implementation() {
         assert_eq!(read(&jwt).0, json!({ "alg": name, "typ": "JWT" }));
 
         let (_, rest) = jwt.split_once('.').unwrap();
-        assert!(!verifies(name, &format!("e30.{rest}")), "{name}: another header");
+        assert!(!verifies(name, &format!("e30.{rest}")), "{name}: a changed header");
     }
 }
 
+/// K4: PKCS#8, PKCS#1 and SEC1, in any layout of the PEM.
 #[test]
-fn k4_every_form_of_a_key_is_read() {
+fn every_key_format_is_read() {
     let crlf = P256.replace('\n', "\r\n");
     let indented = P256.replace('\n', "\n    ");
     let one_line = P384.replace('\n', " ");
@@ -148,23 +151,46 @@ fn k4_every_form_of_a_key_is_read() {
     }
 }
 
+/// K4: text, bytes and `secrecy` types.
 #[test]
-fn k4_header_and_claims_are_what_was_asked_for_and_iat_and_exp() {
+fn every_type_of_secret_is_accepted() {
+    let text = std::str::from_utf8(SECRET).unwrap();
+    for key in [
+        SigningKey::hmac(SECRET),
+        SigningKey::hmac(*SECRET),
+        SigningKey::hmac(&SECRET[..]),
+        SigningKey::hmac(SECRET.to_vec()),
+        SigningKey::hmac(SecretSlice::from(SECRET.to_vec())),
+        SigningKey::hmac(text),
+        SigningKey::hmac(text.to_owned()),
+        SigningKey::hmac(SecretString::from(text)),
+    ] {
+        assert!(verifies("HS512", &sign(&signer(SigningAlgorithm::Hs512, key))));
+    }
+    for key in [SigningKey::from_pem(P256.to_owned()), SigningKey::from_pem(SecretString::from(P256))] {
+        assert!(verifies("ES256", &sign(&signer(SigningAlgorithm::Es256, key.unwrap()))));
+    }
+}
+
+/// K4: the JWT has the configured header and claims, `iat` and `exp`.
+#[test]
+fn header_and_claims_are_as_configured() {
     let claims = json!({ "iss": "it", "sub": "selam", "aud": ["a", "b"], "nbf": 1, "jti": "mine", "n": { "m": null } });
     let signer = hs256().with_key_id("2026-01").with_claims(&claims).unwrap();
-    let (header, mut found) = read(&sign(&signer));
+    let (header, mut claimed) = read(&sign(&signer));
     assert_eq!(header, json!({ "alg": "HS256", "typ": "JWT", "kid": "2026-01" }));
-    let found = found.as_object_mut().unwrap();
-    assert_eq!(found.remove("iat"), Some(json!(1_900_000_000)), "whole seconds, rounded down");
-    assert_eq!(found.remove("exp"), Some(json!(1_900_000_300)));
-    assert_eq!(Value::Object(found.clone()), claims);
+    let claimed = claimed.as_object_mut().unwrap();
+    assert_eq!(claimed.remove("iat"), Some(json!(1_900_000_000)), "whole seconds, rounded down");
+    assert_eq!(claimed.remove("exp"), Some(json!(1_900_000_300)));
+    assert_eq!(Value::Object(claimed.clone()), claims);
 
     let token = signer.with_lifetime(Duration::from_secs(60)).sign().unwrap();
     assert_eq!(token.expires_at(), Some(UNIX_EPOCH + Duration::from_secs(1_900_000_060)));
 }
 
+/// K4: claims that are not an object, or contain `iat` or `exp`.
 #[test]
-fn k4_claims_that_are_none_or_the_signers_are_refused_and_not_shown() {
+fn invalid_claims_are_refused_and_not_shown() {
     use ConfigErrorKind::{NotAnObject, ReservedClaim};
 
     for (claims, kind) in [
@@ -175,15 +201,16 @@ fn k4_claims_that_are_none_or_the_signers_are_refused_and_not_shown() {
         (json!({ "exp": null, "sub": "secret" }), ReservedClaim),
     ] {
         let error = hs256().with_claims(&claims).unwrap_err();
-        assert_eq!(error.kind(), kind, "{claims}");
+        assert_eq!(error.kind(), &kind, "{claims}");
         assert!(!format!("{error} {error:?}").contains("secret"));
     }
     let error = hs256().with_claims(json!({ "exp": 1 })).unwrap_err();
     assert_eq!(error.to_string(), "JWT claims set has an `iat` or `exp`, which the signer sets");
 }
 
+/// K4: JWTs signed in the same second differ by their `jti`.
 #[test]
-fn k4_unique_ids_tell_apart_what_was_signed_at_once() {
+fn unique_ids_distinguish_simultaneous_jwts() {
     let signer = hs256().with_claims(json!({ "jti": "mine" })).unwrap();
     assert_eq!(sign(&signer), sign(&signer));
     let signer = signer.with_unique_ids();
@@ -193,8 +220,9 @@ fn k4_unique_ids_tell_apart_what_was_signed_at_once() {
     assert_eq!(first.len(), 22, "128 bits");
 }
 
+/// K4: every algorithm with every kind of key.
 #[test]
-fn k4_a_key_of_another_kind_is_refused() {
+fn key_must_match_the_algorithm() {
     for (algorithm, name) in ALGORITHMS {
         for other in ["HS256", "RS256", "ES256", "ES384", "EdDSA"] {
             let same =
@@ -209,13 +237,14 @@ fn k4_a_key_of_another_kind_is_refused() {
     );
 }
 
-/// What algorithms that share keys have in common.
+/// Maps algorithms that share keys to one name.
 fn kind(name: &str) -> &str {
     if name.starts_with("PS") { "RS" } else { &name[..2] }
 }
 
+/// K4: RFC 7518 sections 3.2 and 3.3.
 #[test]
-fn k4_a_key_that_is_too_short_is_refused() {
+fn short_keys_are_refused() {
     for (algorithm, least) in
         [(SigningAlgorithm::Hs256, 256), (SigningAlgorithm::Hs384, 384), (SigningAlgorithm::Hs512, 512)]
     {
@@ -223,57 +252,61 @@ fn k4_a_key_that_is_too_short_is_refused() {
         assert!(JwtSigner::new(algorithm, SigningKey::hmac(secret)).is_ok());
         for short in [&secret[1..], &[]] {
             let error = JwtSigner::new(algorithm, SigningKey::hmac(short)).unwrap_err();
-            assert_eq!(error.kind(), ConfigErrorKind::TooShort { least });
+            assert!(matches!(error.kind(), ConfigErrorKind::TooShort { min_bits, .. } if *min_bits == least));
         }
     }
     let short = SigningKey::from_pem(include_str!("../keys/rsa-1024.pem")).unwrap();
     for algorithm in [SigningAlgorithm::Rs512, SigningAlgorithm::Ps512] {
         let error = JwtSigner::new(algorithm, short.clone()).unwrap_err();
-        assert_eq!(error.to_string(), "signing key is shorter than the 2048 bits its algorithm asks for");
+        assert_eq!(
+            error.to_string(),
+            "signing key is shorter than the 2048 bits that its algorithm requires"
+        );
     }
 }
 
+/// K4: the error names the file and does not show its content.
 #[test]
-fn k4_a_file_that_holds_no_key_is_named_and_its_content_is_not() {
+fn invalid_key_file_is_named() {
     let directory = Directory::new();
     let file = directory.file();
     let named = format!("signing key from the file {}", file.display());
-    let refused = |file: &Path| {
+    let refusal = |file: &Path| {
         let error = SigningKey::from_pem_file(file).unwrap_err();
         assert_eq!(error.file(), Some(file));
-        let said = error.to_string();
-        assert!(!format!("{said} {error:?}").contains("MC4CAQ"));
-        said
+        let message = error.to_string();
+        assert!(!format!("{message} {error:?}").contains("MC4CAQ"));
+        message
     };
-    assert_eq!(refused(&file), format!("{named} cannot be read: entity not found"));
+    assert_eq!(refusal(&file), format!("{named} cannot be read: entity not found"));
 
-    const NONE: &str =
+    const INVALID: &str =
         "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519";
-    const ENCRYPTED: &str = "is encrypted: give it decrypted";
-    let cut = &ED25519[..60];
+    const ENCRYPTED: &str = "is encrypted: decrypt it first";
+    let truncated = &ED25519[..60];
     let damaged = ED25519.replace("MC4CAQ", "MC4CAA");
     let mistyped = ED25519.replace("MC4CAQ", "MC4C?Q");
     let mislabelled = ED25519.replace("PRIVATE", "RSA PRIVATE");
     let point_off_curve = P256.replace("QgAEHzS", "QgAEHzT").replace("hRANCAA", "hRANCAB");
-    let older =
+    let openssl_legacy =
         "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\nMC4CAQ==\n-----END RSA PRIVATE KEY-----";
-    for (content, said) in [
+    for (content, message) in [
         ("", "is empty"),
         (" \n", "is empty"),
-        ("MC4CAQ", NONE),
-        (cut, NONE),
-        (&*damaged, NONE),
-        (&*mistyped, NONE),
-        (&*mislabelled, NONE),
-        (&*point_off_curve, NONE),
-        (include_str!("../keys/public.pem"), NONE),
-        (include_str!("../keys/p521.pem"), NONE),
-        (include_str!("../keys/rsa-composite.pem"), NONE),
+        ("MC4CAQ", INVALID),
+        (truncated, INVALID),
+        (&*damaged, INVALID),
+        (&*mistyped, INVALID),
+        (&*mislabelled, INVALID),
+        (&*point_off_curve, INVALID),
+        (include_str!("../keys/public.pem"), INVALID),
+        (include_str!("../keys/p521.pem"), INVALID),
+        (include_str!("../keys/rsa-composite.pem"), INVALID),
         (include_str!("../keys/encrypted.pem"), ENCRYPTED),
-        (older, ENCRYPTED),
+        (openssl_legacy, ENCRYPTED),
     ] {
         std::fs::write(&file, content).unwrap();
-        assert_eq!(refused(&file), format!("{named} {said}"), "{content}");
+        assert_eq!(refusal(&file), format!("{named} {message}"), "{content}");
     }
 
     std::fs::write(&file, format!("\u{feff}{ED25519}")).unwrap();
@@ -285,8 +318,9 @@ fn k4_a_file_that_holds_no_key_is_named_and_its_content_is_not() {
     );
 }
 
+/// S2: `Debug` of the signer, its key and the fetched token.
 #[tokio::test]
-async fn s2_debug_shows_neither_key_nor_claims() {
+async fn debug_shows_neither_key_nor_claims() {
     for (algorithm, name) in [(SigningAlgorithm::Hs256, "HS256"), (SigningAlgorithm::EdDsa, "EdDSA")] {
         let signer = signer(algorithm, key(name)).with_claims(json!({ "sub": "somebody" })).unwrap();
         let signer = signer.with_subject("user-1");
@@ -299,8 +333,9 @@ async fn s2_debug_shows_neither_key_nor_claims() {
     }
 }
 
+/// K4: for every reason.
 #[tokio::test]
-async fn k4_a_fetch_signs_anew_whatever_the_reason() {
+async fn each_fetch_signs_a_new_jwt() {
     let signer = hs256().with_unique_ids();
     let token = signer.sign().unwrap();
     let mut fetched = HashSet::new();
@@ -310,15 +345,16 @@ async fn k4_a_fetch_signs_anew_whatever_the_reason() {
     assert_eq!(fetched.len(), 3, "{fetched:?}");
 }
 
+/// K4: under an engine, one signature per lifetime and one after a rejection.
 #[tokio::test(start_paused = true)]
-async fn k4_an_engine_signs_once_per_lifetime_and_after_a_rejection() {
+async fn engine_signs_once_per_lifetime() {
     let clock = clock();
     let signer = hs256().with_unique_ids().with_clock(clock.clone());
     let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock.clone()));
 
     let first = jwts.token().await.unwrap();
     assert!(verifies("HS256", first.expose_secret()));
-    assert_eq!(jwts.token().await.unwrap().id(), first.id(), "kept");
+    assert_eq!(jwts.token().await.unwrap().id(), first.id(), "the token is reused");
 
     clock.jump(Duration::from_secs(301));
     let second = jwts.token().await.unwrap();
@@ -330,12 +366,12 @@ async fn k4_an_engine_signs_once_per_lifetime_and_after_a_rejection() {
     assert!(verifies("HS256", third.expose_secret()));
 }
 
-/// Requests on the same thread would wait for it.
+/// K4: requests on the same thread would wait for an RSA or ECDSA signature.
 #[test]
-fn k4_what_takes_long_is_signed_on_another_thread() {
+fn slow_signatures_run_on_another_thread() {
     let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
-    let (occupied, until) = std::sync::mpsc::channel::<()>();
-    runtime.spawn_blocking(move || until.recv());
+    let (occupied, release) = std::sync::mpsc::channel::<()>();
+    runtime.spawn_blocking(move || release.recv());
     runtime.block_on(async {
         let signers = ALGORITHMS.map(|(algorithm, name)| (name, signer(algorithm, key(name))));
         let mut fetches = Vec::new();
@@ -349,7 +385,7 @@ fn k4_what_takes_long_is_signed_on_another_thread() {
                 Poll::Pending => fetches.push(fetch),
             }
         }
-        assert_eq!(fetches.len(), 8, "the others wait for the one thread there is");
+        assert_eq!(fetches.len(), 8, "the others wait for the only blocking thread");
         drop(occupied);
         for fetch in fetches {
             fetch.await.unwrap();
@@ -357,8 +393,9 @@ fn k4_what_takes_long_is_signed_on_another_thread() {
     });
 }
 
+/// K4: tokio does not advance paused time while the blocking pool is busy.
 #[tokio::test(start_paused = true)]
-async fn k4_paused_time_stands_still_while_another_thread_signs() {
+async fn paused_time_stops_while_signing() {
     let (clock, before) = (clock(), tokio::time::Instant::now());
     let signer = signer(SigningAlgorithm::Ps256, key("PS256")).with_clock(clock.clone());
     let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock));
@@ -366,26 +403,28 @@ async fn k4_paused_time_stands_still_while_another_thread_signs() {
     assert_eq!(before.elapsed(), Duration::ZERO);
 }
 
+/// K4: the runtime shuts down before the signature is made.
 #[test]
-fn k4_a_runtime_that_ends_while_another_thread_signs_is_an_error() {
+fn runtime_shutdown_is_an_error() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let handle = runtime.handle().clone();
     drop(runtime);
     let _entered = handle.enter();
     let signer = signer(SigningAlgorithm::Es256, key("ES256"));
     let mut fetch = tokio_test::task::spawn(Source::fetch(&signer, Reason::First));
-    let Poll::Ready(result) = fetch.poll() else { panic!("waits for ever") };
+    let Poll::Ready(result) = fetch.poll() else { panic!("the fetch never completes") };
     let error = result.unwrap_err();
     assert!(!error.is_permanent());
-    assert_eq!(error.to_string(), "signing was broken off");
+    assert_eq!(error.to_string(), "signing panicked, or its runtime was shut down");
 }
 
+/// K4: a subject is the `sub` of one clone and leaves the others unchanged.
 #[test]
-fn k4_a_subject_is_the_sub_of_one_clone() {
+fn subject_belongs_to_one_clone() {
     let claims = json!({ "sub": "somebody", "iss": "it" });
     let somebody = hs256().with_subject("first").with_claims(claims).unwrap();
     let subject = |signer: &JwtSigner| read(&sign(signer)).1["sub"].clone();
-    assert_eq!(subject(&somebody), "first", "in place of the claim, whichever was given first");
+    assert_eq!(subject(&somebody), "first", "replaces the claim, in either order");
     let other = somebody.clone().with_subject("an \"other\"\n\u{1f600}");
     assert_eq!(subject(&other), "an \"other\"\n\u{1f600}");
     assert_eq!(subject(&somebody), "first");
@@ -393,12 +432,13 @@ fn k4_a_subject_is_the_sub_of_one_clone() {
 
     let changed = other.clone().with_key_id("new").with_lifetime(Duration::from_secs(9)).with_unique_ids();
     assert_eq!(read(&sign(&changed)).0["kid"], "new");
-    assert_eq!(read(&sign(&other)).0.get("kid"), None, "a clone that changes leaves the others as they are");
+    assert_eq!(read(&sign(&other)).0.get("kid"), None, "other clones are unchanged");
     assert_eq!(sign(&other), sign(&other));
 }
 
+/// K4: 1,000 signers share key and claims.
 #[test]
-fn k4_a_signer_for_each_of_many_users_costs_little_more_than_the_subject() {
+fn per_subject_signers_are_small() {
     let claims: Map<String, Value> = (0..100).map(|n| (n.to_string(), json!("a claim"))).collect();
     let signer =
         signer(SigningAlgorithm::Rs256, key("RS256")).with_key_id("a key").with_claims(claims).unwrap();
@@ -411,8 +451,9 @@ fn k4_a_signer_for_each_of_many_users_costs_little_more_than_the_subject() {
     assert!(size_of::<JwtSigner>() <= 24);
 }
 
+/// K4: any text is a valid `kid` and cannot escape the JSON header.
 #[test]
-fn k4_any_key_id_arrives() {
+fn any_key_id_is_preserved() {
     for id in [
         "",
         "a \"quoted\" id",
@@ -428,8 +469,9 @@ fn k4_any_key_id_arrives() {
     }
 }
 
+/// K4: JSON nested beyond the recursion limit of parsers.
 #[test]
-fn k4_claims_that_no_parser_reads_are_refused() {
+fn deeply_nested_claims_are_refused() {
     let nested = |levels: usize| (1..levels).fold(json!({}), |inner, _| json!({ "n": inner }));
     for (levels, accepted) in [(1, true), (127, true), (128, false), (500, false)] {
         let signer = hs256().with_claims(nested(levels));
@@ -443,8 +485,9 @@ fn k4_claims_that_no_parser_reads_are_refused() {
     assert_eq!(error.to_string(), "JWT claims set is not a JSON object, or is nested too deeply");
 }
 
+/// K4: extreme clocks and lifetimes.
 #[tokio::test]
-async fn k4_no_clock_and_no_lifetime_makes_it_panic() {
+async fn extreme_clocks_and_lifetimes_never_panic() {
     let day = Duration::from_secs(24 * 60 * 60);
     let end = (0..63)
         .rev()
@@ -469,20 +512,17 @@ async fn k4_no_clock_and_no_lifetime_makes_it_panic() {
     }
 }
 
-/// What a program meets that has two backends of `jsonwebtoken` and chose none: a default that panics.
+/// K4: a program that enables two `jsonwebtoken` backends and selects neither gets a default that panics.
 #[test]
-fn k4_another_backend_of_jsonwebtoken_changes_nothing() {
+fn default_jsonwebtoken_backend_is_not_used() {
     static PANICS: CryptoProvider = CryptoProvider {
         signer_factory: |_, _| panic!("the default was asked to sign"),
         verifier_factory: |_, _| panic!("the default was asked to verify"),
         key_utils: KeyUtils::new_unimplemented(),
     };
-    // The default is the process's.
+    // The default is process-wide.
     if std::env::var_os(CASE).is_none() {
-        assert_eq!(
-            run("sign::k4_another_backend_of_jsonwebtoken_changes_nothing", "own process", &[]),
-            "signed"
-        );
+        assert_eq!(run("sign::default_jsonwebtoken_backend_is_not_used", "own process", &[]), "signed");
         return;
     }
     PANICS.install_default().unwrap();
@@ -492,7 +532,7 @@ fn k4_another_backend_of_jsonwebtoken_changes_nothing() {
     tell("signed");
 }
 
-/// The bytes of the last block of `pem`.
+/// Decodes the last block of `pem`.
 fn der(pem: &str) -> Vec<u8> {
     let (_, block) = pem.rsplit_once("-----BEGIN").unwrap();
     let mut body = Zeroizing::new(String::with_capacity(block.len()));
@@ -507,18 +547,19 @@ fn pem(label: &str, der: &[u8]) -> String {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
+    /// K4: text that is almost PEM.
     #[test]
-    fn k4_no_text_makes_a_key_panic(text in "\\PC*", dashed in "(-----|BEGIN |END |(RSA |EC |ENCRYPTED )?PRIVATE KEY|[A-Za-z0-9+/=]{1,8}|[ \\r\\n\t:,]){0,16}", bytes in any::<Vec<u8>>()) {
-        let _ = SigningKey::from_pem(&text);
-        let _ = SigningKey::from_pem(&dashed);
+    fn arbitrary_text_never_panics(text in "\\PC*", dashed in "(-----|BEGIN |END |(RSA |EC |ENCRYPTED )?PRIVATE KEY|[A-Za-z0-9+/=]{1,8}|[ \\r\\n\t:,]){0,16}", bytes in any::<Vec<u8>>()) {
+        let _ = SigningKey::from_pem(&*text);
+        let _ = SigningKey::from_pem(&*dashed);
         for label in ["PRIVATE KEY", "RSA PRIVATE KEY", "EC PRIVATE KEY", "PRIVATE KEY-----\n-----BEGIN "] {
-            let _ = SigningKey::from_pem(&pem(label, &bytes));
+            let _ = SigningKey::from_pem(pem(label, &bytes));
         }
     }
 
-    /// What is taken all the same, as some parts of a key are not needed, signs.
+    /// K4: one changed byte or a truncated key. A key that is accepted all the same can sign.
     #[test]
-    fn k4_no_damage_makes_a_key_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
+    fn damaged_keys_never_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()) {
         for (algorithm, label, key) in [
             (SigningAlgorithm::Rs256, "PRIVATE KEY", RSA),
             (SigningAlgorithm::Ps512, "RSA PRIVATE KEY", include_str!("../keys/rsa-pkcs1.pem")),
@@ -534,7 +575,7 @@ proptest! {
             if cut {
                 der.truncate(at);
             }
-            let key = SigningKey::from_pem(&pem(label, &der));
+            let key = SigningKey::from_pem(pem(label, &der));
             if let Ok(signer) = key.and_then(|key| JwtSigner::new(algorithm, key)) {
                 signer.sign().unwrap();
             }
@@ -542,26 +583,27 @@ proptest! {
     }
 }
 
+/// S3: a scan of the process's memory finds the key while it is in use, and not after.
 #[cfg(target_os = "linux")]
 #[test]
-fn s3_a_key_is_wiped_when_the_last_of_its_clones_drops() {
+fn key_is_wiped_with_its_last_clone() {
     use crate::secrets::resident;
 
-    // In a process of its own there is less memory to look through, and nobody else's.
+    // A separate process has less memory to scan, and none of other tests.
     if std::env::var_os(CASE).is_none() {
-        run("sign::s3_a_key_is_wiped_when_the_last_of_its_clones_drops", "own process", &[]);
+        run("sign::key_is_wiped_with_its_last_clone", "own process", &[]);
         return;
     }
     let mask = |bytes: &[u8]| bytes.iter().map(|byte| !byte).collect::<Vec<u8>>();
     for (algorithm, pem, file) in
         [(SigningAlgorithm::Rs256, RSA, "rsa.pem"), (SigningAlgorithm::Es384, P384, "p384.pem")]
     {
-        // `pem` stands in memory that is not writable, where nobody looks.
+        // `pem` itself is in read-only memory, which `resident` does not scan.
         let in_lines = mask(pem.as_bytes());
         let in_base64: Vec<u8> = in_lines.iter().copied().filter(|byte| *byte != !b'\n').collect();
         let mut in_binary = der(pem);
         in_binary.iter_mut().for_each(|byte| *byte = !*byte);
-        // The allocator writes into the ends of what is freed.
+        // The allocator overwrites both ends of a freed block.
         let middle = |masked: &[u8]| masked[masked.len() / 2..][..80].to_vec();
         let forms = [middle(&in_lines), middle(&in_base64), middle(&in_binary)];
         let found = || forms.each_ref().map(|form| resident(form));
@@ -569,15 +611,15 @@ fn s3_a_key_is_wiped_when_the_last_of_its_clones_drops() {
 
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/keys").join(file);
         let key = SigningKey::from_pem_file(path).unwrap();
-        assert_eq!(found(), [0, 0, 1], "{file}: what it was made from is wiped");
+        assert_eq!(found(), [0, 0, 1], "{file}: the PEM and its decoded copies are wiped");
         let signer = JwtSigner::new(algorithm, key.clone()).unwrap();
         let signers = [signer.clone().with_subject("a"), signer.with_key_id("b")];
-        assert_eq!(found(), [0, 0, 1], "{file}: clones share it");
+        assert_eq!(found(), [0, 0, 1], "{file}: clones share one key");
 
         let token = signers[0].sign().unwrap();
         let masked = mask(token.expose_secret().as_bytes());
         let signature = &masked[masked.len() - 100..][..80];
-        assert_eq!(resident(signature), 1, "{file}: the signature is in the token only");
+        assert_eq!(resident(signature), 1, "{file}: only the token holds the signature");
         drop((signers, token));
         assert_eq!((resident(signature), found()), (0, [0, 0, 1]), "{file}");
         drop(key);

@@ -1,4 +1,4 @@
-//! The simulator itself, met with hand-written requests: what it accepts is the contract's, not the layers'.
+//! Tests the simulator against the API contract, with hand-written requests instead of the layers.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -37,28 +37,28 @@ const CHAT: &str = "/v1/chat/completions";
 const SESSIONS: &str = "/v1/audio/agent/sessions";
 
 #[tokio::test]
-async fn credentials_are_judged_by_the_contract() {
+async fn credentials_are_checked_by_the_contract() {
     let simulator = Simulator::new();
     let key = simulator.issue_key();
     let bearer = format!("Bearer {key}");
     let minute = Duration::from_secs(60);
     let jwt = format!("Bearer {}", simulator.mint_jwt(JwtAlgorithm::Hs256, minute));
     let other_issuer = format!("Bearer {}", Simulator::new().mint_jwt(JwtAlgorithm::Es256, minute));
-    let (auth, own) = ("authorization", "x-api-key");
+    let (auth, x_api_key) = ("authorization", "x-api-key");
     for (path, headers, status, code) in [
         (CHAT, &[][..], 401, "missing_api_key"),
         (CHAT, &[(auth, &*bearer)], 200, ""),
-        (CHAT, &[(own, &*key)], 200, ""),
-        (CHAT, &[(auth, &*jwt), (own, &*key)], 200, ""),
+        (CHAT, &[(x_api_key, &*key)], 200, ""),
+        (CHAT, &[(auth, &*jwt), (x_api_key, &*key)], 200, ""),
         (CHAT, &[(auth, &*jwt)], 401, "missing_api_key"),
         (CHAT, &[(auth, &*key)], 401, "missing_api_key"),
         (CHAT, &[(auth, "Bearer sk-selam-unknown")], 401, "invalid_api_key"),
-        (CHAT, &[(own, "sk-selam-unknown")], 401, "invalid_api_key"),
-        (CHAT, &[(auth, &*other_issuer), (own, &*key)], 401, "invalid_token"),
+        (CHAT, &[(x_api_key, "sk-selam-unknown")], 401, "invalid_api_key"),
+        (CHAT, &[(auth, &*other_issuer), (x_api_key, &*key)], 401, "invalid_token"),
         (CHAT, &[(auth, &*bearer), (auth, &*bearer)], 400, "duplicate_header"),
-        (CHAT, &[(own, &*key), (own, &*key)], 400, "duplicate_header"),
+        (CHAT, &[(x_api_key, &*key), (x_api_key, &*key)], 400, "duplicate_header"),
         (SESSIONS, &[(auth, &*bearer)], 401, "missing_token"),
-        (SESSIONS, &[(auth, &*jwt), (own, &*key)], 200, ""),
+        (SESSIONS, &[(auth, &*jwt), (x_api_key, &*key)], 200, ""),
         ("/v1/unknown", &[(auth, &*bearer)], 404, "not_found"),
         ("/v1/audio/agent", &[(auth, &*bearer)], 405, "method_not_allowed"),
     ] {
@@ -73,7 +73,7 @@ async fn credentials_are_judged_by_the_contract() {
 }
 
 #[tokio::test]
-async fn the_documented_errors_are_word_for_word() {
+async fn documented_errors_match_word_for_word() {
     let simulator = Simulator::new();
     let limited = simulator.issue_limited_key();
     let seen: Vec<Value> = serde_json::from_str(include_str!("../error-bodies.json")).unwrap();
@@ -93,7 +93,7 @@ async fn the_documented_errors_are_word_for_word() {
 }
 
 #[tokio::test]
-async fn its_endpoints_answer_in_kind() {
+async fn each_endpoint_sends_its_response_type() {
     let simulator = Simulator::new();
     let key = simulator.issue_key();
     let auth = [("x-api-key", &*key)];
@@ -130,7 +130,7 @@ async fn its_endpoints_answer_in_kind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_response_tells_the_rate_limit_and_it_is_kept() {
+async fn rate_limit_is_announced_and_enforced() {
     let simulator = Simulator::new();
     simulator.set_rate_limit(2);
     let key = simulator.issue_key();
@@ -148,11 +148,11 @@ async fn every_response_tells_the_rate_limit_and_it_is_kept() {
     tokio::time::advance(Duration::from_secs(60)).await;
     assert_eq!(call().await.status(), 200);
     simulator.set_rate_limit(1);
-    assert_eq!(call().await.headers()["x-request-id"], "req_5", "a new limit does not number anew");
+    assert_eq!(call().await.headers()["x-request-id"], "req_5", "a new limit does not reset the request ids");
 }
 
 #[tokio::test]
-async fn each_fault_meets_one_request_in_its_turn() {
+async fn each_fault_affects_one_request_in_order() {
     let simulator = Simulator::new();
     let key = simulator.issue_key();
     let headers = [("x-api-key", &*key)];
@@ -185,7 +185,7 @@ async fn each_fault_meets_one_request_in_its_turn() {
 }
 
 #[tokio::test]
-async fn it_tells_what_it_received() {
+async fn received_requests_are_recorded() {
     let simulator = Simulator::new();
     let long = "x".repeat(100_000);
     call(&simulator, "/v1/chat/completions?a=b", &[("x-mark", "1")], json!(long)).await;
@@ -196,7 +196,7 @@ async fn it_tells_what_it_received() {
 }
 
 #[tokio::test]
-async fn jwts_are_refused_while_it_says_so() {
+async fn reject_jwts_can_be_turned_off() {
     let simulator = Simulator::new();
     let key = simulator.issue_key();
     let jwt = format!("Bearer {}", simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(60)));
@@ -208,7 +208,7 @@ async fn jwts_are_refused_while_it_says_so() {
     assert_eq!(call().await.status(), StatusCode::OK);
 }
 
-// The token endpoint.
+// The token endpoint:
 
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 const JWT_BEARER: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
@@ -218,14 +218,22 @@ type Pairs<'a> = &'a [(&'a str, &'a str)];
 
 const CLIENT_CREDENTIALS: Pairs<'static> = &[("grant_type", "client_credentials")];
 
-/// Asks for a token with a form of these parameters.
-async fn ask(simulator: &Simulator, headers: Pairs<'_>, form: Pairs<'_>) -> Response<SimulatorBody> {
+/// Requests a token with a form of these parameters.
+async fn request_token(
+    simulator: &Simulator,
+    headers: Pairs<'_>,
+    form: Pairs<'_>,
+) -> Response<SimulatorBody> {
     let form: Vec<_> =
         form.iter().map(|(name, value)| format!("{}={}", encoded(name), encoded(value))).collect();
-    ask_raw(simulator, headers, form.join("&")).await
+    request_token_raw(simulator, headers, form.join("&")).await
 }
 
-async fn ask_raw(simulator: &Simulator, headers: Pairs<'_>, body: String) -> Response<SimulatorBody> {
+async fn request_token_raw(
+    simulator: &Simulator,
+    headers: Pairs<'_>,
+    body: String,
+) -> Response<SimulatorBody> {
     let mut request =
         Request::post("/oauth/token").header("content-type", "application/x-www-form-urlencoded");
     for (name, value) in headers {
@@ -234,10 +242,10 @@ async fn ask_raw(simulator: &Simulator, headers: Pairs<'_>, body: String) -> Res
     simulator.clone().oneshot(request.body(Full::<Bytes>::from(body)).unwrap()).await.unwrap()
 }
 
-/// Asks as a public client.
+/// Refreshes as a public client.
 async fn refresh(simulator: &Simulator, token: &str) -> Response<SimulatorBody> {
     let form = [("grant_type", "refresh_token"), ("refresh_token", token), ("client_id", "app")];
-    ask(simulator, &[], &form).await
+    request_token(simulator, &[], &form).await
 }
 
 fn encoded(text: &str) -> String {
@@ -253,7 +261,7 @@ fn claims(granted: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn clients_are_known_by_their_secret_and_accounts_by_their_key() {
+async fn clients_and_accounts_authenticate() {
     let simulator = Simulator::new();
     let (id, secret) = simulator.issue_client();
     assert!(id.starts_with("client-"), "{id}");
@@ -286,7 +294,7 @@ async fn clients_are_known_by_their_secret_and_accounts_by_their_key() {
         (&[], &[grant, client_secret], 400, "invalid_request", ""),
     ];
     for &(headers, form, status, error, challenge) in cases {
-        let answer = ask(&simulator, headers, form).await;
+        let answer = request_token(&simulator, headers, form).await;
         assert_eq!(answer.status().as_u16(), status, "{headers:?} {form:?}");
         let challenged = answer.headers().get("www-authenticate").map(|value| value.to_str().unwrap());
         assert_eq!(challenged.unwrap_or_default(), challenge, "{headers:?} {form:?}");
@@ -295,11 +303,11 @@ async fn clients_are_known_by_their_secret_and_accounts_by_their_key() {
         assert_eq!(answer["access_token"].is_string(), status == 200);
     }
     simulator.revoke_key(&key);
-    assert_eq!(ask(&simulator, &[(auth, &bearer)], CLIENT_CREDENTIALS).await.status(), 401);
+    assert_eq!(request_token(&simulator, &[(auth, &bearer)], CLIENT_CREDENTIALS).await.status(), 401);
 }
 
 #[tokio::test]
-async fn a_grant_is_answered_as_its_rfc_has_it() {
+async fn grants_follow_their_rfcs() {
     let simulator = Simulator::new();
     let bearer = format!("Bearer {}", simulator.issue_key());
     let token = simulator.issue_refresh_token();
@@ -325,7 +333,7 @@ async fn a_grant_is_answered_as_its_rfc_has_it() {
         (&[grant(JWT_BEARER), ("assertion", "a.b.c")], "simulated-user", json!({})),
     ];
     for (form, subject, more) in cases {
-        let answer = ask(&simulator, &[("authorization", &bearer)], form).await;
+        let answer = request_token(&simulator, &[("authorization", &bearer)], form).await;
         assert_eq!(answer.status(), StatusCode::OK, "{form:?}");
         assert_eq!(answer.headers()["content-type"], "application/json");
         assert_eq!(answer.headers()["cache-control"], "no-store");
@@ -340,12 +348,13 @@ async fn a_grant_is_answered_as_its_rfc_has_it() {
         assert_eq!(Value::from(granted.clone()), expected, "{form:?}");
     }
     simulator.set_token_lifetime(Duration::from_millis(1_500));
-    let granted = json(ask(&simulator, &[("authorization", &bearer)], CLIENT_CREDENTIALS).await).await;
+    let granted =
+        json(request_token(&simulator, &[("authorization", &bearer)], CLIENT_CREDENTIALS).await).await;
     assert_eq!(granted["expires_in"], 1.5);
 }
 
 #[tokio::test]
-async fn a_request_for_no_grant_is_refused() {
+async fn invalid_token_requests_are_refused() {
     let simulator = Simulator::new();
     let bearer = format!("Bearer {}", simulator.issue_key());
     let headers = [("authorization", &*bearer)];
@@ -366,7 +375,7 @@ async fn a_request_for_no_grant_is_refused() {
         (format!("grant_type={jwt_bearer}&assertion=a.b"), "invalid_grant"),
         (format!("grant_type={jwt_bearer}&assertion=a..c"), "invalid_grant"),
     ] {
-        let answer = ask_raw(&simulator, &headers, body.clone()).await;
+        let answer = request_token_raw(&simulator, &headers, body.clone()).await;
         assert_eq!(answer.status(), StatusCode::BAD_REQUEST, "{body}");
         assert_eq!(answer.headers()["content-type"], "application/json");
         assert_eq!(answer.headers()["cache-control"], "no-store");
@@ -381,11 +390,11 @@ async fn a_request_for_no_grant_is_refused() {
     assert_eq!(answer.headers()["allow"], "POST");
 
     let answer = call(&simulator, "/oauth/token", &headers, json!({})).await;
-    assert_eq!(json(answer).await["error"], "invalid_request", "no form");
+    assert_eq!(json(answer).await["error"], "invalid_request", "the body is not a form");
 }
 
 #[tokio::test]
-async fn a_spent_refresh_token_revokes_all_that_came_of_it() {
+async fn refresh_token_reuse_revokes_the_family() {
     let simulator = Simulator::new();
     let (first, other) = (simulator.issue_refresh_token(), simulator.issue_refresh_token());
     let next = async |token: &str| {
@@ -405,7 +414,7 @@ async fn a_spent_refresh_token_revokes_all_that_came_of_it() {
     assert_eq!(simulator.reused_refresh_tokens(), 1);
     assert!(!simulator.is_refresh_token_valid(&third));
     assert_eq!(json(refresh(&simulator, &third).await).await["error"], "invalid_grant");
-    assert_eq!(simulator.reused_refresh_tokens(), 1, "the newest was not spent, but revoked");
+    assert_eq!(simulator.reused_refresh_tokens(), 1, "the newest token was revoked, not spent");
 
     assert!(simulator.is_refresh_token_valid(&other), "another family");
     simulator.revoke_refresh_tokens();
@@ -413,7 +422,7 @@ async fn a_spent_refresh_token_revokes_all_that_came_of_it() {
 }
 
 #[tokio::test]
-async fn a_refresh_token_that_does_not_rotate_stays_valid() {
+async fn refresh_token_without_rotation_stays_valid() {
     let simulator = Simulator::new();
     simulator.rotate_refresh_tokens(false);
     let token = simulator.issue_refresh_token();
@@ -426,20 +435,20 @@ async fn a_refresh_token_that_does_not_rotate_stays_valid() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_not_authenticated_spends_no_refresh_token() {
+async fn unauthenticated_client_spends_no_refresh_token() {
     let simulator = Simulator::new();
     let token = simulator.issue_refresh_token();
     let form = [("grant_type", "refresh_token"), ("refresh_token", &*token)];
     let wrong = basic("app", "wrong");
     let none: Pairs<'_> = &[];
     for headers in [none, &[("authorization", &*wrong)]] {
-        assert_eq!(json(ask(&simulator, headers, &form).await).await["error"], "invalid_client");
+        assert_eq!(json(request_token(&simulator, headers, &form).await).await["error"], "invalid_client");
     }
     assert!(simulator.is_refresh_token_valid(&token));
 }
 
 #[tokio::test]
-async fn each_token_fault_meets_one_token_request_in_its_turn() {
+async fn each_token_fault_affects_one_request_in_order() {
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     let simulator = Simulator::new().with_clock(clock);
     let token = simulator.issue_refresh_token();
@@ -455,35 +464,35 @@ async fn each_token_fault_meets_one_token_request_in_its_turn() {
     ] {
         simulator.inject_token_fault(fault);
     }
-    let ask = || refresh(&simulator, &token);
+    let request = || refresh(&simulator, &token);
 
-    assert_eq!(ask().await.status(), StatusCode::INTERNAL_SERVER_ERROR);
-    assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE);
-    let limited = ask().await;
+    assert_eq!(request().await.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(request().await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let limited = request().await;
     assert_eq!(limited.status(), StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(limited.headers()["retry-after"], "9");
-    let denied = ask().await;
+    let denied = request().await;
     assert_eq!(denied.status(), StatusCode::BAD_REQUEST);
     assert_eq!(json(denied).await["error"], "invalid_grant");
-    let garbage = ask().await;
+    let garbage = request().await;
     assert_eq!(garbage.status(), StatusCode::OK);
     let garbage = garbage.into_body().collect().await.unwrap().to_bytes();
     assert!(!garbage.is_empty() && serde_json::from_slice::<Value>(&garbage).is_err());
-    let page = ask().await;
+    let page = request().await;
     assert_eq!(page.status(), StatusCode::OK);
     assert_eq!(page.headers()["content-type"], "text/html; charset=UTF-8");
-    let redirect = ask().await;
+    let redirect = request().await;
     assert_eq!(redirect.status(), StatusCode::TEMPORARY_REDIRECT);
     assert_eq!(redirect.headers()["location"], "https://elsewhere.example/token");
-    let tea = ask().await;
+    let tea = request().await;
     assert_eq!(tea.status(), StatusCode::IM_A_TEAPOT);
     assert_eq!(tea.into_body().collect().await.unwrap().to_bytes(), "tea");
-    assert!(simulator.is_refresh_token_valid(&token), "none of these spends it");
+    assert!(simulator.is_refresh_token_valid(&token), "none of these faults spends it");
 
     simulator.inject_token_fault(TokenFault::Expired);
-    let expired = json(ask().await).await;
+    let expired = json(request().await).await;
     assert_eq!(expired["expires_in"], 0);
-    // Time is not paused: a little of it passes.
+    // Time is not paused, so a little of it passes.
     let exp = claims(&expired)["exp"].as_f64().unwrap();
     assert!((1_899_999_940.0..1_900_000_000.0).contains(&exp), "{exp}");
     assert!(!simulator.is_refresh_token_valid(&token), "spent");
@@ -498,7 +507,7 @@ async fn each_token_fault_meets_one_token_request_in_its_turn() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_slow_answer_has_spent_the_refresh_token_before_it_comes() {
+async fn slow_response_spends_the_token_first() {
     let simulator = Simulator::new();
     let token = simulator.issue_refresh_token();
     simulator.inject_token_fault(TokenFault::Slow(Duration::from_secs(30)));
@@ -513,7 +522,7 @@ async fn a_slow_answer_has_spent_the_refresh_token_before_it_comes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hanging_request_is_counted_and_spends_nothing() {
+async fn hanging_request_is_counted_and_spends_nothing() {
     let simulator = Simulator::new();
     let token = simulator.issue_refresh_token();
     simulator.inject_token_fault(TokenFault::Hang);
@@ -526,7 +535,7 @@ async fn a_hanging_request_is_counted_and_spends_nothing() {
 }
 
 #[tokio::test]
-async fn an_outage_lasts_and_the_faults_wait() {
+async fn faults_wait_until_an_outage_ends() {
     let simulator = Simulator::new();
     let token = simulator.issue_refresh_token();
     simulator.inject_token_fault(TokenFault::ServerError);
@@ -540,7 +549,7 @@ async fn an_outage_lasts_and_the_faults_wait() {
 }
 
 #[tokio::test]
-async fn the_token_endpoint_is_apart_from_the_apis_faults_and_rate_limit() {
+async fn api_faults_and_limit_spare_the_token_endpoint() {
     let simulator = Simulator::new();
     simulator.set_rate_limit(1);
     simulator.inject(Fault::Unavailable);
@@ -549,8 +558,11 @@ async fn the_token_endpoint_is_apart_from_the_apis_faults_and_rate_limit() {
     let bearer = format!("Bearer {key}");
     let headers = [("authorization", &*bearer)];
 
-    assert_eq!(ask(&simulator, &headers, CLIENT_CREDENTIALS).await.status(), StatusCode::BAD_REQUEST);
-    let granted = ask(&simulator, &headers, CLIENT_CREDENTIALS).await;
+    assert_eq!(
+        request_token(&simulator, &headers, CLIENT_CREDENTIALS).await.status(),
+        StatusCode::BAD_REQUEST
+    );
+    let granted = request_token(&simulator, &headers, CLIENT_CREDENTIALS).await;
     assert_eq!(granted.status(), StatusCode::OK);
     assert!(RateLimit::from_headers(granted.headers()).is_none());
     let unavailable = call(&simulator, CHAT, &headers, json!({})).await;
@@ -562,13 +574,14 @@ async fn the_token_endpoint_is_apart_from_the_apis_faults_and_rate_limit() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_access_token_is_accepted_for_its_lifetime() {
+async fn access_token_is_accepted_for_its_lifetime() {
     let clock = TestClock::new(UNIX_EPOCH + Duration::from_millis(1_900_000_000_700));
     let simulator = Simulator::new().with_clock(clock.clone());
     simulator.set_token_lifetime(Duration::from_secs(2));
     let key = simulator.issue_key();
     let bearer = format!("Bearer {key}");
-    let granted = json(ask(&simulator, &[("authorization", &bearer)], CLIENT_CREDENTIALS).await).await;
+    let granted =
+        json(request_token(&simulator, &[("authorization", &bearer)], CLIENT_CREDENTIALS).await).await;
     assert_eq!(granted["expires_in"], 2);
     let jwt = format!("Bearer {}", granted["access_token"].as_str().unwrap());
     let headers = [("authorization", &*jwt), ("x-api-key", &*key)];
@@ -580,11 +593,11 @@ async fn an_access_token_is_accepted_for_its_lifetime() {
     tokio::time::advance(Duration::from_millis(1)).await;
     assert_eq!(json(call().await).await["error"]["code"], "invalid_token");
     clock.jump_back(Duration::from_secs(1));
-    assert_eq!(call().await.status(), StatusCode::OK, "the wall clock decides");
+    assert_eq!(call().await.status(), StatusCode::OK, "expiry follows the wall clock");
 }
 
 #[test]
-fn a_token_fault_shows_no_body() {
+fn token_fault_debug_shows_no_body() {
     let answer = Response::builder().status(400).body(Bytes::from_static(b"secret")).unwrap();
     assert_eq!(format!("{:?}", TokenFault::Answer(answer)), "Answer(400 Bad Request)");
     let limited = TokenFault::RateLimited { retry_after: Duration::from_secs(9) };

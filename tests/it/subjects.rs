@@ -1,4 +1,4 @@
-//! A JWT for each user: H4, F1, J2 and R1 by subject, and who is remembered.
+//! A JWT for each subject: H4, H5, O1, F1, J2 and R1 per subject, and which subjects are kept in memory.
 
 use std::{
     collections::HashMap,
@@ -30,56 +30,56 @@ const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// How often each subject's token was fetched.
-type Asked = Arc<Mutex<HashMap<String, usize>>>;
+type Fetches = Arc<Mutex<HashMap<String, usize>>>;
 
-/// Gives `jwt-of-NAME-1`, then `-2`; each takes so long and lives an hour.
-fn mint(takes: Duration) -> (PerSubject, Asked) {
-    let asked = Asked::default();
+/// Issues `jwt-of-NAME-1`, then `-2`, …; each fetch takes this long and each token lives an hour.
+fn mint(fetch_time: Duration) -> (PerSubject, Fetches) {
+    let fetches = Fetches::default();
     let tokens = PerSubject::new({
-        let asked = Arc::clone(&asked);
+        let fetches = Arc::clone(&fetches);
         move |subject: &Subject| {
-            let (asked, name) = (Arc::clone(&asked), subject.as_str().to_owned());
+            let (fetches, name) = (Arc::clone(&fetches), subject.as_str().to_owned());
             source_fn(move |_: Reason<Token>| {
                 let number = {
-                    let mut asked = asked.lock().unwrap();
-                    let count = asked.entry(name.clone()).or_default();
+                    let mut fetches = fetches.lock().unwrap();
+                    let count = fetches.entry(name.clone()).or_default();
                     *count += 1;
                     *count
                 };
                 let text = format!("jwt-of-{name}-{number}");
                 async move {
                     // Even the shortest sleep takes a millisecond.
-                    if !takes.is_zero() {
-                        sleep(takes).await;
+                    if !fetch_time.is_zero() {
+                        sleep(fetch_time).await;
                     }
                     Ok::<_, BoxError>(Fetched::new(Token::new(text)?).with_lifetime(60 * MINUTE))
                 }
             })
         }
     });
-    (tokens, asked)
+    (tokens, fetches)
 }
 
-fn times(asked: &Asked, name: &str) -> usize {
-    asked.lock().unwrap().get(name).copied().unwrap_or_default()
+fn fetch_count(fetches: &Fetches, name: &str) -> usize {
+    fetches.lock().unwrap().get(name).copied().unwrap_or_default()
 }
 
-fn of(name: &str) -> Request<()> {
+fn request_of(name: &str) -> Request<()> {
     let mut request = get(MODELS);
     request.extensions_mut().insert(Subject::new(name));
     request
 }
 
-fn with(mut request: Request<()>, auth: RequestAuth) -> Request<()> {
+fn with_auth(mut request: Request<()>, auth: RequestAuth) -> Request<()> {
     request.extensions_mut().insert(auth);
     request
 }
 
-fn sent(request: &Request<()>) -> (Vec<String>, Vec<String>) {
+fn auth_headers(request: &Request<()>) -> (Vec<String>, Vec<String>) {
     (values(request, "authorization"), values(request, "x-api-key"))
 }
 
-fn pair(jwt: &str) -> (Vec<String>, Vec<String>) {
+fn jwt_and_key(jwt: &str) -> (Vec<String>, Vec<String>) {
     (vec![format!("Bearer {jwt}")], vec![KEY.to_owned()])
 }
 
@@ -90,36 +90,42 @@ async fn settle() {
     }
 }
 
+/// H4: each request gets its subject's JWT; a request without a subject is refused.
 #[tokio::test(start_paused = true)]
-async fn h4_each_request_has_its_own_users_jwt_and_no_other() {
-    let (tokens, asked) = mint(Duration::ZERO);
-    let layer = JwtLayer::new(&tokens, key());
+async fn each_request_gets_its_subjects_jwt() {
+    let (tokens, fetches) = mint(Duration::ZERO);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
     for name in ["one", "two", "one", "three", "two"] {
-        let request = send(&layer, of(name)).await.unwrap();
-        assert_eq!(sent(&request), pair(&format!("jwt-of-{name}-1")));
+        let request = send(&layer, request_of(name)).await.unwrap();
+        assert_eq!(auth_headers(&request), jwt_and_key(&format!("jwt-of-{name}-1")));
     }
-    assert_eq!((times(&asked, "one"), tokens.len()), (1, 3));
+    assert_eq!((fetch_count(&fetches, "one"), tokens.len()), (1, 3));
 
-    // The next request without a name does not have the last one's.
+    // A request without a subject does not get the JWT of the previous one.
     let refused = send(&layer, get(MODELS)).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::CredentialUnavailable);
     assert!(refused.to_string().contains("names no `Subject`"), "{refused}");
 }
 
+/// H4: a subject combines with `ApiKeyAndJwt`, `ApiKey`, `Anonymous` and `VoiceAgent`.
 #[tokio::test(start_paused = true)]
-async fn h4_a_name_goes_with_every_choice_of_credentials() {
-    let (tokens, asked) = mint(Duration::ZERO);
-    let layer = JwtLayer::new(&tokens, key());
-    let request = send(&layer, with(of("one"), RequestAuth::ApiKeyAndJwt)).await.unwrap();
-    assert_eq!(sent(&request), pair("jwt-of-one-1"));
+async fn subject_combines_with_request_auth() {
+    let (tokens, fetches) = mint(Duration::ZERO);
+    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&tokens).build().unwrap();
+    let request = send(&layer, with_auth(request_of("one"), RequestAuth::ApiKeyAndJwt)).await.unwrap();
+    assert_eq!(auth_headers(&request), jwt_and_key("jwt-of-one-1"));
 
-    for request in [of("nobody"), get(MODELS)] {
-        let request = send(&layer, with(request, RequestAuth::ApiKey)).await.unwrap();
-        assert_eq!(sent(&request), (vec![format!("Bearer {KEY}")], vec![]));
+    for request in [request_of("nobody"), get(MODELS)] {
+        let request = send(&layer, with_auth(request, RequestAuth::ApiKey)).await.unwrap();
+        assert_eq!(auth_headers(&request), (vec![format!("Bearer {KEY}")], vec![]));
     }
-    let request = send(&layer, with(of("nobody"), RequestAuth::Anonymous)).await.unwrap();
-    assert_eq!(sent(&request), (vec![], vec![]));
-    assert_eq!((times(&asked, "nobody"), tokens.len()), (0, 1), "whose token is not wanted is not fetched");
+    let request = send(&layer, with_auth(request_of("nobody"), RequestAuth::Anonymous)).await.unwrap();
+    assert_eq!(auth_headers(&request), (vec![], vec![]));
+    assert_eq!(
+        (fetch_count(&fetches, "nobody"), tokens.len()),
+        (0, 1),
+        "a token that is not needed is not fetched"
+    );
 
     let mut agent = handshake("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes");
     agent.extensions_mut().insert(Subject::new("two"));
@@ -127,42 +133,51 @@ async fn h4_a_name_goes_with_every_choice_of_credentials() {
     assert_eq!(agent.uri().query(), Some(&*format!("voice=mekdes&token=jwt-of-two-1&api_key={KEY}")));
 }
 
+/// H4: a layer with one JWT for all, or with none, refuses a request that names a subject.
 #[tokio::test(start_paused = true)]
-async fn h4_a_layer_that_has_one_jwt_or_none_refuses_a_name() {
-    let renewing = Refreshing::new(source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
-    renewing.prefetch().await.unwrap();
-    let refused = |result: Result<Request<()>, AuthError>| {
+async fn layer_without_subjects_refuses_a_subject() {
+    let refreshing = Refreshing::new(source_fn(|_: Reason<Token>| ready(Ok::<_, BoxError>(jwt()))));
+    refreshing.prefetch().await.unwrap();
+    let assert_refused = |result: Result<Request<()>, AuthError>| {
         let error = result.unwrap_err();
         assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
         assert!(error.to_string().contains("the same credentials for all"), "{error}");
     };
-    for layer in
-        [JwtLayer::new(jwt(), key()), JwtLayer::new(&renewing, key()), JwtLayer::beside_api_key(jwt())]
-    {
-        refused(send(&layer, of("one")).await);
+    for layer in [JwtLayer::new(jwt()), JwtLayer::new(&refreshing)] {
+        assert_refused(send(&layer, request_of("one")).await);
     }
-    for layer in [ApiKeyLayer::bearer(key()), ApiKeyLayer::x_api_key(key())] {
-        refused(send(&layer, of("one")).await);
-    }
-    refused(send(&SelamLayer::builder().with_api_key(key()).build().unwrap(), of("one")).await);
-    // What asks for the key alone, or for nothing, does not want the name's JWT.
+    assert_refused(send(&ApiKeyLayer::bearer(key()), request_of("one")).await);
+    assert_refused(
+        send(&SelamLayer::builder().with_api_key(key()).build().unwrap(), request_of("one")).await,
+    );
+    // A request for the key alone, or for no credentials, needs no JWT.
     for auth in [RequestAuth::ApiKey, RequestAuth::Anonymous] {
-        send(&JwtLayer::new(jwt(), key()), with(of("one"), auth)).await.unwrap();
+        send(&(JwtLayer::new(jwt()), ApiKeyLayer::x_api_key(key())), with_auth(request_of("one"), auth))
+            .await
+            .unwrap();
     }
 }
 
+/// H4: a JWT layer and a key layer, in either order, accept a request that names a subject.
 #[tokio::test(start_paused = true)]
-async fn h4_two_layers_beside_each_other_take_a_name_in_either_order() {
+async fn separate_layers_take_a_subject_in_either_order() {
     let (tokens, _) = mint(Duration::ZERO);
-    let (jwt, key) = (JwtLayer::beside_api_key(&tokens), ApiKeyLayer::beside_jwt(key()));
-    let outside = ServiceBuilder::new().layer(jwt.clone()).layer(key.clone()).into_inner();
-    let inside = ServiceBuilder::new().layer(key).layer(jwt).into_inner();
-    assert_eq!(sent(&send(&outside, of("one")).await.unwrap()), pair("jwt-of-one-1"));
-    assert_eq!(sent(&send(&inside, of("one")).await.unwrap()), pair("jwt-of-one-1"));
+    let (jwt, key) = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    let jwt_outside = ServiceBuilder::new().layer(jwt.clone()).layer(key.clone()).into_inner();
+    let key_outside = ServiceBuilder::new().layer(key).layer(jwt).into_inner();
+    assert_eq!(
+        auth_headers(&send(&jwt_outside, request_of("one")).await.unwrap()),
+        jwt_and_key("jwt-of-one-1")
+    );
+    assert_eq!(
+        auth_headers(&send(&key_outside, request_of("one")).await.unwrap()),
+        jwt_and_key("jwt-of-one-1")
+    );
 }
 
+/// H4: a redirected request that lost its subject is refused.
 #[tokio::test(start_paused = true)]
-async fn h4_a_redirect_that_loses_the_name_fails_closed() {
+async fn redirect_that_loses_the_subject_fails_closed() {
     let (tokens, _) = mint(Duration::ZERO);
     let seen: Arc<Mutex<Vec<String>>> = Arc::default();
     let api = service_fn({
@@ -176,42 +191,48 @@ async fn h4_a_redirect_that_loses_the_name_fails_closed() {
     let origins = Origins::selam().with_origin("https://other.example").unwrap();
     let service = ServiceBuilder::new()
         .layer(FollowRedirectLayer::new())
-        .layer(JwtLayer::new(&tokens, key()).with_origins(origins))
+        .layer((
+            JwtLayer::new(&tokens).with_origins(origins.clone()),
+            ApiKeyLayer::x_api_key(key()).with_origins(origins),
+        ))
         .service(api);
-    let error = service.oneshot(of("one").map(|()| Body::default())).await.unwrap_err();
+    let error = service.oneshot(request_of("one").map(|()| Body::default())).await.unwrap_err();
     let error = AuthError::find(&*error).unwrap();
     assert_eq!(error.kind(), AuthErrorKind::CredentialUnavailable);
     assert_eq!(*seen.lock().unwrap(), [MODELS]);
 }
 
+/// O1: a request to a disallowed origin fetches no JWT; in strip mode, credentials are removed from its query.
 #[tokio::test(start_paused = true)]
-async fn o1_nobody_is_asked_about_for_a_request_that_may_not_be_sent() {
-    let (tokens, asked) = mint(Duration::ZERO);
+async fn disallowed_origin_fetches_no_jwt() {
+    let (tokens, fetches) = mint(Duration::ZERO);
     let elsewhere = |uri| {
         let mut request = get(uri);
         request.extensions_mut().insert(Subject::new("one"));
         request
     };
-    let layer = JwtLayer::new(&tokens, key());
-    let error = send(&layer, elsewhere("https://other.example/")).await.unwrap_err();
+    let builder = SelamLayer::builder().with_api_key(key()).with_jwt(&tokens);
+    let error =
+        send(&builder.clone().build().unwrap(), elsewhere("https://other.example/")).await.unwrap_err();
     assert_eq!(error.kind(), AuthErrorKind::OriginNotAllowed);
-    let layer = layer.with_origins(Origins::selam().strip_for_other_origins());
+    let layer = builder.with_origins(Origins::selam().strip_for_other_origins()).build().unwrap();
     let request = send(&layer, elsewhere("https://other.example/")).await.unwrap();
-    assert_eq!(sent(&request), (vec![], vec![]));
-    assert_eq!((times(&asked, "one"), tokens.len()), (0, 0));
+    assert_eq!(auth_headers(&request), (vec![], vec![]));
+    assert_eq!((fetch_count(&fetches, "one"), tokens.len()), (0, 0));
 
-    // Once there is one, it is taken out of where it does not belong, and so is the key.
+    // Once the subject has a JWT, it is stripped from the query for other origins, and so is the key.
     tokens.of_subject(&Subject::new("one")).prefetch().await.unwrap();
     let leaky = format!("https://other.example/?token=jwt-of-one-1&api_key={KEY}&x=1");
     let request = send(&layer, elsewhere(&leaky)).await.unwrap();
     assert_eq!(request.uri().query(), Some("x=1"));
-    let request = send(&layer, with(elsewhere(&leaky), RequestAuth::Anonymous)).await.unwrap();
+    let request = send(&layer, with_auth(elsewhere(&leaky), RequestAuth::Anonymous)).await.unwrap();
     assert_eq!(request.uri().query(), Some("x=1"));
 }
 
+/// F1: 10,000 concurrent requests of 100 subjects fetch one JWT for each subject.
 #[tokio::test(start_paused = true)]
-async fn f1_there_is_one_renewal_for_each_subject_however_many_ask() {
-    let (tokens, asked) = mint(SECOND / 5);
+async fn concurrent_requests_fetch_once_per_subject() {
+    let (tokens, fetches) = mint(SECOND / 5);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&tokens).build().unwrap();
     let api = service_fn(|request: Request<Body>| {
         let jwt = request.headers()["authorization"].to_str().unwrap().to_owned();
@@ -233,13 +254,14 @@ async fn f1_there_is_one_renewal_for_each_subject_however_many_ask() {
         });
     }
     calls.join_all().await;
-    let asked = asked.lock().unwrap();
-    assert!(asked.len() == 100 && asked.values().all(|times| *times == 1));
+    let fetches = fetches.lock().unwrap();
+    assert!(fetches.len() == 100 && fetches.values().all(|times| *times == 1));
 }
 
+/// J2: a rejected JWT is refreshed for its own subject alone.
 #[tokio::test(start_paused = true)]
-async fn j2_a_refused_jwt_is_renewed_for_its_user_alone() {
-    let (tokens, asked) = mint(Duration::ZERO);
+async fn rejected_jwt_is_refreshed_for_its_subject() {
+    let (tokens, fetches) = mint(Duration::ZERO);
     let api = service_fn(|request: Request<Body>| {
         let revoked = request.headers()["authorization"] == "Bearer jwt-of-one-1";
         ready(Ok::<_, Infallible>(response(if revoked { 401 } else { 200 }, "")))
@@ -251,22 +273,26 @@ async fn j2_a_refused_jwt_is_renewed_for_its_user_alone() {
         request.extensions_mut().insert(Subject::new(name));
         assert_eq!(service.clone().oneshot(request).await.unwrap().status(), StatusCode::OK);
     }
-    assert_eq!((times(&asked, "one"), times(&asked, "two")), (2, 1));
+    assert_eq!((fetch_count(&fetches, "one"), fetch_count(&fetches, "two")), (2, 1));
 }
 
+/// H5: a rotated key is sent with the JWT of every subject.
 #[tokio::test(start_paused = true)]
-async fn h5_a_rotated_key_reaches_every_user() {
+async fn rotated_key_reaches_every_subject() {
     let (tokens, _) = mint(Duration::ZERO);
     let present = Arc::new(Mutex::new("sk-selam-first".to_owned()));
     let keys = Refreshing::new(source_fn({
         let present = Arc::clone(&present);
         move |_: Reason<ApiKey>| ready(ApiKey::new(present.lock().unwrap().clone()).map_err(BoxError::from))
     }));
-    let layer = JwtLayer::new(&tokens, &keys);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(&keys));
     for expected in ["sk-selam-first", "sk-selam-second"] {
         for name in ["one", "two"] {
-            let request = send(&layer, of(name)).await.unwrap();
-            assert_eq!(sent(&request), (vec![format!("Bearer jwt-of-{name}-1")], vec![expected.to_owned()]));
+            let request = send(&layer, request_of(name)).await.unwrap();
+            assert_eq!(
+                auth_headers(&request),
+                (vec![format!("Bearer jwt-of-{name}-1")], vec![expected.to_owned()])
+            );
         }
         *present.lock().unwrap() = "sk-selam-second".to_owned();
         keys.invalidate(&keys.current().unwrap());
@@ -274,59 +300,68 @@ async fn h5_a_rotated_key_reaches_every_user() {
     }
 }
 
+/// Layers that share a `PerSubject` share its JWTs, not their keys.
 #[tokio::test(start_paused = true)]
-async fn layers_that_share_the_tokens_keep_their_keys_apart() {
-    let (tokens, asked) = mint(Duration::ZERO);
-    let layers =
-        ["sk-selam-a", "sk-selam-b"].map(|key| (key, JwtLayer::new(&tokens, ApiKey::new(key).unwrap())));
+async fn layers_sharing_jwts_keep_their_own_keys() {
+    let (tokens, fetches) = mint(Duration::ZERO);
+    let layers = ["sk-selam-a", "sk-selam-b"]
+        .map(|key| (key, (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(ApiKey::new(key).unwrap()))));
     for _ in 0..3 {
         for (key, layer) in &layers {
-            let request = send(layer, of("one")).await.unwrap();
-            assert_eq!(sent(&request), (vec!["Bearer jwt-of-one-1".to_owned()], vec![(*key).to_owned()]));
+            let request = send(layer, request_of("one")).await.unwrap();
+            assert_eq!(
+                auth_headers(&request),
+                (vec!["Bearer jwt-of-one-1".to_owned()], vec![(*key).to_owned()])
+            );
         }
     }
-    assert_eq!(times(&asked, "one"), 1);
+    assert_eq!(fetch_count(&fetches, "one"), 1);
 }
 
+/// No more subjects are kept than the capacity allows.
 #[tokio::test(start_paused = true)]
-async fn no_more_are_remembered_than_there_is_room_for() {
-    let (tokens, asked) = mint(Duration::ZERO);
+async fn capacity_bounds_the_subjects_kept() {
+    let (tokens, fetches) = mint(Duration::ZERO);
     let tokens = tokens.with_capacity(100);
-    let layer = JwtLayer::new(&tokens, key());
-    for user in 0..1_000 {
-        let name = format!("user-{user}");
-        assert_eq!(sent(&send(&layer, of(&name)).await.unwrap()), pair(&format!("jwt-of-{name}-1")));
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    for index in 0..1_000 {
+        let name = format!("user-{index}");
+        assert_eq!(
+            auth_headers(&send(&layer, request_of(&name)).await.unwrap()),
+            jwt_and_key(&format!("jwt-of-{name}-1"))
+        );
         assert!(tokens.len() <= 100, "{}", tokens.len());
     }
-    assert_eq!(asked.lock().unwrap().len(), 1_000);
+    assert_eq!(fetches.lock().unwrap().len(), 1_000);
 }
 
+/// F1: a subject whose JWT is being fetched is not evicted when the capacity is reached.
 #[tokio::test(start_paused = true)]
-async fn f1_who_is_being_fetched_is_not_forgotten_for_want_of_room() {
-    let (tokens, asked) = mint(SECOND);
+async fn subject_is_not_evicted_during_its_fetch() {
+    let (tokens, fetches) = mint(SECOND);
     let tokens = tokens.with_capacity(1);
     let names = ["one", "two", "three", "four"].map(Subject::new);
     for _ in 0..3 {
         let mut calls: Vec<_> =
-            names.iter().map(|name| tokio_test::task::spawn(send_token(&tokens, name))).collect();
+            names.iter().map(|name| tokio_test::task::spawn(fetch_token(&tokens, name))).collect();
         for call in &mut calls {
             assert!(call.poll().is_pending());
         }
         settle().await;
     }
     for name in &names {
-        assert_eq!(times(&asked, name.as_str()), 1, "{name:?}");
+        assert_eq!(fetch_count(&fetches, name.as_str()), 1, "{name:?}");
     }
 }
 
-async fn send_token(tokens: &PerSubject, subject: &Subject) -> Result<Token, AuthError> {
+async fn fetch_token(tokens: &PerSubject, subject: &Subject) -> Result<Token, AuthError> {
     tokens.of_subject(subject).token().await
 }
 
-/// What becomes of a request that is refused after another layer, or others, have taken its place: its status, and how
-/// often the token was fetched.
-async fn refused_late(same_user: bool, capacity: usize) -> (u16, usize) {
-    let (tokens, asked) = mint(Duration::ZERO);
+/// Sends a request whose 401 arrives only after another layer used the same subject, or after other subjects filled the
+/// cache. Returns the final status and how often the subject's JWT was fetched.
+async fn reject_late(same_subject: bool, capacity: usize) -> (u16, usize) {
+    let (tokens, fetches) = mint(Duration::ZERO);
     let tokens = tokens.with_capacity(capacity);
     let gate = Arc::new(tokio::sync::Semaphore::new(0));
     let slow_api = service_fn({
@@ -352,8 +387,8 @@ async fn refused_late(same_user: bool, capacity: usize) -> (u16, usize) {
     };
     let first = tokio::spawn(a.layer(slow_api).oneshot(ask("one")));
     settle().await;
-    if same_user {
-        // another layer over the same tokens, for the same user
+    if same_subject {
+        // Another layer over the same tokens, for the same subject.
         assert_eq!(b.layer(fast_api).oneshot(ask("one")).await.unwrap().status(), 200);
     } else {
         for n in 0..8 {
@@ -362,29 +397,32 @@ async fn refused_late(same_user: bool, capacity: usize) -> (u16, usize) {
     }
     gate.add_permits(10);
     let status = first.await.unwrap().map_or(401, |response| response.status().as_u16());
-    (status, times(&asked, "one"))
+    (status, fetch_count(&fetches, "one"))
 }
 
+/// J2: a late 401 is refreshed and replayed even if another layer has used the same subject since.
 #[tokio::test(start_paused = true)]
-async fn j2_a_second_layer_over_the_same_tokens_takes_no_renewal_away() {
-    assert_eq!(refused_late(true, 100).await, (200, 2));
+async fn second_layer_does_not_prevent_the_refresh() {
+    assert_eq!(reject_late(true, 100).await, (200, 2));
 }
 
+/// J2: a late 401 is refreshed and replayed even if its subject was evicted meanwhile.
 #[tokio::test(start_paused = true)]
-async fn j2_a_request_of_one_who_is_forgotten_meanwhile_is_renewed_and_sent_again_all_the_same() {
-    assert_eq!(refused_late(false, 2).await.0, 200);
+async fn late_401_is_replayed_after_eviction() {
+    assert_eq!(reject_late(false, 2).await.0, 200);
 }
 
+/// Subjects that wait for a slow source are bounded: more are refused until it answers and some can be evicted.
 #[tokio::test(start_paused = true)]
-async fn many_who_wait_for_a_source_that_hangs_are_bounded_and_make_room_when_it_ends() {
+async fn subjects_waiting_for_a_slow_source_are_bounded() {
     let (tokens, _) = mint(20 * SECOND);
     let tokens = tokens.with_capacity(10);
-    let layer = JwtLayer::new(&tokens, key());
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
     let (client, _sent) = tower_test::mock::pair::<Request<()>, Response<Body>>();
     let service = layer.layer(client);
     let mut refused = 0;
-    for user in 0..5_000 {
-        let mut call = tokio_test::task::spawn(service.clone().oneshot(of(&format!("user-{user}"))));
+    for index in 0..5_000 {
+        let mut call = tokio_test::task::spawn(service.clone().oneshot(request_of(&format!("user-{index}"))));
         if let std::task::Poll::Ready(result) = call.poll() {
             let error = result.unwrap_err();
             let error = AuthError::find(&*error).unwrap();
@@ -396,21 +434,22 @@ async fn many_who_wait_for_a_source_that_hangs_are_bounded_and_make_room_when_it
     assert_eq!(refused + tokens.len(), 5_000);
 
     sleep(21 * SECOND).await;
-    let late = tokio_test::task::spawn(service.oneshot(of("late"))).poll().is_pending();
+    let late = tokio_test::task::spawn(service.oneshot(request_of("late"))).poll().is_pending();
     assert!(late && tokens.len() <= 11, "{}", tokens.len());
 }
 
+/// After a flood of subjects, the ones used since are still kept.
 #[tokio::test(start_paused = true)]
-async fn after_a_flood_those_who_came_last_are_still_known() {
-    let (tokens, asked) = mint(SECOND);
+async fn flood_does_not_evict_recent_subjects() {
+    let (tokens, fetches) = mint(SECOND);
     let tokens = tokens.with_capacity(100);
-    let layer = JwtLayer::new(&tokens, key());
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
     let mut flood: Vec<_> = (0..180)
-        .map(|user| {
-            let name = Subject::new(format!("flood-{user}"));
+        .map(|index| {
+            let name = Subject::new(format!("flood-{index}"));
             tokio_test::task::spawn({
                 let tokens = tokens.clone();
-                async move { send_token(&tokens, &name).await }
+                async move { fetch_token(&tokens, &name).await }
             })
         })
         .collect();
@@ -420,104 +459,112 @@ async fn after_a_flood_those_who_came_last_are_still_known() {
     assert!(tokens.len() > 150, "{}", tokens.len());
     sleep(2 * SECOND).await;
     drop(flood);
-    for user in 0..50 {
-        send(&layer, of(&format!("flood-{user}"))).await.unwrap();
+    for index in 0..50 {
+        send(&layer, request_of(&format!("flood-{index}"))).await.unwrap();
     }
 
-    // Room is made for one more, by those who were there for nothing else than the flood.
+    // The new subject displaces subjects that were seen only during the flood.
     advance(SECOND).await;
-    send(&layer, of("new")).await.unwrap();
-    // The cache makes some room by itself, and takes those for it who came once.
+    send(&layer, request_of("new")).await.unwrap();
+    // The cache also evicts some subjects by itself, first those that were used once.
     assert!((51..=101).contains(&tokens.len()), "{}", tokens.len());
-    for user in 0..50 {
-        let name = format!("flood-{user}");
-        send(&layer, of(&name)).await.unwrap();
-        assert_eq!(times(&asked, &name), 1, "{name}");
+    for index in 0..50 {
+        let name = format!("flood-{index}");
+        send(&layer, request_of(&name)).await.unwrap();
+        assert_eq!(fetch_count(&fetches, &name), 1, "{name}");
     }
 }
 
+/// A subject with a 300-byte JWT costs less than 1 KiB.
 #[test]
-fn what_is_kept_of_a_user_is_less_than_a_kibibyte() {
-    const USERS: usize = 2_000;
+fn subject_costs_less_than_a_kibibyte() {
+    const SUBJECTS: usize = 2_000;
     let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let tokens = PerSubject::new(|subject: &Subject| {
         let subject = subject.clone();
         source_fn(move |_: Reason<Token>| {
-            // With the name, 300 bytes: as long as a JWT is.
+            // 300 bytes with the name, about the length of a JWT.
             ready(Token::new(format!("{:a<290}{}", "jwt-of-", subject.as_str())).map_err(BoxError::from))
         })
     });
-    let layer = JwtLayer::new(&tokens, key());
-    let ask = |user: usize| runtime.block_on(send(&layer, of(&format!("user-{user:05}")))).unwrap();
-    ask(USERS);
-    let kept = allocation_counter::measure(|| (0..USERS).for_each(|user| drop(ask(user))));
-    let each = usize::try_from(kept.bytes_current).unwrap() / USERS;
-    assert_eq!(tokens.len(), USERS + 1);
-    assert!((300..1_024).contains(&each), "{each} bytes for each");
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    let ask = |index: usize| runtime.block_on(send(&layer, request_of(&format!("user-{index:05}")))).unwrap();
+    ask(SUBJECTS);
+    let kept = allocation_counter::measure(|| (0..SUBJECTS).for_each(|index| drop(ask(index))));
+    let each = usize::try_from(kept.bytes_current).unwrap() / SUBJECTS;
+    assert_eq!(tokens.len(), SUBJECTS + 1);
+    assert!((300..1_024).contains(&each), "{each} bytes per subject");
 }
 
+/// An idle subject is evicted when a new one arrives; a busy one is kept.
 #[tokio::test(start_paused = true)]
-async fn who_does_not_come_for_a_while_is_forgotten_and_who_does_is_not() {
-    let (tokens, asked) = mint(Duration::ZERO);
+async fn idle_subject_is_evicted() {
+    let (tokens, fetches) = mint(Duration::ZERO);
     let tokens = tokens.with_idle_time(MINUTE);
-    let layer = JwtLayer::new(&tokens, key());
-    send(&layer, of("idle")).await.unwrap();
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    send(&layer, request_of("idle")).await.unwrap();
     for _ in 0..7 {
-        send(&layer, of("busy")).await.unwrap();
+        send(&layer, request_of("busy")).await.unwrap();
         advance(10 * SECOND).await;
     }
-    assert_eq!(tokens.len(), 2, "nobody else has come");
-    send(&layer, of("new")).await.unwrap();
+    assert_eq!(tokens.len(), 2, "no other subject has arrived");
+    send(&layer, request_of("new")).await.unwrap();
     settle().await;
     assert_eq!(tokens.len(), 2);
     for name in ["busy", "new", "idle"] {
-        send(&layer, of(name)).await.unwrap();
+        send(&layer, request_of(name)).await.unwrap();
     }
-    assert_eq!((times(&asked, "busy"), times(&asked, "new"), times(&asked, "idle")), (1, 1, 2));
+    assert_eq!(
+        (fetch_count(&fetches, "busy"), fetch_count(&fetches, "new"), fetch_count(&fetches, "idle")),
+        (1, 1, 2)
+    );
 }
 
+/// Idle subjects are also evicted when a JWT is refreshed.
 #[tokio::test(start_paused = true)]
-async fn idle_users_are_looked_for_when_a_token_is_renewed_too() {
+async fn refresh_evicts_idle_subjects() {
     let clock = TestClock::new(std::time::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     let (tokens, _) = mint(Duration::ZERO);
     let policy = RefreshPolicy::new().with_clock(clock.clone());
     let tokens = tokens.with_policy(policy).with_idle_time(2 * MINUTE);
-    let layer = JwtLayer::new(&tokens, key());
-    send(&layer, of("idle")).await.unwrap();
-    send(&layer, of("busy")).await.unwrap();
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    send(&layer, request_of("idle")).await.unwrap();
+    send(&layer, request_of("busy")).await.unwrap();
     for _ in 0..30 {
         advance(MINUTE).await;
-        send(&layer, of("busy")).await.unwrap();
+        send(&layer, request_of("busy")).await.unwrap();
     }
     assert_eq!(tokens.len(), 2);
     for _ in 0..30 {
         advance(MINUTE).await;
-        send(&layer, of("busy")).await.unwrap();
+        send(&layer, request_of("busy")).await.unwrap();
         settle().await;
     }
     assert_eq!(tokens.len(), 1);
 }
 
+/// `forget` removes a subject, whose next request fetches a new JWT.
 #[tokio::test(start_paused = true)]
-async fn a_user_who_logs_out_is_forgotten() {
-    let (tokens, asked) = mint(Duration::ZERO);
-    let layer = JwtLayer::new(&tokens, key());
-    send(&layer, of("one")).await.unwrap();
+async fn forget_removes_a_subject() {
+    let (tokens, fetches) = mint(Duration::ZERO);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    send(&layer, request_of("one")).await.unwrap();
     assert!(tokens.forget(&Subject::new("one")) && !tokens.forget(&Subject::new("one")));
     assert!(tokens.is_empty());
-    assert_eq!(sent(&send(&layer, of("one")).await.unwrap()), pair("jwt-of-one-2"));
-    assert_eq!(times(&asked, "one"), 2);
+    assert_eq!(auth_headers(&send(&layer, request_of("one")).await.unwrap()), jwt_and_key("jwt-of-one-2"));
+    assert_eq!(fetch_count(&fetches, "one"), 2);
 }
 
+/// R1: a request of a known subject allocates nothing.
 #[tokio::test(start_paused = true)]
-async fn r1_a_request_of_a_known_user_allocates_nothing() {
+async fn request_of_a_known_subject_allocates_nothing() {
     let (tokens, _) = mint(Duration::ZERO);
-    let subjects: Vec<_> = (0..10).map(|user| Subject::new(format!("user-{user}"))).collect();
+    let subjects: Vec<_> = (0..10).map(|index| Subject::new(format!("user-{index}"))).collect();
     let api = service_fn(|request: Request<Body>| {
         std::mem::forget(request.into_parts().0.headers);
         ready(Ok::<_, BoxError>(Response::new(Body::default())))
     });
-    let mut service = JwtLayer::new(&tokens, key()).layer(api);
+    let mut service = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key())).layer(api);
     for turn in 0..3 {
         for subject in &subjects {
             let mut request = Request::get(MODELS).header("accept", "*/*").body(Body::default()).unwrap();
@@ -533,31 +580,37 @@ async fn r1_a_request_of_a_known_user_allocates_nothing() {
     }
 }
 
+/// Each of 100,000 subjects gets its own JWT, fetched once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hundred_thousand_users_each_have_their_own() {
-    let (tokens, asked) = mint(Duration::ZERO);
-    let layer = JwtLayer::new(&tokens, key());
+async fn hundred_thousand_subjects_keep_their_own_jwts() {
+    let (tokens, fetches) = mint(Duration::ZERO);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
     let api = service_fn(|request: Request<()>| {
         let jwt = request.headers()["authorization"].clone();
         ready(Ok::<_, BoxError>(Response::new(jwt)))
     });
     let service = layer.layer(api);
-    let users = 100_000;
-    // Each once, and then every tenth of them again.
+    let subjects = 100_000;
+    // Every subject once, and then every tenth again.
     for step in [1, 10] {
         let mut calls = JoinSet::new();
         for worker in 0..2 {
             let mut service = service.clone();
             calls.spawn(async move {
-                for user in (0..users).skip(worker * step).step_by(2 * step) {
-                    let response =
-                        service.ready().await.unwrap().call(of(&format!("user-{user}"))).await.unwrap();
-                    assert_eq!(response.into_body(), format!("Bearer jwt-of-user-{user}-1"));
+                for index in (0..subjects).skip(worker * step).step_by(2 * step) {
+                    let response = service
+                        .ready()
+                        .await
+                        .unwrap()
+                        .call(request_of(&format!("user-{index}")))
+                        .await
+                        .unwrap();
+                    assert_eq!(response.into_body(), format!("Bearer jwt-of-user-{index}-1"));
                 }
             });
         }
         calls.join_all().await;
     }
-    assert_eq!(tokens.len(), users);
-    assert!(asked.lock().unwrap().values().all(|times| *times == 1));
+    assert_eq!(tokens.len(), subjects);
+    assert!(fetches.lock().unwrap().values().all(|times| *times == 1));
 }

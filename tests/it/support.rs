@@ -1,4 +1,4 @@
-//! What the tests share: keys, a client that shows what it was sent, real clients over TLS.
+//! Helpers shared by the tests: credentials, a mock client that records its request, real clients over TLS.
 
 use std::{
     io,
@@ -42,7 +42,7 @@ pub(crate) fn jwt() -> Token {
     Token::new(JWT).unwrap()
 }
 
-/// A JWT with these claims, signed by nobody.
+/// Returns a JWT with these claims and a fake signature.
 pub(crate) fn jwt_claiming(claims: &str) -> Token {
     let part = |text| BASE64_URL_SAFE_NO_PAD.encode(text);
     Token::new(format!("{}.{}.c2ln", part(r#"{"alg":"HS256"}"#), part(claims))).unwrap()
@@ -56,7 +56,7 @@ pub(crate) fn response(status: u16, body: impl Into<Bytes>) -> Response<Body> {
     Response::builder().status(status).body(Full::new(body.into())).unwrap()
 }
 
-/// Adds credentials of its caller's to a request, twice each.
+/// Adds duplicated `Authorization` and `X-API-Key` headers, as an inbound caller could send them.
 pub(crate) fn bring_theirs<B>(request: &mut Request<B>) {
     for (name, value) in [
         ("authorization", "Bearer theirs"),
@@ -68,7 +68,7 @@ pub(crate) fn bring_theirs<B>(request: &mut Request<B>) {
     }
 }
 
-/// The voice agent's WebSocket handshake, with the nonce of RFC 6455 section 1.3.
+/// Returns the voice agent's WebSocket handshake, with the nonce of RFC 6455 section 1.3.
 pub(crate) fn handshake(uri: &str) -> Request<()> {
     Request::get(uri)
         .header("connection", "Upgrade")
@@ -80,7 +80,7 @@ pub(crate) fn handshake(uri: &str) -> Request<()> {
         .unwrap()
 }
 
-/// A body fed by hand.
+/// A response body whose frames come from a channel.
 #[derive(Debug)]
 pub(crate) struct Fed(pub(crate) UnboundedReceiver<io::Result<Frame<Bytes>>>);
 
@@ -93,49 +93,51 @@ impl http_body::Body for Fed {
     }
 }
 
-/// Sends `request` through `layer` to a client that answers 200: what the client was sent, or why not.
-pub(crate) async fn send<L, S>(layer: &L, request: Request<()>) -> Result<Request<()>, AuthError>
+/// Sends `request` through `layer` to a mock client that answers 200.
+///
+/// Returns the request that the client received, or the error if nothing was sent.
+pub(crate) async fn send<L, S, B>(layer: &L, request: Request<()>) -> Result<Request<()>, AuthError>
 where
     L: Layer<Mock, Service = S>,
-    S: Service<Request<()>, Response = Response<Body>, Error: Refusal>,
+    S: Service<Request<()>, Response = Response<B>, Error: StackError>,
 {
     let (mock, mut handle) = mock::pair();
-    let answer = async {
+    let client = async {
         let (request, send) = handle.next_request().await?;
         send.send_response(response(200, ""));
         Some(request)
     };
-    let (result, sent) = tokio::join!(layer.layer(mock).oneshot(request), answer);
+    let (result, sent) = tokio::join!(layer.layer(mock).oneshot(request), client);
     match (result, sent) {
         (Ok(_), Some(sent)) => Ok(sent),
         (Err(error), None) => Err(error.auth_error()),
-        (result, sent) => panic!("answered {:?} though sent {:?}", result.map(|_| ()), sent.is_some()),
+        (result, sent) => panic!("result {:?} contradicts sent = {}", result.map(|_| ()), sent.is_some()),
     }
 }
 
-/// The errors of the stacks that `send` is used with.
-pub(crate) trait Refusal: std::fmt::Debug {
+/// An error type of a stack under test; [`send`] extracts the [`AuthError`] from it.
+pub(crate) trait StackError: std::fmt::Debug {
     fn auth_error(&self) -> AuthError;
 }
 
-impl Refusal for BoxError {
+impl StackError for BoxError {
     fn auth_error(&self) -> AuthError {
         AuthError::find(&**self).expect("an AuthError").clone()
     }
 }
 
-impl Refusal for Error<BoxError> {
+impl StackError for Error<BoxError> {
     fn auth_error(&self) -> AuthError {
         self.auth().expect("an AuthError").clone()
     }
 }
 
-/// The values of a header, each as it goes over the wire.
+/// Returns all values of a header, as they appear on the wire.
 pub(crate) fn values(request: &Request<()>, name: &str) -> Vec<String> {
     request.headers().get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect()
 }
 
-/// The versions of HTTP that a real client is tried with.
+/// The HTTP versions that real clients are tested with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Http {
     One,
@@ -146,7 +148,7 @@ pub(crate) const BOTH: [Http; 2] = [Http::One, Http::Two];
 
 pub(crate) type Https = Client<HttpsConnector<HttpConnector>, Body>;
 
-/// hyper-util's client, speaking one version of HTTP over TLS.
+/// Returns a hyper-util client that speaks one HTTP version over TLS.
 pub(crate) fn https(server: &Server, http: Http) -> Https {
     let connector = HttpsConnectorBuilder::new().with_tls_config(trusting(server)).https_only();
     let connector = match http {
@@ -156,7 +158,7 @@ pub(crate) fn https(server: &Server, http: Http) -> Https {
     Client::builder(TokioExecutor::new()).http2_only(http == Http::Two).build(connector)
 }
 
-/// TLS that trusts the simulator's own authority and no other.
+/// Returns a TLS configuration that trusts only the simulator's certificate authority.
 pub(crate) fn trusting(server: &Server) -> ClientConfig {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(server.ca_der().unwrap().to_vec())).unwrap();
@@ -179,5 +181,5 @@ pub(crate) fn post(layer: &SelamLayer, path: &str, body: &'static str) -> Reques
 pub(crate) const CHAT: &str = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
 pub(crate) const CHAT_STREAM: &str = r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#;
 
-/// Longer than anything on a loopback takes; a test that meets it hangs.
+/// Time limit that only a hanging test reaches: far longer than any loopback operation.
 pub(crate) const HANG: Duration = Duration::from_secs(20);

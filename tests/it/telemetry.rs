@@ -1,4 +1,4 @@
-//! What is counted and told of, by which names, and what is not: secrets, users, and requests that are well.
+//! Tests of metrics and events: their names, and what they must not contain.
 
 #[cfg(feature = "tracing")]
 mod events;
@@ -11,10 +11,10 @@ mod scenario;
 
 use tower_selam::telemetry;
 
-const PAGE: &str = include_str!("../../src/guide/telemetry.md");
+const GUIDE: &str = include_str!("../../src/guide/telemetry.md");
 
 #[test]
-fn the_page_has_every_name() {
+fn guide_lists_every_name() {
     for name in [
         telemetry::RENEWALS,
         telemetry::AUTH_ERRORS,
@@ -25,6 +25,6 @@ fn the_page_has_every_name() {
         telemetry::TARGET,
     ] {
         assert!(name.starts_with("tower_selam"));
-        assert!(PAGE.contains(&format!("`{name}`")), "{name}");
+        assert!(GUIDE.contains(&format!("`{name}`")), "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! T1 to T3, and R1 as far as a fixed credential goes: readiness, auto traits, cost.
+//! The Tower contract: readiness, auto traits, clones and cancellation (T1 to T3); what a fixed credential costs (R1).
 
 use std::{marker::PhantomData, marker::PhantomPinned, rc::Rc, task::Poll};
 
@@ -6,33 +6,33 @@ use http::{Request, Response};
 use tokio_test::{assert_pending, assert_ready, assert_ready_err, assert_ready_ok, task};
 use tower::{Layer, Service, ServiceBuilder, limit::ConcurrencyLimitLayer, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, Provider, RefreshPolicy,
-    Refreshing, RequestAuth, Selam, SelamLayer, Token,
-    auth_error::{self, AnnotateAuthError, AnnotateFuture, InspectedBody, MapAuthError},
+    ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, JwtLayer, Provider, RefreshPolicy, Refreshing,
+    RequestAuth, Selam, SelamLayer, Token,
+    auth_error::{self, InspectedBody, MapAuthError},
     authorize::{self, Authorize},
-    replay::{self, CloneBody, NoReplay, Refresh},
+    replay::{NoReplay, Refresh},
     source::EnvSource,
-    stack,
 };
 use tower_test::mock;
 
 use crate::support::{Body, MODELS, get, jwt, key, response};
 
+/// T1: `call` goes to the instance that was polled ready.
 #[test]
-fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
-    /// Ready once polled, and only then.
+fn instance_polled_ready_is_the_one_called() {
+    /// Ready for one call after each poll; a clone has to be polled itself.
     #[derive(Default)]
-    struct Fussy {
+    struct PollFirst {
         ready: bool,
     }
 
-    impl Clone for Fussy {
+    impl Clone for PollFirst {
         fn clone(&self) -> Self {
             Self { ready: false }
         }
     }
 
-    impl Service<Request<()>> for Fussy {
+    impl Service<Request<()>> for PollFirst {
         type Response = Response<Body>;
         type Error = BoxError;
         type Future = std::future::Ready<Result<Response<Body>, BoxError>>;
@@ -50,13 +50,13 @@ fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
 
     let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let stack = ServiceBuilder::new()
-        .layer(AnnotateAuthErrorLayer::new())
+        .layer(AuthErrorLayer::new().annotated())
         .layer(AuthErrorLayer::new())
-        .layer(JwtLayer::beside_api_key(jwt()))
-        .layer(ApiKeyLayer::beside_jwt(key()))
-        .service(Fussy::default());
+        .layer(JwtLayer::new(jwt()))
+        .layer(ApiKeyLayer::x_api_key(key()))
+        .service(PollFirst::default());
     let mut stack = mock::Spawn::new(stack);
-    let mut selam = mock::Spawn::new(selam.layer(Fussy::default()));
+    let mut selam = mock::Spawn::new(selam.layer(PollFirst::default()));
     for _ in 0..2 {
         assert_ready_ok!(stack.poll_ready::<Request<()>>());
         assert_ready_ok!(task::spawn(stack.call(get(MODELS))).poll());
@@ -65,8 +65,9 @@ fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
     }
 }
 
+/// T1: readiness, and the error it may give, are those of the inner service.
 #[test]
-fn t1_readiness_is_the_inner_services_and_so_are_its_errors() {
+fn readiness_and_its_errors_are_the_inner_services() {
     let (mock, mut handle) = mock::pair::<Request<()>, Response<Body>>();
     let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let mut service = mock::Spawn::new(selam.layer(mock));
@@ -81,8 +82,9 @@ fn t1_readiness_is_the_inner_services_and_so_are_its_errors() {
     assert!(error.auth().is_none(), "{error:?}");
 }
 
+/// T1: a request refused by the layer frees its permit for the next.
 #[test]
-fn t1_a_refused_request_gives_its_permit_to_the_next() {
+fn refused_request_frees_its_permit() {
     let (mock, mut handle) = mock::pair::<Request<()>, Response<Body>>();
     handle.allow(10);
     let layer = ServiceBuilder::new().layer(ApiKeyLayer::bearer(key())).layer(ConcurrencyLimitLayer::new(1));
@@ -102,8 +104,9 @@ fn t1_a_refused_request_gives_its_permit_to_the_next() {
     assert_ready_ok!(service.poll_ready::<Request<()>>());
 }
 
+/// T1: no permit is held while an error body is being read.
 #[test]
-fn t1_an_error_body_being_read_pins_no_permit() {
+fn reading_an_error_body_pins_no_permit() {
     #[derive(Debug)]
     struct Endless;
 
@@ -133,21 +136,23 @@ fn t1_an_error_body_being_read_pins_no_permit() {
     assert_ready_ok!(service.poll_ready::<Request<()>>());
 }
 
-trait HasNot {
+/// The traits a type does not implement.
+trait Missing {
     const SEND: bool = false;
     const SYNC: bool = false;
     const UNPIN: bool = false;
     const CLONE: bool = false;
 }
 
-/// Which of the four a type is: the inherent constant, where its bound holds, hides the trait's.
-macro_rules! has {
+/// Which of `Send`, `Sync`, `Unpin` and `Clone` a type implements. Where a bound holds, an inherent constant shadows
+/// the one of `Missing`.
+macro_rules! traits {
     ($type:ty) => {{
         macro_rules! is {
             ($bound:ident, $constant:ident) => {{
                 struct Is<T>(PhantomData<T>);
-                impl<T> HasNot for Is<T> {}
-                #[allow(dead_code, reason = "only where the bound holds")]
+                impl<T> Missing for Is<T> {}
+                #[allow(dead_code, reason = "used only where the bound holds")]
                 impl<T: $bound> Is<T> {
                     const $constant: bool = true;
                 }
@@ -158,48 +163,83 @@ macro_rules! has {
     }};
 }
 
+/// T2: services and futures are `Send`, `Sync`, `Unpin` and `Clone` exactly when the inner ones are.
 #[test]
-fn t2_auto_traits_are_those_of_what_is_within() {
+fn auto_traits_are_those_of_the_inner_type() {
     struct NoClone;
     type Cell = std::cell::Cell<u8>;
+    type Future<S> = <S as Service<Request<()>>>::Future;
+
+    /// A service whose future has the same auto traits as `T`.
+    #[derive(Debug)]
+    struct Inner<T>(PhantomData<T>);
+
+    impl<T> Clone for Inner<T> {
+        fn clone(&self) -> Self {
+            Self(PhantomData)
+        }
+    }
+
+    impl<T, B> Service<Request<B>> for Inner<T> {
+        type Response = Response<Body>;
+        type Error = BoxError;
+        type Future = InnerFuture<T>;
+
+        fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> Poll<Result<(), BoxError>> {
+            unreachable!()
+        }
+
+        fn call(&mut self, _: Request<B>) -> Self::Future {
+            unreachable!()
+        }
+    }
+
+    struct InnerFuture<T>(PhantomData<T>);
+
+    impl<T> std::future::Future for InnerFuture<T> {
+        type Output = Result<Response<Body>, BoxError>;
+
+        fn poll(self: std::pin::Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<Self::Output> {
+            unreachable!()
+        }
+    }
     macro_rules! like_inner {
         ($($inner:ty),*) => {$(
-            assert_eq!(has!(Authorize<$inner>), has!($inner));
-            assert_eq!(has!(MapAuthError<$inner>), has!($inner));
-            assert_eq!(has!(AnnotateAuthError<$inner>), has!($inner));
-            // Futures are not cloned.
-            assert_eq!(has!(authorize::ResponseFuture<$inner, $inner, $inner>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(auth_error::ResponseFuture<$inner, Body>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(AnnotateFuture<$inner, Body>)[..3], has!($inner)[..3]);
+            assert_eq!(traits!(Authorize<$inner>), traits!($inner));
+            assert_eq!(traits!(MapAuthError<$inner>), traits!($inner));
+            // Futures are not `Clone`.
+            assert_eq!(traits!(authorize::ResponseFuture<Inner<$inner>, $inner>)[..3], traits!($inner)[..3]);
+            assert_eq!(traits!(auth_error::ResponseFuture<$inner, Body>)[..3], traits!($inner)[..3]);
         )*};
     }
     like_inner!((), Rc<()>, Cell, PhantomPinned, NoClone, std::sync::MutexGuard<'static, ()>);
 
-    // These share a spare of the service within, so one that is `Sync` without being `Send` makes them neither.
+    // These share a spare clone of the inner service. If that is `Sync` but not `Send`, they are neither.
     macro_rules! like_inner_shared {
         ($($inner:ty),*) => {$(
-            assert_eq!(has!(Selam<$inner>), has!($inner));
-            assert_eq!(has!(Refresh<$inner>), has!($inner));
-            assert_eq!(has!(replay::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
-            assert_eq!(has!(stack::ResponseFuture<$inner, $inner, NoReplay, (), Body>)[..3], has!($inner)[..3]);
+            assert_eq!(traits!(Selam<$inner>), traits!($inner));
+            assert_eq!(traits!(Refresh<$inner>), traits!($inner));
+            assert_eq!(traits!(Future<Refresh<Inner<$inner>, NoReplay>>)[..3], traits!($inner)[..3]);
+            assert_eq!(traits!(Future<Selam<Inner<$inner>, NoReplay>>)[..3], traits!($inner)[..3]);
         )*};
     }
     like_inner_shared!((), Rc<()>, Cell, PhantomPinned, NoClone);
-    assert_eq!(has!(Rc<()>), [false, false, true, true], "the test can tell");
-    assert_eq!(has!(InspectedBody<Body>)[..3], [true, true, true]);
-    assert_eq!(has!(ApiKeyLayer), [true; 4]);
-    assert_eq!(has!(JwtLayer), [true; 4]);
-    assert_eq!(has!(SelamLayer), [true; 4]);
-    assert_eq!(has!(Refreshing<ApiKey>), [true; 4]);
-    assert_eq!(has!(Provider<Token>), [true; 4]);
-    assert_eq!(has!(RefreshPolicy), [true; 4]);
+    assert_eq!(traits!(Rc<()>), [false, false, true, true], "the macro tells traits apart");
+    assert_eq!(traits!(InspectedBody<Body>)[..3], [true, true, true]);
+    assert_eq!(traits!(ApiKeyLayer), [true; 4]);
+    assert_eq!(traits!(JwtLayer), [true; 4]);
+    assert_eq!(traits!(SelamLayer), [true; 4]);
+    assert_eq!(traits!(Refreshing<ApiKey>), [true; 4]);
+    assert_eq!(traits!(Provider<Token>), [true; 4]);
+    assert_eq!(traits!(RefreshPolicy), [true; 4]);
     let jwts: Refreshing<Token> = Refreshing::new(EnvSource::jwt());
     fn is_send<T: Send>(_: &T) {}
     is_send(&(jwts.token(), jwts.prefetch(), jwts.token_valid_for(std::time::Duration::ZERO)));
 }
 
+/// T2: clones share the bytes of their credentials.
 #[test]
-fn t2_clones_share_the_credentials() {
+fn clones_share_the_credentials() {
     let sent = service_fn(|request: Request<()>| async move {
         let value = request.headers()["authorization"].as_bytes().as_ptr() as usize;
         Ok::<_, BoxError>(Response::new(value))
@@ -212,8 +252,9 @@ fn t2_clones_share_the_credentials() {
     assert_eq!(address(service.clone()), address(service));
 }
 
+/// T3: a dropped call leaves the service usable, and its request is sent only once.
 #[test]
-fn t3_a_dropped_call_leaves_the_service_usable() {
+fn dropped_call_leaves_the_service_usable() {
     let (mock, mut handle) = mock::pair::<Request<()>, Response<Body>>();
     handle.allow(10);
     let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
@@ -233,11 +274,12 @@ fn t3_a_dropped_call_leaves_the_service_usable() {
     assert_pending!(handle.poll_request(), "nothing is sent twice");
 }
 
+/// R1: a request with fixed credentials allocates nothing.
 #[test]
-fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
+fn fixed_credential_allocates_nothing() {
     let api = service_fn(|request: Request<()>| {
         let (parts, ()) = request.into_parts();
-        // The headers are dropped where they cannot be counted against the layers.
+        // Leaked, so that dropping the headers is not counted against the layers.
         std::mem::forget(parts.headers);
         std::future::ready(Ok::<_, BoxError>(Response::new(Body::default())))
     });
@@ -245,14 +287,14 @@ fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
         let builder = SelamLayer::builder().with_api_key(key());
         if jwt { builder.with_jwt(crate::support::jwt()) } else { builder }.build().unwrap()
     };
-    let allocations = |layer: SelamLayer, choice: Option<RequestAuth>| {
+    let allocations = |layer: SelamLayer, auth: Option<RequestAuth>| {
         let mut service = layer.layer(api);
         let mut request = get(MODELS);
         for name in ["accept", "content-type", "user-agent"] {
             request.headers_mut().insert(name, "x".parse().unwrap());
         }
-        if let Some(choice) = choice {
-            request.extensions_mut().insert(choice);
+        if let Some(auth) = auth {
+            request.extensions_mut().insert(auth);
         }
         let mut request = Some(request);
         let mut passed = false;
@@ -270,9 +312,13 @@ fn r1_a_request_with_a_fixed_credential_allocates_nothing() {
     assert_eq!(allocations(layer(true), Some(RequestAuth::ApiKeyAndJwt)), 0);
 }
 
+/// R1: besides the head and the body that are kept for a replay, the future of the stack adds at most 160 bytes.
 #[test]
-fn r1_the_stacks_future_is_at_most_128_bytes_larger_than_the_inner_one() {
-    type Inner = [u64; 40];
-    let overhead = size_of::<stack::ResponseFuture<Inner, (), CloneBody, Body, Body>>() - size_of::<Inner>();
-    assert!(overhead <= 128, "{overhead}");
+fn future_adds_at_most_160_bytes() {
+    type Inner = mock::Mock<Request<Body>, Response<Body>>;
+    type InnerFuture = <Inner as Service<Request<Body>>>::Future;
+    type Future = <Selam<Inner> as Service<Request<Body>>>::Future;
+    let kept = size_of::<http::request::Parts>() + size_of::<Body>();
+    let overhead = size_of::<Future>() - size_of::<InnerFuture>() - kept;
+    assert!(overhead <= 160, "{overhead}");
 }

@@ -1,4 +1,4 @@
-//! The same behaviours over real connections: hyper-util's client, TLS, HTTP/1.1 and HTTP/2.
+//! Tests behaviours over real connections: hyper-util's client, TLS, HTTP/1.1 and HTTP/2.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,9 +13,11 @@ use tokio::io::AsyncReadExt;
 use tokio_rustls::TlsConnector;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BaseUrl, Credentials, Error,
-    JwtLayer, Origins, RequestAuth, SelamLayer, Token,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BaseUrl, Credentials, Error, JwtLayer,
+    Origins, RequestAuth, SelamLayer, Token,
+    inbound::StripCredentialsLayer,
     simulator::{Fault, JwtAlgorithm, Received, Server, Simulator},
+    stack::ResponseBody,
 };
 
 use crate::{
@@ -62,7 +64,7 @@ impl World {
         layer: &SelamLayer,
         http: Http,
         request: Request<Body>,
-    ) -> Result<Response<hyper::body::Incoming>, Error<hyper_util::client::legacy::Error>> {
+    ) -> Result<Response<ResponseBody<hyper::body::Incoming>>, Error<hyper_util::client::legacy::Error>> {
         let client = layer.layer(https(&self.server, http));
         tokio::time::timeout(HANG, client.oneshot(request)).await.expect("no answer in time")
     }
@@ -79,13 +81,14 @@ fn header(received: &Received, name: &str) -> Vec<String> {
     received.headers.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect()
 }
 
-async fn text(response: Response<hyper::body::Incoming>) -> String {
+async fn text(response: Response<ResponseBody<hyper::body::Incoming>>) -> String {
     let body = tokio::time::timeout(HANG, response.into_body().collect()).await.unwrap().unwrap();
     String::from_utf8(body.to_bytes().to_vec()).unwrap()
 }
 
+/// H1: a completion with the key alone.
 #[tokio::test]
-async fn h1_a_completion_with_the_key_alone() {
+async fn key_alone_is_sent_as_bearer() {
     let world = world().await;
     let layer = world.key_alone();
     for (http, version) in [(Http::One, Version::HTTP_11), (Http::Two, Version::HTTP_2)] {
@@ -101,8 +104,9 @@ async fn h1_a_completion_with_the_key_alone() {
     }
 }
 
+/// H1, H3: both headers of the request are replaced.
 #[tokio::test]
-async fn h1_h3_key_and_jwt_replace_what_the_request_came_with() {
+async fn key_and_jwt_replace_owned_headers() {
     let world = world().await;
     let layer = world.key_and_jwt();
     for http in BOTH {
@@ -116,12 +120,13 @@ async fn h1_h3_key_and_jwt_replace_what_the_request_came_with() {
     }
 }
 
+/// H1: the API accepts both orders.
 #[tokio::test]
-async fn h1_both_orders_of_the_two_layers_reach_the_api_alike() {
+async fn key_and_jwt_layers_compose_in_either_order() {
     let world = world().await;
     let base = BaseUrl::new(world.server.base_url()).unwrap();
-    let jwt = JwtLayer::beside_api_key(Token::new(&*world.jwt).unwrap()).with_origins(base.origins());
-    let key = ApiKeyLayer::beside_jwt(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
+    let jwt = JwtLayer::new(Token::new(&*world.jwt).unwrap()).with_origins(base.origins());
+    let key = ApiKeyLayer::x_api_key(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
     let uri = base.endpoint("audio/agent/sessions").unwrap();
     for http in BOTH {
         let request = || Request::post(&uri).body(Full::from("{}")).unwrap();
@@ -136,15 +141,18 @@ async fn h1_both_orders_of_the_two_layers_reach_the_api_alike() {
     }
 }
 
+/// H1: the key in `X-API-Key` alone.
 #[tokio::test]
-async fn h1_the_key_in_its_own_header() {
+async fn key_is_sent_as_x_api_key() {
     let world = world().await;
     let base = BaseUrl::new(world.server.base_url()).unwrap();
     let layer = ApiKeyLayer::x_api_key(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
     for http in BOTH {
-        let request =
-            Request::post(base.endpoint("audio/speech").unwrap()).header("authorization", "Bearer theirs");
-        let client = layer.layer(https(&world.server, http).map_err(Error::Inner));
+        let request = Request::post(base.endpoint("audio/speech").unwrap())
+            .header("authorization", "Bearer from-caller");
+        // The key layer does not own `Authorization`, so another layer removes the caller's.
+        let layers = (StripCredentialsLayer::new(), layer.clone());
+        let client = layers.layer(https(&world.server, http).map_err(Error::Inner));
         let response = client.oneshot(request.body(Full::from("{}")).unwrap()).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
         assert!(header(&world.last(), "authorization").is_empty());
@@ -152,16 +160,19 @@ async fn h1_the_key_in_its_own_header() {
     }
 }
 
+/// O2: with `strip_for_other_origins`, another origin gets the request without credentials.
 #[tokio::test]
-async fn o2_in_pass_mode_another_origin_gets_the_request_and_no_credentials() {
+async fn other_origins_get_no_credentials() {
     let (api, elsewhere) = (world().await, world().await);
     let base = BaseUrl::new(api.server.base_url()).unwrap();
     let credentials = (Token::new(&*api.jwt).unwrap(), ApiKey::new(&*api.key).unwrap());
-    let layer =
-        JwtLayer::new(credentials.0, credentials.1).with_origins(base.origins().strip_for_other_origins());
+    let layer = (
+        JwtLayer::new(credentials.0).with_origins(base.origins().strip_for_other_origins()),
+        ApiKeyLayer::x_api_key(credentials.1).with_origins(base.origins().strip_for_other_origins()),
+    );
     let uri = BaseUrl::new(elsewhere.server.base_url()).unwrap().endpoint("chat/completions").unwrap();
     for http in BOTH {
-        let request = Request::post(&uri).header("x-api-key", "theirs").body(Full::from(CHAT)).unwrap();
+        let request = Request::post(&uri).header("x-api-key", "from-caller").body(Full::from(CHAT)).unwrap();
         let client = layer.layer(https(&elsewhere.server, http).map_err(Error::Inner));
         let response = client.oneshot(request).await.unwrap();
         assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
@@ -172,7 +183,7 @@ async fn o2_in_pass_mode_another_origin_gets_the_request_and_no_credentials() {
 }
 
 #[tokio::test]
-async fn the_simulator_speaks_plain_http_of_both_versions() {
+async fn simulator_serves_plain_http1_and_http2() {
     let simulator = Simulator::new();
     let server = Server::http(&simulator).await.unwrap();
     let base = BaseUrl::allow_insecure_loopback(server.base_url()).unwrap();
@@ -185,8 +196,9 @@ async fn the_simulator_speaks_plain_http_of_both_versions() {
     }
 }
 
+/// H3: the hop-by-hop trick `Connection: authorization`.
 #[tokio::test]
-async fn h3_a_connection_header_that_names_ours_takes_nothing_away() {
+async fn connection_header_cannot_remove_credentials() {
     let world = world().await;
     let layer = world.key_and_jwt();
     for http in BOTH {
@@ -203,19 +215,20 @@ async fn h3_a_connection_header_that_names_ours_takes_nothing_away() {
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
 }
 
+/// H4: the next request gets the default credentials.
 #[tokio::test]
-async fn h4_a_requests_own_choice_holds_for_it_alone() {
+async fn request_auth_applies_to_one_request() {
     let world = world().await;
     let layer = world.key_and_jwt();
     let tenant = world.simulator.issue_key();
     for http in BOTH {
         let mut client = layer.layer(https(&world.server, http));
-        for (choice, bearer) in [
+        for (auth, bearer) in [
             (RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*tenant).unwrap())), &tenant),
             (RequestAuth::ApiKey, &world.key),
         ] {
             let mut request = post(&layer, "chat/completions", CHAT);
-            request.extensions_mut().insert(choice);
+            request.extensions_mut().insert(auth);
             client.ready().await.unwrap().call(request).await.unwrap();
             assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {bearer}")]);
             assert!(header(&world.last(), "x-api-key").is_empty());
@@ -230,8 +243,9 @@ async fn h4_a_requests_own_choice_holds_for_it_alone() {
     }
 }
 
+/// O1, O2: refused before anything is sent.
 #[tokio::test]
-async fn o1_o2_nothing_reaches_a_server_that_may_not_have_the_credentials() {
+async fn disallowed_origins_receive_nothing() {
     let world = world().await;
     let plain = Server::http(&world.simulator).await.unwrap();
     let layer = world.key_alone();
@@ -252,8 +266,9 @@ async fn o1_o2_nothing_reaches_a_server_that_may_not_have_the_credentials() {
     assert_eq!(world.simulator.requests(), 0);
 }
 
+/// E1: the three documented errors.
 #[tokio::test]
-async fn e1_the_three_documented_errors() {
+async fn documented_errors_are_typed() {
     let world = world().await;
     let revoked = world.simulator.issue_key();
     let limited = ApiKey::new(world.simulator.issue_limited_key()).unwrap();
@@ -279,8 +294,9 @@ async fn e1_the_three_documented_errors() {
     }
 }
 
+/// E2, E3: every body of `error-bodies.json`.
 #[tokio::test]
-async fn e2_e3_every_body_seen_comes_through() {
+async fn every_known_error_body_is_classified() {
     let world = world().await;
     let layer = world.key_alone();
     for http in BOTH {
@@ -302,8 +318,9 @@ async fn e2_e3_every_body_seen_comes_through() {
     }
 }
 
+/// E7: through `timeout` and `buffer`.
 #[tokio::test]
-async fn e7_the_error_is_found_through_timeout_and_buffer() {
+async fn auth_error_is_found_through_tower_layers() {
     let world = world().await;
     world.simulator.revoke_key(&world.key);
     let layer = world.key_alone();
@@ -319,8 +336,9 @@ async fn e7_the_error_is_found_through_timeout_and_buffer() {
     }
 }
 
+/// O3: URIs without authority, over HTTP/1.1 and as in tonic.
 #[tokio::test]
-async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
+async fn relative_uris_work_with_a_stated_origin() {
     let world = world().await;
     let authority = format!("localhost:{}", world.server.local_addr().port());
     let origin = format!("https://{authority}");
@@ -335,7 +353,7 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
         let mut sender = sender.take().expect("one request");
         async move { sender.send_request(request).await }
     });
-    // hyper's connection cannot be cloned, and a layer whose credential may have to be waited for needs that.
+    // The layer needs a cloneable client, because a request may wait for its credential. hyper's connection is not one.
     let connection = ServiceBuilder::new().buffer(1).service(connection);
     let origins = Origins::new(&origin).unwrap().with_relative_uri_origin(&origin).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
@@ -345,7 +363,7 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
 
-    // As tonic does it, over HTTP/2: the origin is added further in.
+    // As in tonic: over HTTP/2, with the origin added by the inner service.
     let origins = Origins::new(&origin).unwrap().with_relative_uri_origin(&origin).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(origins);
     let client = ServiceBuilder::new()
@@ -360,8 +378,9 @@ async fn o3_a_connection_to_a_stated_origin_takes_paths_alone() {
     assert_eq!((response.status(), response.version()), (StatusCode::OK, Version::HTTP_2));
 }
 
+/// E2: an expired JWT gives `TokenRejected`.
 #[tokio::test]
-async fn e2_an_expired_jwt_is_a_rejected_token() {
+async fn expired_jwt_is_token_rejected() {
     let world = world().await;
     let layer = world.key_and_jwt();
     world.simulator.expire_jwts();
@@ -371,17 +390,18 @@ async fn e2_an_expired_jwt_is_a_rejected_token() {
     }
 }
 
+/// E4: truncated, stalled, oversized, compressed and HEAD responses.
 #[tokio::test]
-async fn e4_whatever_happens_to_the_body_the_status_is_told() {
+async fn faulty_error_bodies_keep_the_status() {
     let world = world().await;
     world.simulator.revoke_key(&world.key);
-    let within = |time| {
+    let with_timeout = |time| {
         let builder = builder(&world.server).with_api_key(ApiKey::new(&*world.key).unwrap());
         builder.with_error_body_timeout(time).build().unwrap()
     };
-    let layer = within(HANG);
-    // A socket has no paused time; what comes before the stall comes at once.
-    let impatient = within(Duration::from_millis(400));
+    let layer = with_timeout(HANG);
+    // Sockets do not work with paused time. The bytes before the stall arrive well within this.
+    let impatient = with_timeout(Duration::from_millis(400));
     let big = Response::builder().status(401).body(Bytes::from(vec![b'x'; 1 << 20])).unwrap();
     let gzip = Response::builder().status(403).header("content-encoding", "gzip");
     let gzip = gzip.body(Bytes::from_static(b"\x1f\x8b\x08\x00")).unwrap();
@@ -409,8 +429,9 @@ async fn e4_whatever_happens_to_the_body_the_status_is_told() {
     }
 }
 
+/// E5: 2xx, 429 and 5xx are untouched.
 #[tokio::test]
-async fn e5_streams_audio_and_other_errors_pass() {
+async fn streams_audio_and_other_errors_pass_through() {
     let world = world().await;
     let layer = world.key_alone();
     for http in BOTH {
@@ -436,12 +457,13 @@ async fn e5_streams_audio_and_other_errors_pass() {
     }
 }
 
+/// E5: the first event arrives before the second exists.
 #[tokio::test]
-async fn e5_the_first_event_comes_before_the_second_is_there() {
+async fn first_event_is_not_delayed() {
     let world = world().await;
     let layer = world.key_alone();
     for http in BOTH {
-        // The stream stops after its first bytes, and for ever.
+        // The stream stalls after its first bytes.
         world.simulator.inject(Fault::StallBody { after: 40 });
         let response = world.send(&layer, http, post(&layer, "chat/completions", CHAT_STREAM)).await.unwrap();
         let mut body = response.into_body();
@@ -450,15 +472,16 @@ async fn e5_the_first_event_comes_before_the_second_is_there() {
     }
 }
 
+/// E6: status and body are those the API sent.
 #[tokio::test]
-async fn e6_an_annotated_response_is_the_one_the_api_sent() {
+async fn annotated_response_is_unchanged() {
     let world = world().await;
     world.simulator.revoke_key(&world.key);
     let base = BaseUrl::new(world.server.base_url()).unwrap();
     let layer = ApiKeyLayer::bearer(ApiKey::new(&*world.key).unwrap()).with_origins(base.origins());
     for http in BOTH {
         let client = https(&world.server, http).map_err(Error::Inner);
-        let client = AnnotateAuthErrorLayer::new().layer(layer.layer(client));
+        let client = AuthErrorLayer::new().annotated().layer(layer.layer(client));
         let request =
             Request::post(base.endpoint("chat/completions").unwrap()).body(Full::from(CHAT)).unwrap();
         let response = client.oneshot(request).await.unwrap();
@@ -471,7 +494,7 @@ async fn e6_an_annotated_response_is_the_one_the_api_sent() {
     }
 }
 
-/// The bytes that hyper's HTTP/2 client writes for one request through `JwtLayer`, as far as its headers go.
+/// The header block that hyper's HTTP/2 client writes for one request through `JwtLayer`.
 async fn header_block(request: Request<Body>) -> Vec<u8> {
     let (client, mut server) = tokio::io::duplex(64 * 1024);
     let (sender, connection) =
@@ -482,7 +505,7 @@ async fn header_block(request: Request<Body>) -> Vec<u8> {
         async move { sender.send_request(request).await }
     });
     let send = ServiceBuilder::new().map_err(Error::Inner).service(send);
-    let layer = JwtLayer::new(Token::new(JWT).unwrap(), ApiKey::new(KEY).unwrap());
+    let layer = (JwtLayer::new(Token::new(JWT).unwrap()), ApiKeyLayer::x_api_key(ApiKey::new(KEY).unwrap()));
     tokio::spawn(layer.layer(send).oneshot(request));
 
     // The preface, then frames: length, type, flags, stream (RFC 9113 section 4.1).
@@ -498,17 +521,18 @@ async fn header_block(request: Request<Body>) -> Vec<u8> {
     }
 }
 
+/// H2: HPACK encodes both headers as never indexed.
 #[tokio::test]
-async fn h2_on_the_wire_they_are_never_indexed() {
+async fn credentials_are_never_indexed() {
     let request = Request::post("https://api.selamgpt.com/v1/chat/completions")
         .header("x-indexed", "1")
         .body(Full::from(CHAT))
         .unwrap();
     let block = tokio::time::timeout(HANG, header_block(request)).await.unwrap();
     let has = |bytes: &[u8]| block.windows(bytes.len()).any(|window| window == bytes);
-    // RFC 7541 section 6.2.3: 0001, then the name: entry 23 of the static table, or a literal. Section 6.2.1
-    // is what goes into the table: 01. `x-api-key` is 7 bytes in Huffman code, as is `x-indexed`.
+    // RFC 7541 section 6.2.3, never indexed: 0001, then the name as entry 23 of the static table or as a literal.
+    // Section 6.2.1, indexed: 01. In Huffman code, `x-api-key` and `x-indexed` are 7 bytes each.
     assert!(has(&[0x1f, 0x08]), "authorization never indexed: {block:x?}");
     assert!(has(&[0x10, 0x87]), "x-api-key never indexed: {block:x?}");
-    assert!(has(&[0x40, 0x87]), "another header goes into the table: {block:x?}");
+    assert!(has(&[0x40, 0x87]), "another header is indexed: {block:x?}");
 }

@@ -1,4 +1,4 @@
-//! `adapter::reqwest::Client` in use.
+//! `adapter::reqwest::Client`: credentials, replays, errors and streams.
 
 use std::{sync::atomic::Ordering::SeqCst, time::Duration};
 
@@ -6,25 +6,27 @@ use http::{Request, StatusCode};
 use tokio::task::JoinSet;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, BoxError, Credentials, Error, JwtLayer, PerSubject, RefreshLayer,
-    RequestAuth, Subject, Token,
+    ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, Credentials, Error, JwtLayer, PerSubject,
+    RefreshLayer, RequestAuth, Subject, Token,
     adapter::reqwest::{Client, HttpService, TryCloneBody},
     oauth::{ClientAuth, OAuthSource, TokenEndpoint},
     simulator::{Fault, Received},
     source::{Reason, source_fn},
+    stack::ResponseBody,
 };
 
-use crate::support::{CHAT, SESSION, WIRES, handshake, header, in_time, plain, stream, world};
+use crate::support::{CHAT, PROTOCOLS, SESSION, handshake, header, in_time, plain, stream, world};
 
+/// H1: a completion with the key alone.
 #[tokio::test]
-async fn h1_a_completion_with_the_key_alone() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn key_alone_is_sent_as_bearer() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let selam = world.key_alone();
         let url = world.url("chat/completions?lang=am");
         let request = selam.reqwest().post(&url).header("content-type", "application/json").body(CHAT);
         let response = in_time(selam.execute(request)).await.unwrap();
-        assert_eq!((response.status(), response.version()), (StatusCode::OK, wire.version()));
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, protocol.version()));
         assert_eq!(response.headers()["x-ratelimit-limit"], "600");
         assert_eq!(response.url().as_str(), url);
         assert_eq!(response.remote_addr(), Some(world.server.local_addr()));
@@ -37,22 +39,24 @@ async fn h1_a_completion_with_the_key_alone() {
         assert_eq!(header(&received, "authorization"), [format!("Bearer {}", world.key)]);
         assert!(header(&received, "x-api-key").is_empty());
         assert_eq!(header(&received, "content-type"), ["application/json"]);
-        assert_eq!((received.version, &*received.body), (wire.version(), CHAT.as_bytes()));
+        assert_eq!((received.version, &*received.body), (protocol.version(), CHAT.as_bytes()));
         assert_eq!(header(&received, "content-length"), [CHAT.len().to_string()]);
     }
 }
 
+/// H3: duplicates in the request are replaced too.
 #[tokio::test]
-async fn h3_key_and_jwt_replace_what_the_request_came_with() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn key_and_jwt_replace_owned_headers() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let jwt = world.jwt();
         let layer = world.builder().with_jwt(jwt.clone()).build().unwrap();
         let mut selam = Client::new(layer, world.reqwest()).unwrap();
-        let request = selam.reqwest().post(world.url("audio/agent/sessions")).bearer_auth("theirs");
-        let request = request.header("x-api-key", "theirs").header("x-api-key", "theirs too").body(SESSION);
-        let request = request.basic_auth("theirs", Some("theirs")).build().unwrap();
-        // As a service.
+        let request = selam.reqwest().post(world.url("audio/agent/sessions")).bearer_auth("from-caller");
+        let request =
+            request.header("x-api-key", "from-caller").header("x-api-key", "from-caller too").body(SESSION);
+        let request = request.basic_auth("from-caller", Some("from-caller")).build().unwrap();
+        // Through the `Service` implementation.
         let response = in_time(selam.ready().await.unwrap().call(request)).await.unwrap();
         assert_eq!(response.status(), StatusCode::OK);
         assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", jwt.expose_secret())]);
@@ -60,9 +64,10 @@ async fn h3_key_and_jwt_replace_what_the_request_came_with() {
     }
 }
 
+/// H4: an extension affects neither other clients nor other requests.
 #[tokio::test]
-async fn h4_a_choice_is_that_of_the_client_or_the_request_that_made_it() {
-    let world = world(WIRES[0]).await;
+async fn request_auth_applies_to_its_client_or_request() {
+    let world = world(PROTOCOLS[0]).await;
     let layer = world.builder().with_jwt(world.jwt()).build().unwrap();
     let selam = Client::new(layer, world.reqwest()).unwrap();
     let chat = world.url("chat/completions");
@@ -74,12 +79,12 @@ async fn h4_a_choice_is_that_of_the_client_or_the_request_that_made_it() {
     assert!(header(&world.last(), "x-api-key").is_empty());
 
     in_time(selam.execute(post())).await.unwrap();
-    assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the other client is as it was");
+    assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the original client is unchanged");
 
-    // A request's own counts more, whether it comes as one of the http crate's or was one.
+    // The request's extension takes precedence, in an `http::Request` and after conversion to reqwest's type.
     let other = world.simulator.issue_key();
-    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
-    let request = || Request::post(&chat).extension(own.clone()).body(CHAT).unwrap();
+    let custom = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
+    let request = || Request::post(&chat).extension(custom.clone()).body(CHAT).unwrap();
     in_time(with_key.execute(request())).await.unwrap();
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
     let request = reqwest::Request::try_from(request()).unwrap();
@@ -91,31 +96,33 @@ async fn h4_a_choice_is_that_of_the_client_or_the_request_that_made_it() {
     assert_eq!(refused.auth().unwrap().kind(), AuthErrorKind::MissingApiKey);
 }
 
+/// H4: the client's `Subject` extension selects the JWT.
 #[tokio::test]
-async fn h4_a_client_for_each_user_sends_the_users_jwt() {
-    let world = world(WIRES[0]).await;
-    let jwts = PerSubject::new(|user: &Subject| {
-        let token = Token::new(format!("jwt-of-{}", user.as_str())).unwrap();
+async fn each_subject_gets_its_own_jwt() {
+    let world = world(PROTOCOLS[0]).await;
+    let jwts = PerSubject::new(|subject: &Subject| {
+        let token = Token::new(format!("jwt-of-{}", subject.as_str())).unwrap();
         source_fn(move |_: Reason<Token>| {
             let token = token.clone();
             async move { Ok::<_, BoxError>(token) }
         })
     });
     let selam = Client::new(world.builder().with_jwt(jwts).build().unwrap(), world.reqwest()).unwrap();
-    for user in ["user-7", "user-8"] {
-        let for_user = selam.clone().with_extension(Subject::new(user));
-        // The API does not know these, and says so.
+    for subject in ["user-7", "user-8"] {
+        let for_subject = selam.clone().with_extension(Subject::new(subject));
+        // The API rejects these made-up tokens.
         let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
-        assert!(in_time(for_user.execute(request)).await.is_err());
-        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{user}")]);
+        assert!(in_time(for_subject.execute(request)).await.is_err());
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{subject}")]);
     }
 }
 
+/// J2: every request is replayed after the single refresh.
 #[tokio::test]
-async fn j2_refusals_at_once_cause_one_renewal_and_every_request_is_sent_again() {
-    for &wire in WIRES {
-        let world = world(wire).await;
-        let (jwts, asked) = world.renewing();
+async fn concurrent_401s_cause_one_refresh() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let (jwts, refreshes) = world.refreshing();
         let selam = Client::new(world.builder().with_jwt(jwts.clone()).build().unwrap(), world.reqwest());
         let selam = selam.unwrap();
         jwts.prefetch().await.unwrap();
@@ -126,16 +133,19 @@ async fn j2_refusals_at_once_cause_one_renewal_and_every_request_is_sent_again()
         for response in in_time(calls.join_all()).await {
             assert_eq!(response.unwrap().status(), StatusCode::OK);
         }
-        assert_eq!(asked.load(SeqCst), 2, "{wire:?}");
+        assert_eq!(refreshes.load(SeqCst), 2, "{protocol:?}");
     }
 }
 
+/// J7: the replay differs only in `Authorization`.
 #[tokio::test]
-async fn j7_a_body_of_bytes_is_sent_again_byte_by_byte() {
+async fn bytes_are_replayed_byte_for_byte() {
     let long: &'static str = Box::leak(format!("{{\"voice\":\"{}\"}}", "x".repeat(300_000)).into());
-    for (&wire, body) in WIRES.iter().flat_map(|wire| [(wire, SESSION), (wire, ""), (wire, long)]) {
-        let world = world(wire).await;
-        let (jwts, _) = world.renewing();
+    for (&protocol, body) in
+        PROTOCOLS.iter().flat_map(|protocol| [(protocol, SESSION), (protocol, ""), (protocol, long)])
+    {
+        let world = world(protocol).await;
+        let (jwts, _) = world.refreshing();
         let layer = world.builder().with_jwt(jwts.clone()).build().unwrap();
         let selam = Client::new(layer, world.reqwest()).unwrap();
         jwts.prefetch().await.unwrap();
@@ -145,25 +155,29 @@ async fn j7_a_body_of_bytes_is_sent_again_byte_by_byte() {
         assert_ne!(response.status(), StatusCode::UNAUTHORIZED);
 
         let received = world.simulator.received();
-        let [first, again] = &*received else { panic!("{received:?}") };
-        assert_ne!(first.headers["authorization"], again.headers["authorization"]);
+        let [first, replay] = &*received else { panic!("{received:?}") };
+        assert_ne!(first.headers["authorization"], replay.headers["authorization"]);
         let head = |received: &Received| {
             let mut headers = received.headers.clone();
             headers.remove("authorization");
             (received.method.clone(), received.uri.clone(), received.version, headers)
         };
-        assert_eq!(head(first), head(again));
-        assert_eq!((&first.body, first.body_length), (&again.body, again.body_length));
-        assert_eq!(again.body_length, body.len() as u64);
+        assert_eq!(head(first), head(replay));
+        assert_eq!((&first.body, first.body_length), (&replay.body, replay.body_length));
+        assert_eq!(replay.body_length, body.len() as u64);
     }
 }
 
+/// J7: its 401 is returned intact, and the token is invalidated.
 #[tokio::test]
-async fn j7_a_stream_is_not_sent_again_and_its_401_is_intact() {
-    for &wire in WIRES {
-        let world = world(wire).await;
-        let (jwts, asked) = world.renewing();
-        let jwt = JwtLayer::new(jwts.clone(), world.api_key()).with_origins(world.base_url().origins());
+async fn stream_is_not_replayed() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let (jwts, refreshes) = world.refreshing();
+        let jwt = (
+            JwtLayer::new(jwts.clone()).with_origins(world.base_url().origins()),
+            ApiKeyLayer::x_api_key(world.api_key()).with_origins(world.base_url().origins()),
+        );
         let layers = ServiceBuilder::new()
             .layer(RefreshLayer::with_replay(TryCloneBody))
             .layer(jwt)
@@ -185,17 +199,18 @@ async fn j7_a_stream_is_not_sent_again_and_its_401_is_intact() {
         assert_eq!(world.simulator.requests(), 1, "sent once");
         assert_eq!(&*world.last().body, SESSION.as_bytes());
 
-        // The token was renewed all the same.
+        // The token was invalidated, so the next request refreshes it.
         let response = in_time(selam.execute(post().body(stream(SESSION)))).await.unwrap();
-        assert_eq!((response.status(), asked.load(SeqCst)), (StatusCode::OK, 2));
+        assert_eq!((response.status(), refreshes.load(SeqCst)), (StatusCode::OK, 2));
     }
 }
 
+/// J7: `buffered` makes streams replayable.
 #[tokio::test]
-async fn j7_a_stream_that_is_kept_is_sent_again() {
-    for &wire in WIRES {
-        let world = world(wire).await;
-        let (jwts, _) = world.renewing();
+async fn buffered_stream_is_replayed() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let (jwts, _) = world.refreshing();
         let layer = world.builder().with_jwt(jwts.clone()).build().unwrap().buffered(1024);
         let selam = Client::with_layers(&layer, HttpService::new(world.reqwest()).unwrap());
         jwts.prefetch().await.unwrap();
@@ -207,10 +222,11 @@ async fn j7_a_stream_that_is_kept_is_sent_again() {
     }
 }
 
+/// E1: a revoked key gives `InvalidApiKey`.
 #[tokio::test]
-async fn e1_a_refusal_is_typed() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn invalid_key_is_a_typed_error() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let selam = world.key_alone();
         world.simulator.revoke_key(&world.key);
         let request = selam.reqwest().post(world.url("chat/completions")).body(CHAT);
@@ -221,12 +237,13 @@ async fn e1_a_refusal_is_typed() {
     }
 }
 
+/// E5: the first chunk arrives although the body never ends.
 #[tokio::test]
-async fn e5_the_first_byte_of_a_stream_is_not_waited_for() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn first_chunk_of_a_stream_is_not_delayed() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let selam = world.key_alone();
-        // The body never ends.
+        // The body stalls after its first bytes.
         world.simulator.inject(Fault::StallBody { after: 20 });
         let request = selam.reqwest().post(world.url("chat/completions"));
         let body = r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#;
@@ -236,9 +253,10 @@ async fn e5_the_first_byte_of_a_stream_is_not_waited_for() {
     }
 }
 
+/// E7: `AuthError::find` sees through `buffer`, `timeout` and boxes.
 #[tokio::test]
-async fn e7_ours_is_found_through_towers_layers_and_boxes() {
-    let world = world(WIRES[0]).await;
+async fn auth_error_is_found_through_tower_layers() {
+    let world = world(PROTOCOLS[0]).await;
     let layer = world.builder().build().unwrap().with_replay(TryCloneBody);
     let layers = ServiceBuilder::new()
         .buffer(4)
@@ -247,8 +265,8 @@ async fn e7_ours_is_found_through_towers_layers_and_boxes() {
         .layer(layer);
     let selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
     let post = |key: &str| {
-        let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(key).unwrap()));
-        Request::post(world.url("chat/completions")).extension(own).body(CHAT).unwrap()
+        let custom = RequestAuth::Custom(Credentials::bearer(ApiKey::new(key).unwrap()));
+        Request::post(world.url("chat/completions")).extension(custom).body(CHAT).unwrap()
     };
     assert_eq!(in_time(selam.execute(post(&world.key))).await.unwrap().status(), StatusCode::OK);
     let refused: BoxError = in_time(selam.execute(post("sk-selam-unknown"))).await.unwrap_err();
@@ -259,8 +277,8 @@ async fn e7_ours_is_found_through_towers_layers_and_boxes() {
 }
 
 #[tokio::test]
-async fn a_requests_timeout_and_version_go_along() {
-    let world = world(WIRES[0]).await;
+async fn timeout_and_version_are_kept() {
+    let world = world(PROTOCOLS[0]).await;
     let selam = world.key_alone();
     world.simulator.inject(Fault::Stall);
     let request = selam.reqwest().post(world.url("chat/completions")).body(CHAT);
@@ -270,8 +288,8 @@ async fn a_requests_timeout_and_version_go_along() {
         other => panic!("{other:?}"),
     }
 
-    // Also of a request that is sent again.
-    let (jwts, _) = world.renewing();
+    // The timeout also applies to the replay.
+    let (jwts, _) = world.refreshing();
     let layer = world.builder().with_jwt(jwts.clone()).build().unwrap();
     let selam = Client::new(layer, world.reqwest()).unwrap();
     jwts.prefetch().await.unwrap();
@@ -294,8 +312,8 @@ async fn a_requests_timeout_and_version_go_along() {
 }
 
 #[tokio::test]
-async fn a_handshake_is_upgraded_through_the_layers() {
-    let world = world(WIRES[0]).await;
+async fn handshake_is_upgraded_through_the_layers() {
+    let world = world(PROTOCOLS[0]).await;
     let jwt = world.jwt();
     let layer = world.builder().with_jwt(jwt).build().unwrap();
     let selam = Client::new(layer, world.reqwest().http1_only()).unwrap();
@@ -304,16 +322,16 @@ async fn a_handshake_is_upgraded_through_the_layers() {
     let response = in_time(agent.execute(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::SWITCHING_PROTOCOLS);
     assert!(world.last().uri.query().unwrap().contains(&world.key));
-    assert_eq!(response.url().as_str(), world.url("audio/agent"), "no credentials are shown");
+    assert_eq!(response.url().as_str(), world.url("audio/agent"), "the credentials are removed");
     let mut socket = in_time(response.upgrade()).await.unwrap();
     let mut hello = [0; 2];
     in_time(tokio::io::AsyncReadExt::read_exact(&mut socket, &mut hello)).await.unwrap();
-    assert_eq!(hello[0], 0x81, "a frame of text");
+    assert_eq!(hello[0], 0x81, "a text frame");
 }
 
 #[tokio::test]
-async fn a_token_endpoint_is_asked_through_reqwest() {
-    let world = world(WIRES[0]).await;
+async fn http_service_works_for_token_endpoints() {
+    let world = world(PROTOCOLS[0]).await;
     let none = reqwest::redirect::Policy::none();
     let http = HttpService::dangerous_with_client(world.reqwest().redirect(none).build().unwrap());
     let url = world.server.base_url().replace("/v1", "/oauth/token");
@@ -328,8 +346,8 @@ async fn a_token_endpoint_is_asked_through_reqwest() {
 }
 
 #[tokio::test]
-async fn a_request_that_reqwest_cannot_build_is_its_error() {
-    let world = world(WIRES[0]).await;
+async fn build_error_is_returned() {
+    let world = world(PROTOCOLS[0]).await;
     let selam = world.key_alone();
     match in_time(selam.execute(selam.reqwest().get("no url"))).await {
         Err(Error::Inner(error)) => assert!(error.is_builder()),
@@ -339,11 +357,12 @@ async fn a_request_that_reqwest_cannot_build_is_its_error() {
 }
 
 #[tokio::test]
-async fn the_layers_of_this_crate_fit_the_service_by_itself() {
-    let world = world(WIRES[0]).await;
+async fn layers_wrap_http_service_directly() {
+    let world = world(PROTOCOLS[0]).await;
     let layer = world.builder().build().unwrap().with_replay(TryCloneBody);
     let service = layer.layer(HttpService::new(world.reqwest()).unwrap());
     let request = Request::post(world.url("chat/completions")).body(reqwest::Body::from(CHAT)).unwrap();
-    let response: http::Response<reqwest::Body> = in_time(service.oneshot(request)).await.unwrap();
+    let response: http::Response<ResponseBody<reqwest::Body>> =
+        in_time(service.oneshot(request)).await.unwrap();
     assert_eq!(response.status(), StatusCode::OK);
 }

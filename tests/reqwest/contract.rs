@@ -1,4 +1,4 @@
-//! T1 to T3: what Tower asks of `adapter::reqwest`.
+//! T1 to T3: the Tower contract of `adapter::reqwest`.
 
 use std::{
     cell::Cell,
@@ -18,9 +18,9 @@ use tower_selam::{
     simulator::Fault,
 };
 
-use crate::support::{CHAT, SESSION, WIRES, in_time, plain, world};
+use crate::support::{CHAT, PROTOCOLS, SESSION, in_time, plain, world};
 
-/// A bound that does not hold is `false`: the inherent constant, where its bound holds, hides the trait's.
+/// Gives `false` for a bound that does not hold. Where it holds, an inherent constant shadows the trait's.
 trait HasNot {
     const SEND: bool = false;
     const SYNC: bool = false;
@@ -34,7 +34,7 @@ macro_rules! has {
             ($bound:ident, $constant:ident) => {{
                 struct Is<T>(PhantomData<T>);
                 impl<T> HasNot for Is<T> {}
-                #[allow(dead_code, reason = "only where the bound holds")]
+                #[allow(dead_code, reason = "used only if the bound holds")]
                 impl<T: $bound> Is<T> {
                     const $constant: bool = true;
                 }
@@ -45,27 +45,27 @@ macro_rules! has {
     }};
 }
 
-/// A service that is `T` through and through.
+/// A service with the auto traits of `T`, whose future has them too.
 #[derive(Clone)]
-struct Of<T>(T);
+struct Like<T>(T);
 
-impl<T> Service<Request<Body>> for Of<T> {
+impl<T> Service<Request<Body>> for Like<T> {
     type Response = Response<Body>;
     type Error = Error<reqwest::Error>;
-    type Future = OfFuture<T>;
+    type Future = LikeFuture<T>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Pending
     }
 
     fn call(&mut self, _: Request<Body>) -> Self::Future {
-        unreachable!("for its type alone")
+        unreachable!("used only as a type")
     }
 }
 
-struct OfFuture<T>(PhantomData<T>);
+struct LikeFuture<T>(PhantomData<T>);
 
-impl<T> Future for OfFuture<T> {
+impl<T> Future for LikeFuture<T> {
     type Output = Result<Response<Body>, Error<reqwest::Error>>;
 
     fn poll(self: std::pin::Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
@@ -73,21 +73,22 @@ impl<T> Future for OfFuture<T> {
     }
 }
 
+/// T2: services and futures.
 #[test]
-fn t2_auto_traits_are_those_of_what_is_within() {
+fn auto_traits_match_the_inner_service() {
     struct NoClone;
     macro_rules! like_inner {
         ($($inner:ty),*) => {$(
             assert_eq!(has!(Client<$inner>), has!($inner));
             assert_eq!(has!(ResponseFuture<$inner>)[..3], has!($inner)[..3]);
-            // A request waits in it, which is no more `Sync` than reqwest's.
+            // It holds a reqwest request, so it is at most as `Sync` as that.
             let [send, sync, unpin, _] = has!($inner);
             let [request_send, request_sync, ..] = has!(reqwest::Request);
-            assert_eq!(has!(Execute<Of<$inner>>)[..3], [send && request_send, sync && request_sync, unpin]);
+            assert_eq!(has!(Execute<Like<$inner>>)[..3], [send && request_send, sync && request_sync, unpin]);
         )*};
     }
     like_inner!((), Rc<()>, Cell<u8>, PhantomPinned, NoClone, std::sync::MutexGuard<'static, ()>);
-    assert_eq!(has!(Rc<()>), [false, false, true, true], "the test can tell");
+    assert_eq!(has!(Rc<()>), [false, false, true, true], "the macro detects a missing bound");
     assert_eq!(has!(HttpService), has!(reqwest::Client));
     assert_eq!(has!(Client), [true; 4]);
     type Pending = <reqwest::Client as Service<reqwest::Request>>::Future;
@@ -95,7 +96,7 @@ fn t2_auto_traits_are_those_of_what_is_within() {
     assert_eq!(has!(TryCloneBody), [true; 4]);
 }
 
-/// Panics when it is called without having been polled ready; a clone has not been.
+/// Panics if called without having been polled ready. Clones start as not ready.
 struct Strict<S> {
     inner: S,
     ready: bool,
@@ -118,15 +119,16 @@ impl<S: Service<Request<B>>, B> Service<Request<B>> for Strict<S> {
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        assert!(std::mem::take(&mut self.ready), "called without being ready");
+        assert!(std::mem::take(&mut self.ready), "called before poll_ready");
         self.inner.call(request)
     }
 }
 
+/// T1: the instance that was polled ready is called, on a replay too.
 #[tokio::test]
-async fn t1_what_was_polled_ready_is_what_is_called() {
-    let world = world(WIRES[0]).await;
-    let (jwts, asked) = world.renewing();
+async fn the_ready_instance_is_called() {
+    let world = world(PROTOCOLS[0]).await;
+    let (jwts, refreshes) = world.refreshing();
     let layers = ServiceBuilder::new()
         .layer(layer_fn(|inner| Strict { inner, ready: false }))
         .layer(world.builder().with_jwt(jwts.clone()).build().unwrap().with_replay(TryCloneBody))
@@ -134,16 +136,17 @@ async fn t1_what_was_polled_ready_is_what_is_called() {
     let mut selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
     let request = || selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
     assert_eq!(in_time(selam.execute(request())).await.unwrap().status(), StatusCode::OK);
-    // As a service, and over a renewal.
+    // Through the `Service` implementation, and across a refresh.
     let request = request().build().unwrap();
     world.simulator.expire_jwts();
     let response = in_time(selam.ready().await.unwrap().call(request)).await.unwrap();
-    assert_eq!((response.status(), asked.load(SeqCst)), (StatusCode::OK, 2));
+    assert_eq!((response.status(), refreshes.load(SeqCst)), (StatusCode::OK, 2));
 }
 
+/// T1: with a limit of 1 outside and inside the layers.
 #[tokio::test]
-async fn t1_permits_within_and_without_come_back() {
-    let world = world(WIRES[0]).await;
+async fn concurrency_permits_are_released() {
+    let world = world(PROTOCOLS[0]).await;
     let layers = ServiceBuilder::new()
         .layer(ConcurrencyLimitLayer::new(1))
         .layer(world.builder().build().unwrap().with_replay(TryCloneBody))
@@ -156,8 +159,9 @@ async fn t1_permits_within_and_without_come_back() {
     }
 }
 
+/// T2: futures dropped before their first poll do nothing.
 #[tokio::test]
-async fn t2_a_future_dropped_before_its_first_poll_sends_nothing() {
+async fn unpolled_futures_send_nothing() {
     let world = plain().await;
     let mut selam = world.key_alone();
     let request = || selam.reqwest().post(world.url("chat/completions")).body(CHAT);
@@ -169,10 +173,11 @@ async fn t2_a_future_dropped_before_its_first_poll_sends_nothing() {
     assert_eq!(world.simulator.requests(), 1);
 }
 
+/// T3: the call is dropped while it waits for the response.
 #[tokio::test]
-async fn t3_a_call_dropped_while_it_is_answered_leaves_the_client_usable() {
-    let world = world(WIRES[0]).await;
-    let (jwts, asked) = world.renewing();
+async fn client_survives_a_cancelled_call() {
+    let world = world(PROTOCOLS[0]).await;
+    let (jwts, refreshes) = world.refreshing();
     let layer = world.builder().with_jwt(jwts).build().unwrap().with_replay(TryCloneBody);
     let layers = ServiceBuilder::new().layer(ConcurrencyLimitLayer::new(1)).layer(layer);
     let selam = Client::with_layers(&layers, HttpService::new(world.reqwest()).unwrap());
@@ -180,11 +185,11 @@ async fn t3_a_call_dropped_while_it_is_answered_leaves_the_client_usable() {
     world.simulator.inject(Fault::Stall);
     assert!(tokio::time::timeout(Duration::from_millis(200), send()).await.is_err());
     assert_eq!(in_time(send()).await.unwrap().status(), StatusCode::OK);
-    assert_eq!((world.simulator.requests(), asked.load(SeqCst)), (2, 1));
+    assert_eq!((world.simulator.requests(), refreshes.load(SeqCst)), (2, 1));
 }
 
 #[test]
-fn a_layer_that_is_none_of_ours_fits() {
+fn foreign_layers_fit() {
     let _ = |http: HttpService| Client::with_layers(&tower::layer::util::Identity::new(), http);
     let _ = |http: HttpService| tower::layer::util::Identity::new().layer(http);
 }

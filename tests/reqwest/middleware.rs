@@ -1,4 +1,4 @@
-//! `adapter::reqwest_middleware`.
+//! `adapter::reqwest_middleware`: alone, and next to other middlewares.
 
 use std::{
     fmt,
@@ -25,19 +25,18 @@ use tower_selam::{
 };
 
 use crate::support::{
-    CHAT, HANG, SESSION, WIRES, World, handshake, header, in_time, plain, shown, stream, world,
+    CHAT, DEADLINE, PROTOCOLS, SESSION, World, handshake, header, in_time, plain, shown, stream, world,
 };
 
 fn client(world: &World) -> reqwest::Client {
     world.reqwest().redirect(redirect_policy()).build().unwrap()
 }
 
-fn over(world: &World, layer: SelamLayer) -> ClientWithMiddleware {
+fn with_layer(world: &World, layer: SelamLayer) -> ClientWithMiddleware {
     ClientBuilder::new(client(world)).with(AuthMiddleware::new(layer)).build()
 }
 
-/// Sends again whatever was not answered with success, twice at most. As `reqwest-retry` does, it leaves alone what a
-/// middleware had to say.
+/// Retries server errors and timeouts, twice at most. Like `reqwest-retry`, it treats the error of a middleware as final.
 struct Retry(Arc<AtomicUsize>);
 
 #[async_trait]
@@ -48,49 +47,51 @@ impl Middleware for Retry {
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> Result<reqwest::Response, Error> {
-        let mut tries = 0;
+        let mut attempts = 0;
         loop {
             let Some(copy) = request.try_clone() else { return next.run(request, extensions).await };
             self.0.fetch_add(1, SeqCst);
-            tries += 1;
+            attempts += 1;
             match next.clone().run(copy, extensions).await {
-                Ok(response) if response.status().is_server_error() && tries < 3 => {}
-                Err(Error::Reqwest(error)) if error.is_timeout() && tries < 3 => {}
+                Ok(response) if response.status().is_server_error() && attempts < 3 => {}
+                Err(Error::Reqwest(error)) if error.is_timeout() && attempts < 3 => {}
                 result => return result,
             }
         }
     }
 }
 
-/// What a middleware further in has to tell, and what it was told.
+/// An extension that is passed to an inner middleware and back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Note(&'static str);
 
-struct Notes;
+struct ExchangesNotes;
 
 #[async_trait]
-impl Middleware for Notes {
+impl Middleware for ExchangesNotes {
     async fn handle(
         &self,
         request: reqwest::Request,
         extensions: &mut Extensions,
         next: Next<'_>,
     ) -> Result<reqwest::Response, Error> {
-        assert!(request.headers()["authorization"].is_sensitive(), "it sees the credentials");
-        assert_eq!(extensions.insert(Note("from within")), Some(Note("from outside")));
+        assert!(request.headers()["authorization"].is_sensitive(), "inner middlewares see the credentials");
+        assert_eq!(extensions.insert(Note("from inside")), Some(Note("from outside")));
         next.run(request, extensions).await
     }
 }
 
+/// H1: a completion with the key alone.
 #[tokio::test]
-async fn h1_a_completion_with_the_key_alone() {
-    for &wire in WIRES {
-        let world = world(wire).await;
-        let client = over(&world, world.builder().build().unwrap());
+async fn key_alone_is_sent_as_bearer() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let client = with_layer(&world, world.builder().build().unwrap());
         let url = world.url("chat/completions?lang=am");
-        let request = client.post(&url).header("x-api-key", "theirs").bearer_auth("theirs").body(CHAT);
+        let request =
+            client.post(&url).header("x-api-key", "from-caller").bearer_auth("from-caller").body(CHAT);
         let response = in_time(request.send()).await.unwrap();
-        assert_eq!((response.status(), response.version()), (StatusCode::OK, wire.version()));
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, protocol.version()));
         assert_eq!(response.url().as_str(), url);
         assert!(response.text().await.unwrap().contains("You said: Selam!"));
         assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
@@ -98,38 +99,40 @@ async fn h1_a_completion_with_the_key_alone() {
     }
 }
 
+/// H4: by an extension, as does `Subject`.
 #[tokio::test]
-async fn h4_a_request_chooses_by_an_extension() {
-    let world = world(WIRES[0]).await;
-    let client = over(&world, world.builder().with_jwt(world.jwt()).build().unwrap());
+async fn request_auth_applies_to_one_request() {
+    let world = world(PROTOCOLS[0]).await;
+    let client = with_layer(&world, world.builder().with_jwt(world.jwt()).build().unwrap());
     let post = || client.post(world.url("chat/completions")).body(CHAT);
     in_time(post().with_extension(RequestAuth::ApiKey).send()).await.unwrap();
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
     in_time(post().send()).await.unwrap();
-    assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the choice was that request's");
+    assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the extension applied to one request");
     let other = world.simulator.issue_key();
-    let own = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
-    in_time(post().with_extension(own).send()).await.unwrap();
+    let custom = RequestAuth::Custom(Credentials::bearer(ApiKey::new(&*other).unwrap()));
+    in_time(post().with_extension(custom).send()).await.unwrap();
     assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {other}")]);
 
-    let jwts = PerSubject::new(|user: &Subject| {
-        let token = Token::new(format!("jwt-of-{}", user.as_str())).unwrap();
+    let jwts = PerSubject::new(|subject: &Subject| {
+        let token = Token::new(format!("jwt-of-{}", subject.as_str())).unwrap();
         source_fn(move |_: Reason<Token>| std::future::ready(Ok::<_, BoxError>(token.clone())))
     });
-    let client = over(&world, world.builder().with_jwt(jwts).build().unwrap());
-    for user in ["user-7", "user-8"] {
+    let client = with_layer(&world, world.builder().with_jwt(jwts).build().unwrap());
+    for subject in ["user-7", "user-8"] {
         let request = client.post(world.url("audio/agent/sessions")).body(SESSION);
-        assert!(in_time(request.with_extension(Subject::new(user)).send()).await.is_err());
-        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{user}")]);
+        assert!(in_time(request.with_extension(Subject::new(subject)).send()).await.is_err());
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{subject}")]);
     }
 }
 
+/// J2, J7: bodies are replayed after the single refresh.
 #[tokio::test]
-async fn j2_j7_a_renewal_is_one_for_all_and_bodies_are_sent_again() {
-    for &wire in WIRES {
-        let world = world(wire).await;
-        let (jwts, asked) = world.renewing();
-        let client = over(&world, world.builder().with_jwt(jwts.clone()).build().unwrap());
+async fn concurrent_401s_cause_one_refresh() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let (jwts, refreshes) = world.refreshing();
+        let client = with_layer(&world, world.builder().with_jwt(jwts.clone()).build().unwrap());
         jwts.prefetch().await.unwrap();
         world.simulator.expire_jwts();
         let calls: tokio::task::JoinSet<_> =
@@ -137,16 +140,20 @@ async fn j2_j7_a_renewal_is_one_for_all_and_bodies_are_sent_again() {
         for response in in_time(calls.join_all()).await {
             assert_eq!(response.unwrap().status(), StatusCode::OK);
         }
-        assert_eq!(asked.load(SeqCst), 2);
+        assert_eq!(refreshes.load(SeqCst), 2);
         assert!(world.simulator.received().iter().all(|received| *received.body == *SESSION.as_bytes()));
     }
 }
 
+/// J7: the 401 of an unbuffered stream is returned intact.
 #[tokio::test]
-async fn j7_a_stream_is_not_sent_again() {
-    let world = world(WIRES[0]).await;
-    let (jwts, asked) = world.renewing();
-    let jwt = JwtLayer::new(jwts.clone(), world.api_key()).with_origins(world.base_url().origins());
+async fn stream_is_replayed_only_if_buffered() {
+    let world = world(PROTOCOLS[0]).await;
+    let (jwts, refreshes) = world.refreshing();
+    let jwt = (
+        JwtLayer::new(jwts.clone()).with_origins(world.base_url().origins()),
+        ApiKeyLayer::x_api_key(world.api_key()).with_origins(world.base_url().origins()),
+    );
     let layers = ServiceBuilder::new().layer(RefreshLayer::with_replay(TryCloneBody)).layer(jwt);
     let client = ClientBuilder::new(client(&world)).with(AuthMiddleware::with_layers(layers)).build();
     jwts.prefetch().await.unwrap();
@@ -154,24 +161,25 @@ async fn j7_a_stream_is_not_sent_again() {
     let request = client.post(world.url("audio/agent/sessions")).body(stream(SESSION));
     let response = in_time(request.send()).await.unwrap();
     assert_eq!((response.status(), world.simulator.requests()), (StatusCode::UNAUTHORIZED, 1));
-    assert!(response.text().await.unwrap().contains("error"), "intact");
+    assert!(response.text().await.unwrap().contains("error"), "the body is intact");
     jwts.token().await.unwrap();
-    assert_eq!(asked.load(SeqCst), 2);
+    assert_eq!(refreshes.load(SeqCst), 2);
 
-    // One that is kept is.
+    // A buffered stream is replayed.
     let layer = world.builder().with_jwt(jwts.clone()).build().unwrap().buffered(1024);
     let client = ClientBuilder::new(client.as_ref().clone()).with(AuthMiddleware::with_layers(layer)).build();
     let request = client.post(world.url("audio/agent/sessions")).body(stream(SESSION));
     assert_eq!(in_time(request.send()).await.unwrap().status(), StatusCode::OK);
 }
 
+/// J9: each attempt gets a fresh credential, and an `AuthError` ends the attempts.
 #[tokio::test]
-async fn j9_under_retries_every_try_has_a_fresh_credential_and_a_401_ends_them() {
-    let world = world(WIRES[0]).await;
-    let (jwts, asked) = world.renewing();
-    let tries = Arc::new(AtomicUsize::new(0));
+async fn retries_do_not_multiply_sends() {
+    let world = world(PROTOCOLS[0]).await;
+    let (jwts, refreshes) = world.refreshing();
+    let attempts = Arc::new(AtomicUsize::new(0));
     let client = ClientBuilder::new(client(&world))
-        .with(Retry(Arc::clone(&tries)))
+        .with(Retry(Arc::clone(&attempts)))
         .with(AuthMiddleware::new(world.builder().with_jwt(jwts.clone()).build().unwrap()))
         .build();
     let send = |key: RequestAuth| {
@@ -182,20 +190,21 @@ async fn j9_under_retries_every_try_has_a_fresh_credential_and_a_401_ends_them()
     world.simulator.expire_jwts();
     world.simulator.inject(Fault::Unavailable);
     assert_eq!(send(RequestAuth::ApiKeyAndJwt).await.unwrap().status(), StatusCode::OK);
-    // The 503, the 401 and what it was sent again for: two tries of the middleware's.
-    assert_eq!((world.simulator.requests(), tries.swap(0, SeqCst), asked.load(SeqCst)), (3, 2, 2));
+    // Three sends (503, 401, replay) in two attempts of the retry middleware.
+    assert_eq!((world.simulator.requests(), attempts.swap(0, SeqCst), refreshes.load(SeqCst)), (3, 2, 2));
 
     let unknown = RequestAuth::Custom(Credentials::bearer(ApiKey::new("sk-selam-unknown").unwrap()));
     let refused = send(unknown).await.unwrap_err();
     assert_eq!(AuthError::find(&refused).unwrap().kind(), AuthErrorKind::InvalidApiKey);
-    assert_eq!((world.simulator.requests(), tries.load(SeqCst)), (4, 1));
+    assert_eq!((world.simulator.requests(), attempts.load(SeqCst)), (4, 1));
 }
 
+/// E7: errors of the client keep their type.
 #[tokio::test]
-async fn e7_ours_is_found_and_the_clients_own_error_is_left_as_it_is() {
-    let world = world(WIRES[0]).await;
+async fn auth_error_is_found_and_client_errors_kept() {
+    let world = world(PROTOCOLS[0]).await;
     let layer = world.builder().with_jwt(world.jwt()).build().unwrap();
-    let client = over(&world, layer);
+    let client = with_layer(&world, layer);
     let refused = in_time(client.post("https://evil.example/v1/models").send()).await.unwrap_err();
     assert!(refused.is_middleware());
     let found = AuthError::find(&refused).unwrap();
@@ -206,18 +215,19 @@ async fn e7_ours_is_found_and_the_clients_own_error_is_left_as_it_is() {
     assert!(AuthError::find(&*boxed).is_some());
 
     world.simulator.inject(Fault::Stall);
-    let request = client.post(world.url("chat/completions?theirs=of-theirs"));
+    let request = client.post(world.url("chat/completions?secret=of-the-caller"));
     let error = in_time(request.timeout(Duration::from_millis(100)).send()).await.unwrap_err();
     assert!(matches!(&error, Error::Reqwest(error) if error.is_timeout()), "{error:?}");
     assert_eq!(error.url().unwrap().as_str(), world.url("chat/completions"));
     assert!(AuthError::find(&error).is_none());
 }
 
+/// S2: neither by errors nor by responses.
 #[tokio::test]
-async fn s2_a_handshakes_query_is_not_shown() {
+async fn handshake_query_is_not_shown() {
     let world = plain().await;
     let jwt = world.jwt();
-    let client = over(&world, world.builder().with_jwt(jwt.clone()).build().unwrap());
+    let client = with_layer(&world, world.builder().with_jwt(jwt.clone()).build().unwrap());
     let send = || {
         let request = handshake(client.as_ref(), &world.url("audio/agent?voice=mekdes"));
         let request = request.timeout(Duration::from_millis(500)).build().unwrap();
@@ -230,27 +240,27 @@ async fn s2_a_handshakes_query_is_not_shown() {
     let response = send().await.unwrap();
     let mut all = shown(&stalled) + &format!("{response:?}");
     all += &shown(&response.error_for_status().unwrap_err());
-    assert!(world.last().uri.query().unwrap().contains(&world.key), "the test can tell");
+    assert!(world.last().uri.query().unwrap().contains(&world.key), "the secret was sent");
     for secret in [&*world.key, jwt.expose_secret()] {
         assert!(!all.contains(secret), "{all}");
     }
 }
 
 #[tokio::test]
-async fn extensions_go_in_and_come_out() {
-    let world = world(WIRES[0]).await;
-    let (jwts, _) = world.renewing();
+async fn extensions_pass_in_and_out() {
+    let world = world(PROTOCOLS[0]).await;
+    let (jwts, _) = world.refreshing();
     let client = ClientBuilder::new(client(&world))
         .with(AuthMiddleware::new(world.builder().with_jwt(jwts).build().unwrap()))
-        .with(Notes)
+        .with(ExchangesNotes)
         .build();
     let mut extensions = Extensions::new();
     extensions.insert(Note("from outside"));
     let request = client.post(world.url("audio/agent/sessions")).body(SESSION).build().unwrap();
     in_time(client.execute_with_extensions(request, &mut extensions)).await.unwrap();
-    assert_eq!(extensions.get(), Some(&Note("from within")));
+    assert_eq!(extensions.get(), Some(&Note("from inside")));
 
-    // One that is left while it waits has taken nothing away.
+    // A cancelled call leaves the extensions in place.
     world.simulator.inject(Fault::Stall);
     extensions.insert(Note("from outside"));
     let request = client.post(world.url("audio/agent/sessions")).body(SESSION).build().unwrap();
@@ -260,15 +270,15 @@ async fn extensions_go_in_and_come_out() {
 }
 
 #[tokio::test]
-async fn any_layers_of_this_crates_and_of_towers_make_a_middleware() {
-    let world = world(WIRES[0]).await;
+async fn any_tower_layers_make_a_middleware() {
+    let world = world(PROTOCOLS[0]).await;
     let origins = world.base_url().origins();
     let layers = ServiceBuilder::new()
         .map_err(|error: BoxError| match error.downcast::<Error>() {
             Ok(error) => *error,
             Err(error) => Error::middleware(std::io::Error::other(error)),
         })
-        .layer(TimeoutLayer::new(HANG))
+        .layer(TimeoutLayer::new(DEADLINE))
         .layer(AuthErrorLayer::new())
         .layer(ApiKeyLayer::bearer(world.api_key()).with_origins(origins));
     let client = ClientBuilder::new(client(&world)).with(AuthMiddleware::with_layers(layers)).build();
@@ -278,19 +288,20 @@ async fn any_layers_of_this_crates_and_of_towers_make_a_middleware() {
     assert_eq!(AuthError::find(&send().await.unwrap_err()).unwrap().kind(), AuthErrorKind::InvalidApiKey);
 }
 
+/// O4: no credential reaches the second origin.
 #[tokio::test]
-async fn o4_nothing_reaches_another_origin() {
+async fn cross_origin_redirects_are_not_followed() {
     for status in [301, 302, 307, 308] {
         let (api, elsewhere) = (plain().await, plain().await);
         let layer = api.builder().with_jwt(api.jwt()).build().unwrap();
-        // Without the policy, it does.
-        let careless = api.reqwest().build().unwrap();
-        let careless = ClientBuilder::new(careless).with(AuthMiddleware::new(layer.clone())).build();
+        // Without the policy, `X-API-Key` leaks.
+        let leaking = api.reqwest().build().unwrap();
+        let leaking = ClientBuilder::new(leaking).with(AuthMiddleware::new(layer.clone())).build();
         api.redirect(status, &elsewhere.url("chat/completions"));
-        let _ = in_time(careless.post(api.url("chat/completions")).body(CHAT).send()).await;
+        let _ = in_time(leaking.post(api.url("chat/completions")).body(CHAT).send()).await;
         assert_eq!(header(&elsewhere.last(), "x-api-key"), [&*api.key], "{status}");
 
-        let client = over(&api, layer);
+        let client = with_layer(&api, layer);
         api.redirect(status, &elsewhere.url("chat/completions"));
         let response = in_time(client.post(api.url("chat/completions")).body(CHAT).send()).await.unwrap();
         assert_eq!(response.status().as_u16(), status);
@@ -298,15 +309,15 @@ async fn o4_nothing_reaches_another_origin() {
     }
 }
 
-/// Wraps what went wrong further in, as `reqwest-retry` does.
-struct Wraps;
+/// Wraps the errors of inner middlewares, as `reqwest-retry` does.
+struct WrapsErrors;
 
 #[derive(Debug)]
 struct Wrapped(Error);
 
 impl fmt::Display for Wrapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "tried in vain: {}", self.0)
+        write!(f, "all attempts failed: {}", self.0)
     }
 }
 
@@ -317,7 +328,7 @@ impl std::error::Error for Wrapped {
 }
 
 #[async_trait]
-impl Middleware for Wraps {
+impl Middleware for WrapsErrors {
     async fn handle(
         &self,
         request: reqwest::Request,
@@ -328,27 +339,29 @@ impl Middleware for Wraps {
     }
 }
 
+/// S2: an inner middleware wraps the error of the client.
 #[tokio::test]
-async fn s2_what_a_middleware_further_in_wraps_of_a_handshake_shows_no_credential() {
+async fn wrapped_handshake_errors_show_no_credential() {
     let world = plain().await;
     let jwt = world.jwt();
     let layer = world.builder().with_jwt(jwt.clone()).build().unwrap();
-    let client = ClientBuilder::new(client(&world)).with(AuthMiddleware::new(layer)).with(Wraps).build();
+    let client =
+        ClientBuilder::new(client(&world)).with(AuthMiddleware::new(layer)).with(WrapsErrors).build();
     world.simulator.inject(Fault::Stall);
     let request = handshake(client.as_ref(), &world.url("audio/agent?voice=mekdes"));
     let request = request.timeout(Duration::from_millis(100)).build().unwrap();
     let request = reqwest_middleware::RequestBuilder::from_parts(client.clone(), request);
     let error = in_time(request.with_extension(RequestAuth::VoiceAgent).send()).await.unwrap_err();
-    let said = shown(&error);
-    assert!(!said.contains(&world.key) && !said.contains(jwt.expose_secret()), "{said}");
-    assert!(said.contains("tried in vain") && said.contains("/v1/audio/agent"), "{said}");
+    let text = shown(&error);
+    assert!(!text.contains(&world.key) && !text.contains(jwt.expose_secret()), "{text}");
+    assert!(text.contains("all attempts failed") && text.contains("/v1/audio/agent"), "{text}");
 }
 
-/// Notes what it finds in the extensions.
-struct Finds(Arc<Mutex<Option<Subject>>>);
+/// Records the `Subject` in the extensions.
+struct RecordsSubject(Arc<Mutex<Option<Subject>>>);
 
 #[async_trait]
-impl Middleware for Finds {
+impl Middleware for RecordsSubject {
     async fn handle(
         &self,
         request: reqwest::Request,
@@ -360,8 +373,9 @@ impl Middleware for Finds {
     }
 }
 
+/// H4: an extension set by a layer is seen by later middlewares.
 #[tokio::test]
-async fn h4_what_a_layer_puts_into_the_extensions_reaches_the_middlewares_further_in() {
+async fn layer_extensions_reach_inner_middlewares() {
     let world = plain().await;
     let seen = Arc::new(Mutex::new(None));
     let layers = ServiceBuilder::new()
@@ -372,7 +386,7 @@ async fn h4_what_a_layer_puts_into_the_extensions_reaches_the_middlewares_furthe
         });
     let client = ClientBuilder::new(client(&world))
         .with(AuthMiddleware::with_layers(layers))
-        .with(Finds(Arc::clone(&seen)))
+        .with(RecordsSubject(Arc::clone(&seen)))
         .build();
     in_time(client.post(world.url("chat/completions")).body(CHAT).send()).await.unwrap();
     assert_eq!(*seen.lock().unwrap(), Some(Subject::new("user-7")));

@@ -1,5 +1,4 @@
-//! O4: what reqwest takes to another origin when it is redirected there by the first, and what it does not under the
-//! layers. Over two real origins on loopback.
+//! O4: redirects between two real loopback origins. Plain reqwest leaks credentials; under the layers it does not.
 
 use http::{Request, StatusCode, header::LOCATION};
 use proptest::prelude::*;
@@ -10,23 +9,24 @@ use tower_selam::{
     adapter::reqwest::{Client, HttpService, TryCloneBody, redirect_policy},
 };
 
-use crate::support::{CHAT, SESSION, WIRES, World, handshake, header, in_time, plain, world};
+use crate::support::{CHAT, PROTOCOLS, SESSION, World, handshake, header, in_time, plain, world};
 
 const STATUSES: [u16; 4] = [301, 302, 307, 308];
 
-/// The API, and somebody else at another port.
+/// The API, and another server on a different port.
 async fn two_origins() -> (World, World) {
     (plain().await, plain().await)
 }
 
-/// A client with credentials of both sorts.
-fn pair(api: &World, http: HttpService) -> Client {
+/// A client that sends a key and a JWT.
+fn key_and_jwt(api: &World, http: HttpService) -> Client {
     let layer = api.builder().with_jwt(api.jwt()).build().unwrap();
     Client::with_layers(&layer.with_replay(TryCloneBody), http)
 }
 
+/// O4: the default policy sends `X-API-Key` and `Referer` to the second origin.
 #[tokio::test]
-async fn o4_plain_reqwest_takes_the_key_and_the_query_to_another_origin() {
+async fn plain_reqwest_leaks_key_and_query() {
     for status in STATUSES {
         let (api, elsewhere) = two_origins().await;
         api.redirect(status, &elsewhere.url("chat/completions"));
@@ -34,12 +34,12 @@ async fn o4_plain_reqwest_takes_the_key_and_the_query_to_another_origin() {
         let request = plain.post(api.url("chat/completions?api_key=in-the-query")).bearer_auth("a.b.c");
         in_time(request.header("x-api-key", &api.key).body(CHAT).send()).await.unwrap();
         let leaked = elsewhere.last();
-        assert_eq!(header(&leaked, "x-api-key"), [&*api.key], "{status}: reqwest has mended it");
+        assert_eq!(header(&leaked, "x-api-key"), [&*api.key], "{status}: reqwest no longer leaks it");
         assert_eq!(header(&leaked, "referer"), [api.url("chat/completions?api_key=in-the-query")]);
         assert!(header(&leaked, "authorization").is_empty(), "{status}");
 
-        // So it is with the layers around a client of that sort.
-        let selam = pair(&api, HttpService::dangerous_with_client(plain.clone()));
+        // The layers cannot prevent it around such a client.
+        let selam = key_and_jwt(&api, HttpService::dangerous_with_client(plain.clone()));
         api.redirect(status, &elsewhere.url("chat/completions"));
         let _ = in_time(selam.execute(plain.post(api.url("chat/completions")).body(CHAT))).await;
         assert_eq!(header(&elsewhere.last(), "x-api-key"), [&*api.key], "{status}");
@@ -50,21 +50,22 @@ async fn o4_plain_reqwest_takes_the_key_and_the_query_to_another_origin() {
     }
 }
 
+/// O4: the 3xx response is returned, and the second origin gets no request.
 #[tokio::test]
-async fn o4_nothing_reaches_another_origin() {
+async fn cross_origin_redirects_are_not_followed() {
     for status in STATUSES {
         let (api, elsewhere) = two_origins().await;
-        let selam = pair(&api, HttpService::new(api.reqwest()).unwrap());
-        for choice in [RequestAuth::ApiKey, RequestAuth::ApiKeyAndJwt, RequestAuth::VoiceAgent] {
+        let selam = key_and_jwt(&api, HttpService::new(api.reqwest()).unwrap());
+        for auth in [RequestAuth::ApiKey, RequestAuth::ApiKeyAndJwt, RequestAuth::VoiceAgent] {
             let location = elsewhere.url("chat/completions");
             api.redirect(status, &location);
-            let selam = selam.clone().with_extension(choice.clone());
-            let request = match choice {
+            let selam = selam.clone().with_extension(auth.clone());
+            let request = match auth {
                 RequestAuth::VoiceAgent => handshake(selam.reqwest(), &api.url("audio/agent")),
                 _ => selam.reqwest().post(api.url("chat/completions?x=1")).body(CHAT),
             };
             let response = in_time(selam.execute(request)).await.unwrap();
-            assert_eq!(response.status().as_u16(), status, "{choice:?}: the redirect comes up");
+            assert_eq!(response.status().as_u16(), status, "{auth:?}: the redirect is returned");
             assert_eq!(response.headers()[LOCATION], *location);
         }
         assert_eq!(api.simulator.requests(), 3);
@@ -72,17 +73,18 @@ async fn o4_nothing_reaches_another_origin() {
     }
 }
 
+/// O4: neither directly nor after a redirect within the origin.
 #[tokio::test]
-async fn o4_nothing_leaves_tls_for_plain_http_nor_by_way_of_a_detour() {
-    for &wire in WIRES {
-        let (api, elsewhere) = (world(wire).await, plain().await);
-        let selam = pair(&api, HttpService::new(api.reqwest()).unwrap());
+async fn redirects_do_not_leave_tls() {
+    for &protocol in PROTOCOLS {
+        let (api, elsewhere) = (world(protocol).await, plain().await);
+        let selam = key_and_jwt(&api, HttpService::new(api.reqwest()).unwrap());
         let post = || selam.reqwest().post(api.url("chat/completions")).body(CHAT);
         for status in STATUSES {
             api.redirect(status, &elsewhere.url("chat/completions"));
             assert_eq!(in_time(selam.execute(post())).await.unwrap().status().as_u16(), status);
 
-            // First within the origin, then out of it.
+            // First within the origin, then away from it.
             api.redirect(status, "/v1/models");
             api.redirect(status, &elsewhere.url("chat/completions"));
             let response = in_time(selam.execute(post())).await.unwrap();
@@ -93,11 +95,12 @@ async fn o4_nothing_leaves_tls_for_plain_http_nor_by_way_of_a_detour() {
     }
 }
 
+/// O4: redirects within the origin are followed, at most ten times.
 #[tokio::test]
-async fn o4_a_redirect_within_the_origin_is_followed_with_credentials() {
-    for &wire in WIRES {
-        let api = world(wire).await;
-        let selam = pair(&api, HttpService::new(api.reqwest()).unwrap());
+async fn same_origin_redirects_keep_credentials() {
+    for &protocol in PROTOCOLS {
+        let api = world(protocol).await;
+        let selam = key_and_jwt(&api, HttpService::new(api.reqwest()).unwrap());
         for status in [307, 308] {
             api.redirect(status, "/v1/audio/agent/sessions?moved=1");
             let request = selam.reqwest().post(api.url("audio/agent/sessions")).body(SESSION);
@@ -107,7 +110,7 @@ async fn o4_a_redirect_within_the_origin_is_followed_with_credentials() {
             assert_eq!(header(&api.last(), "x-api-key"), [&*api.key]);
             assert_eq!(&*api.last().body, SESSION.as_bytes());
         }
-        // Not for ever.
+        // At most ten times.
         for _ in 0..20 {
             api.redirect(307, "/v1/audio/agent/sessions");
         }
@@ -119,8 +122,9 @@ async fn o4_a_redirect_within_the_origin_is_followed_with_credentials() {
     }
 }
 
+/// O4: `FollowRedirect` outside the layers reaches the second origin without credentials.
 #[tokio::test]
-async fn o4_a_follower_outside_the_layers_gets_there_without_credentials() {
+async fn outer_redirect_follower_sends_no_credentials() {
     for status in STATUSES {
         let (api, elsewhere) = two_origins().await;
         let origins = api.base_url().origins().strip_for_other_origins();
@@ -129,7 +133,7 @@ async fn o4_a_follower_outside_the_layers_gets_there_without_credentials() {
             ServiceBuilder::new().layer(FollowRedirectLayer::new()).layer(layer.with_replay(TryCloneBody));
         let service = layers.service(HttpService::new(api.reqwest()).unwrap());
         api.redirect(status, &elsewhere.url("chat/completions?x=1"));
-        // Without a body: the follower does not know how to have reqwest's again.
+        // Without a body, because `FollowRedirect` cannot clone reqwest's.
         let request = Request::get(api.url("chat/completions")).body(reqwest::Body::default()).unwrap();
         let refused = in_time(service.oneshot(request)).await;
         assert!(!matches!(refused, Err(Error::Inner(_))));
@@ -142,11 +146,12 @@ async fn o4_a_follower_outside_the_layers_gets_there_without_credentials() {
     }
 }
 
+/// O4: `redirect_policy` on a client built by the user.
 #[tokio::test]
-async fn o4_the_policy_alone_does_as_much_for_a_client_built_elsewhere() {
+async fn redirect_policy_protects_a_prebuilt_client() {
     let (api, elsewhere) = two_origins().await;
     let client = api.reqwest().redirect(redirect_policy()).build().unwrap();
-    let selam = pair(&api, HttpService::dangerous_with_client(client));
+    let selam = key_and_jwt(&api, HttpService::dangerous_with_client(client));
     for status in STATUSES {
         api.redirect(status, &elsewhere.url("chat/completions"));
         let request = selam.reqwest().post(api.url("chat/completions")).body(CHAT);
@@ -155,15 +160,16 @@ async fn o4_the_policy_alone_does_as_much_for_a_client_built_elsewhere() {
     assert_eq!(elsewhere.simulator.requests(), 0);
 }
 
+/// O4: reqwest does not follow even to an allowed origin; `FollowRedirect` does.
 #[tokio::test]
-async fn o4_another_origin_that_may_have_them_gets_them_from_the_layers_alone() {
+async fn only_layers_send_credentials_across_origins() {
     let (api, other) = two_origins().await;
     let both =
         api.base_url().origins().allow_insecure_loopback(other.server.base_url().trim_end_matches("/v1"));
     other.simulator.add_key(&*api.key);
     let layer = api.builder().with_origins(both.unwrap().strip_for_other_origins()).build().unwrap();
     for status in STATUSES {
-        // By itself, reqwest would go there without `Authorization`.
+        // On its own, reqwest would follow without `Authorization`.
         api.redirect(status, &other.url("chat/completions"));
         let selam = Client::new(layer.clone(), api.reqwest()).unwrap();
         let request = selam.reqwest().get(api.url("chat/completions"));
@@ -179,8 +185,9 @@ async fn o4_another_origin_that_may_have_them_gets_them_from_the_layers_alone() 
     assert_eq!(header(&other.last(), "authorization"), [format!("Bearer {}", api.key)]);
 }
 
+/// O4: the policy of the `ClientBuilder` has no effect.
 #[tokio::test]
-async fn o4_a_builders_own_policy_does_not_count() {
+async fn builder_policy_is_replaced() {
     let (api, elsewhere) = two_origins().await;
     let builder = api.reqwest().redirect(reqwest::redirect::Policy::limited(3));
     let selam = Client::new(api.builder().build().unwrap(), builder).unwrap();
@@ -191,9 +198,9 @@ async fn o4_a_builders_own_policy_does_not_count() {
 }
 
 proptest! {
-    /// reqwest reads a URI anew, by other rules than it was judged by.
+    /// O2: reqwest parses the URI again, by different rules than the origin check.
     #[test]
-    fn o2_reqwest_goes_to_the_origin_that_was_allowed(
+    fn reqwest_connects_to_the_checked_origin(
         scheme in "https?|HTTPS|wss",
         before in "([a-z.]{0,9}[@\\\\/%:])?",
         host in "(evil\\.com)?[aA]pi\\.selamgpt\\.com\\.?(%2e|\\\\|@|%00)?(evil\\.com)?",

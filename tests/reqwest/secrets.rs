@@ -1,4 +1,4 @@
-//! S2: neither errors nor responses nor what has a `Debug` show a secret. H2: headers stay sensitive on the wire.
+//! S2: no error, response or `Debug` output shows a secret. H2: headers stay sensitive on the wire.
 
 use std::{error::Error as StdError, time::Duration};
 
@@ -9,10 +9,10 @@ use tower_selam::{
     simulator::Fault,
 };
 
-use crate::support::{WIRES, World, handshake, in_time, plain, shown, world};
+use crate::support::{PROTOCOLS, World, handshake, in_time, plain, shown, world};
 
-/// What a user has in a URL that is not of ours.
-const THEIRS: &str = "a-secret-of-theirs";
+/// A secret that the caller puts into a URL.
+const CALLER_SECRET: &str = "a-secret-of-the-caller";
 
 fn inner(result: Result<reqwest::Response, Error<reqwest::Error>>) -> reqwest::Error {
     match result {
@@ -31,28 +31,29 @@ fn assert_clean_error(secrets: &[&str], error: &(dyn StdError + 'static)) {
     assert_clean(secrets, &shown(error));
 }
 
-/// A client for handshakes, which have credentials in the query, and the secrets it has.
+/// A client for handshakes, which put credentials into the query, and the secrets to look for.
 fn agent(world: &World, http: HttpService) -> (Client, [String; 3]) {
     let jwt = world.jwt();
-    let secrets = [world.key.clone(), jwt.expose_secret().to_owned(), THEIRS.to_owned()];
+    let secrets = [world.key.clone(), jwt.expose_secret().to_owned(), CALLER_SECRET.to_owned()];
     let layer = world.builder().with_jwt(jwt).build().unwrap().with_replay(TryCloneBody);
     (Client::with_layers(&layer, http).with_extension(RequestAuth::VoiceAgent), secrets)
 }
 
+/// S2: the URL of an error has no query.
 #[tokio::test]
-async fn s2_an_error_shows_the_url_without_its_query() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn errors_show_no_query() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let http = HttpService::new(world.reqwest().timeout(Duration::from_millis(500))).unwrap();
         let (agent, secrets) = agent(&world, http);
         let secrets = secrets.each_ref().map(|secret| &**secret);
-        let url = world.url(&format!("audio/agent?theirs={THEIRS}#{THEIRS}"));
+        let url = world.url(&format!("audio/agent?secret={CALLER_SECRET}#{CALLER_SECRET}"));
         let send = || in_time(agent.execute(handshake(agent.reqwest(), &url)));
 
         world.simulator.inject(Fault::Stall);
         let error = inner(send().await);
         assert!(error.is_timeout());
-        assert!(world.last().uri.query().unwrap().contains(secrets[1]), "the test can tell");
+        assert!(world.last().uri.query().unwrap().contains(secrets[1]), "the secret was sent");
         assert_eq!(error.url().unwrap().as_str(), world.url("audio/agent"));
         assert_clean_error(&secrets, &error);
         assert_clean_error(&secrets, &Error::<reqwest::Error>::Inner(error));
@@ -66,24 +67,25 @@ async fn s2_an_error_shows_the_url_without_its_query() {
     }
 }
 
+/// S2: the URL of the response to a handshake has no query.
 #[tokio::test]
-async fn s2_a_response_shows_the_url_without_the_handshakes_query() {
-    for &wire in WIRES {
-        let world = world(wire).await;
+async fn handshake_response_shows_no_query() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
         let (agent, secrets) = agent(&world, HttpService::new(world.reqwest()).unwrap());
         let secrets = secrets.each_ref().map(|secret| &**secret);
-        let url = world.url(&format!("audio/agent?theirs={THEIRS}"));
+        let url = world.url(&format!("audio/agent?secret={CALLER_SECRET}"));
         world.simulator.inject(Fault::Unavailable);
         let response = in_time(agent.execute(handshake(agent.reqwest(), &url))).await.unwrap();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(world.last().uri.query().unwrap().contains(secrets[1]), "the test can tell");
+        assert!(world.last().uri.query().unwrap().contains(secrets[1]), "the secret was sent");
         assert_clean(&secrets, &format!("{response:?}"));
         assert_clean_error(&secrets, &response.error_for_status().unwrap_err());
 
         world.simulator.inject(Fault::CutOff { after: 1 });
         let plain = world.simulator.requests();
         let response = in_time(agent.execute(handshake(agent.reqwest(), &url)));
-        // Refused or broken off, by the version of HTTP.
+        // HTTP/1.1 fails reading the body, HTTP/2 may fail the whole request.
         match response.await {
             Ok(response) => {
                 if let Err(error) = in_time(response.bytes()).await {
@@ -96,18 +98,21 @@ async fn s2_a_response_shows_the_url_without_the_handshakes_query() {
     }
 }
 
+/// S2: errors before or during connecting.
 #[tokio::test]
-async fn s2_what_was_not_sent_shows_no_query_either() {
+async fn unsent_requests_show_no_query() {
     let world = plain().await;
     let (agent, secrets) = agent(&world, HttpService::new(world.reqwest()).unwrap());
     let secrets = secrets.each_ref().map(|secret| &**secret);
-    let here = handshake(agent.reqwest(), &world.url(&format!("audio/agent?theirs={THEIRS}")));
+    let here = handshake(agent.reqwest(), &world.url(&format!("audio/agent?secret={CALLER_SECRET}")));
     for refused in [
-        agent.reqwest().get(format!("data:?{THEIRS}")),
-        agent.reqwest().get(format!("not a URL with {THEIRS}")),
-        agent.reqwest().get(format!("http://[{THEIRS}")),
-        agent.reqwest().get(format!("ftp://{THEIRS}:{THEIRS}@host/?{THEIRS}#{THEIRS}")),
-        handshake(agent.reqwest(), &format!("https://evil.example/?theirs={THEIRS}")),
+        agent.reqwest().get(format!("data:?{CALLER_SECRET}")),
+        agent.reqwest().get(format!("not a URL with {CALLER_SECRET}")),
+        agent.reqwest().get(format!("http://[{CALLER_SECRET}")),
+        agent
+            .reqwest()
+            .get(format!("ftp://{CALLER_SECRET}:{CALLER_SECRET}@host/?{CALLER_SECRET}#{CALLER_SECRET}")),
+        handshake(agent.reqwest(), &format!("https://evil.example/?secret={CALLER_SECRET}")),
         agent.reqwest().get(world.url("audio/agent")).header("x", "not\na header"),
     ] {
         let error = in_time(agent.execute(refused)).await.unwrap_err();
@@ -118,16 +123,17 @@ async fn s2_what_was_not_sent_shows_no_query_either() {
     let debugged = agent.execute(here.try_clone().unwrap());
     assert_clean(&secrets, &format!("{agent:?} {debugged:?} {:?}", agent.get_ref().get_ref()));
 
-    // Nobody listens any more.
+    // The port is closed now.
     drop(world.server);
     let error = inner(in_time(agent.execute(here)).await);
     assert!(error.is_connect());
     assert_clean_error(&secrets, &error);
 }
 
-#[cfg(feature = "__test-reqwest")]
+/// H2: HPACK encodes both headers as never indexed.
+#[cfg(feature = "tls")]
 #[tokio::test]
-async fn h2_on_the_wire_they_are_never_indexed() {
+async fn credentials_are_never_indexed() {
     use tokio::io::AsyncReadExt;
     use tower_selam::{BaseUrl, SelamLayer};
 
@@ -161,8 +167,8 @@ async fn h2_on_the_wire_they_are_never_indexed() {
     .await;
     call.abort();
     let has = |bytes: &[u8]| block.windows(bytes.len()).any(|window| window == bytes);
-    // As in `tests/it/wire.rs`, by RFC 7541 section 6.2.
+    // As in `tests/it/wire.rs`: RFC 7541 section 6.2.
     assert!(has(&[0x1f, 0x08]), "authorization never indexed: {block:x?}");
     assert!(has(&[0x10, 0x87]), "x-api-key never indexed: {block:x?}");
-    assert!(has(&[0x40, 0x87]), "another header goes into the table: {block:x?}");
+    assert!(has(&[0x40, 0x87]), "another header is indexed: {block:x?}");
 }

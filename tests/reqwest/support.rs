@@ -1,4 +1,4 @@
-//! A simulator on a port, and reqwest's client for it.
+//! A simulator on a port, and a reqwest client for it.
 
 use std::{
     error::Error as StdError,
@@ -24,31 +24,31 @@ use tower_selam::{
 pub(crate) const CHAT: &str = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
 pub(crate) const SESSION: &str = r#"{"voice":"mekdes"}"#;
 
-/// Longer than anything on a loopback takes; a test that meets it hangs.
-pub(crate) const HANG: Duration = Duration::from_secs(20);
+/// Far longer than any loopback exchange; a test that reaches it hangs.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What is spoken.
+/// The protocol between client and simulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wire {
-    #[cfg_attr(feature = "__test-reqwest", expect(dead_code, reason = "where there is no TLS"))]
+pub(crate) enum Protocol {
+    #[cfg_attr(feature = "tls", expect(dead_code, reason = "used only without TLS"))]
     Plain,
-    #[cfg(feature = "__test-reqwest")]
+    #[cfg(feature = "tls")]
     Http1OverTls,
-    #[cfg(feature = "__test-reqwest")]
+    #[cfg(feature = "tls")]
     Http2OverTls,
 }
 
-#[cfg(feature = "__test-reqwest")]
-pub(crate) const WIRES: &[Wire] = &[Wire::Http1OverTls, Wire::Http2OverTls];
-#[cfg(not(feature = "__test-reqwest"))]
-pub(crate) const WIRES: &[Wire] = &[Wire::Plain];
+#[cfg(feature = "tls")]
+pub(crate) const PROTOCOLS: &[Protocol] = &[Protocol::Http1OverTls, Protocol::Http2OverTls];
+#[cfg(not(feature = "tls"))]
+pub(crate) const PROTOCOLS: &[Protocol] = &[Protocol::Plain];
 
-impl Wire {
+impl Protocol {
     pub(crate) fn version(self) -> Version {
         match self {
-            #[cfg(feature = "__test-reqwest")]
+            #[cfg(feature = "tls")]
             Self::Http2OverTls => Version::HTTP_2,
             _ => Version::HTTP_11,
         }
@@ -59,31 +59,31 @@ pub(crate) struct World {
     pub(crate) simulator: Simulator,
     pub(crate) server: Server,
     pub(crate) key: String,
-    wire: Wire,
+    protocol: Protocol,
 }
 
-pub(crate) async fn world(wire: Wire) -> World {
+pub(crate) async fn world(protocol: Protocol) -> World {
     install_provider();
     let simulator = Simulator::new();
-    let server = match wire {
-        Wire::Plain => Server::http(&simulator).await.unwrap(),
-        #[cfg(feature = "__test-reqwest")]
+    let server = match protocol {
+        Protocol::Plain => Server::http(&simulator).await.unwrap(),
+        #[cfg(feature = "tls")]
         _ => Server::tls(&simulator).await.unwrap(),
     };
     let key = simulator.issue_key();
-    World { simulator, server, key, wire }
+    World { simulator, server, key, protocol }
 }
 
-/// Plain http, for what is no matter of TLS.
+/// Plain http, for tests where TLS does not matter.
 pub(crate) async fn plain() -> World {
     install_provider();
     let simulator = Simulator::new();
     let server = Server::http(&simulator).await.unwrap();
     let key = simulator.issue_key();
-    World { simulator, server, key, wire: WIRES[0] }
+    World { simulator, server, key, protocol: PROTOCOLS[0] }
 }
 
-/// With TLS, reqwest wants one to build any client.
+/// With TLS, reqwest needs a crypto provider to build any client.
 fn install_provider() {
     let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
 }
@@ -99,15 +99,15 @@ impl World {
         self.base_url().endpoint(path).unwrap().to_string()
     }
 
-    /// reqwest's own, which trusts the server and speaks the wire's version.
+    /// A builder that trusts the server and uses the HTTP version of the protocol.
     pub(crate) fn reqwest(&self) -> ClientBuilder {
         let builder = reqwest::Client::builder().no_proxy();
-        #[cfg(feature = "__test-reqwest")]
+        #[cfg(feature = "tls")]
         let builder = match self.server.ca_pem() {
             Some(pem) => builder.tls_certs_only([reqwest::Certificate::from_pem(pem.as_bytes()).unwrap()]),
             None => builder,
         };
-        match self.wire.version() {
+        match self.protocol.version() {
             Version::HTTP_11 => builder.http1_only(),
             _ => builder,
         }
@@ -121,16 +121,16 @@ impl World {
         Token::new(self.simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE)).unwrap()
     }
 
-    /// JWTs of the simulator's, and how many there were.
-    pub(crate) fn renewing(&self) -> (Refreshing<Token>, Arc<AtomicUsize>) {
-        let (simulator, asked) = (self.simulator.clone(), Arc::new(AtomicUsize::new(0)));
-        let counter = Arc::clone(&asked);
+    /// JWTs from the simulator, and the number of refreshes.
+    pub(crate) fn refreshing(&self) -> (Refreshing<Token>, Arc<AtomicUsize>) {
+        let (simulator, refreshes) = (self.simulator.clone(), Arc::new(AtomicUsize::new(0)));
+        let counter = Arc::clone(&refreshes);
         let source = source_fn(move |_: Reason<Token>| {
             counter.fetch_add(1, SeqCst);
             let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE);
             async move { Ok::<_, BoxError>(Token::new(jwt)?) }
         });
-        (Refreshing::new(source), asked)
+        (Refreshing::new(source), refreshes)
     }
 
     pub(crate) fn builder(&self) -> SelamLayerBuilder {
@@ -145,7 +145,7 @@ impl World {
         self.simulator.received().pop().unwrap()
     }
 
-    /// The next answer of the simulator's sends its caller elsewhere.
+    /// Makes the simulator answer its next request with a redirect.
     pub(crate) fn redirect(&self, status: u16, location: &str) {
         let answer = Response::builder().status(status).header(LOCATION, location);
         self.simulator.inject(Fault::Answer(answer.body(Bytes::new()).unwrap()));
@@ -174,13 +174,13 @@ impl futures_core::Stream for Once {
     }
 }
 
-/// The voice agent's, with the nonce of RFC 6455 section 1.3.
+/// The voice agent's handshake, with the nonce of RFC 6455 section 1.3.
 pub(crate) fn handshake(reqwest: &reqwest::Client, url: &str) -> reqwest::RequestBuilder {
     let request = reqwest.get(url).header("connection", "Upgrade").header("upgrade", "websocket");
     request.header("sec-websocket-version", "13").header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
 }
 
-/// All that an error shows, of its causes as well.
+/// Everything that an error and its causes show.
 pub(crate) fn shown(error: &(dyn StdError + 'static)) -> String {
     let mut text = format!("{error} {error:?} {error:#?}");
     let mut next = error.source();
@@ -192,5 +192,5 @@ pub(crate) fn shown(error: &(dyn StdError + 'static)) -> String {
 }
 
 pub(crate) async fn in_time<F: Future>(future: F) -> F::Output {
-    tokio::time::timeout(HANG, future).await.expect("no answer in time")
+    tokio::time::timeout(DEADLINE, future).await.expect("no answer in time")
 }

@@ -1,14 +1,17 @@
-//! async-openai's client, as it is, talking to SelamAPI through our layers: a chat completion, a stream, a token that is
-//! renewed, and typed errors.
+//! Lets async-openai's client talk to SelamAPI through the layers: a completion, a stream, a token that is refreshed,
+//! and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-async-openai
 //! ```
 //!
-//! talks to a simulator over TLS on a loopback port. With `SELAM_API_KEY` set (and, if you like, `SELAM_BASE_URL`) it talks
-//! to the API itself.
+//! The example starts a simulator of the API and talks to it over TLS. With `SELAM_API_KEY` set (and optionally
+//! `SELAM_BASE_URL`) it talks to SelamAPI itself.
 
-use std::{io::Write as _, time::Duration};
+#[path = "../../support/reqwest.rs"]
+mod support;
+
+use std::process::ExitCode;
 
 use async_openai::{
     config::OpenAIConfig,
@@ -19,23 +22,25 @@ use async_openai::{
     },
 };
 use futures_util::StreamExt;
-use reqwest::Certificate;
 use tower::service_fn;
 use tower_selam::{
-    ApiKey, AuthError, BaseUrl, BoxError, JwtProvider, Refreshing, SelamLayer, Token,
+    ApiKey, AuthError, BoxError, Refreshing, SelamLayer, Token,
     adapter::reqwest::Client,
-    env,
-    simulator::{JwtAlgorithm, Server, Simulator},
-    source::{Fetched, Reason, source_fn},
+    source::{Reason, source_fn},
+};
+
+use self::support::{
+    Api, client_builder,
+    transcript::{auth_error, finish, line, open_line, step},
 };
 
 type OpenAI = async_openai::Client<OpenAIConfig>;
 
-/// All that there is to it: async-openai builds a request, and our client sends it.
+/// Makes a client whose requests are built by async-openai and sent through the layers.
 ///
-/// Of what async-openai writes itself, `Authorization` with the key of its own configuration is replaced.
+/// async-openai writes the key from its `OpenAIConfig` into `Authorization`; the layers replace it.
 fn openai(layer: SelamLayer, http: reqwest::ClientBuilder) -> Result<OpenAI, reqwest::Error> {
-    let config = OpenAIConfig::new().with_api_base(layer.base_url().to_string()).with_api_key("ours is sent");
+    let config = OpenAIConfig::new().with_api_base(layer.base_url().to_string()).with_api_key("replaced");
     let selam = Client::new(layer, http)?;
     let service = service_fn(move |request: HttpRequestFactory| {
         let selam = selam.clone();
@@ -47,35 +52,38 @@ fn openai(layer: SelamLayer, http: reqwest::ClientBuilder) -> Result<OpenAI, req
 }
 
 #[tokio::main]
-async fn main() -> Result<(), BoxError> {
-    // reqwest leaves the choice of it to the program.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    if std::env::var_os(env::SELAM_API_KEY).is_some() {
-        let layer = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
-        println!("API       {}\n", layer.base_url());
-        let client = openai(layer, reqwest::Client::builder())?;
-        answer(&client).await?;
-        return stream(&client).await;
-    }
+async fn main() -> ExitCode {
+    finish(run().await)
+}
 
-    let world = World::new().await?;
-    println!("API       {} (a simulator; set {} for the real one)\n", world.base_url, env::SELAM_API_KEY);
-    let key = ApiKey::new(world.simulator.issue_key())?;
-    let client = world.client(key.clone(), Some(world.jwts().into()))?;
+async fn run() -> Result<(), BoxError> {
+    let api = Api::start("tower-selam under async-openai").await?;
+    let client = openai(api.layer().clone(), client_builder(&api)?)?;
+
+    step("Chat completion");
     answer(&client).await?;
+
+    step("Streamed chat completion");
     stream(&client).await?;
 
-    world.simulator.expire_jwts();
-    let before = world.simulator.requests();
-    println!("\nevery JWT expires");
+    let Some(simulator) = api.simulator() else { return Ok(()) };
+    step("Expired JWT: the layers refresh it after the 401 and replay the request");
+    simulator.expire_jwts();
+    let before = simulator.requests();
     answer(&client).await?;
-    println!("sent      {} times: the JWT was renewed in between\n", world.simulator.requests() - before);
+    line("sent", format_args!("{} times", simulator.requests() - before));
 
-    refused(&world.client(ApiKey::new("sk-selam-revoked")?, None)?).await?;
-    let vault = Refreshing::new(source_fn(|_: Reason<Token>| async {
-        Err::<Token, BoxError>("the vault is sealed".into())
+    step("Revoked key: the typed error is found inside async-openai's");
+    let layer = api.builder().with_api_key(api.revoked_key()?).build()?;
+    error(&openai(layer, client_builder(&api)?)?).await?;
+
+    step("JWT source that fails: nothing is sent");
+    let failing = Refreshing::new(source_fn(|_: Reason<Token>| async {
+        Err::<Token, BoxError>("the login service is down".into())
     }));
-    refused(&world.client(key, Some(vault.into()))?).await
+    let key = ApiKey::new(simulator.issue_key())?;
+    let layer = api.builder().with_api_key(key).with_jwt(failing).build()?;
+    error(&openai(layer, client_builder(&api)?)?).await
 }
 
 fn question(stream: bool) -> Result<CreateChatCompletionRequest, OpenAIError> {
@@ -88,71 +96,31 @@ fn question(stream: bool) -> Result<CreateChatCompletionRequest, OpenAIError> {
 }
 
 async fn answer(client: &OpenAI) -> Result<(), BoxError> {
-    let answer = client.chat().create(question(false)?).await?;
-    println!("answer    {}", answer.choices[0].message.content.as_deref().unwrap_or("none"));
+    let completion = client.chat().create(question(false)?).await?;
+    line("answer", completion.choices[0].message.content.as_deref().unwrap_or("(no content)"));
     Ok(())
 }
 
 async fn stream(client: &OpenAI) -> Result<(), BoxError> {
     let mut events = client.chat().create_stream(question(true)?).await?;
-    print!("stream    ");
+    let mut text = open_line("answer");
     while let Some(event) = events.next().await {
         for choice in event?.choices {
-            print!("{}", choice.delta.content.unwrap_or_default());
-            std::io::stdout().flush()?;
+            text.push(&choice.delta.content.unwrap_or_default());
         }
     }
-    println!();
     Ok(())
 }
 
-async fn refused(client: &OpenAI) -> Result<(), BoxError> {
+/// Asks a question that has to end with one of our errors.
+async fn error(client: &OpenAI) -> Result<(), BoxError> {
     match client.chat().create(question(false)?).await {
-        Ok(_) => Err("this was to be refused".into()),
+        Ok(_) => Err("expected an error, but the request succeeded".into()),
         Err(error) => {
-            // Ours is found through whatever holds it.
-            let found = AuthError::find(&error).ok_or("not ours")?;
-            println!("refused   {:?}: {found}", found.kind());
+            // `find` looks through every error that wraps ours.
+            auth_error(AuthError::find(&error).ok_or("the error is not an `AuthError`")?);
             Ok(())
         }
-    }
-}
-
-/// A simulator of the API behind TLS.
-struct World {
-    simulator: Simulator,
-    server: Server,
-    base_url: BaseUrl,
-}
-
-impl World {
-    async fn new() -> Result<Self, BoxError> {
-        let simulator = Simulator::new();
-        let server = Server::tls(&simulator).await?;
-        let base_url = BaseUrl::new(server.base_url())?;
-        Ok(Self { simulator, server, base_url })
-    }
-
-    fn client(&self, key: ApiKey, jwts: Option<JwtProvider>) -> Result<OpenAI, BoxError> {
-        let builder = SelamLayer::builder().with_api_key(key).with_base_url(self.base_url.clone());
-        let layer = match jwts {
-            Some(jwts) => builder.with_jwt(jwts).build()?,
-            None => builder.build()?,
-        };
-        Ok(openai(layer, self.http()?)?)
-    }
-
-    fn http(&self) -> Result<reqwest::ClientBuilder, BoxError> {
-        let trusted = Certificate::from_pem(self.server.ca_pem().unwrap_or_default().as_bytes())?;
-        Ok(reqwest::Client::builder().no_proxy().tls_certs_only([trusted]))
-    }
-
-    fn jwts(&self) -> Refreshing<Token> {
-        let simulator = self.simulator.clone();
-        Refreshing::new(source_fn(move |_: Reason<Token>| {
-            let jwt = simulator.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(60));
-            async move { Ok::<_, BoxError>(Fetched::new(Token::new(jwt)?)) }
-        }))
     }
 }
 
@@ -160,60 +128,68 @@ impl World {
 mod tests {
     use std::error::Error as _;
 
-    use tower_selam::{AuthErrorKind, simulator::Fault};
+    use tower_selam::{AuthErrorKind, JwtProvider, simulator::Fault};
 
     use super::*;
+    use crate::support::api::minted_by;
 
-    async fn world() -> World {
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        World::new().await.unwrap()
+    fn client(api: &Api, key: ApiKey, jwt: Option<JwtProvider>) -> OpenAI {
+        let builder = api.builder().with_api_key(key);
+        let layer = match jwt {
+            Some(jwt) => builder.with_jwt(jwt).build().unwrap(),
+            None => builder.build().unwrap(),
+        };
+        openai(layer, client_builder(api).unwrap()).unwrap()
     }
 
     #[tokio::test]
-    async fn chat_and_stream_have_our_credentials_and_no_other() {
-        let world = world().await;
-        let key = world.simulator.issue_key();
-        let client = world.client(ApiKey::new(&*key).unwrap(), Some(world.jwts().into())).unwrap();
+    async fn async_openai_sends_only_our_credentials() {
+        let api = Api::simulated().await.unwrap();
+        let simulator = api.simulator().unwrap();
+        let key = simulator.issue_key();
+        let client = client(&api, ApiKey::new(&*key).unwrap(), Some(minted_by(simulator).into()));
         answer(&client).await.unwrap();
         stream(&client).await.unwrap();
-        for sent in world.simulator.received() {
+        for sent in simulator.received() {
             assert_eq!(sent.headers["x-api-key"], key);
             let bearer = sent.headers["authorization"].to_str().unwrap().strip_prefix("Bearer ").unwrap();
-            assert!(Token::new(bearer).unwrap().expires_at().is_some(), "a JWT");
+            assert!(Token::new(bearer).unwrap().expires_at().is_some(), "the bearer is a JWT");
         }
     }
 
     #[tokio::test]
-    async fn an_expired_jwt_is_renewed_and_the_request_sent_once_more() {
-        let world = world().await;
-        let key = ApiKey::new(world.simulator.issue_key()).unwrap();
-        let client = world.client(key, Some(world.jwts().into())).unwrap();
+    async fn an_expired_jwt_is_refreshed_and_the_request_replayed() {
+        let api = Api::simulated().await.unwrap();
+        let simulator = api.simulator().unwrap();
+        let key = ApiKey::new(simulator.issue_key()).unwrap();
+        let client = client(&api, key, Some(minted_by(simulator).into()));
         answer(&client).await.unwrap();
-        world.simulator.expire_jwts();
+        simulator.expire_jwts();
         answer(&client).await.unwrap();
-        assert_eq!(world.simulator.requests(), 3);
+        assert_eq!(simulator.requests(), 3);
     }
 
-    /// O4: what async-openai's own client would follow, key and all.
+    /// O4: async-openai's own client would follow the redirect and send the key along.
     #[tokio::test]
-    async fn o4_a_redirect_to_another_origin_is_not_followed() {
-        let (world, other) = (world().await, world().await);
-        let key = world.simulator.issue_key();
-        let client = world.client(ApiKey::new(&*key).unwrap(), None).unwrap();
+    async fn a_redirect_to_another_origin_is_not_followed() {
+        let (api, other) = (Api::simulated().await.unwrap(), Api::simulated().await.unwrap());
+        let (simulator, elsewhere) = (api.simulator().unwrap(), other.simulator().unwrap());
+        let key = simulator.issue_key();
+        let client = client(&api, ApiKey::new(&*key).unwrap(), None);
         for status in [301, 302, 307, 308] {
-            let away = other.base_url.endpoint("chat/completions").unwrap().to_string();
-            let away = http::Response::builder().status(status).header("location", away);
-            world.simulator.inject(Fault::Answer(away.body(bytes::Bytes::new()).unwrap()));
+            let location = other.url("chat/completions").unwrap();
+            let redirect = http::Response::builder().status(status).header("location", location);
+            simulator.inject(Fault::Answer(redirect.body(bytes::Bytes::new()).unwrap()));
             client.chat().create(question(false).unwrap()).await.unwrap_err();
         }
-        assert_eq!((world.simulator.requests(), other.simulator.requests()), (4, 0));
-        assert_eq!(world.simulator.received()[3].headers["authorization"], format!("Bearer {key}"));
+        assert_eq!((simulator.requests(), elsewhere.requests()), (4, 0));
+        assert_eq!(simulator.received()[3].headers["authorization"], format!("Bearer {key}"));
     }
 
     #[tokio::test]
-    async fn our_error_is_found_in_theirs() {
-        let world = world().await;
-        let client = world.client(ApiKey::new("sk-selam-revoked").unwrap(), None).unwrap();
+    async fn our_error_is_found_in_async_openais_error() {
+        let api = Api::simulated().await.unwrap();
+        let client = client(&api, ApiKey::new("sk-selam-revoked").unwrap(), None);
         let error = client.chat().create(question(false).unwrap()).await.unwrap_err();
         let found = AuthError::find(&error).unwrap();
         assert_eq!((found.kind(), found.code()), (AuthErrorKind::InvalidApiKey, Some("invalid_api_key")));

@@ -1,11 +1,11 @@
-//! The backend proxy that SelamAPI's documentation asks for.
+//! The backend proxy that SelamAPI's documentation recommends.
 //!
 //! ```console
 //! $ SELAM_API_KEY=sk-selam-… cargo run --release --example proxy -- --listen 127.0.0.1:8080
 //! listening on http://127.0.0.1:8080
 //! ```
 //!
-//! How it works: the crate's docs, in `src/lib.rs`. How it is run: `README.md`.
+//! `README.md` describes its use, `src/lib.rs` how it works.
 
 use std::{
     io::{self, Write},
@@ -17,7 +17,7 @@ use example_proxy::{
     config::{Command, Config, Error, HELP},
     metrics,
     proxy::router,
-    server::{Ending, serve},
+    server::{Shutdown, serve},
 };
 use tokio::{
     net::TcpListener,
@@ -26,60 +26,65 @@ use tokio::{
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-/// The exit code of bad configuration.
-const BAD_CONFIGURATION: u8 = 2;
+/// The exit code for an invalid configuration.
+const INVALID_CONFIGURATION: u8 = 2;
 
-/// For what is cut off to be logged.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long tasks may take to log that they were cut off.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let arguments = std::env::args_os().skip(1);
-    let done = match Command::parse(arguments, |name| std::env::var_os(name).is_some()) {
-        Ok(Command::Help) => say(HELP),
+    let result = match Command::parse(arguments, |name| std::env::var_os(name).is_some()) {
+        Ok(Command::Help) => {
+            print(HELP);
+            Ok(())
+        }
         Ok(Command::Serve(config)) => run(&config),
         Err(error) => Err(error),
     };
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "proxy: {error}");
-            ExitCode::from(BAD_CONFIGURATION)
+            ExitCode::from(INVALID_CONFIGURATION)
         }
     }
 }
 
 fn run(config: &Config) -> Result<(), Error> {
     let runtime = Runtime::new().map_err(|error| Error::new(format!("runtime: {error}")))?;
-    let done = runtime.block_on(listen(config));
-    // A file or a name server that does not answer ends when the process does.
-    runtime.shutdown_timeout(LAST_WORDS);
-    done
+    let result = runtime.block_on(listen(config));
+    // Do not wait for a blocked read of a file or name lookup.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    result
 }
 
 async fn listen(config: &Config) -> Result<(), Error> {
-    // Nothing of other crates: some show what they send.
-    let ours = Targets::new().with_target("example_proxy", config.log).with_target("tower_selam", config.log);
+    // Only our own crates: others log headers, and so secrets.
+    let targets =
+        Targets::new().with_target("example_proxy", config.log).with_target("tower_selam", config.log);
     let lines = fmt::layer().with_writer(io::stderr).with_ansi(false).with_target(false);
-    tracing_subscriber::registry().with(lines).with(ours).init();
+    tracing_subscriber::registry().with(lines).with(targets).init();
 
-    let counts = metrics::install()?;
-    let ending = Ending::default();
-    let app = router(config, counts, ending.clone())?;
-    let wrong = |error: io::Error| Error::of_flag("--listen", format!("{}: {error}", config.listen));
-    let listener = TcpListener::bind(config.listen).await.map_err(wrong)?;
+    let metrics = metrics::install()?;
+    let shutdown = Shutdown::default();
+    let app = router(config, metrics, shutdown.clone())?;
+    let failed = |error: io::Error| Error::for_flag("--listen", format!("{}: {error}", config.listen));
+    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let mut signals = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
-    let mut again = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
-    say(&format!("listening on http://{}\n", listener.local_addr().map_err(wrong)?))?;
+    let mut repeated = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
+    print(&format!("listening on http://{}\n", listener.local_addr().map_err(failed)?));
 
-    let impatient = async {
-        again.next().await;
-        again.next().await;
+    // The first signal begins the shutdown, the second one ends the wait for requests in flight.
+    let abort = async {
+        repeated.next().await;
+        repeated.next().await;
     };
-    serve(listener, app, ending, signals.next(), impatient).await;
+    serve(listener, app, shutdown, signals.next(), abort).await;
     Ok(())
 }
 
-/// What ends a program.
+/// SIGTERM and SIGINT.
 struct Signals([Signal; 2]);
 
 impl Signals {
@@ -96,9 +101,8 @@ impl Signals {
     }
 }
 
-fn say(text: &str) -> Result<(), Error> {
+/// Prints the text, unless standard output is closed (`proxy --help | head`).
+fn print(text: &str) {
     let mut stdout = io::stdout().lock();
-    let said = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    // Nobody listens: `proxy --help | head`.
-    said.or(Ok(()))
+    let _ = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }

@@ -1,11 +1,11 @@
-//! An API to try the proxy on, without an account: the library's simulator of SelamAPI, on a loopback port.
+//! Runs the library's SelamAPI simulator on a loopback port, to try the proxy without an account.
 //!
 //! ```console
 //! $ cargo run --example simulator
-//! $ cargo run --example simulator -- --ca simulator.pem    # over TLS, HTTP/2 too
+//! $ cargo run --example simulator -- --ca simulator.pem    # over TLS, with HTTP/2
 //! ```
 //!
-//! It prints the environment to run the proxy with.
+//! It prints the environment and the flags for the proxy.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -35,7 +35,7 @@ async fn main() -> Result<(), BoxError> {
     let jwt = simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(24 * 60 * 60));
     println!("export SELAM_BASE_URL={}", server.base_url());
     println!("export SELAM_API_KEY={}", simulator.issue_key());
-    println!("# Where a JWT is needed:  export SELAM_JWT={jwt}");
-    println!("# Then:                   cargo run --release --example proxy -- {flags}");
+    println!("# For endpoints that need a JWT: export SELAM_JWT={jwt}");
+    println!("# Then run:                      cargo run --release --example proxy -- {flags}");
     std::future::pending().await
 }

@@ -1,28 +1,28 @@
-//! Who uses the API through the proxy, and what is unusual about it.
+//! Reports the proxy's usage by caller, and unusual activity.
 //!
 //! ```console
-//! $ cargo run --example usage -- http://127.0.0.1:8080/metrics               # all since the proxy began
-//! $ cargo run --example usage -- http://127.0.0.1:8080/metrics --for 60      # what happens within a minute
-//! $ cargo run --example usage -- monday.txt tuesday.txt --for 86400          # two readings, a day apart
+//! $ cargo run --example usage -- http://127.0.0.1:8080/metrics               # since the proxy started
+//! $ cargo run --example usage -- http://127.0.0.1:8080/metrics --for 60      # during the next minute
+//! $ cargo run --example usage -- monday.txt tuesday.txt --for 86400          # between two snapshots, a day apart
 //! ```
 //!
-//! Where the metrics need a token, it is taken from the variable `SELAM_PROXY_TOKEN`. See `README.md`.
+//! If `/metrics` needs a token, set `SELAM_PROXY_TOKEN`. See `README.md`.
 
 use std::{process::ExitCode, time::Duration};
 
 use axum::body::Body;
-use example_proxy::usage::{Reading, Report};
+use example_proxy::usage::{Report, Snapshot};
 use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use tower_selam::BoxError;
 
 const USAGE: &str = "usage: usage SOURCE [LATER] [--for SECONDS]\n\n\
-    SOURCE   the proxy's http://…/metrics, or a file with a reading of it\n\
-    LATER    a second reading, to compare with the first\n\
-    --for    how many seconds lie between them; without LATER, read again after so many";
+    SOURCE   the proxy's http://…/metrics, or a file with a snapshot of it\n\
+    LATER    a second snapshot, to compare with the first\n\
+    --for    seconds between the two; without LATER, fetch SOURCE again after this time";
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let said = match arguments() {
+    let message = match arguments() {
         Ok((sources, time)) => match report(&sources, time).await {
             Ok(report) => {
                 print!("{report}");
@@ -30,9 +30,9 @@ async fn main() -> ExitCode {
             }
             Err(error) => format!("usage: {error}"),
         },
-        Err(said) => said,
+        Err(message) => message,
     };
-    eprintln!("{said}");
+    eprintln!("{message}");
     ExitCode::from(2)
 }
 
@@ -41,7 +41,7 @@ async fn report(sources: &[String], time: Option<Duration>) -> Result<Report, Bo
     Ok(match (sources.get(1), time) {
         (Some(later), time) => Report::between(&first, read(later).await?, time.unwrap_or_default()),
         (None, Some(time)) => {
-            eprintln!("reading again in {} s …", time.as_secs());
+            eprintln!("fetching again in {} s …", time.as_secs());
             tokio::time::sleep(time).await;
             Report::between(&first, read(&sources[0]).await?, time)
         }
@@ -65,7 +65,7 @@ fn arguments() -> Result<(Vec<String>, Option<Duration>), String> {
                     .and_then(|value| value.parse())
                     .map_err(|error| format!("--for: {error}"))?;
                 if seconds == 0 {
-                    return Err("--for: a comparison needs some time".to_owned());
+                    return Err("--for: the time must be at least 1 second".to_owned());
                 }
                 time = Some(Duration::from_secs(seconds));
             }
@@ -74,20 +74,20 @@ fn arguments() -> Result<(Vec<String>, Option<Duration>), String> {
     }
     match (sources.len(), time) {
         (0, _) => Err(USAGE.to_owned()),
-        (2, None) => Err("two readings: how many seconds apart? --for SECONDS".to_owned()),
+        (2, None) => Err("two snapshots need --for SECONDS, the time between them".to_owned()),
         _ => Ok((sources, time)),
     }
 }
 
-async fn read(source: &str) -> Result<Reading, BoxError> {
+async fn read(source: &str) -> Result<Snapshot, BoxError> {
     let failed = |error: BoxError| -> BoxError { format!("{source}: {error}").into() };
     let text = if source.starts_with("http://") {
         fetch(source).await.map_err(failed)?
     } else {
         std::fs::read_to_string(source).map_err(|error| failed(error.into()))?
     };
-    let reading = Reading::parse(&text);
-    if reading.is_empty() { Err(failed("these are no metrics".into())) } else { Ok(reading) }
+    let snapshot = Snapshot::parse(&text);
+    if snapshot.is_empty() { Err(failed("contains no metrics".into())) } else { Ok(snapshot) }
 }
 
 async fn fetch(url: &str) -> Result<String, BoxError> {

@@ -1,4 +1,4 @@
-//! What the proxy is told, by flags and by the environment: [`Config`].
+//! The configuration, from flags and environment variables: [`Config`].
 
 use std::{
     ffi::OsString,
@@ -15,107 +15,110 @@ use tower_selam::{
 
 use crate::rules::{self, Rule};
 
-/// What `--help` says.
+/// The text of `--help`.
 pub const HELP: &str = "\
-A backend proxy for SelamAPI: callers have a token of yours, the API key stays here.
+A backend proxy for SelamAPI: callers use tokens that you issue, the API key stays here.
 
 Usage: proxy [OPTIONS]
 
 Serving
-  --listen ADDRESS:PORT       where callers are served; port 0 takes a free one, and
-                              the line `listening on http://…` tells which
+  --listen ADDRESS:PORT       address to serve callers on; with port 0, the line
+                              `listening on http://…` shows the port that was chosen
                               [default: 127.0.0.1:8080]
-  --client-token-file FILE    who may call: one `name:token` a line, `#` begins a comment.
-                              Read again when it changes. Callers send their token as
+  --client-token-file FILE    the callers: one `name:token` per line, `#` starts a
+                              comment. Re-read when it changes. Callers send a token as
                               `Authorization: Bearer`, `X-API-Key` or `api-key`.
-                              Without it, the proxy listens on loopback addresses only
-  --allow METHOD:PATH         what may be called, else 403; may be repeated. METHOD may be
-                              `*`. PATH is one path, or with `/*` at its end all below it:
+                              Required unless the proxy listens on a loopback address
+  --allow METHOD:PATH         allow only this method and path, refuse others with a 403;
+                              repeatable. METHOD may be `*`. PATH is one path, or ends
+                              with `/*` to allow everything below it:
                               POST:/v1/chat/completions, GET:/v1/*, '*:/v1/audio/*'
 
 The API
-  --base-url URL              where `/v1` of the proxy leads
+  --base-url URL              the API; replaces `/v1` in a request's path
                               [SELAM_BASE_URL, default: https://api.selamgpt.com/v1]
-  --ca FILE                   trust these certificate authorities (PEM) as well as the
+  --ca FILE                   trust these certificate authorities (PEM) in addition to the
                               system's
-  --allow-insecure-loopback   let the API and the token endpoint be plain http on this
-                              machine, for tests
+  --allow-insecure-loopback   allow plain http for the API and the token endpoint on a
+                              loopback address, for tests
 
-Credentials (of each, one; a flag counts more than the environment)
-  --api-key-file FILE         the API key, read again when it is rotated
+Credentials (at most one flag for each; a flag overrides the environment)
+  --api-key-file FILE         file with the API key, re-read when the key is rotated
                               [SELAM_API_KEY_FILE, or SELAM_API_KEY: the key itself]
-  --api-key-env VARIABLE      the API key in a variable of another name
-  --jwt-file FILE             a JWT to send beside the key, read again when it is renewed
+  --api-key-env VARIABLE      variable with the API key
+  --jwt-file FILE             file with a JWT to send in addition to the key, re-read when
+                              the JWT is refreshed
                               [SELAM_JWT_FILE, or SELAM_JWT: the JWT itself]
-  --jwt-env VARIABLE          the JWT in a variable of another name
-  --token-url URL             an OAuth 2.0 token endpoint that JWTs come from, asked as
-                              SELAM_CLIENT_ID with SELAM_CLIENT_SECRET, else with the key
+  --jwt-env VARIABLE          variable with the JWT
+  --token-url URL             OAuth 2.0 token endpoint that issues JWTs, called with
+                              SELAM_CLIENT_ID and SELAM_CLIENT_SECRET, or with the key
                               [SELAM_TOKEN_URL]
-  --jwt-path PREFIX           send the JWT to this path and what is below it only, and the
-                              key alone elsewhere; may be repeated
+  --jwt-path PREFIX           send the JWT only to this path and below, and the key alone
+                              to others; repeatable
 
-  There is no flag for a key or a JWT itself: every user of the machine sees a program's
+  No flag takes a key or a JWT itself: every user of the machine can read a program's
   arguments.
 
-Also
-  --log LEVEL                 what goes to standard error: off, error, warn, info, debug
-                              [default: info, a line for each request]
-  -h, --help                  this
+Other
+  --log LEVEL                 verbosity of the log on standard error: off, error, warn,
+                              info, debug [default: info, one line per request]
+  -h, --help                  print this help
 
-  GET /healthz                200 while the proxy serves; for everybody
-  GET /metrics                for Prometheus; needs a client's token unless the proxy
-                              listens on a loopback address
+  GET /healthz                200 while the proxy serves; needs no token
+  GET /metrics                metrics for Prometheus; needs a client token unless
+                              the proxy listens on a loopback address
 
-SIGTERM ends it: what runs has 30 seconds to finish. Exit code 2: bad configuration.
+On SIGTERM, requests in flight have 30 seconds to finish. Exit code 2 means that the
+configuration is invalid.
 ";
 
-/// What the command line asks for.
+/// The parsed command line.
 #[derive(Debug)]
 pub enum Command {
     Help,
     Serve(Box<Config>),
 }
 
-/// How to serve.
+/// The settings of a proxy.
 #[derive(Debug)]
 pub struct Config {
     pub listen: SocketAddr,
     pub client_token_file: Option<PathBuf>,
-    /// Everything, when there is none.
+    /// If empty, every method and path is allowed.
     pub allow: Vec<Rule>,
     pub ca: Option<PathBuf>,
     pub log: tracing::level_filters::LevelFilter,
-    /// These paths get JWT and key, the others the key alone; all get both, when there is none.
+    /// Requests to these paths carry JWT and key, others the key alone. If empty, all carry both.
     pub jwt_paths: Vec<String>,
-    /// Whether there is a JWT to send.
+    /// Whether a flag or a variable provides a JWT.
     pub has_jwt: bool,
     pub allow_insecure_loopback: bool,
     base_url: Option<String>,
-    api_key: Option<Place>,
-    jwt: Option<Place>,
+    api_key: Option<CredentialSource>,
+    jwt: Option<CredentialSource>,
 }
 
-/// Where a flag says that a credential is.
+/// Where a credential comes from, according to a flag.
 #[derive(Clone, Debug, PartialEq)]
-enum Place {
+enum CredentialSource {
     File(PathBuf),
     Variable(String),
-    /// Of a JWT.
+    /// A token endpoint, which issues JWTs.
     Endpoint(String),
 }
 
-/// What is wrong with the configuration, and where: one line, without any secret.
+/// An invalid setting: one line that names the setting and contains no secret.
 #[derive(Debug, PartialEq)]
 pub struct Error(String);
 
 impl Error {
-    pub fn new(said: impl Into<String>) -> Self {
-        Self(said.into())
+    pub fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
     }
 
-    /// What is wrong with what a flag was given.
-    pub fn of_flag(flag: &str, said: impl fmt::Display) -> Self {
-        Self(format!("{flag}: {said}"))
+    /// An invalid value of a flag.
+    pub fn for_flag(flag: &str, message: impl fmt::Display) -> Self {
+        Self(format!("{flag}: {message}"))
     }
 }
 
@@ -128,11 +131,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Command {
-    /// Reads the arguments, without the program's name; `is_set` tells whether an environment variable is.
+    /// Parses the arguments, without the program's name. `is_set` tells whether an environment variable is set.
     ///
     /// # Errors
     ///
-    /// At the first argument that makes no sense.
+    /// The first invalid argument, or an invalid combination.
     pub fn parse(
         arguments: impl IntoIterator<Item = OsString>,
         is_set: impl Fn(&str) -> bool,
@@ -151,61 +154,68 @@ impl Command {
             jwt: None,
         };
         let mut parser = Parser::from_args(arguments);
-        let mut given: Vec<String> = Vec::new();
+        let mut seen: Vec<String> = Vec::new();
         while let Some(argument) = parser.next().map_err(unexpected)? {
             let flag = match argument {
                 Arg::Short('h') => return Ok(Self::Help),
                 Arg::Long(name) => format!("--{name}"),
                 Arg::Short(_) => return Err(Error::new(format!("{}; see --help", argument.unexpected()))),
-                // It may be a secret that lost its flag.
+                // The value is not shown: it may be a secret whose flag is missing.
                 Arg::Value(_) => return Err(Error::new("an argument belongs to no flag; see --help")),
             };
             let repeats = matches!(&*flag, "--allow" | "--jwt-path");
-            if !repeats && given.contains(&flag) {
-                return Err(Error::of_flag(&flag, "is given twice"));
+            if !repeats && seen.contains(&flag) {
+                return Err(Error::for_flag(&flag, "is seen twice"));
             }
             let mut value = || match parser.value() {
-                Ok(value) if value.is_empty() => Err(Error::of_flag(&flag, "is empty")),
+                Ok(value) if value.is_empty() => Err(Error::for_flag(&flag, "is empty")),
                 Ok(value) => Ok(value),
-                Err(_) => Err(Error::of_flag(&flag, "needs a value")),
+                Err(_) => Err(Error::for_flag(&flag, "needs a value")),
             };
             let text =
-                |value: OsString| value.string().map_err(|_| Error::of_flag(&flag, "is not valid Unicode"));
+                |value: OsString| value.string().map_err(|_| Error::for_flag(&flag, "is not valid Unicode"));
             match &*flag {
                 "--help" => return Ok(Self::Help),
                 "--listen" => config.listen = address(&text(value()?)?)?,
                 "--client-token-file" => config.client_token_file = Some(value()?.into()),
                 "--allow" => {
-                    let rule = Rule::parse(&text(value()?)?).map_err(|said| Error::of_flag(&flag, said))?;
+                    let rule =
+                        Rule::parse(&text(value()?)?).map_err(|message| Error::for_flag(&flag, message))?;
                     config.allow.push(rule);
                 }
                 "--base-url" => config.base_url = Some(text(value()?)?),
                 "--ca" => config.ca = Some(value()?.into()),
                 "--allow-insecure-loopback" => config.allow_insecure_loopback = true,
-                "--api-key-file" => one(&mut config.api_key, &flag, Place::File(value()?.into()))?,
-                "--api-key-env" => one(&mut config.api_key, &flag, Place::Variable(text(value()?)?))?,
-                "--jwt-file" => one(&mut config.jwt, &flag, Place::File(value()?.into()))?,
-                "--jwt-env" => one(&mut config.jwt, &flag, Place::Variable(text(value()?)?))?,
-                "--token-url" => one(&mut config.jwt, &flag, Place::Endpoint(text(value()?)?))?,
+                "--api-key-file" => {
+                    set_once(&mut config.api_key, &flag, CredentialSource::File(value()?.into()))?
+                }
+                "--api-key-env" => {
+                    set_once(&mut config.api_key, &flag, CredentialSource::Variable(text(value()?)?))?
+                }
+                "--jwt-file" => set_once(&mut config.jwt, &flag, CredentialSource::File(value()?.into()))?,
+                "--jwt-env" => set_once(&mut config.jwt, &flag, CredentialSource::Variable(text(value()?)?))?,
+                "--token-url" => {
+                    set_once(&mut config.jwt, &flag, CredentialSource::Endpoint(text(value()?)?))?
+                }
                 "--jwt-path" => {
                     let prefix = text(value()?)?;
-                    rules::check_prefix(&prefix).map_err(|said| Error::of_flag(&flag, said))?;
+                    rules::check_prefix(&prefix).map_err(|message| Error::for_flag(&flag, message))?;
                     config.jwt_paths.push(prefix);
                 }
                 "--log" => {
                     config.log = text(value()?)?
                         .parse()
-                        .map_err(|_| Error::of_flag(&flag, "is none of off, error, warn, info, debug"))?;
+                        .map_err(|_| Error::for_flag(&flag, "is none of off, error, warn, info, debug"))?;
                 }
                 "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
-                    return Err(Error::of_flag(
+                    return Err(Error::for_flag(
                         &flag,
                         "a secret is no argument, as every user of the machine sees those; see --help",
                     ));
                 }
                 _ => return Err(Error::new(format!("{flag} is not a flag; see --help"))),
             }
-            given.push(flag);
+            seen.push(flag);
         }
         let jwts = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
         config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(&is_set);
@@ -215,19 +225,19 @@ impl Command {
 }
 
 impl Config {
-    /// What no flag is to blame for alone.
+    /// Checks settings that depend on each other.
     fn check(&self) -> Result<(), Error> {
         if self.client_token_file.is_none() && !self.is_local() {
-            return Err(Error::of_flag(
+            return Err(Error::for_flag(
                 "--listen",
                 format!(
-                    "{} is not a loopback address: say who may call by --client-token-file FILE",
+                    "{} is not a loopback address: name the file with the client tokens by --client-token-file FILE",
                     self.listen
                 ),
             ));
         }
         if !self.jwt_paths.is_empty() && !self.has_jwt {
-            return Err(Error::of_flag(
+            return Err(Error::for_flag(
                 "--jwt-path",
                 format!(
                     "there is no JWT: set {}, {} or {}",
@@ -240,24 +250,22 @@ impl Config {
         Ok(())
     }
 
-    /// Whether nobody but this machine's own programs can reach the proxy.
+    /// Whether only programs on this machine can reach the proxy.
     pub fn is_local(&self) -> bool {
         self.listen.ip().to_canonical().is_loopback()
     }
 
-    /// Whether requests to this path get the JWT.
+    /// Whether requests to this path carry the JWT.
     pub fn sends_jwt(&self, path: &str) -> bool {
         let covers = |prefix: &String| rules::is_below(path, prefix);
         self.has_jwt && (self.jwt_paths.is_empty() || self.jwt_paths.iter().any(covers))
     }
 
-    /// The layers, with the credentials and the base URL that the flags name, or else the environment.
-    ///
-    /// `builder` has the client that asks the token endpoint.
+    /// Builds the layers. Flags override the environment; `builder` provides the client for the token endpoint.
     ///
     /// # Errors
     ///
-    /// When a credential is missing or no good.
+    /// A credential or URL is missing or invalid.
     pub fn layer(&self, mut builder: SelamLayerBuilder) -> Result<SelamLayer, Error> {
         if self.allow_insecure_loopback {
             builder = builder.allow_insecure_loopback();
@@ -268,77 +276,79 @@ impl Config {
             } else {
                 BaseUrl::new(url)
             };
-            builder = builder.with_base_url(parsed.map_err(|error| refused(Some("--base-url"), &error))?);
+            builder =
+                builder.with_base_url(parsed.map_err(|error| from_library(Some("--base-url"), &error))?);
         }
-        if let Some(place) = &self.api_key {
-            builder = builder.with_api_key(load("--api-key-file", place, ApiKey::from_env_var)?);
+        if let Some(source) = &self.api_key {
+            builder = builder.with_api_key(load("--api-key-file", source, ApiKey::from_env_var)?);
         }
         match &self.jwt {
-            Some(Place::Endpoint(url)) => builder = builder.with_token_url(url),
-            Some(place) => builder = builder.with_jwt(load("--jwt-file", place, Token::from_env_var)?),
+            Some(CredentialSource::Endpoint(url)) => builder = builder.with_token_url(url),
+            Some(source) => builder = builder.with_jwt(load("--jwt-file", source, Token::from_env_var)?),
             None => {}
         }
         builder.build_with_env().map_err(|error| {
-            let by_flag = matches!(self.jwt, Some(Place::Endpoint(_))) && error.env_var().is_none();
-            refused(by_flag.then_some("--token-url"), &error)
+            let by_flag =
+                matches!(self.jwt, Some(CredentialSource::Endpoint(_))) && error.env_var().is_none();
+            from_library(by_flag.then_some("--token-url"), &error)
         })
     }
 }
 
-/// What is wrong with what the library was given, and what to do about it where that is not plain.
-fn refused(flag: Option<&str>, error: &ConfigError) -> Error {
+/// Converts the library's error, and adds the proxy's own remedy.
+fn from_library(flag: Option<&str>, error: &ConfigError) -> Error {
     let hint = match (error.kind(), error.env_var()) {
         (ConfigErrorKind::Missing, Some(env::SELAM_API_KEY)) => {
-            "; or name a file with it by SELAM_API_KEY_FILE or --api-key-file"
+            "; or name a file with the key by SELAM_API_KEY_FILE or --api-key-file"
         }
         (ConfigErrorKind::NotHttps, _) => "; --allow-insecure-loopback lets it be http on this machine",
         _ => "",
     };
-    let said = format!("{error}{hint}");
+    let message = format!("{error}{hint}");
     match flag {
-        Some(flag) => Error::of_flag(flag, said),
-        None => Error(said),
+        Some(flag) => Error::for_flag(flag, message),
+        None => Error(message),
     }
 }
 
 fn load<C: Credential>(
     flag: &str,
-    place: &Place,
+    source: &CredentialSource,
     from_variable: fn(&str) -> Result<C, ConfigError>,
 ) -> Result<Provider<C>, Error> {
-    match place {
-        Place::File(path) => {
+    match source {
+        CredentialSource::File(path) => {
             let source = FileSource::new(path);
-            // A file that is no good is better known now.
-            source.read().map_err(|error| refused(Some(flag), &error))?;
+            // Report an unusable file at startup rather than with the first request.
+            source.read().map_err(|error| from_library(Some(flag), &error))?;
             Ok(Provider::Refreshing(Refreshing::new(source)))
         }
-        Place::Variable(name) | Place::Endpoint(name) => {
-            from_variable(name).map(Provider::Fixed).map_err(|error| refused(None, &error))
+        CredentialSource::Variable(name) | CredentialSource::Endpoint(name) => {
+            from_variable(name).map(Provider::Fixed).map_err(|error| from_library(None, &error))
         }
     }
 }
 
-/// Without the value, which may be a secret that lost its flag.
+/// Omits the value, which may be a secret whose flag is missing.
 fn unexpected(error: lexopt::Error) -> Error {
     match error {
-        lexopt::Error::UnexpectedValue { option, .. } => Error::of_flag(&option, "takes no value"),
-        _ => Error::new("an argument cannot be read; see --help"),
+        lexopt::Error::UnexpectedValue { option, .. } => Error::for_flag(&option, "takes no value"),
+        _ => Error::new("an argument cannot be parsed; see --help"),
     }
 }
 
 fn address(value: &str) -> Result<SocketAddr, Error> {
-    let wrong = |said: &dyn fmt::Display| Error::of_flag("--listen", format!("{value:?} {said}"));
+    let invalid = |reason: &str| Error::for_flag("--listen", format!("{value:?} {reason}"));
     match value.to_socket_addrs() {
-        Ok(mut addresses) => addresses.next().ok_or_else(|| wrong(&"has no address")),
-        Err(_) => Err(wrong(&"is not ADDRESS:PORT, as 127.0.0.1:8080 is")),
+        Ok(mut addresses) => addresses.next().ok_or_else(|| invalid("has no address")),
+        Err(_) => Err(invalid("is not ADDRESS:PORT, as 127.0.0.1:8080 is")),
     }
 }
 
-fn one(slot: &mut Option<Place>, flag: &str, place: Place) -> Result<(), Error> {
-    match slot.replace(place) {
+fn set_once(slot: &mut Option<CredentialSource>, flag: &str, source: CredentialSource) -> Result<(), Error> {
+    match slot.replace(source) {
         None => Ok(()),
-        Some(_) => Err(Error::of_flag(flag, "is given beside another flag of the same meaning")),
+        Some(_) => Err(Error::for_flag(flag, "is seen beside another flag of the same meaning")),
     }
 }
 
@@ -358,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_are_read_in_each_spelling() {
+    fn flags_are_parsed_in_each_spelling() {
         let config = config(
             "--listen=[::1]:0 --client-token-file tokens --allow POST:/v1/a --allow *:/v1/b/* --base-url http://127.0.0.1:1/v1 \
              --ca ca.pem --allow-insecure-loopback --api-key-file key --token-url https://x/y --jwt-path /v1/a --jwt-path /v1/c/ \
@@ -369,8 +379,8 @@ mod tests {
         assert_eq!(config.client_token_file.as_deref(), Some("tokens".as_ref()));
         assert_eq!((config.allow.len(), config.jwt_paths.len()), (2, 2));
         assert_eq!(config.ca.as_deref(), Some("ca.pem".as_ref()));
-        assert_eq!(config.api_key, Some(Place::File("key".into())));
-        assert_eq!(config.jwt, Some(Place::Endpoint("https://x/y".to_owned())));
+        assert_eq!(config.api_key, Some(CredentialSource::File("key".into())));
+        assert_eq!(config.jwt, Some(CredentialSource::Endpoint("https://x/y".to_owned())));
         assert_eq!(config.log, tracing::level_filters::LevelFilter::DEBUG);
         assert!(config.has_jwt && config.allow_insecure_loopback && config.is_local());
         for help in ["-h", "--help", "--listen 127.0.0.1:1 --help"] {
@@ -379,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn without_flags_it_listens_on_loopback_and_the_environment_counts() {
+    fn defaults_are_loopback_and_the_environment() {
         let plain = config("", &[]);
         assert_eq!(plain.listen.to_string(), "127.0.0.1:8080");
         assert!(!plain.has_jwt && plain.is_local() && plain.allow.is_empty());
@@ -389,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn jwts_go_where_they_are_sent_and_what_is_below() {
+    fn jwt_paths_cover_subtrees() {
         let sends = |flags: &str, set: &[&str], path| config(flags, set).sends_jwt(path);
         assert!(!sends("", &[], "/v1/audio"));
         assert!(sends("", &["SELAM_JWT"], "/v1/chat/completions"));
@@ -401,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn only_loopback_is_listened_on_for_everybody() {
+    fn other_addresses_require_client_tokens() {
         for listen in ["127.0.0.1:0", "127.1.2.3:80", "[::1]:80", "[::ffff:127.0.0.1]:80", "localhost:80"] {
             assert!(parse(&format!("--listen {listen}"), &[]).is_ok(), "{listen}");
         }
@@ -413,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_named_and_no_value_is_shown() {
+    fn invalid_arguments_are_named_without_their_values() {
         for (arguments, expected) in [
             ("--nonsense", "--nonsense is not a flag; see --help"),
             ("-x", "invalid option '-x'; see --help"),
@@ -422,14 +432,14 @@ mod tests {
             ("--listen", "--listen: needs a value"),
             ("--api-key-file=", "--api-key-file: is empty"),
             ("--listen nowhere", "--listen: \"nowhere\" is not ADDRESS:PORT, as 127.0.0.1:8080 is"),
-            ("--ca a --ca b", "--ca: is given twice"),
+            ("--ca a --ca b", "--ca: is seen twice"),
             (
                 "--api-key-file a --api-key-env B",
-                "--api-key-env: is given beside another flag of the same meaning",
+                "--api-key-env: is seen beside another flag of the same meaning",
             ),
             (
                 "--jwt-file a --token-url https://s3cr3t",
-                "--token-url: is given beside another flag of the same meaning",
+                "--token-url: is seen beside another flag of the same meaning",
             ),
             (
                 "--allow /v1/models",
@@ -453,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_library_refuses_is_told_with_its_flag_and_a_way_out() {
+    fn library_errors_name_flag_and_remedy() {
         let layer = |flags: &str| config(flags, &[]).layer(SelamLayer::builder()).unwrap_err().to_string();
         assert_eq!(
             layer("--base-url http://127.0.0.1:1/v1 --api-key-file x"),
@@ -470,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_flag_and_fits_a_terminal() {
+    fn help_names_every_flag_and_fits_a_terminal() {
         for flag in [
             "--listen",
             "--client-token-file",

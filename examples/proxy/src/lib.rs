@@ -1,21 +1,21 @@
-//! The backend proxy that SelamAPI's documentation asks for: frontends call it with a token of their own, and the API key
-//! stays on the server. `README.md` beside this tells how to run it.
+//! A backend proxy for SelamAPI: frontends call it with a token the operator gave them, and the API key stays on the server.
+//! `README.md` in this folder says how to run it.
 //!
-//! A request's way through, and where to read about each step:
+//! The path of a request, and the module for each step:
 //!
 //! ```text
-//!  caller ─▶ server ──▶ proxy::forward ─▶ StripHopByHop ─▶ StripCredentials ─▶ ChooseAuth ─▶ to_api ─▶ AnnotatedSelam ─▶ Upstream
-//!            HTTP/1.1   rules: a path      Connection,      Authorization,     JWT and key    the        key or JWT, and    HTTP/1.1
-//!            and /2     of the API's?      Upgrade, …       Cookie, …: the     or the key     base       again after a      and /2,
-//!                       callers: who?                       caller's own       alone          URL        401                over TLS
+//!  caller ─▶ server ──▶ proxy::forward ─▶ StripHopByHop ─▶ StripCredentials ─▶ ChooseAuth ─▶ to_api ─▶ SelamLayer ─▶ Upstream
+//!            HTTP/1.1   rules: valid      Connection,      Authorization,      JWT and key   the       key or JWT,   HTTP/1.1
+//!            and /2     path?             Upgrade, …       Cookie, …: the      or the key    base      and a replay  and /2,
+//!                       callers: token?                    caller's            alone         URL       after a 401   over TLS
 //!                       rules: allowed?
 //!                            │
 //!                            └─▶ reply: 401, 403, 404, …
 //! ```
 //!
-//! The four in the middle are `tower_selam`'s: [`proxy`] puts them together. Beside the way: [`config`] has the flags and
-//! the environment, [`metrics`] what is counted and logged, and [`usage`] what
-//! somebody should look at of that.
+//! [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
+//! Off the request path: [`config`] parses flags and environment, [`metrics`] counts and logs requests, and [`usage`] reports
+//! unusual activity found in those metrics.
 
 pub mod callers;
 pub mod config;

@@ -1,7 +1,7 @@
-//! What is counted, and the line that is logged for each request.
+//! Counts requests, and logs one line for each.
 //!
-//! The library counts what becomes of credentials (`tower_selam_…`); here is what becomes of requests (`selam_proxy_…`).
-//! The README has a table of both.
+//! The library counts what happens to credentials (`tower_selam_…`); this module counts requests (`selam_proxy_…`). The
+//! README has a table of both.
 
 use std::{
     pin::Pin,
@@ -23,51 +23,51 @@ use crate::{callers::Name, config, reply::Refusal};
 
 const REQUESTS: &str = "selam_proxy_requests_total";
 const REFUSALS: &str = "selam_proxy_refusals_total";
-const BROKEN: &str = "selam_proxy_broken_off_total";
-const RUNNING: &str = "selam_proxy_requests_running";
+const ABORTED: &str = "selam_proxy_broken_off_total";
+const IN_FLIGHT: &str = "selam_proxy_requests_running";
 const SECONDS: &str = "selam_proxy_request_seconds";
 const LIMIT: &str = "selam_proxy_rate_limit";
 const REMAINING: &str = "selam_proxy_rate_limit_remaining";
-const UPTIME: &str = "selam_proxy_uptime_seconds";
 const RESET: &str = "selam_proxy_rate_limit_reset_seconds";
+const UPTIME: &str = "selam_proxy_uptime_seconds";
 
-/// A caller whose name is not known: for labels.
+/// The `caller` label of requests without a valid token.
 const UNKNOWN: &str = "unknown";
 
 /// From a quick answer to a long stream.
 const BUCKETS: [f64; 10] = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0];
 
-/// Begins to count.
+/// Installs the process's metrics recorder.
 ///
 /// # Errors
 ///
-/// When something else in this process counts already.
+/// Another recorder is installed already.
 pub fn install() -> Result<Metrics, config::Error> {
-    let wrong = |error: &dyn std::fmt::Display| config::Error::new(format!("metrics: {error}"));
+    let failed = |error: &dyn std::fmt::Display| config::Error::new(format!("metrics: {error}"));
     let recorder = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Full(SECONDS.to_owned()), &BUCKETS)
-        .map_err(|error| wrong(&error))?
+        .map_err(|error| failed(&error))?
         .build_recorder();
     let handle = recorder.handle();
-    metrics::set_global_recorder(recorder).map_err(|error| wrong(&error))?;
+    metrics::set_global_recorder(recorder).map_err(|error| failed(&error))?;
 
     telemetry::describe_metrics();
     describe_counter!(
         REQUESTS,
-        "Requests, by the class of the status that the caller got, and whose answer it was"
+        "Answered requests by status class, caller, and whether API or proxy answered"
     );
-    describe_counter!(REFUSALS, "Requests that the proxy answered itself, by why");
-    describe_counter!(BROKEN, "Requests that did not come to their end, by the side that left");
-    describe_gauge!(RUNNING, "Requests, streams and upgraded connections that are under way");
-    describe_histogram!(SECONDS, "From a request's head to the last byte of its answer");
-    describe_gauge!(LIMIT, "Requests that the account may make in a window, as the API said last");
-    describe_gauge!(REMAINING, "Requests that are left in the window, as the API said last");
-    describe_gauge!(RESET, "Seconds from then to the end of the window, as the API said last");
-    describe_gauge!(UPTIME, "Seconds since the proxy began");
-    gauge!(RUNNING).set(0.0);
-    // What counts up from nothing is not seen to rise.
+    describe_counter!(REFUSALS, "Requests that the proxy answered itself, by reason");
+    describe_counter!(ABORTED, "Requests that ended early, by the side that disconnected");
+    describe_gauge!(IN_FLIGHT, "Requests, streams and upgraded connections in flight");
+    describe_histogram!(SECONDS, "Time from the head of a request to the last byte of its response");
+    describe_gauge!(LIMIT, "Requests that the account may make per window, from the API's last response");
+    describe_gauge!(REMAINING, "Requests left in the window, from the API's last response");
+    describe_gauge!(RESET, "Seconds from the API's last response to the end of the window");
+    describe_gauge!(UPTIME, "Seconds since the proxy started");
+    gauge!(IN_FLIGHT).set(0.0);
+    // Prometheus sees no increase in a counter whose first sample is not zero.
     for side in ["api", "caller"] {
-        counter!(BROKEN, "by" => side).absolute(0);
+        counter!(ABORTED, "by" => side).absolute(0);
     }
     for refusal in [Refusal::MissingToken, Refusal::InvalidToken] {
         counter!(REFUSALS, "reason" => refusal.name(), "caller" => UNKNOWN).absolute(0);
@@ -81,69 +81,68 @@ pub fn install() -> Result<Metrics, config::Error> {
             upkeep.run_upkeep();
         }
     });
-    Ok(Metrics { handle, began: Instant::now() })
+    Ok(Metrics { handle, started: Instant::now() })
 }
 
-/// What was counted so far.
+/// Access to the recorded metrics.
 #[derive(Clone)]
 pub struct Metrics {
     handle: PrometheusHandle,
-    began: Instant,
+    started: Instant,
 }
 
 impl Metrics {
-    /// In Prometheus' text format.
+    /// Renders all metrics in the Prometheus text format.
     pub fn render(&self) -> String {
-        gauge!(UPTIME).set(self.began.elapsed().as_secs_f64());
+        gauge!(UPTIME).set(self.started.elapsed().as_secs_f64());
         self.handle.render()
     }
 }
 
-/// What the API says of the account's rate limit.
-pub fn rate_limit(headers: &HeaderMap) {
-    let Some(told) = RateLimit::from_headers(headers) else { return };
-    // No limit is so large that its digits get lost.
+/// Records the account's rate limit as reported by these response headers.
+pub fn record_rate_limit(headers: &HeaderMap) {
+    let Some(rate_limit) = RateLimit::from_headers(headers) else { return };
+    // Rate limits are far below 2^53, where `f64` begins to lose digits.
     let set = |name: &'static str, value: Option<u64>| value.map(|value| gauge!(name).set(value as f64));
-    set(LIMIT, told.limit);
-    set(REMAINING, told.remaining);
-    if let Some(wait) = told.reset_after {
+    set(LIMIT, rate_limit.limit);
+    set(REMAINING, rate_limit.remaining);
+    if let Some(wait) = rate_limit.reset_after {
         gauge!(RESET).set(wait.as_secs_f64());
     }
 }
 
-/// One request, from its head to the last byte of its answer. Counted and logged when it is dropped.
+/// Tracks one request from its head to the last byte of its response. Counts and logs it when dropped.
 #[derive(Debug)]
-pub struct Watch {
-    began: Instant,
+pub struct RequestTracker {
+    started: Instant,
     method: Method,
-    /// Without the query, which may hold secrets.
+    /// Without the query, which may contain secrets.
     path: String,
     caller: Option<Name>,
     answer: Option<(StatusCode, Option<Refusal>)>,
     bytes: u64,
-    end: End,
+    outcome: Outcome,
 }
 
-/// How far it came.
+/// How a request ended, if its tracker were dropped now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
-    /// If it is dropped now, the caller has left.
-    Open,
+enum Outcome {
+    CallerLeft,
     Complete,
-    UpstreamLeft,
+    ApiFailed,
 }
 
-impl Watch {
+impl RequestTracker {
     pub fn new(method: &Method, path: &str) -> Self {
-        gauge!(RUNNING).increment(1.0);
+        gauge!(IN_FLIGHT).increment(1.0);
         Self {
-            began: Instant::now(),
+            started: Instant::now(),
             method: method.clone(),
             path: path.to_owned(),
             caller: None,
             answer: None,
             bytes: 0,
-            end: End::Open,
+            outcome: Outcome::CallerLeft,
         }
     }
 
@@ -151,31 +150,32 @@ impl Watch {
         self.caller = Some(caller);
     }
 
-    /// Counts the answer and goes along with its body.
-    pub fn answered(mut self, response: Response) -> Response {
+    /// Counts the response, and tracks its body to the end.
+    pub fn track_response(mut self, response: Response) -> Response {
         self.count(&response);
         if response.body().is_end_stream() || self.method == Method::HEAD {
-            self.end = End::Complete;
+            self.outcome = Outcome::Complete;
         }
-        response.map(|body| Body::new(Watched { body, watch: self }))
+        response.map(|body| Body::new(TrackedBody { body, tracker: self }))
     }
 
-    /// Counts the answer, of which there is more to come on the connection itself.
-    pub fn upgraded(mut self, response: &Response) -> Self {
+    /// Counts the response that upgrades the connection. The request lasts until [`upgrade_closed`](Self::upgrade_closed).
+    pub fn track_upgrade(mut self, response: &Response) -> Self {
         self.count(response);
         self
     }
 
-    /// What went to the caller over the upgraded connection, when both sides are done.
-    pub fn hung_up(mut self, bytes: u64) {
+    /// Completes an upgraded connection over which the caller received this many bytes.
+    pub fn upgrade_closed(mut self, bytes: u64) {
         self.bytes = bytes;
-        self.end = End::Complete;
+        self.outcome = Outcome::Complete;
     }
 
     fn count(&mut self, response: &Response) {
         let refusal = response.extensions().get::<Refusal>().copied();
         let status = response.status();
-        let caller = self.caller();
+        // Only names chosen by the operator become labels, so their number is bounded.
+        let caller = self.caller.as_deref().unwrap_or(UNKNOWN).to_owned();
         let class = match status.as_u16() / 100 {
             1 => "1xx",
             2 => "2xx",
@@ -190,27 +190,20 @@ impl Watch {
         }
         self.answer = Some((status, refusal));
     }
-
-    /// A label that only the operator's own names can be.
-    fn caller(&self) -> String {
-        self.caller.as_deref().unwrap_or(UNKNOWN).to_owned()
-    }
 }
 
-impl Drop for Watch {
+impl Drop for RequestTracker {
     fn drop(&mut self) {
-        gauge!(RUNNING).decrement(1.0);
-        let took = self.began.elapsed();
-        histogram!(SECONDS).record(took.as_secs_f64());
-        let end = match self.end {
-            End::Complete => "complete",
-            End::Open => "caller left",
-            End::UpstreamLeft => "api broke off",
+        gauge!(IN_FLIGHT).decrement(1.0);
+        let elapsed = self.started.elapsed();
+        histogram!(SECONDS).record(elapsed.as_secs_f64());
+        let (end, aborted_by) = match self.outcome {
+            Outcome::Complete => ("complete", None),
+            Outcome::CallerLeft => ("caller left", Some("caller")),
+            Outcome::ApiFailed => ("api broke off", Some("api")),
         };
-        match self.end {
-            End::Complete => {}
-            End::Open => counter!(BROKEN, "by" => "caller").increment(1),
-            End::UpstreamLeft => counter!(BROKEN, "by" => "api").increment(1),
+        if let Some(side) = aborted_by {
+            counter!(ABORTED, "by" => side).increment(1);
         }
         let (status, refusal) = self.answer.unzip();
         tracing::info!(
@@ -220,22 +213,23 @@ impl Drop for Watch {
             status = status.map(|status| status.as_u16()),
             refused = refusal.flatten().map(Refusal::name),
             bytes = self.bytes,
-            ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             end,
             "request"
         );
     }
 }
 
-/// The body of an answer, and how far it came.
+/// A response body that reports its progress to a [`RequestTracker`].
 ///
-/// It tells no size: a `Content-Length` is the API's to say, and axum would add one where a `HEAD` or a 304 has none.
-struct Watched {
+/// Its size hint is empty, because axum would derive a `Content-Length` from it for a `HEAD` or 304 response. That header is
+/// passed through from the API.
+struct TrackedBody {
     body: Body,
-    watch: Watch,
+    tracker: RequestTracker,
 }
 
-impl http_body::Body for Watched {
+impl http_body::Body for TrackedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -246,14 +240,14 @@ impl http_body::Body for Watched {
         let polled = Pin::new(&mut self.body).poll_frame(cx);
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
-                self.watch.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
-                // Nothing comes after trailers, and nobody may ask.
+                self.tracker.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+                // The server may not poll again after the last frame or the trailers.
                 if frame.is_trailers() || self.body.is_end_stream() {
-                    self.watch.end = End::Complete;
+                    self.tracker.outcome = Outcome::Complete;
                 }
             }
-            Poll::Ready(Some(Err(_))) => self.watch.end = End::UpstreamLeft,
-            Poll::Ready(None) => self.watch.end = End::Complete,
+            Poll::Ready(Some(Err(_))) => self.tracker.outcome = Outcome::ApiFailed,
+            Poll::Ready(None) => self.tracker.outcome = Outcome::Complete,
             Poll::Pending => {}
         }
         polled

@@ -1,4 +1,4 @@
-//! A request's way through: [`router`].
+//! The path of a request from the caller to the API: [`router`].
 
 use std::{
     error::Error as _,
@@ -30,66 +30,65 @@ use tower_selam::{
 };
 
 use crate::{
-    callers::{Caller, Callers, Name},
+    callers::Callers,
     config::{self, Config},
-    metrics::{self, Metrics, Watch},
+    metrics::{self, Metrics, RequestTracker},
     reply::Refusal,
     rules::{self, BadPath, Rule},
-    server::Ending,
+    server::Shutdown,
     trailers,
     upstream::{self, Upstream, Versions},
 };
 
-/// What is kept of a request's body, to send it once more after a 401. Longer ones are not sent again.
-const REPLAYED: usize = 1024 * 1024;
+/// How much of a request's body is kept for a replay after a 401. Longer requests are not replayed.
+const REPLAY_LIMIT: usize = 1024 * 1024;
 
-/// The voice agent's WebSocket, which wants JWT and key in its query.
+/// The voice agent's WebSocket, which expects JWT and key in its query.
 const VOICE_AGENT: &str = "/v1/audio/agent";
 
-/// No URI is longer, says the `http` crate.
-const LONGEST_URI: usize = 65_534;
+/// The longest URI that the `http` crate accepts.
+const MAX_URI_LENGTH: usize = 65_534;
 
-/// The body of a request that is refused is read on for so long and so far, for callers that listen only when they have
-/// said everything.
+/// How long and how much of a refused request's body is read. Some callers read the response only after sending it all.
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 const DRAIN_BYTES: usize = 4 * 1024 * 1024;
 
-/// What is said of callers and their networks, which is not the API's business.
+/// Headers that describe the caller's network, which is not the API's business.
 const FORWARDED_FOR: [HeaderName; 2] = [FORWARDED, HeaderName::from_static("x-real-ip")];
 const FORWARDED_PREFIX: &str = "x-forwarded-";
 
-/// Everything that a request needs. Cheap to clone.
+/// The state shared by all requests. Cheap to clone.
 #[derive(Clone)]
 struct Proxy {
     callers: Callers,
     allow: Arc<[Rule]>,
     metrics: Metrics,
-    /// Whether everybody may read the metrics.
-    open_metrics: bool,
+    /// Whether `/metrics` needs no token.
+    public_metrics: bool,
     stack: Stack,
-    /// The same over HTTP/1.1 alone, whose connections can be upgraded.
-    upgrading: Stack,
-    /// Paths of handshakes that get JWT and key in their query.
+    /// The same stack over HTTP/1.1 alone, whose connections can be upgraded.
+    upgrade_stack: Stack,
+    /// Whether handshakes with the voice agent get JWT and key in their query.
     voice_agent: bool,
-    base_length: usize,
+    base_url_length: usize,
+    /// This process's name in `Via`, to detect loops.
     via: Arc<str>,
-    ending: Ending,
+    shutdown: Shutdown,
 }
 
 type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 
-/// The proxy, as a service for every path.
+/// Builds the proxy as a service for every path.
 ///
 /// # Errors
 ///
-/// When something in the configuration is no good.
-pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Router, config::Error> {
+/// A setting is invalid.
+pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
-    // Where tokens come from is asked on its own.
     let token_client = upstream::client(&tls);
     let layer = config.layer(SelamLayer::builder().with_token_client(token_client))?;
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
-    let (stack, upgrading) = stacks(config, &layer, &tls, &via)?;
+    let (stack, upgrade_stack) = stacks(config, &layer, &tls, &via)?;
     let proxy = Proxy {
         callers: match &config.client_token_file {
             Some(path) => Callers::from_file(path.clone())?,
@@ -97,13 +96,13 @@ pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Route
         },
         allow: config.allow.clone().into(),
         metrics,
-        open_metrics: config.is_local(),
+        public_metrics: config.is_local(),
         stack,
-        upgrading,
+        upgrade_stack,
         voice_agent: config.sends_jwt(VOICE_AGENT),
-        base_length: layer.base_url().to_string().len(),
+        base_url_length: layer.base_url().to_string().len(),
         via,
-        ending,
+        shutdown,
     };
     Ok(Router::new()
         .route("/healthz", any(healthz))
@@ -112,7 +111,7 @@ pub fn router(config: &Config, metrics: Metrics, ending: Ending) -> Result<Route
         .with_state(proxy))
 }
 
-/// What a request goes through on its way to the API, and its answer on the way back.
+/// Builds the layers between caller and API: once over all versions of HTTP, once over HTTP/1.1 alone.
 fn stacks(
     config: &Config,
     layer: &SelamLayer,
@@ -123,26 +122,26 @@ fn stacks(
         [] => None,
         prefixes => Some(
             ChooseAuthLayer::jwt_for_paths(prefixes)
-                .map_err(|error| config::Error::of_flag("--jwt-path", error))?,
+                .map_err(|error| config::Error::for_flag("--jwt-path", error))?,
         ),
     };
     let (base, via) = (layer.base_url().clone(), Arc::clone(via));
     let credentials = StripCredentialsLayer::new();
-    let outside = ServiceBuilder::new()
+    let layers = ServiceBuilder::new()
         .map_response(|response: axum::http::Response<_>| response.map(Body::new))
-        // Off goes what was meant for this connection, and whatever the caller sent of credentials.
+        // Strip what belongs to the caller's connection, and the caller's credentials.
         .layer(StripHopByHopLayer::new())
         .layer(credentials.clone())
         .map_request(move |request: Request| request.map(|body| trailers::strip(body, &credentials)))
-        // JWT and key, or the key alone, by the path that the caller asked for.
+        // Choose JWT and key, or the key alone, by the path that the caller requested.
         .option_layer(choose)
-        // From here on the URI is the API's.
+        // Rewrite the URI to the API's.
         .map_request(move |request: Request| to_api(&base, &via, request))
-        // Ours go on; a 401 renews them, and the request is sent once more.
-        .layer(layer.clone().buffered(REPLAYED).annotated());
-    let stack = outside.clone().service(Upstream::new(tls, Versions::All));
-    let upgrading = outside.service(Upstream::new(tls, Versions::Http1));
-    Ok((BoxCloneSyncService::new(stack), BoxCloneSyncService::new(upgrading)))
+        // Add our credentials. After a 401, refresh them and replay the request once.
+        .layer(layer.clone().buffered(REPLAY_LIMIT).annotated());
+    let stack = layers.clone().service(Upstream::new(tls, Versions::All));
+    let upgrade_stack = layers.service(Upstream::new(tls, Versions::Http1));
+    Ok((BoxCloneSyncService::new(stack), BoxCloneSyncService::new(upgrade_stack)))
 }
 
 async fn healthz(request: Request) -> Response {
@@ -153,102 +152,94 @@ async fn healthz(request: Request) -> Response {
 }
 
 async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response {
-    if !proxy.open_metrics
-        && let Err(refusal) = proxy.identify(request.headers())
+    if !proxy.public_metrics
+        && let Err(refusal) = proxy.callers.identify(request.headers())
     {
         return refusal.into_response();
     }
     match *request.method() {
         Method::GET | Method::HEAD => {
-            let kind = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
-            (kind, proxy.metrics.render()).into_response()
+            let content_type = [("content-type", "text/plain; version=0.0.4; charset=utf-8")];
+            (content_type, proxy.metrics.render()).into_response()
         }
         _ => Refusal::WrongMethod.into_response(),
     }
 }
 
-/// Everything else: is it a path of the API's, who asks, may they?
+/// Handles every other path: checks the request, then sends it to the API.
 async fn forward(State(proxy): State<Proxy>, request: Request) -> Response {
-    let mut watch = Watch::new(request.method(), request.uri().path());
-    if let Err(refusal) = proxy.admit(&mut watch, &request) {
+    let mut tracker = RequestTracker::new(request.method(), request.uri().path());
+    if let Err(refusal) = proxy.admit(&mut tracker, &request) {
         drain(request);
-        return watch.answered(refusal.into_response());
+        return tracker.track_response(refusal.into_response());
     }
     if wants_upgrade(&request) {
-        proxy.upgrade(watch, request).await
+        proxy.upgrade(tracker, request).await
     } else {
-        proxy.exchange(watch, request).await
+        proxy.exchange(tracker, request).await
     }
 }
 
 impl Proxy {
-    fn identify(&self, headers: &HeaderMap) -> Result<Name, Refusal> {
-        match self.callers.find(headers) {
-            Caller::Known(name) => Ok(name),
-            Caller::Unknown => Err(Refusal::InvalidToken),
-            Caller::Silent => Err(Refusal::MissingToken),
-            Caller::Foreign => Err(Refusal::ForeignOrigin),
-        }
-    }
-
-    fn admit(&self, watch: &mut Watch, request: &Request) -> Result<(), Refusal> {
+    /// Decides whether the request may be forwarded. Callers without a valid token learn nothing about paths below `/v1`.
+    fn admit(&self, tracker: &mut RequestTracker, request: &Request) -> Result<(), Refusal> {
         let path = request.uri().path();
-        let found = rules::check(path);
-        if found == Err(BadPath::Elsewhere) {
+        let checked = rules::check(path);
+        if checked == Err(BadPath::OutsideApi) {
             return Err(Refusal::NotFound);
         }
-        watch.set_caller(self.identify(request.headers())?);
-        if found.is_err() {
+        tracker.set_caller(self.callers.identify(request.headers())?);
+        if checked.is_err() {
             return Err(Refusal::BadPath);
         }
-        if !rules::allow(&self.allow, request.method(), path) {
+        if !rules::is_allowed(&self.allow, request.method(), path) {
             return Err(Refusal::NotAllowed);
         }
         let query = request.uri().query().map_or(0, |query| query.len() + 1);
-        if request.method() == Method::CONNECT || self.base_length + path.len() + query > LONGEST_URI {
+        if request.method() == Method::CONNECT || self.base_url_length + path.len() + query > MAX_URI_LENGTH {
             return Err(Refusal::BadRequest);
         }
-        let came_by = request.headers().get_all(VIA).iter();
-        if came_by.filter_map(|via| via.to_str().ok()).any(|via| via.contains(&*self.via)) {
+        let via = request.headers().get_all(VIA).iter();
+        if via.filter_map(|via| via.to_str().ok()).any(|via| via.contains(&*self.via)) {
             return Err(Refusal::Loop);
         }
         Ok(())
     }
 
-    async fn exchange(self, watch: Watch, mut request: Request) -> Response {
-        // An offer of another protocol, which nobody has to take up.
+    async fn exchange(self, tracker: RequestTracker, mut request: Request) -> Response {
+        // An upgrade that is not forwarded is ignored, as RFC 9110 section 7.8 allows.
         request.headers_mut().remove(UPGRADE);
         let request = upstream::await_continue(request);
         let mut response = self.send(self.stack.clone(), request).await;
-        // The answer to something that was not asked is none.
+        // The API must not switch protocols without being asked.
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             response = Refusal::NoUpstream.into_response();
         }
-        watch.answered(response)
+        tracker.track_response(response)
     }
 
-    /// A request for another protocol on this connection: if the API agrees, the two connections become one.
-    async fn upgrade(self, watch: Watch, mut request: Request) -> Response {
+    /// Forwards a request to switch protocols. If the API agrees, joins the two connections.
+    async fn upgrade(self, tracker: RequestTracker, mut request: Request) -> Response {
         let caller = hyper::upgrade::on(&mut request);
         if self.voice_agent
             && rules::is_below(request.uri().path(), VOICE_AGENT)
-            && is_websocket(request.headers())
+            && lists(request.headers(), &UPGRADE, "websocket")
         {
             request.extensions_mut().insert(RequestAuth::VoiceAgent);
         }
-        let mut response = self.send(self.upgrading.clone(), request).await;
+        let mut response = self.send(self.upgrade_stack.clone(), request).await;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return watch.answered(response);
+            return tracker.track_response(response);
         }
         let api = hyper::upgrade::on(&mut response);
-        let watch = watch.upgraded(&response);
-        let busy = self.ending.wait_for();
+        let tracker = tracker.track_upgrade(&response);
+        let guard = self.shutdown.guard();
         tokio::spawn(async move {
             match join(caller, api).await {
-                Ok(bytes) => watch.hung_up(bytes),
-                Err(error) => tracing::debug!(%error, "an upgraded connection broke off"),
+                Ok(bytes) => tracker.upgrade_closed(bytes),
+                Err(error) => tracing::debug!(%error, "upgraded connection failed"),
             }
-            drop(busy);
+            drop(guard);
         });
         response
     }
@@ -256,7 +247,7 @@ impl Proxy {
     async fn send(&self, stack: Stack, request: Request) -> Response {
         match stack.oneshot(request).await {
             Ok(response) => {
-                metrics::rate_limit(response.headers());
+                metrics::record_rate_limit(response.headers());
                 response
             }
             Err(error) => refusal(&error).into_response(),
@@ -264,7 +255,7 @@ impl Proxy {
     }
 }
 
-/// Why there is no answer of the API's.
+/// Maps an error of the stack to the proxy's own response, and logs it.
 fn refusal(error: &Error<ClientError>) -> Refusal {
     let refusal = match error {
         Error::Auth(error) => match error.kind() {
@@ -274,11 +265,11 @@ fn refusal(error: &Error<ClientError>) -> Refusal {
         Error::Inner(error) if is_callers_fault(error) => Refusal::BadRequest,
         Error::Inner(_) => Refusal::NoUpstream,
     };
-    tracing::warn!(refused = refusal.name(), error = chain(error), "the API was not reached");
+    tracing::warn!(refused = refusal.name(), error = chain(error), "no response from the API");
     refusal
 }
 
-/// Whether it is the caller's body that broke off.
+/// Whether the caller's request body failed.
 fn is_callers_fault(error: &ClientError) -> bool {
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -290,30 +281,30 @@ fn is_callers_fault(error: &ClientError) -> bool {
     false
 }
 
-/// An error and its causes on one line.
+/// Formats an error and its causes on one line.
 fn chain(error: &dyn std::error::Error) -> String {
-    let mut said = error.to_string();
+    let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        said = format!("{said}: {error}");
+        text = format!("{text}: {error}");
         cause = error.source();
     }
-    said
+    text
 }
 
-/// The request as the API is to see it.
+/// Rewrites a request for the API: its URI, `Via`, and no headers about the caller's network.
 fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
     let (mut parts, body) = request.into_parts();
     let below = rules::check(parts.uri.path()).unwrap_or_default();
     let query = parts.uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-    // Its length was looked at; and without an authority it goes nowhere.
+    // `admit` has checked the length. A default URI would have no authority, and so would not be sent.
     parts.uri = format!("{base}{below}{query}").parse().unwrap_or_else(|_| Uri::default());
     let version = match parts.version {
         Version::HTTP_10 => "1.0",
         Version::HTTP_2 => "2",
         _ => "1.1",
     };
-    // The client's connection has a version of its own.
+    // The client picks the version for its own connection.
     parts.version = Version::HTTP_11;
     parts.headers.remove(HOST);
     let names: Vec<HeaderName> =
@@ -322,46 +313,43 @@ fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
         parts.headers.remove(name);
     }
     if let Ok(via) = HeaderValue::try_from(format!("{version} {via}")) {
-        // A caller with too many headers goes without.
+        // Left out if the caller already sent the maximum number of headers.
         let _ = parts.headers.try_append(VIA, via);
     }
     Request::from_parts(parts, body)
 }
 
-/// Whether the caller wants another protocol on this connection. HTTP/2 without TLS is none that a proxy may let through:
-/// what is said then, nobody looks at.
+/// Whether the caller asks to switch protocols on this connection. An upgrade to another version of HTTP (`h2c`) does not
+/// count: requests on the upgraded connection would bypass every check.
 fn wants_upgrade(request: &Request) -> bool {
     let headers = request.headers();
-    let offers =
-        || headers.get_all(UPGRADE).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let mut offers =
+        headers.get_all(UPGRADE).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
     let is_http = |offer: &[u8]| {
         let offer = offer.trim_ascii().to_ascii_lowercase();
         [&b"h2"[..], b"http", b"tls"].iter().any(|prefix| offer.starts_with(prefix))
     };
     request.version() == Version::HTTP_11
-        && names(headers, &CONNECTION, "upgrade")
+        && lists(headers, &CONNECTION, "upgrade")
         && headers.contains_key(UPGRADE)
-        && !offers().any(is_http)
+        && !offers.any(is_http)
 }
 
-fn is_websocket(headers: &HeaderMap) -> bool {
-    names(headers, &UPGRADE, "websocket")
-}
-
-fn names(headers: &HeaderMap, header: &HeaderName, option: &str) -> bool {
+/// Whether the comma-separated header contains this item.
+fn lists(headers: &HeaderMap, header: &HeaderName, item: &str) -> bool {
     let values = headers.get_all(header).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|named| named.trim().eq_ignore_ascii_case(option))
+    values.flat_map(|value| value.split(',')).any(|listed| listed.trim().eq_ignore_ascii_case(item))
 }
 
-/// Both sides hear each other until both have hung up; how much went to the caller.
+/// Relays bytes between the two connections until both sides have closed. Returns how many the caller received.
 async fn join(caller: OnUpgrade, api: OnUpgrade) -> Result<u64, BoxError> {
     let (caller, api) = tokio::try_join!(caller, api)?;
-    let (_, heard) = copy_bidirectional(&mut TokioIo::new(caller), &mut TokioIo::new(api)).await?;
-    Ok(heard)
+    let (_, received) = copy_bidirectional(&mut TokioIo::new(caller), &mut TokioIo::new(api)).await?;
+    Ok(received)
 }
 
-/// Reads on, beside the answer, what is still to come of a refused request. One that waits for `100 Continue` is not
-/// asked for it, and HTTP/2 can say without that it is enough.
+/// Reads the rest of a refused request's body in the background. Not needed for a caller that waits for `100 Continue`, which
+/// sends no body, or over HTTP/2, where a response can end the upload.
 fn drain(request: Request) {
     if request.version() == Version::HTTP_2 || upstream::expects_continue(request.headers()) {
         return;

@@ -1,4 +1,4 @@
-//! What the proxy answers itself: errors in the form of SelamAPI's, so that a caller's client reads them as it reads those.
+//! The proxy's own error responses, in the shape of SelamAPI's errors, so that a caller's client can parse both: [`Refusal`].
 //!
 //! ```json
 //! {"error":{"message":"…","type":"authentication_error","code":"invalid_api_key"}}
@@ -14,38 +14,39 @@ use axum::{
     },
     response::{IntoResponse, Response},
 };
+
 /// Why the proxy answers instead of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// The caller has no token.
+    /// The request has no token.
     MissingToken,
-    /// The caller has one that nobody was given.
+    /// The token is not in the file.
     InvalidToken,
-    /// A web page of another machine, while there are no tokens.
+    /// A web page on another machine sent the request, and no client tokens are configured.
     ForeignOrigin,
-    /// No `--allow` says so.
+    /// No `--allow` covers the method and path.
     NotAllowed,
-    /// Not below `/v1`.
+    /// The path is not below `/v1`.
     NotFound,
-    /// Neither `/healthz` nor `/metrics` is called so.
+    /// `/healthz` or `/metrics` with another method than `GET` or `HEAD`.
     WrongMethod,
-    /// A path that could be read in another way.
+    /// The path is ambiguous.
     BadPath,
-    /// A request that cannot be sent on.
+    /// The request cannot be forwarded.
     BadRequest,
-    /// The request went through this proxy before.
+    /// The request has already passed through this proxy.
     Loop,
-    /// The API does not answer.
+    /// The API does not respond.
     NoUpstream,
-    /// There is no key or JWT to send; perhaps there is one later.
+    /// No key or JWT is available. With the time after which to retry, if known.
     NoCredential(Option<Duration>),
 }
 
-/// When nobody knows how long it takes to mend a credential.
-const LATER: Duration = Duration::from_secs(30);
+/// The `Retry-After` of a 503 when the time is unknown.
+const DEFAULT_RETRY_AFTER: Duration = Duration::from_secs(30);
 
 impl Refusal {
-    /// Its name in logs and metrics.
+    /// The name in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::MissingToken => "missing_token",
@@ -62,73 +63,74 @@ impl Refusal {
         }
     }
 
-    fn said(self) -> (StatusCode, &'static str, &'static str, &'static str) {
+    /// Status, and the error's `type`, `code` and `message`.
+    fn parts(self) -> (StatusCode, &'static str, &'static str, &'static str) {
         match self {
             Self::MissingToken => (
                 StatusCode::UNAUTHORIZED,
                 "authentication_error",
                 "missing_api_key",
-                "No API key provided. Send the token that this proxy's operator gave you, as `Authorization: Bearer`.",
+                "No API key provided. Send your client token for this proxy as `Authorization: Bearer`.",
             ),
             Self::InvalidToken => (
                 StatusCode::UNAUTHORIZED,
                 "authentication_error",
                 "invalid_api_key",
-                "Invalid API key provided. It is not a token that this proxy knows.",
+                "Invalid API key provided. Ask the operator of this proxy for a client token.",
             ),
             Self::ForeignOrigin => (
                 StatusCode::FORBIDDEN,
                 "authorization_error",
                 "insufficient_permissions",
-                "Without client tokens, this proxy serves no web pages but those of its own machine.",
+                "Requests from web pages on other machines require a client token, and this proxy has none configured.",
             ),
             Self::NotAllowed => (
                 StatusCode::FORBIDDEN,
                 "authorization_error",
                 "insufficient_permissions",
-                "This proxy does not let you call this method and path.",
+                "This proxy does not allow this method and path.",
             ),
             Self::NotFound => (
                 StatusCode::NOT_FOUND,
                 "invalid_request_error",
                 "not_found",
-                "There is nothing here. The API is below /v1.",
+                "No such path. The API is below /v1.",
             ),
             Self::WrongMethod => (
                 StatusCode::METHOD_NOT_ALLOWED,
                 "invalid_request_error",
                 "method_not_allowed",
-                "This is to be read by GET.",
+                "Method not allowed. Use GET.",
             ),
             Self::BadPath => (
                 StatusCode::BAD_REQUEST,
                 "invalid_request_error",
                 "invalid_path",
-                "The path has dot segments, empty segments, or characters that are encoded without need or not at all.",
+                "The path is ambiguous: remove dot segments and empty segments, and percent-encode only characters that need it.",
             ),
             Self::BadRequest => (
                 StatusCode::BAD_REQUEST,
                 "invalid_request_error",
                 "invalid_request",
-                "The request cannot be sent on: it is broken off, too long, or no request of its kind.",
+                "The request cannot be forwarded: its body is incomplete, its URI is too long, or its method is not supported.",
             ),
             Self::Loop => (
                 StatusCode::LOOP_DETECTED,
                 "api_error",
                 "loop_detected",
-                "The proxy's base URL leads back to the proxy.",
+                "The base URL of this proxy points back to the proxy.",
             ),
             Self::NoUpstream => (
                 StatusCode::BAD_GATEWAY,
                 "api_error",
                 "upstream_unavailable",
-                "The API does not answer the proxy.",
+                "The API did not respond to the proxy.",
             ),
             Self::NoCredential(_) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "api_error",
                 "credential_unavailable",
-                "The proxy has no valid credential for the API at present.",
+                "The proxy currently has no valid credential for the API. Retry later.",
             ),
         }
     }
@@ -136,8 +138,8 @@ impl Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        let (status, kind, code, message) = self.said();
-        // None of the three has a character that JSON escapes.
+        let (status, kind, code, message) = self.parts();
+        // None of these contains a character that JSON escapes.
         let body = format!(r#"{{"error":{{"message":"{message}","type":"{kind}","code":"{code}"}}}}"#);
         let length = HeaderValue::from(body.len());
         let mut response = Response::new(Body::from(body));
@@ -153,7 +155,7 @@ impl IntoResponse for Refusal {
                 header(ALLOW, HeaderValue::from_static("GET, HEAD"));
             }
             Self::NoCredential(wait) => {
-                let wait = wait.unwrap_or(LATER);
+                let wait = wait.unwrap_or(DEFAULT_RETRY_AFTER);
                 let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
                 header(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
             }
@@ -171,7 +173,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn every_answer_has_the_shape_of_the_apis_errors() {
+    async fn refusals_have_the_shape_of_api_errors() {
         for (refusal, status, kind, code) in [
             (Refusal::MissingToken, 401, "authentication_error", "missing_api_key"),
             (Refusal::InvalidToken, 401, "authentication_error", "invalid_api_key"),
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_503_says_when_to_come_back_in_whole_seconds() {
+    fn retry_after_is_rounded_up_to_seconds() {
         for (wait, expected) in [
             (None, "30"),
             (Some(Duration::from_millis(1200)), "2"),

@@ -1,52 +1,52 @@
-//! Which paths there are, and which of them may be called.
+//! Decides which paths exist and which may be called.
 //!
-//! A path is compared as it is written, so one that a server might read in another way is refused before it is compared:
+//! Paths are compared as they are written. A path that a server could read in another way is refused before it is compared:
 //! see [`check`].
 
 use std::fmt;
 
 use axum::http::Method;
 
-/// What the proxy serves of the API.
+/// The part of the API that the proxy serves.
 pub const ROOT: &str = "/v1";
 
 /// Why a path is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadPath {
-    /// It does not begin with `/v1`.
-    Elsewhere,
-    /// Another path means the same.
-    NotNormal,
+    /// It is not `/v1` or below.
+    OutsideApi,
+    /// A server could read it as another path.
+    Ambiguous,
 }
 
-/// What of `path` is below `/v1`: nothing, or something that begins with a slash.
+/// Returns the part of `path` below `/v1`: empty, or with a leading slash.
 ///
 /// # Errors
 ///
-/// When it is not below `/v1`, or does not mean itself alone: dot segments, empty segments in the middle, backslashes,
-/// characters that [RFC 3986](https://www.rfc-editor.org/rfc/rfc3986#section-3.3) does not let stand in a path, and
-/// percent-encoded letters, digits, `-._~`, slashes, backslashes, percent signs and control characters.
+/// The path is not below `/v1`, or is ambiguous: dot segments, empty segments in the middle, backslashes, characters that
+/// [RFC 3986](https://www.rfc-editor.org/rfc/rfc3986#section-3.3) does not allow in a path, and percent-encoded letters,
+/// digits, `-._~`, slashes, backslashes, percent signs and control characters.
 pub fn check(path: &str) -> Result<&str, BadPath> {
     match path.strip_prefix(ROOT) {
         Some(below) if below.is_empty() || below.starts_with('/') => {
-            if is_normal(path) {
+            if is_unambiguous(path) {
                 Ok(below)
             } else {
-                Err(BadPath::NotNormal)
+                Err(BadPath::Ambiguous)
             }
         }
-        _ => Err(BadPath::Elsewhere),
+        _ => Err(BadPath::OutsideApi),
     }
 }
 
-fn is_normal(path: &str) -> bool {
+fn is_unambiguous(path: &str) -> bool {
     let Some(path) = path.strip_prefix('/') else { return false };
     let mut segments = path.split('/').peekable();
     while let Some(segment) = segments.next() {
-        let last = segments.peek().is_none();
-        // Some servers take off what follows a semicolon before they look for dots.
+        let is_last = segments.peek().is_none();
+        // Some servers remove path parameters (after a semicolon) before they resolve dot segments.
         let name = segment.split(';').next().unwrap_or(segment);
-        if (name.is_empty() && !(segment.is_empty() && last))
+        if (name.is_empty() && !(segment.is_empty() && is_last))
             || matches!(name, "." | "..")
             || !is_plain(segment)
         {
@@ -56,7 +56,8 @@ fn is_normal(path: &str) -> bool {
     true
 }
 
-/// `pchar` of RFC 3986, with nothing encoded that need not be, or that hides the path's structure.
+/// Whether this is a segment of RFC 3986 (`pchar`) in which nothing is percent-encoded needlessly, or to hide the structure of
+/// the path.
 fn is_plain(segment: &str) -> bool {
     let mut bytes = segment.bytes();
     while let Some(byte) = bytes.next() {
@@ -81,52 +82,53 @@ fn is_unreserved(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
 }
 
-/// One `--allow`.
+/// The value of one `--allow`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// Any, when there is none.
+    /// `None` allows every method.
     method: Option<Method>,
     path: String,
-    /// What is below the path instead of the path itself.
+    /// Whether the rule covers everything below the path, instead of the path itself.
     below: bool,
 }
 
 impl Rule {
-    /// `METHOD:PATH`, where the method may be `*` and the path may end with `/*`.
+    /// Parses `METHOD:PATH`, where the method may be `*` and the path may end with `/*`.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
+    /// A message that explains the problem.
     pub fn parse(rule: &str) -> Result<Self, String> {
-        let wrong = |said: &dyn fmt::Display| format!("{rule:?} {said}");
+        let invalid = |reason: &dyn fmt::Display| format!("{rule:?} {reason}");
         let Some((method, path)) = rule.split_once(':') else {
-            return Err(wrong(&"is not METHOD:PATH, as POST:/v1/chat/completions is"));
+            return Err(invalid(&"is not METHOD:PATH, as POST:/v1/chat/completions is"));
         };
         let method = match method {
             "*" => None,
-            // Methods are case-sensitive, and the usual ones are in capitals.
+            // Methods are case-sensitive: `get` would never match.
             _ if method.bytes().any(|byte| byte.is_ascii_lowercase()) => {
-                return Err(wrong(&"has a method that is not in capitals"));
+                return Err(invalid(&"has a method that is not in capitals"));
             }
-            _ => {
-                Some(Method::from_bytes(method.as_bytes()).map_err(|_| wrong(&"has no method that is one"))?)
-            }
+            _ => Some(
+                Method::from_bytes(method.as_bytes())
+                    .map_err(|_| invalid(&"has no method, or not a valid one"))?,
+            ),
         };
         let (path, below) = match path.strip_suffix("/*") {
             Some(path) => (path, true),
             None => (path, false),
         };
         if path.contains('*') {
-            return Err(wrong(&"has a * elsewhere than at its end, after a slash"));
+            return Err(invalid(&"has a * elsewhere than in a final /*"));
         }
         match check(path) {
             Ok(_) => Ok(Self { method, path: path.to_owned(), below }),
-            Err(BadPath::Elsewhere) => Err(wrong(&"is not below /v1, where all is that can be called")),
-            Err(BadPath::NotNormal) => Err(wrong(&"has a path that no request can have")),
+            Err(BadPath::OutsideApi) => Err(invalid(&"is not below /v1, the only path that is forwarded")),
+            Err(BadPath::Ambiguous) => Err(invalid(&"has a path that no request can have")),
         }
     }
 
-    /// Whether it allows this.
+    /// Whether the rule covers this method and path.
     pub fn allows(&self, method: &Method, path: &str) -> bool {
         let is_path = match path.strip_prefix(&*self.path) {
             Some(rest) if self.below => rest.starts_with('/'),
@@ -137,27 +139,27 @@ impl Rule {
     }
 }
 
-/// Whether one of the rules allows this; without rules, everything is.
-pub fn allow(rules: &[Rule], method: &Method, path: &str) -> bool {
+/// Whether one of the rules covers this method and path. Without rules, everything is allowed.
+pub fn is_allowed(rules: &[Rule], method: &Method, path: &str) -> bool {
     rules.is_empty() || rules.iter().any(|rule| rule.allows(method, path))
 }
 
-/// Whether requests can have paths that begin so.
+/// Checks that a request's path can begin with this prefix.
 ///
 /// # Errors
 ///
-/// What is wrong with it.
+/// A message that explains the problem.
 pub fn check_prefix(prefix: &str) -> Result<(), String> {
     match check(prefix) {
-        // As `--allow` has it; no path would begin so.
+        // `/*` is the syntax of `--allow`; here it would match no path.
         Ok(_) if prefix.contains('*') => {
-            Err(format!("{prefix:?} has a *, and what is below a path is meant without"))
+            Err(format!("{prefix:?} has a *; leave it out, a prefix covers everything below it"))
         }
         Ok(_) => Ok(()),
-        Err(BadPath::Elsewhere) => {
+        Err(BadPath::OutsideApi) => {
             Err(format!("{prefix:?} is not below /v1, where all is that can be called"))
         }
-        Err(BadPath::NotNormal) => Err(format!("{prefix:?} is a path that no request can have")),
+        Err(BadPath::Ambiguous) => Err(format!("{prefix:?} is a path that no request can have")),
     }
 }
 
@@ -172,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_below_v1_is_kept_as_it_is() {
+    fn paths_below_v1_are_unchanged() {
         for (path, below) in [
             ("/v1", ""),
             ("/v1/", "/"),
@@ -187,12 +189,12 @@ mod tests {
         for path in
             ["/", "", "*", "/v2/models", "/v1x", "/V1/models", "/%761/models", "v1/models", "//v1/models"]
         {
-            assert_eq!(check(path), Err(BadPath::Elsewhere), "{path}");
+            assert_eq!(check(path), Err(BadPath::OutsideApi), "{path}");
         }
     }
 
     #[test]
-    fn what_a_server_could_read_in_another_way_is_refused() {
+    fn ambiguous_paths_are_refused() {
         for below in [
             "..",
             ".",
@@ -230,12 +232,12 @@ mod tests {
             "[a]",
             "é",
         ] {
-            assert_eq!(check(&format!("/v1/{below}")), Err(BadPath::NotNormal), "{below}");
+            assert_eq!(check(&format!("/v1/{below}")), Err(BadPath::Ambiguous), "{below}");
         }
     }
 
     #[test]
-    fn a_rule_allows_one_path_or_what_is_below_it() {
+    fn a_rule_covers_one_path_or_a_subtree() {
         let allows =
             |rule: &str, method: &Method, path: &str| Rule::parse(rule).unwrap().allows(method, path);
         assert!(allows("POST:/v1/chat/completions", &Method::POST, "/v1/chat/completions"));
@@ -257,16 +259,16 @@ mod tests {
     }
 
     #[test]
-    fn without_rules_everything_is_allowed_and_with_one_nothing_else() {
-        assert!(allow(&[], &Method::DELETE, "/v1/models"));
+    fn rules_are_exhaustive_unless_there_are_none() {
+        assert!(is_allowed(&[], &Method::DELETE, "/v1/models"));
         let rules = ["GET:/v1/models", "POST:/v1/chat/completions"].map(|rule| Rule::parse(rule).unwrap());
-        assert!(allow(&rules, &Method::GET, "/v1/models"));
-        assert!(allow(&rules, &Method::POST, "/v1/chat/completions"));
-        assert!(!allow(&rules, &Method::POST, "/v1/models"));
+        assert!(is_allowed(&rules, &Method::GET, "/v1/models"));
+        assert!(is_allowed(&rules, &Method::POST, "/v1/chat/completions"));
+        assert!(!is_allowed(&rules, &Method::POST, "/v1/models"));
     }
 
     #[test]
-    fn a_rule_that_could_never_hold_is_refused() {
+    fn rules_that_never_match_are_refused() {
         for (rule, expected) in [
             ("/v1/models", "is not METHOD:PATH"),
             ("post:/v1/models", "not in capitals"),

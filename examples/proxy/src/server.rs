@@ -1,4 +1,4 @@
-//! Serving: HTTP/1.1 and HTTP/2 on one port, and how it ends.
+//! Serves HTTP/1.1 and HTTP/2 on one port, and shuts down gracefully.
 
 use std::{io, pin::pin, sync::Arc, time::Duration};
 
@@ -14,98 +14,100 @@ use tokio::{
     time,
 };
 
-/// For the head of a request, and between two of them.
+/// How long a caller may take to send the head of a request, and may be idle between two requests over HTTP/1.1.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// For what runs when the proxy is told to end.
+/// How long requests in flight may take to finish on shutdown.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// HTTP/2 callers that do not answer a ping are gone.
+/// How often HTTP/2 callers are pinged. A caller that does not answer is disconnected.
 const PING_EVERY: Duration = Duration::from_secs(30);
 
-/// What an upload may be ahead of the API by, and all uploads of an HTTP/2 connection together.
+/// How far an HTTP/2 upload, and all uploads of a connection together, may be ahead of the API.
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 
-/// How many requests an HTTP/2 connection may have under way.
+/// How many concurrent requests an HTTP/2 connection may carry.
 const STREAMS: u32 = 1000;
 
 /// The first bytes of HTTP/2 ([RFC 9113 section 3.4](https://www.rfc-editor.org/rfc/rfc9113#section-3.4)).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Whether it is time to end; and, by who still listens, what is not done yet.
+/// Announces the shutdown, and waits for everything that holds a [`ShutdownGuard`].
 #[derive(Clone, Debug, Default)]
-pub struct Ending(Arc<watch::Sender<bool>>);
+pub struct Shutdown(Arc<watch::Sender<bool>>);
 
-/// Something that the end waits for.
+/// Delays the end of the process until dropped.
 #[derive(Debug)]
-pub struct Busy(watch::Receiver<bool>);
+pub struct ShutdownGuard(watch::Receiver<bool>);
 
-impl Ending {
-    /// The end waits until this is dropped.
-    pub fn wait_for(&self) -> Busy {
-        Busy(self.0.subscribe())
+impl Shutdown {
+    pub fn guard(&self) -> ShutdownGuard {
+        ShutdownGuard(self.0.subscribe())
     }
 }
 
-impl Busy {
-    async fn told_to_end(&mut self) {
-        // An error would say that nobody can tell any more.
-        let _ = self.0.wait_for(|ending| *ending).await;
+impl ShutdownGuard {
+    /// Waits until the shutdown begins.
+    async fn begun(&mut self) {
+        // An error means that the sender is gone, which counts as a shutdown too.
+        let _ = self.0.wait_for(|begun| *begun).await;
     }
 }
 
-/// Serves until `stop`, then lets what runs finish, until that is `impatient` or the grace is over.
+/// Serves until `stop` completes, then waits for requests in flight until they are done, `abort` completes, or the grace period
+/// is over.
 pub async fn serve(
     listener: TcpListener,
     app: Router,
-    ending: Ending,
+    shutdown: Shutdown,
     stop: impl Future<Output = ()>,
-    impatient: impl Future<Output = ()>,
+    abort: impl Future<Output = ()>,
 ) {
     let mut stop = pin!(stop);
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
-                    tokio::spawn(connection(stream, app.clone(), ending.wait_for()));
+                    tokio::spawn(connection(stream, app.clone(), shutdown.guard()));
                 }
-                Err(error) => refused(&error).await,
+                Err(error) => accept_failed(&error).await,
             },
             () = &mut stop => break,
         }
     }
+    // Refuses new connections, and lets the app's background tasks end.
     drop((listener, app));
-    let Ending(sender) = ending;
+    let Shutdown(sender) = shutdown;
     sender.send_replace(true);
-    tracing::info!(connections = sender.receiver_count(), "ending");
+    tracing::info!(connections = sender.receiver_count(), "shutting down");
     tokio::select! {
         () = sender.closed() => {}
-        () = impatient => {}
+        () = abort => {}
         () = time::sleep(GRACE) => {
-            tracing::warn!(connections = sender.receiver_count(), "the grace is over");
+            tracing::warn!(connections = sender.receiver_count(), "grace period over, closing connections");
         }
     }
 }
 
-/// A connection that could not be accepted. One that was given up meanwhile is nothing; that there are no more file
-/// descriptors passes, but not at once.
-async fn refused(error: &io::Error) {
+/// Handles a failed `accept`. A connection that the caller gave up is ignored. Other errors, such as too many open files, do
+/// not pass at once, so accepting pauses.
+async fn accept_failed(error: &io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
-        tracing::error!(%error, "no connection can be accepted");
+        tracing::error!(%error, "cannot accept connections");
         time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-async fn connection(stream: TcpStream, app: Router, mut busy: Busy) {
-    // Without it, a small event waits for the acknowledgement of the one before.
+async fn connection(stream: TcpStream, app: Router, mut guard: ShutdownGuard) {
+    // Otherwise a small event waits for the acknowledgement of the previous one (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
-    let begun = tokio::select! {
-        begun = time::timeout(HEAD_TIMEOUT, begin(&stream)) => matches!(begun, Ok(Ok(()))),
-        () = busy.told_to_end() => false,
+    let recognized = tokio::select! {
+        recognized = time::timeout(HEAD_TIMEOUT, version_known(&stream)) => matches!(recognized, Ok(Ok(()))),
+        () = guard.begun() => false,
     };
-    if !begun {
+    if !recognized {
         return;
     }
 
@@ -120,20 +122,20 @@ async fn connection(stream: TcpStream, app: Router, mut busy: Busy) {
         .max_concurrent_streams(STREAMS);
     let serving = server.serve_connection_with_upgrades(TokioIo::new(stream), TowerToHyperService::new(app));
     let mut serving = pin!(serving);
-    let ended = tokio::select! {
-        ended = &mut serving => ended,
-        () = busy.told_to_end() => {
+    let served = tokio::select! {
+        served = &mut serving => served,
+        () = guard.begun() => {
             serving.as_mut().graceful_shutdown();
             serving.await
         }
     };
-    if let Err(error) = ended {
-        tracing::debug!(%error, "a caller's connection broke off");
+    if let Err(error) = served {
+        tracing::debug!(%error, "connection to a caller failed");
     }
 }
 
-/// Waits until it is plain which version of HTTP the caller speaks: hyper-util does so without a timeout.
-async fn begin(stream: &TcpStream) -> io::Result<()> {
+/// Waits until the caller's version of HTTP is known. hyper-util does the same, but without a timeout.
+async fn version_known(stream: &TcpStream) -> io::Result<()> {
     let mut seen = [0; PREFACE.len()];
     let mut pause = Duration::from_millis(10);
     loop {
@@ -141,7 +143,7 @@ async fn begin(stream: &TcpStream) -> io::Result<()> {
         if length == 0 || length == PREFACE.len() || !PREFACE.starts_with(&seen[..length]) {
             return Ok(());
         }
-        // The rest of the preface is still on its way; who sends it piece by piece is asked ever less often.
+        // Part of the preface has arrived, and `peek` returns it at once: back off instead of spinning.
         time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_secs(1));
     }

@@ -1,4 +1,4 @@
-//! What comes behind a request's body: off it goes what the layers take off the headers in front. [`strip`] does that.
+//! Strips credentials and hop-by-hop fields from the trailers of a request: [`strip`].
 
 use std::{
     pin::Pin,
@@ -15,11 +15,11 @@ use axum::{
 use http_body::{Body as _, Frame, SizeHint};
 use tower_selam::inbound::StripCredentialsLayer;
 
-/// What means something to one connection alone, and nothing behind a body.
+/// Fields that concern one connection, and have no meaning in trailers.
 const HOP_BY_HOP: [HeaderName; 5] =
     [CONNECTION, HeaderName::from_static("keep-alive"), TE, TRANSFER_ENCODING, UPGRADE];
 
-/// The body, without credentials in its trailers.
+/// Wraps a request body so that its trailers carry no credentials.
 pub fn strip(body: Body, credentials: &StripCredentialsLayer) -> Body {
     if body.is_end_stream() {
         return body;

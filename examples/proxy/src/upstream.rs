@@ -1,4 +1,4 @@
-//! The clients that talk to the API: [`Upstream`].
+//! The HTTP clients for the API: [`Upstream`].
 
 use std::{
     path::Path,
@@ -30,57 +30,59 @@ use tower_selam::{BoxError, replay::ReplayBody};
 
 use crate::config;
 
-/// From a name to a connection, TLS included.
+/// How long it may take to connect, with name resolution and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection that nobody used for so long may have been forgotten on the way.
+/// How long an idle connection is reused. After that, a firewall on the way may have dropped it.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How a connection whose other side is gone without a word is noticed.
+/// How often connections are probed, to detect servers that vanished.
 const PING_EVERY: Duration = Duration::from_secs(30);
 
-/// How many requests share an HTTP/2 connection. Few servers let less than a hundred.
+/// How many requests share an HTTP/2 connection. Few servers allow less than a hundred.
 const STREAMS: usize = 100;
 
-/// What the API may be ahead of a slow caller by. The connection's window has room for all, so that callers who do not
-/// read their streams hold nobody else's up.
+/// How far a response may be ahead of a slow caller. The connection's window covers all streams, so that callers who do not read
+/// their streams do not block the others.
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 
 /// How long a body waits for `100 Continue` ([RFC 9110 section 10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
 const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a connection may stay open whose request was answered without its body.
-const UNWANTED_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection stays open after its request was answered without its body.
+const UNSENT_BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 type Connector = BoxCloneSyncService<Uri, MaybeHttpsStream<TokioIo<TcpStream>>, BoxError>;
 
-/// Who is trusted with the API's name: the system's authorities, and those in the file.
+/// Builds the TLS configuration, which trusts the system's certificate authorities and those in the file.
 ///
 /// # Errors
 ///
-/// When the file holds no certificates; or there is nobody to trust, unless there is no `need` to.
-pub fn tls(ca: Option<&Path>, need: bool) -> Result<ClientConfig, config::Error> {
+/// The file contains no valid certificates; or no authority is trusted although TLS is `required`.
+pub fn tls(ca: Option<&Path>, required: bool) -> Result<ClientConfig, config::Error> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if let Some(path) = ca {
-        let wrong = |said: &dyn std::fmt::Display| {
-            config::Error::of_flag("--ca", format!("{}: {said}", path.display()))
+        let invalid = |reason: &dyn std::fmt::Display| {
+            config::Error::for_flag("--ca", format!("{}: {reason}", path.display()))
         };
-        let content =
-            std::fs::read(path).map_err(|error| wrong(&format_args!("cannot be read: {}", error.kind())))?;
+        let content = std::fs::read(path)
+            .map_err(|error| invalid(&format_args!("cannot be read: {}", error.kind())))?;
         let mut found = false;
         for certificate in CertificateDer::pem_slice_iter(&content) {
-            let certificate = certificate.map_err(|_| wrong(&"is damaged PEM"))?;
-            roots.add(certificate).map_err(|_| wrong(&"holds a certificate that cannot be read"))?;
+            let certificate = certificate.map_err(|_| invalid(&"is damaged PEM"))?;
+            roots.add(certificate).map_err(|_| invalid(&"holds a certificate that cannot be read"))?;
             found = true;
         }
         if !found {
-            return Err(wrong(&"holds no certificate in PEM"));
+            return Err(invalid(&"holds no certificate in PEM"));
         }
     }
-    if need && roots.is_empty() {
-        return Err(config::Error::new("this system trusts no certificate authority: name one by --ca FILE"));
+    if required && roots.is_empty() {
+        return Err(config::Error::new(
+            "the system trusts no certificate authority; name a file with one by --ca FILE",
+        ));
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -88,16 +90,16 @@ pub fn tls(ca: Option<&Path>, need: bool) -> Result<ClientConfig, config::Error>
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
-/// Which versions of HTTP a client speaks.
+/// The versions of HTTP that a client offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Versions {
-    /// HTTP/2 where the server does, over TLS.
+    /// HTTP/1.1, and HTTP/2 where the server negotiates it over TLS.
     All,
-    /// What can be upgraded.
+    /// HTTP/1.1 alone: its connections can be upgraded.
     Http1,
 }
 
-/// A plain client, for now and then a token.
+/// Builds a plain client, for the token endpoint.
 pub fn client(tls: &ClientConfig) -> Client<Connector, Body> {
     builder().build(connector(tls, Versions::All))
 }
@@ -116,7 +118,7 @@ fn builder() -> Builder {
 
 fn connector(tls: &ClientConfig, versions: Versions) -> Connector {
     let mut http = HttpConnector::new();
-    // Https is the layers' to insist on.
+    // The layers enforce https.
     http.enforce_http(false);
     http.set_nodelay(true);
     http.set_keepalive(Some(PING_EVERY));
@@ -128,22 +130,22 @@ fn connector(tls: &ClientConfig, versions: Versions) -> Connector {
     BoxCloneSyncService::new(Timeout::new(https, CONNECT_TIMEOUT))
 }
 
-/// Clients for any number of requests at once. hyper-util's has one HTTP/2 connection to a server, and on that no more
-/// requests than the server allows; so there is another client for every hundred.
+/// Sends any number of concurrent requests. A hyper-util client opens one HTTP/2 connection per server, and the server limits
+/// the streams on it, so there is one client for every hundred requests in flight.
 #[derive(Clone, Debug)]
 pub struct Upstream {
     connector: Connector,
     lanes: Arc<Mutex<Vec<Lane>>>,
 }
 
-/// What the layers make of a request's body.
-type Sent = ReplayBody<Body>;
+/// The request body that the layers produce.
+type RequestBody = ReplayBody<Body>;
 
-/// A client, and as many clones of `taken` as it has requests under way.
+/// A client, and its number of requests in flight: each holds a clone of `in_flight`.
 #[derive(Clone, Debug)]
 struct Lane {
-    client: Client<Connector, Sent>,
-    taken: Arc<()>,
+    client: Client<Connector, RequestBody>,
+    in_flight: Arc<()>,
 }
 
 impl Upstream {
@@ -151,20 +153,21 @@ impl Upstream {
         Self { connector: connector(tls, versions), lanes: Arc::default() }
     }
 
+    /// Returns the first lane with a free slot, or a new one.
     fn lane(&self) -> Lane {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        // The vector's own is one of them.
-        if let Some(free) = lanes.iter().find(|lane| Arc::strong_count(&lane.taken) <= STREAMS) {
+        // `<=`, because the list itself holds one clone.
+        if let Some(free) = lanes.iter().find(|lane| Arc::strong_count(&lane.in_flight) <= STREAMS) {
             return free.clone();
         }
-        let lane = Lane { client: builder().build(self.connector.clone()), taken: Arc::new(()) };
+        let lane = Lane { client: builder().build(self.connector.clone()), in_flight: Arc::new(()) };
         lanes.push(lane.clone());
         lane
     }
 }
 
-impl Service<Request<Sent>> for Upstream {
-    type Response = Response<Answer>;
+impl Service<Request<RequestBody>> for Upstream {
+    type Response = Response<ResponseBody>;
     type Error = Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Error>> + Send>>;
 
@@ -172,27 +175,27 @@ impl Service<Request<Sent>> for Upstream {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, mut request: Request<Sent>) -> Self::Future {
-        let Lane { client, taken } = self.lane();
-        let expecting = request.extensions_mut().remove::<Expecting>();
+    fn call(&mut self, mut request: Request<RequestBody>) -> Self::Future {
+        let Lane { client, in_flight } = self.lane();
+        let waiting_body = request.extensions_mut().remove::<ReplySender>();
         Box::pin(async move {
             let response = client.request(request).await?;
-            if let Some(expecting) = expecting {
-                expecting.hear(Heard::Answer);
+            if let Some(waiting_body) = waiting_body {
+                waiting_body.send(Reply::Final);
             }
-            Ok(response.map(|body| Answer { body, _taken: taken }))
+            Ok(response.map(|body| ResponseBody { body, _in_flight: in_flight }))
         })
     }
 }
 
-/// The body of an answer, which takes its place until it ends.
+/// The body of a response, which occupies its lane until dropped.
 #[derive(Debug)]
-pub struct Answer {
+pub struct ResponseBody {
     body: Incoming,
-    _taken: Arc<()>,
+    _in_flight: Arc<()>,
 }
 
-impl http_body::Body for Answer {
+impl http_body::Body for ResponseBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
@@ -212,54 +215,56 @@ impl http_body::Body for Answer {
     }
 }
 
-/// Has the body of a request that expects `100 Continue` wait until the API says so, over HTTP/1.1, or for a second. hyper
-/// says so to the caller when the body is first asked for; so a caller whose request is refused need not send it.
+/// Holds back the body of a request with `Expect: 100-continue` until the API sends `100 Continue` over HTTP/1.1, or for one
+/// second. hyper sends `100 Continue` to the caller when the body is first polled, so a caller whose request is refused does
+/// not have to send the body.
 pub fn await_continue(request: Request<Body>) -> Request<Body> {
     if !expects_continue(request.headers()) || request.body().is_end_stream() {
         return request;
     }
-    let (said, mut heard) = watch::channel(Heard::Nothing);
-    let expecting = Expecting(Arc::new(said));
+    let (sender, mut receiver) = watch::channel(Reply::None);
+    let sender = ReplySender(Arc::new(sender));
     let mut request = request.map(|body| {
-        let wait = async move {
-            match time::timeout(CONTINUE_TIMEOUT, heard.wait_for(|heard| *heard != Heard::Nothing)).await {
-                Ok(Ok(heard)) if *heard == Heard::Continue => Wanted::Yes,
-                Err(_) => Wanted::Yes,
-                // It was answered, or nobody waits for an answer any more.
-                Ok(_) => Wanted::No,
+        let wanted = async move {
+            match time::timeout(CONTINUE_TIMEOUT, receiver.wait_for(|reply| *reply != Reply::None)).await {
+                Ok(Ok(reply)) => *reply == Reply::Continue,
+                // The request was dropped.
+                Ok(Err(_)) => false,
+                // The API may not support `100 Continue`.
+                Err(_) => true,
             }
         };
-        Body::new(Waiting::For { wanted: Box::pin(wait), body: Some(body) })
+        Body::new(ContinueBody::Waiting { wanted: Box::pin(wanted), body: Some(body) })
     });
-    request.extensions_mut().insert(expecting.clone());
-    // Over HTTP/2 nobody calls this, and it is dropped when the head is sent.
+    request.extensions_mut().insert(sender.clone());
+    // hyper does not call this over HTTP/2, and drops it once the head is sent.
     hyper::ext::on_informational(&mut request, move |response| {
         if response.status() == StatusCode::CONTINUE {
-            expecting.hear(Heard::Continue);
+            sender.send(Reply::Continue);
         }
     });
     request
 }
 
-/// What the API has said to a request whose body waits.
+/// The API's reply to the head of a request whose body is held back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Heard {
-    Nothing,
+enum Reply {
+    None,
     Continue,
-    Answer,
+    Final,
 }
 
-/// In the extensions of a request whose body waits: where to tell it what the API says.
+/// Request extension: passes the API's reply to a body that is held back.
 #[derive(Clone, Debug)]
-struct Expecting(Arc<watch::Sender<Heard>>);
+struct ReplySender(Arc<watch::Sender<Reply>>);
 
-impl Expecting {
-    /// What is said first counts.
-    fn hear(&self, said: Heard) {
-        self.0.send_if_modified(|heard| {
-            let first = *heard == Heard::Nothing;
+impl ReplySender {
+    /// Only the first reply counts.
+    fn send(&self, reply: Reply) {
+        self.0.send_if_modified(|current| {
+            let first = *current == Reply::None;
             if first {
-                *heard = said;
+                *current = reply;
             }
             first
         });
@@ -270,25 +275,18 @@ pub fn expects_continue(headers: &HeaderMap) -> bool {
     headers.get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
 }
 
-/// Whether the API wants a body, or has answered without it.
-enum Wanted {
-    Yes,
-    No,
-}
-
-/// A body that waits until it is wanted.
-enum Waiting {
-    For {
-        wanted: Pin<Box<dyn Future<Output = Wanted> + Send>>,
+/// A request body that is held back until the API wants it.
+enum ContinueBody {
+    Waiting {
+        wanted: Pin<Box<dyn Future<Output = bool> + Send>>,
         body: Option<Body>,
     },
-    Wanted(Body),
-    /// The API's connection ends when it likes to, with the answer whole; a caller that sends what it was not asked for
-    /// is not read any more.
+    Sending(Body),
+    /// Stays pending, so that the API can finish its response, then fails: a body must not end early without an error.
     Unwanted(Pin<Box<time::Sleep>>),
 }
 
-impl http_body::Body for Waiting {
+impl http_body::Body for ContinueBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -298,26 +296,26 @@ impl http_body::Body for Waiting {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         loop {
             match &mut *self {
-                Self::For { wanted, body } => match (ready!(wanted.as_mut().poll(cx)), body.take()) {
-                    (Wanted::Yes, Some(body)) => *self = Self::Wanted(body),
-                    _ => *self = Self::Unwanted(Box::pin(time::sleep(UNWANTED_TIMEOUT))),
+                Self::Waiting { wanted, body } => match (ready!(wanted.as_mut().poll(cx)), body.take()) {
+                    (true, Some(body)) => *self = Self::Sending(body),
+                    _ => *self = Self::Unwanted(Box::pin(time::sleep(UNSENT_BODY_TIMEOUT))),
                 },
-                Self::Wanted(body) => return Pin::new(body).poll_frame(cx),
+                Self::Sending(body) => return Pin::new(body).poll_frame(cx),
                 Self::Unwanted(sleep) => {
                     ready!(sleep.as_mut().poll(cx));
-                    return Poll::Ready(Some(Err(axum::Error::new("the body was not wanted"))));
+                    return Poll::Ready(Some(Err(axum::Error::new("the API answered without the body"))));
                 }
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self, Self::Wanted(body) if body.is_end_stream())
+        matches!(self, Self::Sending(body) if body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Self::For { body: Some(body), .. } | Self::Wanted(body) => body.size_hint(),
+            Self::Waiting { body: Some(body), .. } | Self::Sending(body) => body.size_hint(),
             _ => SizeHint::default(),
         }
     }
@@ -335,8 +333,8 @@ mod tests {
 
     use super::*;
 
-    /// A file with the certificate authority that `server` has its name from.
-    fn ca(server: &Server) -> std::path::PathBuf {
+    /// Writes the certificate authority of `server` to a file.
+    fn ca_file(server: &Server) -> std::path::PathBuf {
         let path = std::env::temp_dir().join(format!(
             "selam-proxy-ca-{}-{}",
             std::process::id(),
@@ -346,7 +344,7 @@ mod tests {
         path
     }
 
-    fn request(server: &Server, key: &str) -> Request<Sent> {
+    fn request(server: &Server, key: &str) -> Request<RequestBody> {
         let body = BufferBody::new(0)
             .pass_through(Body::from(r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#));
         let request = Request::post(format!("{}/chat/completions", server.base_url()));
@@ -354,14 +352,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn more_streams_run_at_once_than_a_server_lets_one_connection_have() {
+    async fn streams_exceed_the_limit_of_one_connection() {
         let simulator = Simulator::new();
         let server = Server::tls(&simulator).await.unwrap();
-        let (path, key) = (ca(&server), simulator.issue_key());
+        let (path, key) = (ca_file(&server), simulator.issue_key());
         let upstream = Upstream::new(&tls(Some(&path), true).unwrap(), Versions::All);
         std::fs::remove_file(path).unwrap();
 
-        // hyper's server allows 200.
+        // hyper's server allows 200 streams per connection.
         let count = 450;
         let mut running = Vec::new();
         for _ in 0..count {
@@ -372,18 +370,18 @@ mod tests {
         assert!(running.iter().all(|response| response.version() == axum::http::Version::HTTP_2));
         assert_eq!(upstream.lanes.lock().unwrap().len(), 5);
 
-        // Places that are free again are taken first.
+        // Freed slots are reused first.
         drop(running);
         let again = upstream.clone().oneshot(request(&server, &key)).await.unwrap();
-        assert_eq!(Arc::strong_count(&upstream.lanes.lock().unwrap()[0].taken), 2);
+        assert_eq!(Arc::strong_count(&upstream.lanes.lock().unwrap()[0].in_flight), 2);
         drop(again);
     }
 
     #[tokio::test]
-    async fn what_is_to_be_upgraded_goes_over_http_1() {
+    async fn upgrades_use_http1() {
         let simulator = Simulator::new();
         let server = Server::tls(&simulator).await.unwrap();
-        let (path, key) = (ca(&server), simulator.issue_key());
+        let (path, key) = (ca_file(&server), simulator.issue_key());
         let tls = tls(Some(&path), true).unwrap();
         std::fs::remove_file(path).unwrap();
         let mut versions = HashMap::new();
@@ -396,9 +394,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_certificates_is_refused_by_name() {
+    fn ca_files_without_certificates_are_refused() {
         let path = std::env::temp_dir().join(format!("selam-proxy-no-ca-{}", std::process::id()));
-        for (content, said) in [
+        for (content, expected) in [
             ("", "holds no certificate in PEM"),
             ("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n", "is damaged PEM"),
             (
@@ -408,7 +406,7 @@ mod tests {
         ] {
             std::fs::write(&path, content).unwrap();
             let error = tls(Some(&path), true).unwrap_err().to_string();
-            assert_eq!(error, format!("--ca: {}: {said}", path.display()));
+            assert_eq!(error, format!("--ca: {}: {expected}", path.display()));
         }
         std::fs::remove_file(&path).unwrap();
         assert!(tls(Some(&path), true).unwrap_err().to_string().contains("cannot be read"));

@@ -1,7 +1,7 @@
-//! From the metrics to a look at who uses the API, and at what is unusual about it: [`Report`].
+//! Reports usage and unusual activity from the proxy's metrics: [`Report`].
 //!
-//! SelamAPI asks its users to watch for unusual activity and unauthorized access. The example `usage` prints what this
-//! module makes of one reading of `/metrics`, or of two and the time between them.
+//! SelamAPI asks its users to monitor for unusual activity and unauthorized access. The example `usage` prints a report on one
+//! snapshot of `/metrics`, or on the difference between two.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,20 +9,20 @@ use std::{
     time::Duration,
 };
 
-/// A caller's share of failed requests that is worth a look, and of how many at least.
-const MANY_FAIL: f64 = 0.2;
-const FEW: f64 = 10.0;
+/// The share of a caller's requests that must fail to be reported, and the fewest requests for which that is judged.
+const MAX_FAILED: f64 = 0.2;
+const MIN_REQUESTS: f64 = 10.0;
 
-/// How many times its own average a caller's rate has to be to be worth a look.
-const MUCH_MORE: f64 = 5.0;
+/// How many times its own average a caller's request rate must be to be reported.
+const BURST: f64 = 5.0;
 
-/// What of the rate limit is little.
-const LITTLE_LEFT: f64 = 0.1;
+/// The share of the rate limit below which the rest is reported.
+const MIN_REMAINING: f64 = 0.1;
 
-/// Metrics in [Prometheus' text format](https://prometheus.io/docs/instrumenting/exposition_formats/), as far as this
-/// program's have it.
+/// Metrics in the [Prometheus text format](https://prometheus.io/docs/instrumenting/exposition_formats/), to the extent that the
+/// proxy uses it.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Reading(BTreeMap<Series, f64>);
+pub struct Snapshot(BTreeMap<Series, f64>);
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Series {
@@ -30,8 +30,8 @@ struct Series {
     labels: BTreeMap<String, String>,
 }
 
-impl Reading {
-    /// Reads what it can; lines that are none of ours are left out.
+impl Snapshot {
+    /// Parses samples, and skips all other lines.
     pub fn parse(text: &str) -> Self {
         Self(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
     }
@@ -40,13 +40,13 @@ impl Reading {
         self.0.is_empty()
     }
 
-    /// How much each counter has risen since `earlier`. One that has fallen began anew.
+    /// The increase of each counter since `earlier`. A counter that has decreased was reset by a restart.
     fn since(&self, earlier: &Self) -> Self {
-        let risen = self.0.iter().map(|(series, now)| {
+        let increase = self.0.iter().map(|(series, now)| {
             let before = earlier.0.get(series).copied().unwrap_or(0.0);
             (series.clone(), if *now < before { *now } else { now - before })
         });
-        Self(risen.collect())
+        Self(increase.collect())
     }
 
     fn series<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a BTreeMap<String, String>, f64)> {
@@ -57,10 +57,10 @@ impl Reading {
     }
 
     fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        let fits = |found: &BTreeMap<String, String>| {
+        let matches = |found: &BTreeMap<String, String>| {
             labels.iter().all(|(label, value)| found.get(*label).is_some_and(|found| found == value))
         };
-        self.series(name).filter(|(found, _)| fits(found)).fold(0.0, |sum, (_, value)| sum + value)
+        self.series(name).filter(|(found, _)| matches(found)).fold(0.0, |sum, (_, value)| sum + value)
     }
 
     fn value(&self, name: &str) -> Option<f64> {
@@ -72,7 +72,7 @@ impl Reading {
     }
 }
 
-/// `name{label="value",…} 1.5`, and perhaps a time.
+/// Parses `name{label="value",…} 1.5`, with an optional timestamp.
 fn sample(line: &str) -> Option<(Series, f64)> {
     let end = line.find(['{', ' '])?;
     let (name, mut rest) = line.split_at(end);
@@ -102,121 +102,126 @@ fn sample(line: &str) -> Option<(Series, f64)> {
     Some((Series { name: name.to_owned(), labels }, value))
 }
 
-/// What the readings say. `Display` is for people.
+/// A report on the proxy's metrics. Its `Display` output is for people.
 #[derive(Debug)]
 pub struct Report {
-    last: Reading,
-    /// How much has risen, in how much time.
-    risen: Option<(Reading, Duration)>,
-    /// The keys that were in use before.
-    keys: Vec<String>,
+    last: Snapshot,
+    /// The increase of all counters in a period, and its length.
+    increase: Option<(Snapshot, Duration)>,
+    /// The keys in use at the start of the period.
+    previous_keys: Vec<String>,
 }
 
 impl Report {
-    /// All that happened since the proxy began.
-    pub fn of(reading: Reading) -> Self {
-        Self { last: reading, risen: None, keys: Vec::new() }
+    /// Reports everything since the proxy started.
+    pub fn of(snapshot: Snapshot) -> Self {
+        Self { last: snapshot, increase: None, previous_keys: Vec::new() }
     }
 
-    /// What happened between two readings, beside all there was.
-    pub fn between(earlier: &Reading, last: Reading, time: Duration) -> Self {
-        let risen = last.since(earlier);
-        Self { last, risen: Some((risen, time)), keys: Keys::of(earlier).now }
+    /// Reports what happened between two snapshots, in addition to the totals.
+    pub fn between(earlier: &Snapshot, last: Snapshot, time: Duration) -> Self {
+        let increase = last.since(earlier);
+        Self { last, increase: Some((increase, time)), previous_keys: Keys::of(earlier).current }
     }
 
-    /// What there is to look at: between the readings, if there are two.
-    fn looked_at(&self) -> &Reading {
-        self.risen.as_ref().map_or(&self.last, |(risen, _)| risen)
+    /// The counts of the period, or the totals if there is only one snapshot.
+    fn period(&self) -> &Snapshot {
+        self.increase.as_ref().map_or(&self.last, |(increase, _)| increase)
     }
 
-    /// What somebody should look into; empty on a good day.
+    /// Findings that someone should investigate. Usually empty.
     pub fn unusual(&self) -> Vec<String> {
-        let at = self.looked_at();
-        let mut found = Vec::new();
-        let mut tell = |count: f64, what: &str| {
+        let period = self.period();
+        let mut findings = Vec::new();
+        let mut add = |count: f64, finding: &str| {
             if count > 0.0 {
-                found.push(format!("{what}: {}", number(count)));
+                findings.push(format!("{finding}: {}", number(count)));
             }
         };
-        let refused = |reason| at.sum("selam_proxy_refusals_total", &[("reason", reason)]);
-        tell(
-            refused("invalid_token"),
-            "requests with a token that nobody was given (an old one, or somebody who guesses)",
-        );
-        tell(refused("missing_token"), "requests with no token");
-        for caller in at.values_of("selam_proxy_refusals_total", "caller") {
+        let refused = |reason| period.sum("selam_proxy_refusals_total", &[("reason", reason)]);
+        add(refused("invalid_token"), "requests with an unknown token (a removed one, or someone guessing)");
+        add(refused("missing_token"), "requests without a token");
+        for caller in period.values_of("selam_proxy_refusals_total", "caller") {
             let refused =
-                |reason| at.sum("selam_proxy_refusals_total", &[("reason", reason), ("caller", &caller)]);
-            tell(
-                refused("not_allowed"),
-                &format!("requests of {caller} for what --allow does not let it call"),
-            );
-            tell(
+                |reason| period.sum("selam_proxy_refusals_total", &[("reason", reason), ("caller", &caller)]);
+            add(refused("not_allowed"), &format!("requests from {caller} that --allow does not permit"));
+            add(
                 refused("bad_path"),
-                &format!("requests of {caller} for paths that are written to be misread"),
+                &format!("requests from {caller} with an ambiguous path (an attempt to evade --allow?)"),
             );
         }
-        tell(refused("foreign_origin"), "requests of web pages that are not of this machine");
-        tell(refused("loop"), "requests that came back, as the base URL leads to the proxy");
-        tell(refused("no_upstream"), "requests that did not reach the API");
-        tell(refused("no_credential"), "requests for which there was no key or JWT");
+        add(refused("foreign_origin"), "requests from web pages on other machines");
+        add(refused("loop"), "requests in a loop: the base URL points back to the proxy");
+        add(refused("no_upstream"), "requests that did not reach the API");
+        add(refused("no_credential"), "requests for which no key or JWT was available");
 
-        let errors = |kind| at.sum("tower_selam_auth_errors_total", &[("kind", kind)]);
-        tell(errors("invalid_api_key"), "the API did not know the key (was it revoked?)");
-        tell(errors("missing_api_key"), "the API saw no key (what is between it and the proxy?)");
-        tell(errors("insufficient_permissions"), "the account does not have a feature that was asked for");
-        tell(errors("token_rejected"), "the API refused a JWT, and a new one too");
-        for (labels, count) in at.series("tower_selam_renewals_total") {
+        let errors = |kind| period.sum("tower_selam_auth_errors_total", &[("kind", kind)]);
+        add(errors("invalid_api_key"), "requests whose key the API did not accept (was it revoked?)");
+        add(
+            errors("missing_api_key"),
+            "requests that reached the API without a key (does a gateway in between remove it?)",
+        );
+        add(errors("insufficient_permissions"), "requests for a feature that the account does not have");
+        add(
+            errors("token_rejected"),
+            "requests whose JWT the API rejected (after a refresh, where possible)",
+        );
+        for (labels, count) in period.series("tower_selam_renewals_total") {
             let label = |name: &str| labels.get(name).map_or("", String::as_str);
             if !matches!(label("outcome"), "renewed" | "unchanged") {
                 let credential = if label("credential") == "token" { "JWT" } else { "key" };
-                tell(
-                    count,
-                    &format!("renewals of the {credential} that came to nothing ({})", label("outcome")),
-                );
+                add(count, &format!("failed refreshes of the {credential} ({})", label("outcome")));
             }
         }
-        tell(
-            at.sum("tower_selam_replays_total", &[("outcome", "refused")]),
-            "requests that were refused again with another key or JWT",
+        add(
+            period.sum("tower_selam_replays_total", &[("outcome", "refused")]),
+            "replayed requests that the API rejected again",
         );
 
-        for caller in at.values_of(REQUESTS, "caller").into_iter().filter(|caller| caller != "unknown") {
-            let requests = Requests::of(at, &caller);
-            if requests.total >= FEW && requests.failed() > MANY_FAIL {
-                found.push(format!("{} of the requests of {caller} failed", percent(requests.failed())));
+        for caller in period.values_of(REQUESTS, "caller").into_iter().filter(|caller| caller != "unknown") {
+            let requests = Requests::of(period, &caller);
+            if requests.total >= MIN_REQUESTS && requests.failed() > MAX_FAILED {
+                findings.push(format!("{} of the requests from {caller} failed", percent(requests.failed())));
             }
-            found.extend(self.burst(&caller, requests.total));
+            findings.extend(self.burst(&caller, requests.total));
         }
         let keys = Keys::of(&self.last);
-        if !self.keys.is_empty() && self.keys != keys.now {
-            found.push(format!("the API key was {} and is {}", self.keys.join(", "), keys.now.join(", ")));
+        if !self.previous_keys.is_empty() && self.previous_keys != keys.current {
+            findings.push(format!(
+                "the API key changed from {} to {}",
+                self.previous_keys.join(", "),
+                keys.current.join(", ")
+            ));
         }
-        if keys.before.is_empty() && keys.now.len() > 1 {
-            found.push(format!("{} keys are in use at once", keys.now.len()));
+        if keys.retired.is_empty() && keys.current.len() > 1 {
+            findings.push(format!("{} keys are in use at once", keys.current.len()));
         }
         if let (Some(left), Some(limit)) = (self.last.value(REMAINING), self.last.value(LIMIT))
-            && left < limit * LITTLE_LEFT
+            && left < limit * MIN_REMAINING
         {
-            found.push(format!("little is left of the rate limit: {} of {}", number(left), number(limit)));
+            findings.push(format!(
+                "the rate limit is almost used up: {} of {} left",
+                number(left),
+                number(limit)
+            ));
         }
-        found
+        findings
     }
 
-    /// Whether the caller is much faster than it was before.
+    /// Reports a caller that sends far more requests than on average before, or that is new.
     fn burst(&self, caller: &str, requests: f64) -> Option<String> {
-        let (_, time) = self.risen.as_ref()?;
+        let (_, time) = self.increase.as_ref()?;
         let before = Requests::of(&self.last, caller).total - requests;
-        if requests < FEW {
+        if requests < MIN_REQUESTS {
             return None;
         }
         if before == 0.0 {
-            return Some(format!("{caller} called for the first time, {} times", number(requests)));
+            return Some(format!("{caller} is a new caller, with {} requests", number(requests)));
         }
         let uptime = self.last.value(UPTIME)? - time.as_secs_f64();
         let factor = (requests / time.as_secs_f64()) / (before / uptime);
-        (uptime > 0.0 && factor > MUCH_MORE)
-            .then(|| format!("{caller} called {} times as often as before on average", number(factor)))
+        (uptime > 0.0 && factor > BURST)
+            .then(|| format!("{caller} sends {} times as many requests as on average before", number(factor)))
     }
 }
 
@@ -229,39 +234,39 @@ const UPTIME: &str = "selam_proxy_uptime_seconds";
 /// A caller's requests.
 struct Requests {
     total: f64,
-    good: f64,
-    /// 4xx and 5xx, of the API's and of the proxy's own.
+    succeeded: f64,
+    /// Responses with a 4xx and a 5xx status, from the API and from the proxy itself.
     api: [f64; 2],
     proxy: [f64; 2],
 }
 
 impl Requests {
-    fn of(reading: &Reading, caller: &str) -> Self {
-        let of = |by, status| reading.sum(REQUESTS, &[("caller", caller), ("by", by), ("status", status)]);
+    fn of(snapshot: &Snapshot, caller: &str) -> Self {
+        let of = |by, status| snapshot.sum(REQUESTS, &[("caller", caller), ("by", by), ("status", status)]);
         Self {
-            total: reading.sum(REQUESTS, &[("caller", caller)]),
-            good: of("api", "1xx") + of("api", "2xx") + of("api", "3xx"),
+            total: snapshot.sum(REQUESTS, &[("caller", caller)]),
+            succeeded: of("api", "1xx") + of("api", "2xx") + of("api", "3xx"),
             api: [of("api", "4xx"), of("api", "5xx")],
             proxy: [of("proxy", "4xx"), of("proxy", "5xx")],
         }
     }
 
     fn failed(&self) -> f64 {
-        if self.total > 0.0 { 1.0 - self.good / self.total } else { 0.0 }
+        if self.total > 0.0 { 1.0 - self.succeeded / self.total } else { 0.0 }
     }
 }
 
-/// Ids of keys.
+/// Ids of API keys: in use, and no longer in use.
 struct Keys {
-    now: Vec<String>,
-    before: Vec<String>,
+    current: Vec<String>,
+    retired: Vec<String>,
 }
 
 impl Keys {
-    fn of(reading: &Reading) -> Self {
-        let mut this = Self { now: Vec::new(), before: Vec::new() };
-        for (labels, value) in reading.series("tower_selam_credential_info") {
-            let ids = if value > 0.0 { &mut this.now } else { &mut this.before };
+    fn of(snapshot: &Snapshot) -> Self {
+        let mut this = Self { current: Vec::new(), retired: Vec::new() };
+        for (labels, value) in snapshot.series("tower_selam_credential_info") {
+            let ids = if value > 0.0 { &mut this.current } else { &mut this.retired };
             ids.extend(labels.get("id").cloned());
         }
         this
@@ -270,11 +275,11 @@ impl Keys {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let or_none = |ids: &[String]| if ids.is_empty() { "none yet".to_owned() } else { ids.join(", ") };
         let keys = Keys::of(&self.last);
-        write!(f, "{:<12}{}", "API key", or_none(&keys.now))?;
-        if !keys.before.is_empty() {
-            write!(f, "   (before: {})", keys.before.join(", "))?;
+        let current = if keys.current.is_empty() { "none yet".to_owned() } else { keys.current.join(", ") };
+        write!(f, "{:<12}{current}", "API key")?;
+        if !keys.retired.is_empty() {
+            write!(f, "   (previously {})", keys.retired.join(", "))?;
         }
         writeln!(f)?;
         if let Some(left) = self.last.value(REMAINING) {
@@ -284,75 +289,71 @@ impl fmt::Display for Report {
             }
             f.write_str(" requests left")?;
             if let Some(reset) = self.last.value(RESET) {
-                write!(f, ", {} s to go when last heard of", number(reset))?;
+                write!(f, ", reset {} s after the API's last response", number(reset))?;
             }
             writeln!(f)?;
         }
         if let Some(uptime) = self.last.value(UPTIME) {
-            writeln!(
-                f,
-                "{:<12}{}",
-                "Running",
-                span(Duration::try_from_secs_f64(uptime).unwrap_or_default())
-            )?;
+            writeln!(f, "{:<12}{}", "Uptime", span(Duration::try_from_secs_f64(uptime).unwrap_or_default()))?;
         }
         writeln!(
             f,
             "{:<12}{}",
-            "Looked at",
-            match &self.risen {
-                Some((_, time)) => format!("what happened within {}", span(*time)),
-                None => "everything since the proxy began".to_owned(),
+            "Period",
+            match &self.increase {
+                Some((_, time)) => span(*time),
+                None => "since the proxy started".to_owned(),
             }
         )?;
         self.callers(f)?;
-        self.failures(f)?;
+        self.events(f)?;
         let unusual = self.unusual();
-        writeln!(f, "\n{}", if unusual.is_empty() { "Nothing unusual" } else { "Unusual" })?;
-        unusual.iter().try_for_each(|what| writeln!(f, "  ! {what}"))
+        writeln!(f, "\n{}", if unusual.is_empty() { "No unusual activity" } else { "Unusual activity" })?;
+        unusual.iter().try_for_each(|finding| writeln!(f, "  ! {finding}"))
     }
 }
 
 impl Report {
     fn callers(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let at = self.looked_at();
+        let period = self.period();
         writeln!(
             f,
             "\n{:<24}{:>9}{:>9}{:>16}{:>18}{:>9}",
-            "Caller", "requests", "good", "API 4xx / 5xx", "proxy 4xx / 5xx", "failed"
+            "Caller", "requests", "ok", "API 4xx / 5xx", "proxy 4xx / 5xx", "failed"
         )?;
         let mut any = false;
         for caller in self.last.values_of(REQUESTS, "caller") {
-            let requests = Requests::of(at, &caller);
+            let requests = Requests::of(period, &caller);
             let pair = |[client, server]: [f64; 2]| format!("{} / {}", number(client), number(server));
             any = true;
             writeln!(
                 f,
                 "  {caller:<22}{:>9}{:>9}{:>16}{:>18}{:>9}",
                 number(requests.total),
-                number(requests.good),
+                number(requests.succeeded),
                 pair(requests.api),
                 pair(requests.proxy),
                 percent(requests.failed()),
             )?;
         }
-        if any { Ok(()) } else { writeln!(f, "  nobody yet") }
+        if any { Ok(()) } else { writeln!(f, "  none yet") }
     }
 
-    fn failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const KINDS: [(&str, &str, &[&str]); 6] = [
-            ("the API refused", "tower_selam_auth_errors_total", &["kind"]),
-            ("sent again after a 401", "tower_selam_replays_total", &["outcome"]),
+    fn events(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const EVENTS: [(&str, &str, &[&str]); 6] = [
+            ("API error", "tower_selam_auth_errors_total", &["kind"]),
+            ("replay after a 401", "tower_selam_replays_total", &["outcome"]),
             ("not sent", "tower_selam_unsent_requests_total", &["kind"]),
-            ("renewal", "tower_selam_renewals_total", &["credential", "outcome"]),
-            ("the proxy refused", "selam_proxy_refusals_total", &["reason", "caller"]),
-            ("broken off by", "selam_proxy_broken_off_total", &["by"]),
+            ("refresh", "tower_selam_renewals_total", &["credential", "outcome"]),
+            ("refused by the proxy", "selam_proxy_refusals_total", &["reason", "caller"]),
+            ("aborted by", "selam_proxy_broken_off_total", &["by"]),
         ];
-        let late = |late: &str| if self.risen.is_some() { format!("{late:>9}") } else { String::new() };
-        writeln!(f, "\n{:<65}{:>9}{}", "What became of credentials and requests", "in all", late("of late"))?;
+        let in_period =
+            |text: &str| if self.increase.is_some() { format!("{text:>9}") } else { String::new() };
+        writeln!(f, "\n{:<65}{:>9}{}", "Event", "total", in_period("period"))?;
         let mut any = false;
-        for (what, name, labels) in KINDS {
-            // One row for each combination of the labels that are shown.
+        for (event, name, labels) in EVENTS {
+            // One row for each combination of the labels shown.
             let key = |found: &BTreeMap<String, String>| -> Vec<String> {
                 labels.iter().map(|label| found.get(*label).cloned().unwrap_or_default()).collect()
             };
@@ -360,25 +361,25 @@ impl Report {
             for (found, value) in self.last.series(name) {
                 sums.entry(key(found)).or_default().0 += value;
             }
-            for (found, value) in self.looked_at().series(name) {
+            for (found, value) in self.period().series(name) {
                 sums.entry(key(found)).or_default().1 += value;
             }
-            for (labels, (all, risen)) in sums.into_iter().filter(|(_, (all, _))| *all > 0.0) {
+            for (labels, (total, increase)) in sums.into_iter().filter(|(_, (total, _))| *total > 0.0) {
                 any = true;
                 writeln!(
                     f,
-                    "  {what:<25}{:<38}{:>9}{}",
+                    "  {event:<25}{:<38}{:>9}{}",
                     labels.join(", "),
-                    number(all),
-                    late(&number(risen))
+                    number(total),
+                    in_period(&number(increase))
                 )?;
             }
         }
-        if any { Ok(()) } else { writeln!(f, "  nothing but success") }
+        if any { Ok(()) } else { writeln!(f, "  none") }
     }
 }
 
-/// `1,234,567`.
+/// Formats `1,234,567`.
 fn number(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut grouped = String::new();
@@ -398,7 +399,7 @@ fn percent(share: f64) -> String {
     }
 }
 
-/// `3 h 20 min`.
+/// Formats `3 h 20 min`.
 fn span(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
@@ -443,65 +444,67 @@ selam_proxy_rate_limit_reset_seconds 41
 "#;
 
     #[test]
-    fn the_text_format_is_read_with_its_escapes() {
-        let read =
-            Reading::parse("a{x=\"q\\\"\\\\,}\",y=\"\"} 1.5e3 1700000000\nb 2\n# c 3\nno number\nd{x=\"\n\n");
+    fn escapes_in_labels_are_decoded() {
+        let read = Snapshot::parse(
+            "a{x=\"q\\\"\\\\,}\",y=\"\"} 1.5e3 1700000000\nb 2\n# c 3\nno number\nd{x=\"\n\n",
+        );
         let labels: Vec<_> = read.series("a").collect();
         assert_eq!(labels[0].0["x"], "q\"\\,}");
         assert_eq!((labels[0].1, read.value("b"), read.0.len()), (1500.0, Some(2.0), 2));
     }
 
     #[test]
-    fn a_good_day_has_nothing_unusual() {
+    fn steady_metrics_have_no_findings() {
         let report =
-            Report::between(&Reading::parse(EARLIER), Reading::parse(EARLIER), Duration::from_secs(60));
+            Report::between(&Snapshot::parse(EARLIER), Snapshot::parse(EARLIER), Duration::from_secs(60));
         assert_eq!(report.unusual(), Vec::<String>::new());
-        assert!(report.to_string().ends_with("Nothing unusual\n"));
+        assert!(report.to_string().ends_with("No unusual activity\n"));
     }
 
     #[test]
-    fn what_changed_between_two_readings_is_told() {
+    fn changes_between_snapshots_are_reported() {
         let report =
-            Report::between(&Reading::parse(EARLIER), Reading::parse(LATER), Duration::from_secs(60));
+            Report::between(&Snapshot::parse(EARLIER), Snapshot::parse(LATER), Duration::from_secs(60));
         assert_eq!(
             report.unusual(),
             [
-                "requests with a token that nobody was given (an old one, or somebody who guesses): 40",
-                "30 % of the requests of mobile failed",
-                "mobile called for the first time, 1,000 times",
-                "the API key was 9da0f3 and is 77aa90",
-                "little is left of the rate limit: 12 of 600",
+                "requests with an unknown token (a removed one, or someone guessing): 40",
+                "30 % of the requests from mobile failed",
+                "mobile is a new caller, with 1,000 requests",
+                "the API key changed from 9da0f3 to 77aa90",
+                "the rate limit is almost used up: 12 of 600 left",
             ]
         );
         let shown = report.to_string();
         for line in [
-            "API key     77aa90   (before: 9da0f3)",
-            "Rate limit  12 of 600 requests left, 41 s to go when last heard of",
-            "Looked at   what happened within 60 s",
+            "API key     77aa90   (previously 9da0f3)",
+            "Rate limit  12 of 600 requests left, reset 41 s after the API's last response",
+            "Period      60 s",
             "  mobile                    1,000      700         0 / 300             0 / 0     30 %",
-            "  the API refused          invalid_api_key                               1        0",
+            "  API error                invalid_api_key                               1        0",
         ] {
             assert!(shown.contains(&format!("{line}\n")), "{shown}");
         }
     }
 
     #[test]
-    fn one_that_calls_much_more_than_before_stands_out() {
+    fn bursts_of_a_caller_are_reported() {
         let more = EARLIER.replace("1200", "1500").replace("3600", "3660");
         let report =
-            Report::between(&Reading::parse(EARLIER), Reading::parse(&more), Duration::from_secs(60));
-        assert_eq!(report.unusual(), ["web called 15 times as often as before on average"]);
+            Report::between(&Snapshot::parse(EARLIER), Snapshot::parse(&more), Duration::from_secs(60));
+        assert_eq!(report.unusual(), ["web sends 15 times as many requests as on average before"]);
         let restarted = EARLIER.replace("1200", "12").replace("3600", "30");
         let report =
-            Report::between(&Reading::parse(EARLIER), Reading::parse(&restarted), Duration::from_secs(60));
+            Report::between(&Snapshot::parse(EARLIER), Snapshot::parse(&restarted), Duration::from_secs(60));
         assert!(report.to_string().contains("  web                          12       12"), "{report}");
     }
 
     #[test]
-    fn one_reading_is_looked_at_from_the_beginning() {
-        let unusual = Report::of(Reading::parse(LATER)).unusual();
+    fn one_snapshot_is_reported_from_the_start() {
+        let unusual = Report::of(Snapshot::parse(LATER)).unusual();
         assert!(
-            unusual.iter().any(|what| what.starts_with("the API did not know the key (was it revoked?): 1")),
+            unusual.iter().any(|finding| finding
+                .starts_with("requests whose key the API did not accept (was it revoked?): 1")),
             "{unusual:?}"
         );
     }

@@ -1,15 +1,15 @@
-"""The official client of OpenAI, through the proxy, with nothing but a token of the proxy's.
+"""Tests the proxy with the official OpenAI client, which has a client token of the proxy and nothing else.
 
     OPENAI_API_KEY=TOKEN python openai.py PROXY LIMITED REVOKED MISSING SPEECH
 
-Four proxies' base URLs: with a good key, with one of an account that may not have everything, with one that was revoked, and to
-an API that will once say that there was no key; and a file with what the API answers when it is asked to speak.
+The first four arguments are base URLs of proxies: with a valid key, with the key of a limited account, with a revoked key, and
+for an API that once answers that the key is missing. SPEECH is a file with the expected audio.
 """
 
 import os
 import sys
 
-# Not this file.
+# Otherwise `import openai` would import this file.
 sys.path.pop(0)
 
 import openai  # noqa: E402
@@ -30,7 +30,7 @@ def chat(with_client, **options):
 
 
 def refused(kind, status, code, call):
-    """The call fails with exactly this exception."""
+    """Asserts that the call fails with exactly this exception."""
     try:
         call()
     except openai.APIStatusError as error:
@@ -66,7 +66,7 @@ with selam.audio.speech.with_streaming_response.create(model="selam-tts", voice=
     assert b"".join(streamed.iter_bytes()) == audio.content
 print("an audio file, streamed")
 
-# The three that SelamAPI documents: of the API's own...
+# The three errors that SelamAPI documents, from the API ...
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(revoked)))
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(revoked), stream=True))
 refused(openai.AuthenticationError, 401, "missing_api_key", lambda: chat(client(missing)))
@@ -76,12 +76,12 @@ refused(
     "insufficient_permissions",
     lambda: client(limited).audio.speech.create(model="selam-tts", voice="alloy", input="Selam"),
 )
-# ... and of the proxy's, in the same shape.
+# ... and from the proxy, in the same shape.
 refused(openai.AuthenticationError, 401, "invalid_api_key", lambda: chat(client(good, api_key=token + "x")))
 nobody = client(good, default_headers={"Authorization": ""})
 refused(openai.AuthenticationError, 401, "missing_api_key", lambda: chat(nobody))
 
-# A limited key does not keep anybody from chatting.
+# A limited key still allows chat.
 assert chat(client(limited)).choices[0].message.content == REPLY
 
 print("all is well")

@@ -1,4 +1,4 @@
-//! What the example and its tests share: the service `selam.example.Greeter`, and a place to serve it over TLS.
+//! Shared by the example and its tests: the service `selam.example.Greeter`, and a server for it over TLS.
 
 use std::{error::Error, net::Ipv4Addr};
 
@@ -14,17 +14,17 @@ pub use self::{greeter_client::GreeterClient, greeter_server::Greeter, greeter_s
 
 tonic::include_proto!("selam.example.Greeter");
 
-/// Somebody to greet.
+/// The person to greet.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Name {
     #[prost(string, tag = "1")]
     pub name: String,
-    /// Whatever else there is to say.
+    /// Makes a request as large as a test needs it.
     #[prost(bytes = "vec", tag = "2")]
-    pub more: Vec<u8>,
+    pub padding: Vec<u8>,
 }
 
-/// What is said to them.
+/// The greeting of one person.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Greeting {
     #[prost(string, tag = "1")]
@@ -33,7 +33,7 @@ pub struct Greeting {
 
 impl Name {
     pub fn of(name: &str) -> Self {
-        Self { name: name.to_owned(), more: Vec::new() }
+        Self { name: name.to_owned(), padding: Vec::new() }
     }
 }
 
@@ -43,7 +43,7 @@ impl Greeting {
     }
 }
 
-/// Serves on a free port of `localhost` over TLS, with a certificate made for it, until it is dropped.
+/// A gRPC server over TLS on a free port of `localhost`, with a generated certificate. Dropping it stops it.
 #[derive(Debug)]
 pub struct Server {
     port: u16,
@@ -52,7 +52,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `routes`.
+    /// Starts to serve `routes`.
     pub async fn start(routes: impl Into<Routes>) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let port = listener.local_addr()?.port();
@@ -64,12 +64,12 @@ impl Server {
         Ok(Self { port, ca_pem, serving: tokio::spawn(server) })
     }
 
-    /// Where it is.
+    /// The origin of the server.
     pub fn url(&self) -> String {
         format!("https://localhost:{}", self.port)
     }
 
-    /// How to get there: trusting its certificate.
+    /// An endpoint that trusts the certificate of the server.
     pub fn endpoint(&self) -> Result<Endpoint, transport::Error> {
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&self.ca_pem));
         Channel::from_shared(self.url()).expect("a URL").tls_config(tls)
@@ -82,6 +82,7 @@ impl Drop for Server {
     }
 }
 
+/// Makes a certificate authority and a certificate for `localhost`.
 fn identity() -> Result<(String, Identity), rcgen::Error> {
     let mut authority = CertificateParams::new([])?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,12 +1,16 @@
-//! gRPC calls with a JWT that renews itself, through tonic.
+//! Authenticates gRPC calls over tonic with a JWT that is refreshed: unary and streaming calls, a replay after an
+//! `Unauthenticated` status, and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-tonic
 //! ```
 //!
-//! serves `selam.example.Greeter` over TLS on a loopback port and calls it. SelamAPI documents no gRPC service of its
-//! own: with `SELAM_API_KEY` set (and, if you like, `SELAM_JWT` and `SELAM_BASE_URL`), the example makes one call to
-//! the API's origin and shows the status that comes: `Unimplemented`, or `Internal` where a 404 has a JSON body.
+//! The example serves `selam.example.Greeter` over TLS on a loopback port and calls it. SelamAPI documents no gRPC
+//! service: with `SELAM_API_KEY` set (and optionally `SELAM_JWT` and `SELAM_BASE_URL`), the example makes one call to
+//! the API's origin and shows the status, which is `Unimplemented`, or `Internal` if a 404 has a JSON body.
+
+#[path = "../../support/transcript.rs"]
+mod transcript;
 
 use std::{
     collections::HashMap,
@@ -26,7 +30,7 @@ use tokio::time::{Instant, sleep};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{
     Code, Request, Response, Status, Streaming,
-    service::interceptor::InterceptedService,
+    service::{Routes, interceptor::InterceptedService},
     transport::{Channel, ClientTlsConfig},
 };
 use tower::Layer;
@@ -37,127 +41,116 @@ use tower_selam::{
     source::{Reason, source_fn},
 };
 
-/// The generated client, over a channel that authenticates.
+use self::transcript::{auth_error, finish, line, step, title};
+
+/// The generated client over a channel that authenticates.
 type Client = GreeterClient<SelamGrpc<Channel>>;
 
 const KEY: &str = "sk-selam-example";
-const LIFETIME: Duration = Duration::from_millis(500);
+const TOKEN_LIFETIME: Duration = Duration::from_millis(500);
+const MESSAGE_INTERVAL: Duration = Duration::from_millis(20);
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let run = match env::var_os(SELAM_API_KEY) {
-        Some(_) => with_the_api().await,
-        None => with_a_server_of_our_own().await,
-    };
-    match run {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("\nerror: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprintln!("  because: {error}");
-                cause = error.source();
-            }
-            ExitCode::FAILURE
-        }
-    }
+    title("tower-selam with tonic");
+    finish(match env::var_os(SELAM_API_KEY) {
+        Some(_) => call_the_api().await,
+        None => call_a_local_server().await,
+    })
 }
 
-async fn with_a_server_of_our_own() -> Result<(), BoxError> {
-    let desk = Desk::default();
-    let door = desk.clone();
-    let greeter = InterceptedService::new(GreeterServer::new(Greets), move |request| door.admit(request));
-    let server = Server::start(tonic::service::Routes::new(greeter)).await?;
+async fn call_a_local_server() -> Result<(), BoxError> {
+    let issuer = Issuer::default();
+    let checks = issuer.clone();
+    let greeter =
+        InterceptedService::new(GreeterServer::new(GreeterService), move |request| checks.check(request));
+    let server = Server::start(Routes::new(greeter)).await?;
 
-    // Where the tokens come from: a login, in a program of yours. That they expire is not said in them.
-    let issuing = desk.clone();
+    // An application would log in here. These tokens do not say when they expire, so only a rejection shows it.
+    let login = issuer.clone();
     let source = source_fn(move |_: Reason<Token>| {
-        let token = issuing.issue();
+        let token = login.issue();
         async move { Ok::<_, BoxError>(Token::new(token)?) }
     });
-    // Tokens that are refused one after the other are renewed at intervals; these live so short that they would be.
-    let policy = RefreshPolicy::new().with_backoff(LIFETIME / 10, LIFETIME);
-    let jwts = Refreshing::with_policy(source, policy);
+    // Refreshes after repeated rejections are spaced out; tokens with such a short lifetime need a short back-off.
+    let policy = RefreshPolicy::new().with_backoff(TOKEN_LIFETIME / 10, TOKEN_LIFETIME);
     let selam = SelamLayer::builder()
         .with_base_url(BaseUrl::new(&server.url())?)
         .with_api_key(ApiKey::new(KEY)?)
-        .with_jwt(jwts)
+        .with_jwt(Refreshing::with_policy(source, policy))
         .build()?;
     let endpoint = server.endpoint()?;
     let layer = SelamGrpcLayer::new(selam, endpoint.uri())?;
-    let mut greeter: Client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
-    println!("tower-selam over tonic");
-    println!("  server   selam.example.Greeter at {} (set {SELAM_API_KEY} for the real API)", server.url());
-    println!("  tokens   live {LIFETIME:?}");
+    let mut client: Client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
+    line(
+        "server",
+        format_args!("selam.example.Greeter at {} (set SELAM_API_KEY to call SelamAPI)", server.url()),
+    );
+    line("tokens", format_args!("live {TOKEN_LIFETIME:?}"));
 
-    step("A unary call");
-    println!("  answer   {}", greeter.greet(Name::of("Almaz")).await?.into_inner().text);
-    desk.show();
+    step("Unary call: the first token is fetched");
+    line("answer", client.greet(Name::of("Almaz")).await?.into_inner().text);
+    issuer.show();
 
-    step("A stream of answers");
-    let mut greetings = greeter.greet_in_every_language(Name::of("Almaz")).await?.into_inner();
+    step("Server stream: the token is used again");
+    let mut greetings = client.greet_in_every_language(Name::of("Almaz")).await?.into_inner();
     while let Some(greeting) = greetings.message().await? {
-        println!("  answer   {}", greeting.text);
+        line("answer", greeting.text);
     }
-    let before = desk.show();
+    let counts = issuer.show();
 
-    step("The same call once the token has expired");
-    sleep(2 * LIFETIME).await;
-    println!("  answer   {}", greeter.greet(Name::of("Almaz")).await?.into_inner().text);
-    let after = desk.show();
-    expect(after.0 > before.0 && after.1 > before.1, "a refusal and a renewal")?;
+    step("Expired token: the layers refresh it and replay the call");
+    sleep(2 * TOKEN_LIFETIME).await;
+    line("answer", client.greet(Name::of("Almaz")).await?.into_inner().text);
+    let counts = issuer.show_more_than(counts)?;
 
-    step("A stream of requests, refused on its way");
-    sleep(2 * LIFETIME).await;
-    let names = ["Almaz", "Kaleb", "Selamawit"].map(Name::of);
-    let pace = Duration::from_millis(20);
-    let names = tokio_stream::iter(names).throttle(pace);
-    println!("  answer   {}", greeter.greet_all(names).await?.into_inner().text);
-    let before = after;
-    let after = desk.show();
-    expect(after.0 > before.0 && after.1 > before.1, "a refusal and a renewal")?;
+    step("Client stream with an expired token: its messages are replayed");
+    sleep(2 * TOKEN_LIFETIME).await;
+    let names = tokio_stream::iter(["Almaz", "Kaleb", "Selamawit"].map(Name::of)).throttle(MESSAGE_INTERVAL);
+    line("answer", client.greet_all(names).await?.into_inner().text);
+    issuer.show_more_than(counts)?;
 
-    step("A conversation");
-    let names = tokio_stream::iter(["Almaz", "Kaleb"].map(Name::of)).throttle(pace);
-    let mut greetings = greeter.converse(names).await?.into_inner();
+    step("Bidirectional stream");
+    let names = tokio_stream::iter(["Almaz", "Kaleb"].map(Name::of)).throttle(MESSAGE_INTERVAL);
+    let mut greetings = client.converse(names).await?.into_inner();
     while let Some(greeting) = greetings.message().await? {
-        println!("  answer   {}", greeting.text);
+        line("answer", greeting.text);
     }
 
-    step("A call that is not permitted");
-    show(&refusal(greeter.forget(Name::of("Almaz")).await, Code::PermissionDenied)?);
+    step("Permission denied: the status carries a typed error");
+    show(&expect_error(client.forget(Name::of("Almaz")).await, Code::PermissionDenied)?);
 
-    step("An account that was closed");
-    desk.close();
-    show(&refusal(greeter.greet(Name::of("Almaz")).await, Code::Unauthenticated)?);
+    step("Closed account: one refresh, one replay, then the second status is returned");
+    issuer.close_account();
+    show(&expect_error(client.greet(Name::of("Almaz")).await, Code::Unauthenticated)?);
+    issuer.show();
 
-    step("Another origin than the channel's");
+    step("Channel to another origin: the layer refuses to be built");
     let selam = SelamLayer::builder().with_api_key(ApiKey::new(KEY)?).build()?;
+    line("channel", endpoint.uri());
+    line("allowed", selam.base_url());
     match SelamGrpcLayer::new(selam, endpoint.uri()) {
-        Err(error) => println!("  refused  {error}"),
-        Ok(_) => return Err("a key would have gone to another origin".into()),
+        Err(error) => line("error", error),
+        Ok(_) => return Err("the layer would send the key to another origin".into()),
     }
-
-    println!("\nAll of it as it should be.");
     Ok(())
 }
 
-async fn with_the_api() -> Result<(), BoxError> {
+async fn call_the_api() -> Result<(), BoxError> {
     let selam = SelamLayer::builder().allow_insecure_loopback().build_with_env()?;
     let mut endpoint = Channel::from_shared(selam.base_url().to_string())?;
     if endpoint.uri().scheme_str() == Some("https") {
         endpoint = endpoint.tls_config(ClientTlsConfig::new().with_native_roots())?;
     }
-    println!("tower-selam over tonic");
-    println!("  API   {}", selam.base_url());
-    println!("  key   {:?}", ApiKey::from_env()?);
+    line("API", selam.base_url());
+    line("key", format_args!("{:?}", ApiKey::from_env()?));
     let layer = SelamGrpcLayer::new(selam, endpoint.uri())?;
-    let mut greeter: Client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
+    let mut client: Client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
 
-    step("A call of a service that the API does not document");
-    match greeter.greet(Name::of("Almaz")).await {
-        Ok(response) => println!("  answer   {}", response.into_inner().text),
-        // Nobody answered.
+    step("Unary call of a service that the API does not document");
+    match client.greet(Name::of("Almaz")).await {
+        Ok(response) => line("answer", response.into_inner().text),
+        // The status has a cause that is not ours: the connection failed.
         Err(status) if status.source().is_some() && AuthError::find(&status).is_none() => {
             return Err(status.into());
         }
@@ -166,84 +159,87 @@ async fn with_the_api() -> Result<(), BoxError> {
     Ok(())
 }
 
-fn step(title: &str) {
-    println!("\n{title}");
-}
-
-fn expect(is: bool, what: &str) -> Result<(), BoxError> {
-    if is { Ok(()) } else { Err(format!("{what} expected").into()) }
-}
-
-fn refusal<T>(result: Result<Response<T>, Status>, expected: Code) -> Result<Status, BoxError> {
+/// Returns the status of a call that has to fail with `expected` and one of our errors.
+fn expect_error<T>(result: Result<Response<T>, Status>, expected: Code) -> Result<Status, BoxError> {
     match result {
         Err(status) if status.code() == expected && AuthError::find(&status).is_some() => Ok(status),
         Err(status) => Err(status.into()),
-        Ok(_) => Err(format!("{expected:?} was expected, but the server answered").into()),
+        Ok(_) => Err(format!("expected {expected:?}, but the call succeeded").into()),
     }
 }
 
 fn show(status: &Status) {
-    println!("  status   {:?}: {}", status.code(), status.message());
+    line("status", format_args!("{:?}: {}", status.code(), status.message()));
     if let Some(error) = AuthError::find(status) {
-        println!("  error    AuthErrorKind::{:?}", error.kind());
-        println!("  because  {error}");
+        auth_error(error);
     }
 }
 
-/// Issues tokens, and lets in who has one.
+/// Issues tokens, and checks those of each call.
 #[derive(Clone, Default)]
-struct Desk(Arc<Tally>);
+struct Issuer(Arc<State>);
 
 #[derive(Default)]
-struct Tally {
-    good_until: Mutex<HashMap<String, Instant>>,
+struct State {
+    expiries: Mutex<HashMap<String, Instant>>,
     issued: AtomicUsize,
-    refused: AtomicUsize,
+    rejected: AtomicUsize,
     closed: AtomicBool,
 }
 
-impl Desk {
+impl Issuer {
     fn issue(&self) -> String {
         let token = format!("token-{}", self.0.issued.fetch_add(1, Relaxed) + 1);
-        self.good_until().insert(token.clone(), Instant::now() + LIFETIME);
+        self.expiries().insert(token.clone(), Instant::now() + TOKEN_LIFETIME);
         token
     }
 
-    /// Tokens are issued as before, and good for nothing.
-    fn close(&self) {
+    /// From now on tokens are still issued, but none is accepted.
+    fn close_account(&self) {
         self.0.closed.store(true, Relaxed);
     }
 
-    fn admit(&self, request: Request<()>) -> Result<Request<()>, Status> {
+    fn check(&self, request: Request<()>) -> Result<Request<()>, Status> {
         let token = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let token = token.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-        let refusal = match self.good_until().get(token) {
+        let message = match self.expiries().get(token) {
             _ if self.0.closed.load(Relaxed) => "the account is closed",
-            Some(until) if Instant::now() < *until => return Ok(request),
+            Some(expiry) if Instant::now() < *expiry => return Ok(request),
             _ => "the token has expired",
         };
-        self.0.refused.fetch_add(1, Relaxed);
-        Err(Status::unauthenticated(refusal))
+        self.0.rejected.fetch_add(1, Relaxed);
+        Err(Status::unauthenticated(message))
     }
 
-    fn good_until(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        self.0.good_until.lock().unwrap_or_else(PoisonError::into_inner)
+    fn expiries(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        self.0.expiries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Prints and returns the tokens issued and the calls rejected so far.
     fn show(&self) -> (usize, usize) {
-        let (issued, refused) = (self.0.issued.load(Relaxed), self.0.refused.load(Relaxed));
-        println!("  so far   tokens issued: {issued}, calls refused: {refused}");
-        (issued, refused)
+        let (issued, rejected) = (self.0.issued.load(Relaxed), self.0.rejected.load(Relaxed));
+        line("so far", format_args!("tokens issued: {issued}, calls rejected: {rejected}"));
+        (issued, rejected)
+    }
+
+    /// The same; an error if there was neither a rejection nor a refresh since `before`.
+    fn show_more_than(&self, before: (usize, usize)) -> Result<(usize, usize), BoxError> {
+        let now = self.show();
+        if now.0 > before.0 && now.1 > before.1 {
+            Ok(now)
+        } else {
+            Err("expected a rejection and a refresh".into())
+        }
     }
 }
 
-/// The service, which leaves who is let in to the desk.
-struct Greets;
+/// Greets. The interceptor in front of it checks the tokens.
+struct GreeterService;
 
 type Greetings = Pin<Box<dyn Stream<Item = Result<Greeting, Status>> + Send>>;
 
 #[tonic::async_trait]
-impl Greeter for Greets {
+impl Greeter for GreeterService {
     async fn greet(&self, request: Request<Name>) -> Result<Response<Greeting>, Status> {
         Ok(Response::new(Greeting::saying(format!("Selam, {}!", request.get_ref().name))))
     }
@@ -275,6 +271,6 @@ impl Greeter for Greets {
     }
 
     async fn forget(&self, _: Request<Name>) -> Result<Response<Greeting>, Status> {
-        Err(Status::permission_denied("greetings are for ever"))
+        Err(Status::permission_denied("greetings cannot be forgotten"))
     }
 }

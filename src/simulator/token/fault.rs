@@ -1,41 +1,44 @@
+//! The faults that can be injected into the token endpoint.
+
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use http::Response;
 
-/// What goes wrong with one request to the token endpoint. `Debug` shows no body.
+/// A fault for a single token request: see
+/// [`inject_token_fault`](crate::simulator::Simulator::inject_token_fault).
 ///
-/// [`Slow`](Self::Slow), [`Expired`](Self::Expired) and [`CutOff`](Self::CutOff) carry the grant out: they
-/// spend a refresh token. The others do not look at the request.
+/// [`Slow`](Self::Slow), [`Expired`](Self::Expired) and [`CutOff`](Self::CutOff) carry out the grant, so they spend a
+/// refresh token. The others ignore the content of the request. `Debug` shows no body.
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum TokenFault {
-    /// The answer comes as it should, after so long. The grant is carried out before the wait.
+    /// Carries out the grant at once, and sends the response after this delay.
     Slow(Duration),
-    /// No answer ever comes.
+    /// Never responds.
     Hang,
-    /// 500.
+    /// Responds 500.
     ServerError,
-    /// 503.
+    /// Responds 503.
     Unavailable,
-    /// 429.
+    /// Responds 429.
     RateLimited {
-        /// `Retry-After`, in whole seconds.
+        /// `Retry-After`, rounded up to whole seconds.
         retry_after: Duration,
     },
-    /// 400 `invalid_grant`.
+    /// Responds 400 `invalid_grant`.
     InvalidGrant,
-    /// An access token that expired a minute ago, with an `expires_in` of 0.
+    /// Responds with an access token that expired a minute ago and an `expires_in` of 0.
     Expired,
-    /// 200 with text that is no JSON, though it says that it is.
+    /// Responds 200 with invalid JSON, labelled as JSON.
     Garbage,
-    /// 200 with a page in HTML, as of a captive portal.
+    /// Responds 200 with an HTML page, like a captive portal.
     Html,
-    /// 307 to this location.
+    /// Responds 307 with this location.
     Redirect(String),
-    /// The answer comes as it should, but its body breaks off half way.
+    /// Sends the normal response, and breaks it off in the middle of the body.
     CutOff,
-    /// Any other answer.
+    /// Sends this response.
     Answer(Response<Bytes>),
 }
 

@@ -1,4 +1,4 @@
-//! What the token endpoint grants: [RFC 6749 section
+//! The grants of the token endpoint: [RFC 6749 section
 //! 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1).
 
 use std::time::{Duration, UNIX_EPOCH};
@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 
 use super::{
     client::{self, Caller},
-    denial::{Denial, INVALID_CLIENT, UNSUPPORTED_GRANT_TYPE},
     form::Form,
+    refusal::{INVALID_CLIENT, UNSUPPORTED_GRANT_TYPE, invalid_grant},
 };
 use crate::simulator::{
     State,
     jwt::{JwtAlgorithm, SUBJECT},
+    refusal::Refusal,
 };
 
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
@@ -22,21 +23,21 @@ const JWT_TYPE: &str = "urn:ietf:params:oauth:token-type:jwt";
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// How long an access token is good for.
+/// The validity of the access token that a grant returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Validity {
     Configured,
-    /// No longer, since a minute ago.
-    Over,
+    /// Expired a minute ago.
+    Expired,
 }
 
-/// The answer's JSON.
+/// Carries out the request and returns the JSON of the response.
 pub(super) fn carry_out(
     state: &mut State,
     headers: &HeaderMap,
     body: &[u8],
     validity: Validity,
-) -> Result<Value, Denial> {
+) -> Result<Value, Refusal> {
     let form = Form::read(headers, body)?;
     let caller = client::authenticate(state, headers, &form)?;
     let grant_type = form.require("grant_type")?;
@@ -53,13 +54,16 @@ pub(super) fn carry_out(
             }
         }
         TOKEN_EXCHANGE => {
-            subject = nameable(form.require("subject_token")?).unwrap_or(SUBJECT);
+            let token = form.require("subject_token")?;
+            if is_short_name(token) {
+                subject = token;
+            }
             form.require("subject_token_type")?;
             granted["issued_token_type"] = JWT_TYPE.into();
         }
         JWT_BEARER => {
             if !has_three_parts(form.require("assertion")?) {
-                return Err(Denial::invalid_grant("The assertion is no JWT."));
+                return Err(invalid_grant("The assertion is not a JWT."));
             }
         }
         _ => return Err(UNSUPPORTED_GRANT_TYPE),
@@ -70,23 +74,23 @@ pub(super) fn carry_out(
     let now = state.clock.now().wall;
     let (issued, lifetime) = match validity {
         Validity::Configured => (now, state.tokens.lifetime),
-        Validity::Over => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
+        Validity::Expired => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
     };
     granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, subject, issued, lifetime).into();
     granted["expires_in"] = seconds(lifetime);
     Ok(granted)
 }
 
-/// Short enough to be the name of somebody.
-fn nameable(subject: &str) -> Option<&str> {
-    (subject.len() <= 64 && subject.bytes().all(|byte| byte.is_ascii_graphic())).then_some(subject)
+/// Whether a subject token can serve as the `sub` of the access token as it stands.
+fn is_short_name(token: &str) -> bool {
+    token.len() <= 64 && token.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 fn has_three_parts(assertion: &str) -> bool {
     assertion.split('.').count() == 3 && assertion.split('.').all(|part| !part.is_empty())
 }
 
-/// Without a fraction where there is none, as some read no other.
+/// An integer where possible, because some clients accept nothing else.
 fn seconds(time: Duration) -> Value {
     if time.subsec_nanos() == 0 { time.as_secs().into() } else { time.as_secs_f64().into() }
 }

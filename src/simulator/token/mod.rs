@@ -1,11 +1,11 @@
-//! The OAuth 2.0 token endpoint, with faults and a count of its own.
+//! The OAuth 2.0 token endpoint, which has its own faults and request count.
 
 mod client;
-mod denial;
 mod fault;
 mod form;
 mod grant;
 mod refresh;
+mod refusal;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -17,18 +17,19 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
 pub use self::fault::TokenFault;
-use self::{denial::Denial, grant::Validity, refresh::RefreshTokens};
+use self::{grant::Validity, refresh::RefreshTokens};
 use super::{
-    Received, Simulator, SimulatorBody, State, api::Answer, quota::set_if_absent, random_hex, replies,
+    Received, Simulator, SimulatorBody, State, api::Answer, quota::set_if_absent, random_hex,
+    refusal::Refusal, replies,
 };
 
 pub(super) const PATH: &str = "/oauth/token";
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// What the token endpoint knows.
+/// The state of the token endpoint.
 pub(super) struct TokenEndpoint {
-    /// Secrets by id.
+    /// Client secrets by client id.
     clients: HashMap<String, String>,
     refresh: RefreshTokens,
     lifetime: Duration,
@@ -49,8 +50,8 @@ impl TokenEndpoint {
         }
     }
 
-    /// What the request that just came meets.
-    fn count(&mut self) -> Option<TokenFault> {
+    /// Counts a request and returns the fault it gets.
+    fn next_fault(&mut self) -> Option<TokenFault> {
         self.requests += 1;
         if self.outage { Some(TokenFault::Unavailable) } else { self.faults.pop_front() }
     }
@@ -58,9 +59,9 @@ impl TokenEndpoint {
 
 /// The token endpoint, `POST /oauth/token`.
 impl Simulator {
-    /// The id and the secret of a new client.
+    /// Registers a new client and returns its id and secret.
     ///
-    /// The secret has characters that a form encodes, so that who sends it raw is found out.
+    /// The secret contains characters that need form encoding, so that a client that sends it raw is rejected.
     #[must_use]
     pub fn issue_client(&self) -> (String, String) {
         let id = format!("client-{}", random_hex());
@@ -69,52 +70,54 @@ impl Simulator {
         (id, secret)
     }
 
-    /// A new refresh token, the first of its family.
+    /// Issues a refresh token, the first of a new family.
     #[must_use]
     pub fn issue_refresh_token(&self) -> String {
         self.state().tokens.refresh.issue()
     }
 
-    /// Whether the endpoint would accept this refresh token.
+    /// Returns whether the endpoint would accept this refresh token. Does not spend it.
     #[must_use]
     pub fn is_refresh_token_valid(&self, token: &str) -> bool {
         self.state().tokens.refresh.is_valid(token)
     }
 
-    /// How often a refresh token came that was spent already.
+    /// Returns how many requests presented a refresh token that was already spent.
     #[must_use]
     pub fn reused_refresh_tokens(&self) -> u64 {
-        self.state().tokens.refresh.reused()
+        self.state().tokens.refresh.reused
     }
 
-    /// Whether each use of a refresh token spends it and gives a new one, as it does from the start.
+    /// Sets whether each use of a refresh token spends it and returns a new one. On by default.
     ///
-    /// If not, the answer has no `refresh_token`, and the one that came stays valid.
+    /// If off, responses contain no `refresh_token`, and the one used stays valid.
     pub fn rotate_refresh_tokens(&self, rotate: bool) {
-        self.state().tokens.refresh.rotate(rotate);
+        self.state().tokens.refresh.rotate = rotate;
     }
 
-    /// Has the endpoint refuse every refresh token issued so far.
+    /// Revokes every refresh token issued so far.
     pub fn revoke_refresh_tokens(&self) {
         self.state().tokens.refresh.revoke_all();
     }
 
-    /// Has access tokens live so long from now on; an hour without.
+    /// Sets the lifetime of access tokens issued from now on. The default is one hour.
     pub fn set_token_lifetime(&self, lifetime: Duration) {
         self.state().tokens.lifetime = lifetime;
     }
 
-    /// Whether every request to the endpoint is answered 503. Faults wait until that is over.
+    /// Starts or ends an outage, during which the endpoint answers every request with 503.
+    ///
+    /// Injected faults stay queued until the outage ends.
     pub fn set_token_outage(&self, outage: bool) {
         self.state().tokens.outage = outage;
     }
 
-    /// Has the endpoint's next request that no earlier fault awaits meet `fault`.
+    /// Queues `fault`. Each token request takes one fault from the queue, oldest first.
     pub fn inject_token_fault(&self, fault: TokenFault) {
         self.state().tokens.faults.push_back(fault);
     }
 
-    /// The number of requests that the endpoint received.
+    /// Returns the number of requests that the token endpoint received.
     #[must_use]
     pub fn token_requests(&self) -> u64 {
         self.state().tokens.requests
@@ -124,8 +127,8 @@ impl Simulator {
 pub(super) async fn answer(simulator: Simulator, request: Received, body: Bytes) -> Answer {
     let (fault, number) = {
         let mut state = simulator.state();
-        state.remember(request.clone());
-        (state.tokens.count(), state.requests)
+        state.record(request.clone());
+        (state.tokens.next_fault(), state.requests)
     };
     let carry_out = |validity| exchange(&mut simulator.state(), &request, &body, validity);
     let mut answer = match fault {
@@ -136,12 +139,14 @@ pub(super) async fn answer(simulator: Simulator, request: Received, body: Bytes)
             answer
         }
         Some(TokenFault::Hang) => future::pending().await,
-        Some(TokenFault::Expired) => carry_out(Validity::Over),
+        Some(TokenFault::Expired) => carry_out(Validity::Expired),
         Some(TokenFault::CutOff) => carry_out(Validity::Configured).map(SimulatorBody::cut_in_half),
-        Some(TokenFault::ServerError) => denial::SERVER_ERROR.answer(),
-        Some(TokenFault::Unavailable) => denial::UNAVAILABLE.answer(),
-        Some(TokenFault::RateLimited { retry_after }) => denial::rate_limited(retry_after),
-        Some(TokenFault::InvalidGrant) => Denial::invalid_grant("The grant is not valid.").answer(),
+        Some(TokenFault::ServerError) => refusal::SERVER_ERROR.answer(),
+        Some(TokenFault::Unavailable) => refusal::UNAVAILABLE.answer(),
+        Some(TokenFault::RateLimited { retry_after }) => {
+            refusal::RATE_LIMITED.answer_with_retry_after(retry_after)
+        }
+        Some(TokenFault::InvalidGrant) => refusal::invalid_grant("The grant is not valid.").answer(),
         Some(TokenFault::Garbage) => {
             replies::answered(StatusCode::OK, "application/json", SimulatorBody::whole(r#"{"access_token":"#))
         }
@@ -155,16 +160,16 @@ pub(super) async fn answer(simulator: Simulator, request: Received, body: Bytes)
 
 fn exchange(state: &mut State, request: &Received, body: &[u8], validity: Validity) -> Answer {
     if request.method != Method::POST {
-        let mut answer = denial::METHOD_NOT_ALLOWED.answer();
+        let mut answer = refusal::METHOD_NOT_ALLOWED.answer();
         answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
         return answer;
     }
     let granted = if request.body_length > body.len() as u64 {
-        Err(Denial::invalid_request("The body is too large."))
+        Err(refusal::invalid_request("The body is too large."))
     } else {
         grant::carry_out(state, &request.headers, body, validity)
     };
-    granted.map_or_else(Denial::answer, |granted| denial::unstored(StatusCode::OK, &granted))
+    granted.map_or_else(Refusal::answer, |granted| replies::uncached_json(StatusCode::OK, &granted))
 }
 
 fn redirect(location: &str) -> Answer {

@@ -1,36 +1,43 @@
+//! Single-use refresh tokens: [RFC 9700 section
+//! 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2).
+
 use std::collections::{HashMap, HashSet};
 
-use super::denial::Denial;
-use crate::simulator::random_hex;
+use super::refusal::invalid_grant;
+use crate::simulator::{random_hex, refusal::Refusal};
 
-/// Refresh tokens for one use each ([RFC 9700 section
-/// 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)).
 pub(super) struct RefreshTokens {
-    /// Every one that ever was.
+    /// Every token ever issued.
     tokens: HashMap<String, RefreshToken>,
     /// The families that are not revoked.
     families: HashSet<u64>,
-    started: u64,
-    rotate: bool,
-    reused: u64,
+    families_started: u64,
+    pub(super) rotate: bool,
+    pub(super) reused: u64,
 }
 
 struct RefreshToken {
-    /// Those that come of one another.
+    /// Shared by all tokens that descend from the same first one.
     family: u64,
     spent: bool,
 }
 
 impl RefreshTokens {
     pub(super) fn new() -> Self {
-        Self { tokens: HashMap::new(), families: HashSet::new(), started: 0, rotate: true, reused: 0 }
+        Self {
+            tokens: HashMap::new(),
+            families: HashSet::new(),
+            families_started: 0,
+            rotate: true,
+            reused: 0,
+        }
     }
 
-    /// The first of a new family.
+    /// Issues the first token of a new family.
     pub(super) fn issue(&mut self) -> String {
-        self.started += 1;
-        self.families.insert(self.started);
-        self.issue_into(self.started)
+        self.families_started += 1;
+        self.families.insert(self.families_started);
+        self.issue_into(self.families_started)
     }
 
     fn issue_into(&mut self, family: u64) -> String {
@@ -39,18 +46,19 @@ impl RefreshTokens {
         token
     }
 
-    /// Spends `token` for the next one, if they rotate. One that was spent revokes its family: somebody has a
-    /// copy, and it is not known who.
-    pub(super) fn redeem(&mut self, token: &str) -> Result<Option<String>, Denial> {
-        let found = self.tokens.get_mut(token).ok_or(Denial::invalid_grant("Unknown refresh token."))?;
+    /// Spends `token` and returns the next one, if tokens rotate.
+    ///
+    /// Reuse of a spent token revokes its family: the token was copied, and either holder may be the thief.
+    pub(super) fn redeem(&mut self, token: &str) -> Result<Option<String>, Refusal> {
+        let found = self.tokens.get_mut(token).ok_or(invalid_grant("Unknown refresh token."))?;
         let family = found.family;
         if found.spent {
             self.reused += 1;
             self.families.remove(&family);
-            return Err(Denial::invalid_grant("The refresh token was used before."));
+            return Err(invalid_grant("The refresh token was used before."));
         }
         if !self.families.contains(&family) {
-            return Err(Denial::invalid_grant("The refresh token was revoked."));
+            return Err(invalid_grant("The refresh token was revoked."));
         }
         if !self.rotate {
             return Ok(None);
@@ -65,13 +73,5 @@ impl RefreshTokens {
 
     pub(super) fn revoke_all(&mut self) {
         self.families.clear();
-    }
-
-    pub(super) fn rotate(&mut self, rotate: bool) {
-        self.rotate = rotate;
-    }
-
-    pub(super) fn reused(&self) -> u64 {
-        self.reused
     }
 }

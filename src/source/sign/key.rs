@@ -1,8 +1,10 @@
+//! [`SigningKey`]: HMAC secrets, and private keys read from PEM.
+
 use std::{fmt, path::Path, sync::Arc};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-// By name: the default, by which `jsonwebtoken::encode` signs, panics where a program has two backends and
-// chose none.
+// Named explicitly: `jsonwebtoken::encode` uses the process-wide default, which panics in a program that
+// enables two backends and selects neither.
 use jsonwebtoken::{Algorithm, EncodingKey, crypto::rust_crypto::DEFAULT_PROVIDER as BACKEND};
 use p256::elliptic_curve::rand_core::OsRng;
 use rsa::{Pkcs1v15Sign, RsaPrivateKey, pkcs1::DecodeRsaPrivateKey, traits::PublicKeyParts};
@@ -11,17 +13,18 @@ use sec1::{
     der::SecretDocument,
     pkcs8::{self, DecodePrivateKey, ObjectIdentifier, PrivateKeyInfo},
 };
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use zeroize::Zeroizing;
 
-use super::{super::file, SigningAlgorithm};
+use super::SigningAlgorithm;
 use crate::{
-    BoxError, ConfigError, ConfigErrorKind,
-    error::{Place, Subject},
+    error::{BoxError, ConfigError, ConfigErrorKind, Place, Setting},
+    source::file,
 };
 
-/// What a [`JwtSigner`](super::JwtSigner) signs with.
+/// The key of a [`JwtSigner`](super::JwtSigner).
 ///
-/// `Debug` shows its kind alone. Clones share one key, which is wiped when the last of them drops.
+/// `Debug` shows only its kind. Clones share one key, which is wiped when the last clone drops.
 ///
 /// ```
 /// use tower_selam::{ConfigErrorKind, source::SigningKey};
@@ -38,36 +41,37 @@ pub struct SigningKey {
 }
 
 impl SigningKey {
-    /// A secret shared with the API, byte for byte: of random bytes, as many as the hash has.
+    /// Takes a secret shared with the API, byte for byte. Use random bytes, as many as the hash has.
     #[must_use]
-    pub fn hmac(secret: impl AsRef<[u8]>) -> Self {
-        let secret = secret.as_ref();
+    pub fn hmac(secret: impl Into<HmacSecret>) -> Self {
+        let secret = secret.into();
+        let secret = secret.0.expose_secret();
         let key =
             Key { kind: Kind::Hmac, bits: secret.len() * 8, encoding: EncodingKey::from_secret(secret) };
         Self { key: Arc::new(key), place: Place::Argument }
     }
 
-    /// A private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519, in PKCS#8
-    /// (`PRIVATE KEY`), PKCS#1 (`RSA PRIVATE KEY`) or SEC1 (`EC PRIVATE KEY`), not encrypted.
+    /// Parses an unencrypted private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519, in
+    /// PKCS#8 (`PRIVATE KEY`), PKCS#1 (`RSA PRIVATE KEY`) or SEC1 (`EC PRIVATE KEY`).
     ///
     /// # Errors
     ///
-    /// When it is none. The error never holds the key.
-    pub fn from_pem(pem: &str) -> Result<Self, ConfigError> {
-        Self::parse(pem, Place::Argument)
+    /// Fails if `pem` holds no such key. The error never contains the key.
+    pub fn from_pem(pem: impl Into<SecretString>) -> Result<Self, ConfigError> {
+        Self::parse(pem.into().expose_secret(), Place::Argument)
     }
 
-    /// The same in a file, read now and not again.
+    /// Reads a private key from a PEM file, once. See [`from_pem`](Self::from_pem).
     ///
     /// # Errors
     ///
-    /// When the file cannot be read, or as for [`from_pem`](Self::from_pem); the error names the file.
+    /// Fails if the file cannot be read or holds no such key. The error names the file.
     pub fn from_pem_file(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
         let place = Place::File(path.to_owned());
         match file::read(path) {
             Ok(pem) => Self::parse(&Zeroizing::new(pem), place),
-            Err(kind) => Err(ConfigError::new(Subject::SigningKey, place, kind)),
+            Err(kind) => Err(ConfigError::new(Setting::SigningKey, place, kind)),
         }
     }
 
@@ -76,30 +80,30 @@ impl SigningKey {
             .and_then(|(label, der)| Key::parse(label, &der).ok_or(ConfigErrorKind::InvalidKey));
         match parsed {
             Ok(key) => Ok(Self { key: Arc::new(key), place }),
-            Err(kind) => Err(ConfigError::new(Subject::SigningKey, place, kind)),
+            Err(kind) => Err(ConfigError::new(Setting::SigningKey, place, kind)),
         }
     }
 
-    /// Whether the algorithm signs with such a key.
+    /// Checks that the key is of the kind and length that `algorithm` needs.
     pub(super) fn check(&self, algorithm: SigningAlgorithm) -> Result<(), ConfigError> {
         let (kind, (needed, least)) = (self.key.kind, Kind::of(algorithm));
         let error = if kind != needed {
             ConfigErrorKind::WrongAlgorithm { key: kind.name(), needed: needed.name() }
         } else if self.key.bits < least {
-            ConfigErrorKind::TooShort { least }
+            ConfigErrorKind::TooShort { min_bits: least }
         } else {
             return Ok(());
         };
-        Err(ConfigError::new(Subject::SigningKey, self.place.clone(), error))
+        Err(ConfigError::new(Setting::SigningKey, self.place.clone(), error))
     }
 
-    /// The signature of `message`. Who has it has a token.
+    /// Signs `message`. The signature is wiped on drop because it completes a usable token.
     pub(super) fn sign(&self, algorithm: Algorithm, message: &[u8]) -> Result<Zeroizing<Vec<u8>>, BoxError> {
         let signer = (BACKEND.signer_factory)(&algorithm, &self.key.encoding)?;
         Ok(Zeroizing::new(signer.try_sign(message)?))
     }
 
-    /// Whether a signature takes about a millisecond, or several, rather than microseconds.
+    /// Returns whether a signature takes milliseconds rather than microseconds.
     pub(super) fn is_slow(&self) -> bool {
         match self.key.kind {
             Kind::Hmac | Kind::Ed25519 => false,
@@ -114,6 +118,58 @@ impl fmt::Debug for SigningKey {
     }
 }
 
+/// The secret of an HMAC key, made from text, bytes or a `secrecy` type. See [`SigningKey::hmac`].
+#[derive(Clone, Debug)]
+pub struct HmacSecret(SecretSlice<u8>);
+
+impl From<SecretSlice<u8>> for HmacSecret {
+    fn from(secret: SecretSlice<u8>) -> Self {
+        Self(secret)
+    }
+}
+
+impl From<Vec<u8>> for HmacSecret {
+    fn from(secret: Vec<u8>) -> Self {
+        Self(secret.into())
+    }
+}
+
+impl From<&[u8]> for HmacSecret {
+    fn from(secret: &[u8]) -> Self {
+        secret.to_vec().into()
+    }
+}
+
+impl<const N: usize> From<[u8; N]> for HmacSecret {
+    fn from(secret: [u8; N]) -> Self {
+        Zeroizing::new(secret).as_slice().into()
+    }
+}
+
+impl<const N: usize> From<&[u8; N]> for HmacSecret {
+    fn from(secret: &[u8; N]) -> Self {
+        secret.as_slice().into()
+    }
+}
+
+impl From<SecretString> for HmacSecret {
+    fn from(secret: SecretString) -> Self {
+        secret.expose_secret().into()
+    }
+}
+
+impl From<String> for HmacSecret {
+    fn from(secret: String) -> Self {
+        secret.into_bytes().into()
+    }
+}
+
+impl From<&str> for HmacSecret {
+    fn from(secret: &str) -> Self {
+        secret.as_bytes().into()
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Hmac,
@@ -124,7 +180,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// What an algorithm signs with, and how many bits of it at least.
+    /// Returns the kind of key that `algorithm` needs, and its minimum length in bits.
     fn of(algorithm: SigningAlgorithm) -> (Self, usize) {
         use SigningAlgorithm::*;
         match algorithm {
@@ -149,11 +205,11 @@ impl Kind {
     }
 }
 
-/// The label and content of the first private key among the blocks of `pem`; OpenSSL writes `EC PARAMETERS`
-/// before it.
+/// Finds the first private key among the blocks of `pem` and returns its label and DER. Other blocks may precede
+/// it: OpenSSL writes `EC PARAMETERS`.
 ///
-/// Crates that read PEM either insist on lines of 64 characters and nothing around them, or leave copies of the
-/// key behind.
+/// Hand-written because PEM crates either insist on lines of 64 characters with nothing around them, or leave
+/// unwiped copies of the key behind.
 fn private_key(pem: &str) -> Result<(&str, Zeroizing<Vec<u8>>), ConfigErrorKind> {
     if pem.trim().is_empty() {
         return Err(ConfigErrorKind::Empty);
@@ -164,11 +220,11 @@ fn private_key(pem: &str) -> Result<(&str, Zeroizing<Vec<u8>>), ConfigErrorKind>
         if !label.ends_with("PRIVATE KEY") {
             continue;
         }
-        // PKCS#8 says it in the label, OpenSSL's older form in a header (RFC 1421 section 4.6.1.1).
+        // PKCS#8 marks encryption in the label, OpenSSL's older form in a header (RFC 1421 section 4.6.1.1).
         if label.starts_with("ENCRYPTED") || body.contains(",ENCRYPTED") {
             return Err(ConfigErrorKind::Encrypted);
         }
-        // Any white space: keys are pasted, indented and put on one line.
+        // Any white space is accepted, because keys get pasted, indented and joined into one line.
         let mut base64 = Zeroizing::new(String::with_capacity(body.len()));
         base64.extend(body.split_ascii_whitespace());
         let der = BASE64_STANDARD.decode(base64.as_bytes()).map_err(|_| ConfigErrorKind::InvalidKey)?;
@@ -177,8 +233,8 @@ fn private_key(pem: &str) -> Result<(&str, Zeroizing<Vec<u8>>), ConfigErrorKind>
     Err(ConfigErrorKind::InvalidKey)
 }
 
-/// The first block of `pem` ([RFC 7468 section 2](https://www.rfc-editor.org/rfc/rfc7468#section-2)): its
-/// label, its body, and what follows.
+/// Splits `pem` into the label of its first block
+/// ([RFC 7468 section 2](https://www.rfc-editor.org/rfc/rfc7468#section-2)), the body, and the rest.
 fn block(pem: &str) -> Option<(&str, &str, &str)> {
     let (_, pem) = pem.split_once("-----BEGIN ")?;
     let (label, pem) = pem.split_once("-----")?;
@@ -195,7 +251,7 @@ const ED25519: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
 struct Key {
     kind: Kind,
     bits: usize,
-    /// RSA in PKCS#1, EC and Ed25519 in PKCS#8: so `jsonwebtoken` takes them. Wipes itself.
+    /// RSA as PKCS#1, EC and Ed25519 as PKCS#8: the forms that `jsonwebtoken` expects. Wiped on drop.
     encoding: EncodingKey,
 }
 
@@ -204,7 +260,7 @@ impl Key {
         match label {
             "PRIVATE KEY" => Self::from_pkcs8_der(der).ok(),
             "RSA PRIVATE KEY" => Self::rsa(der),
-            // `sec1` wraps it in PKCS#8.
+            // `sec1` converts it to PKCS#8.
             "EC PRIVATE KEY" => Self::from_sec1_der(der).ok(),
             _ => None,
         }
@@ -212,12 +268,12 @@ impl Key {
 
     fn rsa(der: &[u8]) -> Option<Self> {
         let key = RsaPrivateKey::from_pkcs1_der(der).ok()?;
-        // Of primes that are none it shows in a signature, on which `jsonwebtoken` would panic.
+        // A trial signature catches a modulus whose factors are not prime, on which `jsonwebtoken` would panic.
         key.sign_with_rng(&mut OsRng, Pkcs1v15Sign::new_unprefixed(), &[]).ok()?;
         Some(Self { kind: Kind::Rsa, bits: key.n().bits(), encoding: EncodingKey::from_rsa_der(der) })
     }
 
-    fn other(kind: Kind, bits: usize, algorithm: Algorithm, encoding: EncodingKey) -> Option<Self> {
+    fn elliptic(kind: Kind, bits: usize, algorithm: Algorithm, encoding: EncodingKey) -> Option<Self> {
         (BACKEND.signer_factory)(&algorithm, &encoding).ok()?;
         Some(Self { kind, bits, encoding })
     }
@@ -231,9 +287,9 @@ impl TryFrom<PrivateKeyInfo<'_>> for Key {
         let (ec, ed) = (EncodingKey::from_ec_der, EncodingKey::from_ed_der);
         let key = match (info.algorithm.oid, info.algorithm.parameters_oid()) {
             (RSA, _) => Self::rsa(info.private_key),
-            (EC, Ok(P256)) => Self::other(Kind::P256, 256, Algorithm::ES256, ec(pkcs8.as_bytes())),
-            (EC, Ok(P384)) => Self::other(Kind::P384, 384, Algorithm::ES384, ec(pkcs8.as_bytes())),
-            (ED25519, _) => Self::other(Kind::Ed25519, 256, Algorithm::EdDSA, ed(pkcs8.as_bytes())),
+            (EC, Ok(P256)) => Self::elliptic(Kind::P256, 256, Algorithm::ES256, ec(pkcs8.as_bytes())),
+            (EC, Ok(P384)) => Self::elliptic(Kind::P384, 384, Algorithm::ES384, ec(pkcs8.as_bytes())),
+            (ED25519, _) => Self::elliptic(Kind::Ed25519, 256, Algorithm::EdDSA, ed(pkcs8.as_bytes())),
             _ => None,
         };
         key.ok_or(pkcs8::Error::KeyMalformed)

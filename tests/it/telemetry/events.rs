@@ -1,10 +1,10 @@
-//! The events, as a subscriber sees them.
+//! Tests of the events that a `tracing` subscriber receives.
 
 use tower_selam::ApiKey;
 
 use super::{
-    PAGE,
-    scenario::{assert_clean, everything},
+    GUIDE,
+    scenario::{assert_no_secret, trigger_everything},
 };
 use crate::{
     environment::{CASE, run, tell},
@@ -12,23 +12,25 @@ use crate::{
     support::KEY,
 };
 
-/// In a process of its own: `tracing` remembers for all threads whether anybody listens.
+/// K2, S2, S4: events have stable names and fields, show key ids and hold no secret.
+///
+/// Runs in a separate process: `tracing` caches for all threads whether a subscriber is interested.
 #[test]
-fn events_have_their_names_and_fields_and_no_secret() {
-    const NAME: &str = "telemetry::events::events_have_their_names_and_fields_and_no_secret";
+fn events_are_stable_and_hold_no_secret() {
+    const NAME: &str = "telemetry::events::events_are_stable_and_hold_no_secret";
     if std::env::var(CASE).is_err() {
-        let events = run(NAME, "the events", &[]);
+        let events = run(NAME, "events", &[]);
         for message in [
-            "a credential was renewed",
-            "a credential was not renewed",
-            "a credential cannot be renewed",
+            "credential refreshed",
+            "credential refresh failed",
+            "credential refresh rejected",
             "the API refused a request",
-            "a request was sent again",
-            "a request was not sent",
-            "the new refresh token was not saved and is kept in memory alone",
+            "request replayed",
+            "request not sent",
+            "refresh token not saved; it is kept in memory only",
         ] {
             assert!(events.contains(message), "{message}: {events}");
-            assert!(PAGE.contains(&format!("`{message}`")), "{message}");
+            assert!(GUIDE.contains(&format!("`{message}`")), "{message}");
         }
         let ids = [KEY, "sk-selam-canary-the-next"].map(|key| ApiKey::new(key).unwrap().id());
         for field in [
@@ -43,20 +45,20 @@ fn events_have_their_names_and_fields_and_no_secret() {
             "outcome=\"panicked\"".to_owned(),
             "outcome=\"refused\"".to_owned(),
             "request_id=\"req_".to_owned(),
-            // On one line, and masked.
+            // Error texts are masked and stay on one line.
             r"no other than\r\n[redacted], [redacted] or [redacted]".to_owned(),
             r"no room for\n[redacted]".to_owned(),
         ] {
             assert!(events.contains(&field), "{field}: {events}");
         }
-        assert_clean(&events);
+        assert_no_secret(&events);
         return;
     }
     let log = Log::default();
     let _guard = tracing::subscriber::set_default(log.clone());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(everything());
-    let ours: Vec<_> =
+    runtime.block_on(trigger_everything());
+    let lines: Vec<_> =
         log.text().split('\n').filter(|line| line.starts_with("tower_selam ")).map(str::to_owned).collect();
-    tell(&ours.join(" "));
+    tell(&lines.join(" "));
 }

@@ -1,4 +1,4 @@
-//! The metrics, as a recorder sees them.
+//! Tests of the metrics that a recorder receives.
 
 use std::{
     future::ready,
@@ -13,17 +13,17 @@ use std::{
 use http::Request;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
-    AnnotateAuthErrorLayer, ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, Credentials, JwtLayer, PerSubject,
-    Refreshing, RequestAuth, SelamLayer, Subject, Token,
+    ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, Credentials, JwtLayer, PerSubject, Refreshing,
+    RequestAuth, SelamLayer, Subject, Token,
     simulator::Simulator,
     source::{Reason, SourceError, source_fn},
     telemetry,
 };
 
 use super::{
-    PAGE,
+    GUIDE,
     recorder::Recorder,
-    scenario::{Rotating, api, assert_clean, chat, everything, unsaved},
+    scenario::{RotatingKey, api, assert_no_secret, chat, login_with_failing_store, trigger_everything},
 };
 use crate::{
     mint::{Answer, MINUTE, Mint, SECOND, engine, settle, text},
@@ -38,12 +38,12 @@ fn endless_jwts() -> Refreshing<Token> {
     }))
 }
 
-fn renewals(outcome: &str) -> String {
+fn refreshes(outcome: &str) -> String {
     format!("tower_selam_renewals_total{{credential=token,outcome={outcome}}}")
 }
 
 #[tokio::test(start_paused = true)]
-async fn renewals_are_counted_by_credential_and_outcome() {
+async fn refreshes_are_counted_by_outcome() {
     for (answer, outcome) in [
         (Answer::Lives(MINUTE), "renewed"),
         (Answer::Same("token-1", 2 * MINUTE), "unchanged"),
@@ -59,7 +59,7 @@ async fn renewals_are_counted_by_credential_and_outcome() {
         let mint = Mint::default().then(Answer::Lives(MINUTE)).then(answer);
         let (jwts, _) = engine(&mint);
         text(&jwts).await.unwrap();
-        assert_eq!(recorder.all(), [(renewals("renewed"), 1.0)]);
+        assert_eq!(recorder.all(), [(refreshes("renewed"), 1.0)]);
         tokio::time::advance(55 * SECOND).await;
         text(&jwts).await.unwrap();
         settle().await;
@@ -67,9 +67,9 @@ async fn renewals_are_counted_by_credential_and_outcome() {
         settle().await;
         assert_eq!(mint.asked(), 2);
         let expected = match outcome {
-            "renewed" => vec![(renewals("renewed"), 2.0)],
+            "renewed" => vec![(refreshes("renewed"), 2.0)],
             outcome => {
-                let mut both = vec![(renewals("renewed"), 1.0), (renewals(outcome), 1.0)];
+                let mut both = vec![(refreshes("renewed"), 1.0), (refreshes(outcome), 1.0)];
                 both.sort_by(|one, other| one.0.cmp(&other.0));
                 both
             }
@@ -78,8 +78,9 @@ async fn renewals_are_counted_by_credential_and_outcome() {
     }
 }
 
+/// A refresh whose runtime is shut down counts as aborted, one without a runtime as failed.
 #[test]
-fn a_renewal_whose_runtime_is_shut_down_counts_as_aborted_and_one_without_any_as_failed() {
+fn runtime_shutdown_counts_as_aborted() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
     let (jwts, _) = engine(&Mint::default().then(Answer::Hangs));
@@ -90,14 +91,14 @@ fn a_renewal_whose_runtime_is_shut_down_counts_as_aborted_and_one_without_any_as
         assert!(pin!(jwts.token()).poll(&mut context).is_pending());
     }
     drop(runtime);
-    assert_eq!(recorder.all(), [(renewals("aborted"), 1.0)]);
+    assert_eq!(recorder.all(), [(refreshes("aborted"), 1.0)]);
     assert!(pin!(jwts.token()).poll(&mut context).is_ready());
-    assert_eq!(recorder.all(), [(renewals("aborted"), 1.0), (renewals("failed"), 1.0)]);
+    assert_eq!(recorder.all(), [(refreshes("aborted"), 1.0), (refreshes("failed"), 1.0)]);
 }
 
-/// However many wait for it, and however often its source is asked.
+/// A refresh counts once, independent of its waiters and of how often it asks its source.
 #[tokio::test(start_paused = true)]
-async fn a_renewal_counts_once() {
+async fn refresh_counts_once() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
     let mint =
@@ -112,18 +113,18 @@ async fn a_renewal_counts_once() {
     for call in calls {
         call.await.unwrap().unwrap();
     }
-    assert_eq!(recorder.all(), [(renewals("renewed"), 1.0)]);
-    // What it brings was refused in the meantime: it asks once more.
+    assert_eq!(recorder.all(), [(refreshes("renewed"), 1.0)]);
+    // Its token was rejected in the meantime, so the refresh fetches once more.
     tokio::time::advance(54 * SECOND).await;
     let first = jwts.token().await.unwrap();
     settle().await;
     jwts.invalidate(&first);
     assert_eq!(text(&jwts).await.unwrap(), "token-3");
-    assert_eq!((mint.asked(), recorder.all()), (3, vec![(renewals("renewed"), 2.0)]));
+    assert_eq!((mint.asked(), recorder.all()), (3, vec![(refreshes("renewed"), 2.0)]));
 }
 
 #[tokio::test]
-async fn refusals_of_the_api_are_counted_by_kind_and_known_codes() {
+async fn auth_errors_are_counted_by_kind_and_code() {
     for (status, body, kind, code) in [
         (401, r#"{"error":{"code":"invalid_api_key"}}"#, "invalid_api_key", "invalid_api_key"),
         (401, r#"{"error":{"code":"missing_api_key"}}"#, "missing_api_key", "missing_api_key"),
@@ -150,34 +151,35 @@ async fn refusals_of_the_api_are_counted_by_kind_and_known_codes() {
 
         let recorder = Recorder::default();
         let _guard = ::metrics::set_default_local_recorder(&recorder);
-        let layers = ServiceBuilder::new().layer(AuthErrorLayer::new()).layer(AnnotateAuthErrorLayer::new());
+        let layers =
+            ServiceBuilder::new().layer(AuthErrorLayer::new()).layer(AuthErrorLayer::new().annotated());
         layers
-            .layer(AnnotateAuthErrorLayer::new())
+            .layer(AuthErrorLayer::new().annotated())
             .service(api([(status, body)]))
             .oneshot(chat())
             .await
             .unwrap_err();
-        assert_eq!(recorder.all(), expected, "once, though three layers read it");
+        assert_eq!(recorder.all(), expected, "three layers must count the error once");
     }
 }
 
-/// The 401 that is not gone up does not count.
+/// Replays are counted by outcome; a 401 that is replayed does not count as an auth error.
 #[tokio::test]
-async fn replays_are_counted_by_what_came_of_them() {
-    const REFUSED: (u16, &str) = (401, r#"{"error":{"code":"invalid_token"}}"#);
+async fn replays_are_counted_by_outcome() {
+    const REJECTED: (u16, &str) = (401, r#"{"error":{"code":"invalid_token"}}"#);
     let error = "tower_selam_auth_errors_total{code=invalid_token,kind=token_rejected}";
     for annotated in [false, true] {
         for (second, outcome, expected) in [
             (Some((200, "")), "accepted", None),
             (Some((500, "")), "accepted", None),
-            (Some(REFUSED), "refused", Some(error)),
+            (Some(REJECTED), "refused", Some(error)),
             (Some((403, "")), "refused", Some("tower_selam_auth_errors_total{code=none,kind=forbidden}")),
             (None, "failed", None),
         ] {
             let recorder = Recorder::default();
             let _guard = ::metrics::set_default_local_recorder(&recorder);
             let layer = SelamLayer::builder().with_api_key(key()).with_jwt(endless_jwts()).build().unwrap();
-            let api = api([REFUSED, second.unwrap_or((200, ""))]);
+            let api = api([REJECTED, second.unwrap_or((200, ""))]);
             let api = service_fn({
                 let sent = Arc::new(AtomicUsize::new(0));
                 move |request: Request<String>| {
@@ -202,10 +204,10 @@ async fn replays_are_counted_by_what_came_of_them() {
     }
 }
 
-/// In headers, in trailers, and by a proxy that speaks HTTP.
+/// gRPC errors are counted once: in headers, in trailers, or as the 401 of an HTTP proxy.
 #[cfg(feature = "tonic")]
 #[tokio::test]
-async fn refusals_in_grpc_are_counted_once_too() {
+async fn grpc_errors_are_counted_once() {
     use ::tonic::body::Body;
     use http::Response;
     use http_body_util::{BodyExt, Empty};
@@ -247,7 +249,7 @@ async fn refusals_in_grpc_are_counted_once_too() {
 }
 
 #[tokio::test]
-async fn requests_that_are_not_sent_are_counted_by_kind() {
+async fn unsent_requests_are_counted_by_kind() {
     let failing = |permanent: bool| {
         Refreshing::<Token>::new(source_fn(move |_: Reason<Token>| async move {
             Err::<Token, _>(if permanent {
@@ -258,13 +260,13 @@ async fn requests_that_are_not_sent_are_counted_by_kind() {
         }))
     };
     let unsent = |kind: &str| format!("tower_selam_unsent_requests_total{{kind={kind}}}");
-    let mut own = get(MODELS);
-    own.extensions_mut().insert(RequestAuth::ApiKeyAndJwt);
+    let mut key_and_jwt = get(MODELS);
+    key_and_jwt.extensions_mut().insert(RequestAuth::ApiKeyAndJwt);
     let mut voice = get(MODELS);
     voice.extensions_mut().insert(RequestAuth::VoiceAgent);
     for (jwt, request, kind) in [
         (None, get("http://api.selamgpt.com/v1"), "origin_not_allowed"),
-        (None, own, "credential_unavailable"),
+        (None, key_and_jwt, "credential_unavailable"),
         (Some(endless_jwts()), voice, "invalid_request"),
         (Some(failing(false)), get(MODELS), "renewal_failed"),
         (Some(failing(true)), get(MODELS), "renewal_refused"),
@@ -281,11 +283,12 @@ async fn requests_that_are_not_sent_are_counted_by_kind() {
     }
 }
 
+/// K2: a refresh token that its store fails to save is counted.
 #[tokio::test]
-async fn a_refresh_token_that_is_not_saved_is_counted() {
+async fn unsaved_refresh_token_is_counted() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
-    unsaved(&Simulator::new()).await;
+    login_with_failing_store(&Simulator::new()).await;
     assert_eq!(recorder.value("tower_selam_unsaved_refresh_tokens_total{}"), Some(1.0));
 }
 
@@ -293,11 +296,12 @@ fn info(key: &str) -> String {
     format!("tower_selam_credential_info{{credential=api_key,id={}}}", ApiKey::new(key).unwrap().id())
 }
 
+/// S4: the gauge shows the id of the key in use, and is 0 for replaced keys.
 #[tokio::test(start_paused = true)]
-async fn the_key_in_use_is_shown_and_the_old_one_set_to_zero() {
+async fn credential_info_follows_key_rotation() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
-    let source = Rotating::new("sk-selam-one");
+    let source = RotatingKey::new("sk-selam-one");
     let keys = Refreshing::new(source.clone());
     let layer = SelamLayer::builder().with_api_key(&keys).build().unwrap();
     assert_eq!(recorder.all(), []);
@@ -308,7 +312,7 @@ async fn the_key_in_use_is_shown_and_the_old_one_set_to_zero() {
     settle().await;
     assert_eq!(recorder.value(&info("sk-selam-one")), Some(0.0));
     assert_eq!(recorder.value(&info("sk-selam-two")), Some(1.0));
-    // Back to the first, and then with its engine.
+    // The first key returns, and then its engine is dropped.
     source.rotate("sk-selam-one");
     tokio::time::advance(MINUTE).await;
     keys.invalidate(&keys.current().unwrap());
@@ -324,48 +328,52 @@ async fn the_key_in_use_is_shown_and_the_old_one_set_to_zero() {
     );
 }
 
+/// S4: the gauge shows a fixed key of every layer.
 #[tokio::test]
-async fn a_fixed_key_is_shown_whatever_it_stands_beside() {
+async fn credential_info_shows_fixed_keys() {
     for layer in [0, 1, 2, 3] {
         let recorder = Recorder::default();
         let _guard = ::metrics::set_default_local_recorder(&recorder);
         match layer {
             0 => drop(ApiKeyLayer::bearer(key())),
-            1 => drop(JwtLayer::new(endless_jwts(), key())),
-            2 => drop(JwtLayer::new(PerSubject::new(|_: &Subject| Mint::default()), key())),
+            1 => drop((JwtLayer::new(endless_jwts()), ApiKeyLayer::x_api_key(key()))),
+            2 => drop((
+                JwtLayer::new(PerSubject::new(|_: &Subject| Mint::default())),
+                ApiKeyLayer::x_api_key(key()),
+            )),
             _ => drop(SelamLayer::builder().with_api_key(key()).build().unwrap()),
         }
         assert_eq!(recorder.all(), [(info(KEY), 1.0)]);
     }
 }
 
-/// Neither users' tokens, nor tenants' keys, nor JWTs of any sort.
+/// Subjects' tokens, tenants' keys and JWTs add no series.
 #[tokio::test]
-async fn there_are_no_more_series_however_many_credentials_there_are() {
+async fn series_do_not_grow_with_credentials() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
-    let jwts = PerSubject::new(|user: &Subject| {
-        let jwt = format!("jwt.of.{}", user.as_str());
+    let jwts = PerSubject::new(|subject: &Subject| {
+        let jwt = format!("jwt.of.{}", subject.as_str());
         source_fn(move |_: Reason<Token>| {
             let jwt = jwt.clone();
             async { Ok::<_, BoxError>(Token::new(jwt)?) }
         })
     });
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(jwts).build().unwrap();
-    for user in 0..50 {
+    for number in 0..50 {
         let mut request = chat();
-        request.extensions_mut().insert(Subject::new(format!("user-{user}")));
+        request.extensions_mut().insert(Subject::new(format!("user-{number}")));
         layer.layer(api([(200, "")])).oneshot(request).await.unwrap();
-        let tenant = ApiKey::new(format!("sk-selam-tenant-{user}")).unwrap();
+        let tenant = ApiKey::new(format!("sk-selam-tenant-{number}")).unwrap();
         let mut request = chat();
         request.extensions_mut().insert(RequestAuth::Custom(Credentials::bearer(tenant)));
         layer.layer(api([(200, "")])).oneshot(request).await.unwrap();
     }
-    assert_eq!(recorder.all(), [(info(KEY), 1.0), (renewals("renewed"), 50.0)]);
+    assert_eq!(recorder.all(), [(info(KEY), 1.0), (refreshes("renewed"), 50.0)]);
 }
 
 #[tokio::test]
-async fn a_request_that_is_well_touches_no_metric() {
+async fn successful_request_touches_no_metric() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(endless_jwts()).build().unwrap();
@@ -373,16 +381,17 @@ async fn a_request_that_is_well_touches_no_metric() {
     let proxy =
         layer.annotated().layer(service_fn(|_: Request<String>| ready(Ok::<_, BoxError>(response(429, "")))));
     stack.send(chat()).await.unwrap();
-    let asked = recorder.asked();
+    let registrations = recorder.registrations();
     for _ in 0..10 {
         stack.send(chat()).await.unwrap();
         proxy.send(chat()).await.unwrap();
     }
-    assert_eq!(recorder.asked(), asked);
+    assert_eq!(recorder.registrations(), registrations);
 }
 
+/// `describe_metrics` shows every series at zero, with names and labels that the guide lists.
 #[test]
-fn all_that_can_be_counted_is_shown_at_zero_with_labels_that_are_on_the_page() {
+fn described_metrics_start_at_zero() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
     telemetry::describe_metrics();
@@ -395,21 +404,22 @@ fn all_that_can_be_counted_is_shown_at_zero_with_labels_that_are_on_the_page() {
         let labels =
             labels.split(',').filter(|label| !label.is_empty()).map(|label| label.split_once('=').unwrap());
         for text in labels.flat_map(|(label, value)| [label, value]).chain([name]) {
-            assert!(PAGE.contains(&format!("`{text}`")), "{text}");
+            assert!(GUIDE.contains(&format!("`{text}`")), "{text}");
         }
         assert!(recorder.is_described(name), "{name}");
     }
     assert!(recorder.is_described(telemetry::CREDENTIAL_INFO));
 }
 
+/// S2: no metric holds a secret.
 #[tokio::test]
-async fn no_metric_has_a_secret() {
+async fn metrics_hold_no_secret() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);
-    everything().await;
+    trigger_everything().await;
     let shown = format!("{:?}", recorder.all());
     for series in ["renewals", "auth_errors", "replays", "unsent", "unsaved", "info"] {
         assert!(shown.contains(series), "{series}");
     }
-    assert_clean(&shown);
+    assert_no_secret(&shown);
 }

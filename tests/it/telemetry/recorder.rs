@@ -1,4 +1,4 @@
-//! A recorder that shows what it was told.
+//! A metrics recorder that keeps every series in memory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +14,7 @@ use metrics::{Counter, CounterFn, Gauge, GaugeFn, Histogram, Key, KeyName, Metad
 pub(super) struct Recorder {
     series: Arc<Mutex<BTreeMap<String, f64>>>,
     described: Arc<Mutex<BTreeSet<String>>>,
-    asked: Arc<AtomicUsize>,
+    registrations: Arc<AtomicUsize>,
 }
 
 struct Series {
@@ -23,7 +23,7 @@ struct Series {
 }
 
 impl Recorder {
-    /// Every series and its value, `name{label=value,…}`.
+    /// Returns every series, as `name{label=value,…}`, and its value.
     pub(super) fn all(&self) -> Vec<(String, f64)> {
         self.series.lock().unwrap().iter().map(|(name, value)| (name.clone(), *value)).collect()
     }
@@ -32,17 +32,17 @@ impl Recorder {
         self.series.lock().unwrap().get(series).copied()
     }
 
-    /// How often anything was asked of it.
-    pub(super) fn asked(&self) -> usize {
-        self.asked.load(SeqCst)
+    /// Counts how often a metric was looked up.
+    pub(super) fn registrations(&self) -> usize {
+        self.registrations.load(SeqCst)
     }
 
     pub(super) fn is_described(&self, name: &str) -> bool {
         self.described.lock().unwrap().contains(name)
     }
 
-    fn series(&self, key: &Key) -> Arc<Series> {
-        self.asked.fetch_add(1, SeqCst);
+    fn register(&self, key: &Key) -> Arc<Series> {
+        self.registrations.fetch_add(1, SeqCst);
         let mut labels: Vec<_> =
             key.labels().map(|label| format!("{}={}", label.key(), label.value())).collect();
         labels.sort();
@@ -92,18 +92,18 @@ impl metrics::Recorder for Recorder {
     }
 
     fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {
-        unreachable!("there is none");
+        unreachable!("the crate has no histograms");
     }
 
     fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
-        Counter::from_arc(self.series(key))
+        Counter::from_arc(self.register(key))
     }
 
     fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
-        Gauge::from_arc(self.series(key))
+        Gauge::from_arc(self.register(key))
     }
 
     fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
-        unreachable!("there is none");
+        unreachable!("the crate has no histograms");
     }
 }

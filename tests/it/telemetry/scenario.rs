@@ -1,4 +1,4 @@
-//! All that is counted or told of, made to happen.
+//! A scenario that triggers every event and metric.
 
 use std::{
     future::ready,
@@ -21,11 +21,11 @@ use crate::{
     support::{Body, CHAT, KEY, key, response},
 };
 
-/// A source of keys that can be rotated.
+/// A key source whose key a test can rotate.
 #[derive(Clone)]
-pub(super) struct Rotating(Arc<Mutex<String>>);
+pub(super) struct RotatingKey(Arc<Mutex<String>>);
 
-impl Rotating {
+impl RotatingKey {
     pub(super) fn new(key: impl Into<String>) -> Self {
         Self(Arc::new(Mutex::new(key.into())))
     }
@@ -35,17 +35,17 @@ impl Rotating {
     }
 }
 
-impl Source<ApiKey> for Rotating {
+impl Source<ApiKey> for RotatingKey {
     async fn fetch(&self, _: Reason<ApiKey>) -> Result<Fetched<ApiKey>, SourceError> {
         let key = self.0.lock().unwrap().clone();
         Ok(Fetched::new(ApiKey::new(key)?))
     }
 }
 
-/// A store that saves nothing, and says with what it was to.
-pub(super) struct Full(RefreshToken);
+/// A store that fails to save, with an error that contains the token.
+pub(super) struct FailingStore(RefreshToken);
 
-impl RefreshTokenStore for Full {
+impl RefreshTokenStore for FailingStore {
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
         Ok(Some(self.0.clone()))
     }
@@ -59,7 +59,7 @@ pub(super) fn chat() -> Request<String> {
     Request::post("https://api.selamgpt.com/v1/chat/completions").body(CHAT.to_owned()).unwrap()
 }
 
-/// An API that answers each request with the next of these.
+/// Returns an API that answers with `answers` in order, then with a connection error.
 pub(super) fn api<const N: usize>(
     answers: [(u16, &'static str); N],
 ) -> impl Service<Request<String>, Response = Response<Body>, Error = BoxError, Future: Send> + Clone {
@@ -73,14 +73,14 @@ pub(super) fn api<const N: usize>(
     })
 }
 
-pub(super) fn assert_clean(shown: &str) {
+pub(super) fn assert_no_secret(shown: &str) {
     for secret in [KEY, "canary", "sk-selam", "eyJ", "user-secret"] {
         assert!(!shown.contains(secret), "{shown}");
     }
 }
 
-/// A login of which the store keeps nothing.
-pub(super) async fn unsaved(simulator: &Simulator) {
+/// Logs in with a store that fails to save the refresh token.
+pub(super) async fn login_with_failing_store(simulator: &Simulator) {
     let endpoint = TokenEndpoint::new::<_, http_body_util::Full<Bytes>, _>(
         "https://api.selamgpt.com/oauth/token",
         simulator.clone(),
@@ -88,22 +88,22 @@ pub(super) async fn unsaved(simulator: &Simulator) {
     let (id, secret) = simulator.issue_client();
     let auth = ClientAuth::client_secret_basic(id, secret).unwrap();
     let token = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
-    let source = OAuthSource::refresh_token(endpoint.unwrap().with_client_auth(auth), Full(token));
+    let source = OAuthSource::refresh_token(endpoint.unwrap().with_client_auth(auth), FailingStore(token));
     Refreshing::new(source).prefetch().await.unwrap();
     settle().await;
 }
 
-/// Everything happens that is counted or told of, with sources and an API that say what they should not.
-pub(super) async fn everything() {
+/// Triggers every event and metric, with sources and an API that echo secrets.
+pub(super) async fn trigger_everything() {
     let simulator = Simulator::new();
-    unsaved(&simulator).await;
+    login_with_failing_store(&simulator).await;
 
-    // Both are rotated behind our back.
+    // Key and JWT are rotated without notice.
     simulator.add_key(KEY);
-    let keys = Rotating::new(KEY);
-    let minting = simulator.clone();
+    let keys = RotatingKey::new(KEY);
+    let issuer = simulator.clone();
     let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
-        let jwt = minting.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(600));
+        let jwt = issuer.mint_jwt(JwtAlgorithm::Es256, Duration::from_secs(600));
         async { Ok::<_, BoxError>(Token::new(jwt)?) }
     }));
     let keys_in_use = Refreshing::new(keys.clone());
@@ -119,24 +119,29 @@ pub(super) async fn everything() {
     simulator.reject_jwts(true);
     let _ = selam.send(chat()).await;
 
-    // An API that echoes.
+    // The API echoes the key.
     let fixed = SelamLayer::builder().with_api_key(key()).build().unwrap();
     let echo = r#"{"error":{"code":"sk-selam-canary-0123456789abcdef","message":"bad\nkey sk-selam-canary-0123456789abcdef"}}"#;
     fixed.layer(api([(401, echo)])).send(chat()).await.unwrap_err();
     fixed.annotated().layer(api([(403, echo)])).send(chat()).await.unwrap();
 
-    // Requests that are not sent, with a secret where it should not be.
+    // A refused request has a secret in its URI.
     let plain = Request::get(format!("http://api.selamgpt.com/?api_key={KEY}")).body(String::new()).unwrap();
     layer.layer(api([])).send(plain).await.unwrap_err();
 
-    // Sources that say what they held.
+    // Sources quote credentials in their errors.
     let (first, second) = ("opaque-canary-first", "opaque-canary-second");
     for permanent in [false, true] {
         let jwts = Refreshing::new(source_fn(move |reason: Reason<Token>| async move {
             match reason {
                 Reason::Rejected(old) => {
-                    let said = format!("no other than\r\n{}, {KEY} or eyJh.eyJz.c2ln", old.expose_secret());
-                    Err(if permanent { SourceError::permanent(said) } else { SourceError::transient(said) })
+                    let message =
+                        format!("no other than\r\n{}, {KEY} or eyJh.eyJz.c2ln", old.expose_secret());
+                    Err(if permanent {
+                        SourceError::permanent(message)
+                    } else {
+                        SourceError::transient(message)
+                    })
                 }
                 _ => Ok(Fetched::new(Token::new(if permanent { first } else { second })?)),
             }

@@ -1,34 +1,34 @@
-//! Who may call, and what.
+//! Client tokens, `--allow`, and requests from web pages.
 
 use http::Method;
 use tower_selam::simulator::{Server, Simulator};
 
 use crate::support::{
-    Answer, Caller, Launch, Protocol, Proxy, empty, eventually, read, secret, unguessable, whole,
+    Answer, Caller, Launch, Protocol, Proxy, empty, eventually, full, random, read, secret,
 };
 
 async fn launch() -> (Simulator, Server, Launch) {
     let simulator = Simulator::new();
     simulator.set_rate_limit(1_000_000);
     let api = Server::tls(&simulator).await.unwrap();
-    let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
     (simulator, api, launch)
 }
 
 fn token() -> String {
-    secret(format!("caller-{}", unguessable()))
+    secret(format!("caller-{}", random()))
 }
 
-async fn with(caller: &Caller, headers: &[(&str, &str)]) -> Answer {
+async fn post_with(caller: &Caller, headers: &[(&str, &str)]) -> Answer {
     let mut request = caller.request(Method::POST, "/v1/chat/completions");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    read(caller.send(request.body(whole(r#"{"messages":[]}"#)).unwrap()).await).await
+    read(caller.send(request.body(full(r#"{"messages":[]}"#)).unwrap()).await).await
 }
 
 #[tokio::test]
-async fn a_caller_has_its_token_in_any_of_three_headers() {
+async fn three_headers_may_carry_the_token() {
     let (simulator, _api, launch) = launch().await;
     let (web, app) = (token(), token());
     let proxy = launch.callers(&format!("# who\nweb:{web}\r\n\napp: {app}")).start().await;
@@ -42,14 +42,14 @@ async fn a_caller_has_its_token_in_any_of_three_headers() {
             &[("api-key", &*app)],
             &[("authorization", "Bearer some.other.jwt"), ("x-api-key", &*app)],
         ] {
-            assert_eq!(with(&caller, headers).await.status, 200, "{headers:?}");
+            assert_eq!(post_with(&caller, headers).await.status, 200, "{headers:?}");
         }
     }
     assert_eq!(simulator.requests(), 10);
 }
 
 #[tokio::test]
-async fn a_missing_or_wrong_token_is_answered_as_the_api_would_and_nothing_is_sent() {
+async fn missing_and_wrong_tokens_are_refused() {
     let (simulator, _api, launch) = launch().await;
     let web = token();
     let proxy = launch.callers(&format!("web:{web}\n")).start().await;
@@ -63,7 +63,7 @@ async fn a_missing_or_wrong_token_is_answered_as_the_api_would_and_nothing_is_se
             &[("x-goog-api-key", &*web)],
             &[("cookie", &*format!("token={web}"))],
         ] {
-            let answer = with(&caller, headers).await;
+            let answer = post_with(&caller, headers).await;
             answer.assert_error(401, "authentication_error", "missing_api_key");
             assert!(answer.headers["www-authenticate"].to_str().unwrap().starts_with("Bearer"));
         }
@@ -76,11 +76,11 @@ async fn a_missing_or_wrong_token_is_answered_as_the_api_would_and_nothing_is_se
             &[("authorization", &*format!("Bearer web:{web}"))],
             &[("x-api-key", "web")],
         ] {
-            let answer = with(&caller, headers).await;
+            let answer = post_with(&caller, headers).await;
             answer.assert_error(401, "authentication_error", "invalid_api_key");
             assert!(answer.headers.contains_key("www-authenticate"));
         }
-        // A query ends up in logs: it is no place for a token.
+        // A token in the query is not accepted, since URLs end up in logs.
         let answer = caller.get(&format!("/v1/models?token={web}&api_key={web}")).await;
         answer.assert_error(401, "authentication_error", "missing_api_key");
     }
@@ -88,7 +88,7 @@ async fn a_missing_or_wrong_token_is_answered_as_the_api_would_and_nothing_is_se
 }
 
 #[tokio::test]
-async fn one_that_sends_its_whole_body_before_it_listens_hears_why_it_is_refused() {
+async fn a_refusal_reaches_callers_that_send_first() {
     let (simulator, _api, launch) = launch().await;
     let proxy = launch.callers(&format!("web:{}\n", token())).start().await;
     for protocol in Protocol::BOTH {
@@ -99,7 +99,7 @@ async fn one_that_sends_its_whole_body_before_it_listens_hears_why_it_is_refused
     assert_eq!(simulator.requests(), 0);
 }
 
-async fn is_let_in(proxy: &Proxy, token: &str) -> bool {
+async fn is_accepted(proxy: &Proxy, token: &str) -> bool {
     match Caller::http1(proxy).with_token(token).chat().await.status.as_u16() {
         200 => true,
         401 => false,
@@ -108,48 +108,49 @@ async fn is_let_in(proxy: &Proxy, token: &str) -> bool {
 }
 
 #[tokio::test]
-async fn the_file_is_read_again_when_it_changes() {
+async fn the_token_file_is_reloaded() {
     let (_simulator, _api, launch) = launch().await;
     let (old, new, other) = (token(), token(), token());
     let proxy = launch.callers(&format!("web:{old}\napp:{other}\n")).start().await;
-    assert!(is_let_in(&proxy, &old).await);
+    assert!(is_accepted(&proxy, &old).await);
     proxy.scratch().write("tokens", format!("web:{new}\napp:{other}\n"));
-    eventually("the new token counts", async || is_let_in(&proxy, &new).await.then_some(())).await;
-    assert!(!is_let_in(&proxy, &old).await);
-    assert!(is_let_in(&proxy, &other).await);
+    eventually("the new token is accepted", async || is_accepted(&proxy, &new).await.then_some(())).await;
+    assert!(!is_accepted(&proxy, &old).await);
+    assert!(is_accepted(&proxy, &other).await);
 
-    // In place, not by another file.
+    // Written in place, instead of replaced by another file.
     std::fs::write(proxy.scratch().path("tokens"), format!("app:{old}\n")).unwrap();
-    eventually("the old token counts again", async || is_let_in(&proxy, &old).await.then_some(())).await;
-    assert!(!is_let_in(&proxy, &new).await && !is_let_in(&proxy, &other).await);
+    eventually("the old token is accepted again", async || is_accepted(&proxy, &old).await.then_some(()))
+        .await;
+    assert!(!is_accepted(&proxy, &new).await && !is_accepted(&proxy, &other).await);
 }
 
 #[tokio::test]
-async fn a_change_for_the_worse_keeps_the_last_good_tokens_and_is_told_by_line() {
+async fn an_invalid_token_file_keeps_the_last_tokens() {
     let (_simulator, _api, launch) = launch().await;
     let (good, bad) = (token(), token());
     let proxy = launch.callers(&format!("web:{good}\n")).start().await;
 
     proxy.scratch().write("tokens", format!("web:{bad}\n{bad}\n"));
     proxy.logs("line 2").await;
-    assert!(is_let_in(&proxy, &good).await && !is_let_in(&proxy, &bad).await);
+    assert!(is_accepted(&proxy, &good).await && !is_accepted(&proxy, &bad).await);
 
     std::fs::write(proxy.scratch().path("tokens"), "").unwrap();
     proxy.logs("nobody").await;
-    assert!(is_let_in(&proxy, &good).await);
+    assert!(is_accepted(&proxy, &good).await);
 
     std::fs::remove_file(proxy.scratch().path("tokens")).unwrap();
     proxy.logs("cannot be read").await;
-    assert!(is_let_in(&proxy, &good).await);
+    assert!(is_accepted(&proxy, &good).await);
 
-    // And goes on when it is mended.
+    // A repaired file takes effect.
     proxy.scratch().write("tokens", format!("web:{bad}\n"));
-    eventually("the mended file counts", async || is_let_in(&proxy, &bad).await.then_some(())).await;
-    assert!(!is_let_in(&proxy, &good).await);
+    eventually("the repaired file is loaded", async || is_accepted(&proxy, &bad).await.then_some(())).await;
+    assert!(!is_accepted(&proxy, &good).await);
 }
 
 #[tokio::test]
-async fn what_no_rule_allows_is_answered_as_the_api_would_and_not_sent() {
+async fn requests_outside_the_rules_are_refused() {
     let (simulator, _api, launch) = launch().await;
     let web = token();
     let proxy = launch
@@ -182,12 +183,12 @@ async fn what_no_rule_allows_is_answered_as_the_api_would_and_not_sent() {
     assert_eq!(caller.post("/v1/chat/completions?a=1", "{}").await.status, 200);
     assert_eq!(caller.post("/v1/audio/speech", "{}").await.status, 200);
     assert_eq!(simulator.requests(), 3);
-    // Who it is comes first: one without a token does not learn what there is.
+    // The token is checked first: without one, a caller does not learn which paths are allowed.
     Caller::http1(&proxy).get("/v1/files").await.assert_error(401, "authentication_error", "missing_api_key");
 }
 
 #[tokio::test]
-async fn a_web_page_of_another_machine_needs_a_token() {
+async fn web_pages_on_other_machines_need_a_token() {
     let (simulator, api, launch) = launch().await;
     let proxy = launch.start().await;
     for protocol in Protocol::BOTH {
@@ -195,19 +196,19 @@ async fn a_web_page_of_another_machine_needs_a_token() {
         for origin in
             ["https://page.example", "http://localhost.page.example", "http://127.0.0.1.page.example", "null"]
         {
-            let answer = with(&caller, &[("origin", origin)]).await;
+            let answer = post_with(&caller, &[("origin", origin)]).await;
             answer.assert_error(403, "authorization_error", "insufficient_permissions");
         }
         assert_eq!(simulator.requests(), 0);
     }
     for origin in ["http://localhost:3000", "http://127.0.0.1:5173"] {
-        assert_eq!(with(&Caller::http1(&proxy), &[("origin", origin)]).await.status, 200, "{origin}");
+        assert_eq!(post_with(&Caller::http1(&proxy), &[("origin", origin)]).await.status, 200, "{origin}");
     }
 
     let web = token();
-    let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
     let proxy = launch.callers(&format!("web:{web}\n")).start().await;
     let bearer = format!("Bearer {web}");
     let headers = [("origin", "https://page.example"), ("authorization", &*bearer)];
-    assert_eq!(with(&Caller::http1(&proxy), &headers).await.status, 200);
+    assert_eq!(post_with(&Caller::http1(&proxy), &headers).await.status, 200);
 }

@@ -1,11 +1,11 @@
-//! How it is told what to do, and what it says when that is no good.
+//! Flags, variables and files, and the messages for invalid ones.
 
 use std::{ffi::OsString, net::Ipv4Addr, os::unix::ffi::OsStringExt};
 
 use tokio::net::TcpListener;
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
-use crate::support::{Caller, Launch, Protocol, Stream, secret};
+use crate::support::{Caller, Launch, Protocol, TlsListener, secret};
 
 const KEY: &str = "sk-selam-configured-0123456789";
 
@@ -13,16 +13,16 @@ fn with_key() -> Launch {
     Launch::new().env("SELAM_API_KEY", secret(KEY))
 }
 
-/// The one line names each of these.
+/// Asserts that the error line contains each of these.
 #[track_caller]
 fn assert_names(line: &str, named: &[&str]) {
     for name in named {
-        assert!(line.contains(name), "{line:?} does not name {name:?}");
+        assert!(line.contains(name), "{name:?} is missing in {line:?}");
     }
 }
 
 #[tokio::test]
-async fn help_needs_no_configuration_and_tells_every_flag_and_variable() {
+async fn help_lists_flags_and_variables() {
     for flag in ["--help", "-h"] {
         let (status, output, errors) = Launch::bare().arg(flag).run().await;
         assert_eq!((status.code(), &*errors), (Some(0), ""));
@@ -50,7 +50,7 @@ async fn help_needs_no_configuration_and_tells_every_flag_and_variable() {
 }
 
 #[tokio::test]
-async fn the_port_it_got_is_the_one_it_prints() {
+async fn the_chosen_port_is_printed() {
     let proxy = with_key().start().await;
     assert!(proxy.address().ip().is_loopback());
     assert_ne!(proxy.address().port(), 0);
@@ -58,7 +58,7 @@ async fn the_port_it_got_is_the_one_it_prints() {
 }
 
 #[tokio::test]
-async fn a_credential_that_is_missing_or_no_good_is_named_without_being_shown() {
+async fn an_invalid_credential_is_named_but_not_shown() {
     let line = Launch::new().fail().await;
     assert_names(&line, &["SELAM_API_KEY"]);
 
@@ -80,7 +80,7 @@ async fn a_credential_that_is_missing_or_no_good_is_named_without_being_shown() 
 }
 
 #[tokio::test]
-async fn a_credentials_file_that_is_no_good_is_named_with_its_variable_or_flag() {
+async fn an_invalid_credential_file_is_named() {
     let missing = "/nowhere/selam/key";
     for (variable, flag) in [("SELAM_API_KEY_FILE", "--api-key-file"), ("SELAM_JWT_FILE", "--jwt-file")] {
         let launch = || if flag == "--jwt-file" { with_key() } else { Launch::new() };
@@ -97,7 +97,7 @@ async fn a_credentials_file_that_is_no_good_is_named_with_its_variable_or_flag()
 }
 
 #[tokio::test]
-async fn two_places_for_one_credential_are_one_too_many() {
+async fn a_credential_has_only_one_source() {
     let launch = with_key();
     let path = launch.scratch().write("key", secret("sk-selam-in-a-file-0123456789"));
     let line = launch.env("SELAM_API_KEY_FILE", path).fail().await;
@@ -107,12 +107,12 @@ async fn two_places_for_one_credential_are_one_too_many() {
 }
 
 #[tokio::test]
-async fn a_base_url_that_is_not_https_or_no_url_is_named_with_its_place() {
+async fn an_invalid_base_url_is_refused() {
     for url in ["http://127.0.0.1:9/v1", "http://api.example/v1", "api.example", "ftp://api.example", ""] {
         assert_names(&with_key().env("SELAM_BASE_URL", url).fail().await, &["SELAM_BASE_URL"]);
         assert_names(&with_key().args(["--base-url", url]).fail().await, &["--base-url"]);
     }
-    // The opt-in is for loopback addresses alone.
+    // The opt-in covers loopback addresses only.
     for url in ["http://api.example/v1", "http://localhost.api.example/v1", "http://127.0.0.1@api.example/v1"]
     {
         let line = with_key().env("SELAM_BASE_URL", url).arg("--allow-insecure-loopback").fail().await;
@@ -125,7 +125,7 @@ async fn a_base_url_that_is_not_https_or_no_url_is_named_with_its_place() {
 }
 
 #[tokio::test]
-async fn without_client_tokens_it_listens_on_loopback_addresses_alone() {
+async fn other_addresses_require_client_tokens() {
     for address in ["0.0.0.0:0", "[::]:0", "192.0.2.1:80"] {
         let line = Launch::bare().env("SELAM_API_KEY", KEY).args(["--listen", address]).fail().await;
         assert_names(&line, &["--listen", "--client-token-file"]);
@@ -140,17 +140,17 @@ async fn without_client_tokens_it_listens_on_loopback_addresses_alone() {
     assert!(proxy.address().ip().is_unspecified());
     let caller = Caller::http1(&proxy);
     assert_eq!(caller.get("/healthz").await.status, 200);
-    // Where everybody can ask, the metrics are for those with a token.
+    // On other addresses, the metrics require a token.
     caller.get("/metrics").await.assert_error(401, "authentication_error", "missing_api_key");
     assert_eq!(caller.with_token(&token).get("/metrics").await.status, 200);
 
-    // Any loopback address will do.
+    // Every loopback address is accepted.
     let proxy = Launch::bare().env("SELAM_API_KEY", KEY).args(["--listen", "127.0.0.2:0"]).start().await;
     assert_eq!(proxy.address().ip(), Ipv4Addr::new(127, 0, 0, 2));
 }
 
 #[tokio::test]
-async fn an_address_that_cannot_be_listened_on_is_named() {
+async fn an_unusable_address_is_named() {
     for address in ["8080", "127.0.0.1", "127.0.0.1:65536", "nowhere.invalid:80"] {
         let line = Launch::bare().env("SELAM_API_KEY", KEY).args(["--listen", address]).fail().await;
         assert_names(&line, &["--listen", address]);
@@ -162,7 +162,7 @@ async fn an_address_that_cannot_be_listened_on_is_named() {
 }
 
 #[tokio::test]
-async fn a_bad_line_of_the_token_file_is_named_by_file_and_number() {
+async fn an_invalid_token_line_is_named_by_number() {
     let good = secret("a-good-token-0123456789");
     for (lines, number) in [
         (format!("web:{good}\nno-colon-4711\n"), 2),
@@ -184,7 +184,7 @@ async fn a_bad_line_of_the_token_file_is_named_by_file_and_number() {
 }
 
 #[tokio::test]
-async fn a_flag_that_is_no_good_is_named() {
+async fn an_invalid_flag_is_named() {
     for (flag, value) in [
         ("--allow", "GET"),
         ("--allow", "GET:/v2/models"),
@@ -196,7 +196,7 @@ async fn a_flag_that_is_no_good_is_named() {
     ] {
         assert_names(&with_key().args([flag, value]).fail().await, &[flag]);
     }
-    // There is no JWT to send.
+    // Without a JWT, the flag would have no effect.
     assert_names(&with_key().args(["--jwt-path", "/v1/audio"]).fail().await, &["--jwt-path"]);
     let with_jwt = || with_key().env("SELAM_JWT", secret("ey.configured.jwt"));
     for prefix in ["audio", "", "/v2", "/v1/../audio", "/v1/audio/*", "/v1/*"] {
@@ -210,7 +210,7 @@ async fn a_flag_that_is_no_good_is_named() {
 }
 
 #[tokio::test]
-async fn a_secret_among_the_arguments_is_not_shown() {
+async fn secret_arguments_are_not_shown() {
     let key = secret("sk-selam-argument-0123456789");
     for arguments in [
         vec![key.clone()],
@@ -225,7 +225,7 @@ async fn a_secret_among_the_arguments_is_not_shown() {
 }
 
 #[tokio::test]
-async fn a_ca_file_without_a_certificate_is_named() {
+async fn a_ca_file_without_certificates_is_named() {
     for content in [
         "",
         "no PEM",
@@ -239,7 +239,7 @@ async fn a_ca_file_without_a_certificate_is_named() {
 }
 
 #[tokio::test]
-async fn a_token_endpoint_needs_https_and_a_whole_client() {
+async fn a_token_endpoint_needs_https_and_complete_credentials() {
     let line = with_key().env("SELAM_TOKEN_URL", "http://login.example/token").fail().await;
     assert_names(&line, &["SELAM_TOKEN_URL"]);
     let line = with_key().args(["--token-url", "login.example"]).fail().await;
@@ -250,14 +250,14 @@ async fn a_token_endpoint_needs_https_and_a_whole_client() {
 }
 
 #[tokio::test]
-async fn a_flag_counts_more_than_the_variable_of_its_meaning() {
+async fn flags_override_variables() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
     let (key, jwt) = (
         secret(simulator.issue_key()),
         simulator.mint_jwt(JwtAlgorithm::Hs256, std::time::Duration::MAX / 2),
     );
-    let launch = Launch::toward(&api)
+    let launch = Launch::for_api(&api)
         .env("SELAM_API_KEY", secret("sk-selam-of-the-variable-012"))
         .env("SELAM_JWT", secret("ey.of.the-variable"))
         .env("SELAM_BASE_URL", "https://nowhere.invalid/v1")
@@ -273,10 +273,10 @@ async fn a_flag_counts_more_than_the_variable_of_its_meaning() {
 }
 
 #[tokio::test]
-async fn without_a_private_ca_the_api_has_to_be_vouched_for_by_the_system() {
+async fn the_systems_authorities_are_trusted() {
     use crate::support::{Api, SYSTEM, TRUSTED};
-    // Known to the system: no flag is needed.
-    let api = Stream::vouched_for(&SYSTEM, Protocol::Http2).await.exchanges();
+    // Signed by an authority that the system trusts.
+    let api = TlsListener::signed_by(&SYSTEM, Protocol::Http2).await.exchanges();
     let proxy = with_key().env("SELAM_BASE_URL", api.base_url()).start().await;
     let mut api = api;
     let caller = Caller::http1(&proxy);
@@ -284,8 +284,8 @@ async fn without_a_private_ca_the_api_has_to_be_vouched_for_by_the_system() {
     api.next().await.respond(200, crate::support::empty());
     assert_eq!(answer.await.unwrap().status, 200);
 
-    // Not known: nothing of the request is said to it.
-    let mut api = Stream::vouched_for(&TRUSTED, Protocol::Http2).await.exchanges();
+    // Signed by another authority: it receives nothing of the request.
+    let mut api = TlsListener::signed_by(&TRUSTED, Protocol::Http2).await.exchanges();
     let proxy = with_key().env("SELAM_BASE_URL", api.base_url()).start().await;
     let answer = Caller::http1(&proxy).get("/v1/models").await;
     answer.assert_error(502, "api_error", "upstream_unavailable");
@@ -293,11 +293,11 @@ async fn without_a_private_ca_the_api_has_to_be_vouched_for_by_the_system() {
 }
 
 #[tokio::test]
-async fn a_plain_http_api_needs_no_certificate_authority_at_all() {
+async fn plain_http_needs_no_certificate_authority() {
     let simulator = Simulator::new();
     let api = Server::http(&simulator).await.unwrap();
-    let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
-    let nobody = launch.scratch().write("nobody.pem", "");
-    let proxy = launch.env("SSL_CERT_FILE", nobody).start().await;
+    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let empty = launch.scratch().write("empty.pem", "");
+    let proxy = launch.env("SSL_CERT_FILE", empty).start().await;
     assert_eq!(Caller::http1(&proxy).chat().await.status, 200);
 }

@@ -1,14 +1,14 @@
-//! What goes to the API and what comes back: paths, queries, headers, to the byte.
+//! Paths, queries, headers and statuses, compared byte for byte in both directions.
 
 use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{
-    Api, Caller, Launch, Protocol, Stream, empty, ended, raw, read, read_head, read_to_end, response_head,
-    secret, soon, unguessable, whole,
+    Api, Caller, Launch, Protocol, TlsListener, assert_ended, empty, full, random, raw, read, read_head,
+    read_to_end, response_head, secret, with_timeout,
 };
 
-/// The lines of a head after the first, without the empty one, in the order of their names.
+/// Returns the header lines of a head, sorted by name.
 fn sorted(head: &str) -> Vec<&str> {
     let mut lines: Vec<&str> = head.trim_end().split("\r\n").skip(1).collect();
     lines.sort_by_key(|line| line.split(':').next().map(str::to_ascii_lowercase));
@@ -16,12 +16,12 @@ fn sorted(head: &str) -> Vec<&str> {
 }
 
 #[tokio::test]
-async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let key = secret(format!("sk-selam-{}", unguessable()));
-    let (name, token) = ("web", secret(unguessable()));
+async fn requests_and_responses_are_stripped_over_http1() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let key = secret(format!("sk-selam-{}", random()));
+    let (name, token) = ("web", secret(random()));
     let proxy =
-        Launch::toward(&api).env("SELAM_API_KEY", &key).callers(&format!("{name}:{token}\n")).start().await;
+        Launch::for_api(&api).env("SELAM_API_KEY", &key).callers(&format!("{name}:{token}\n")).start().await;
     let host = api.base_url().replace("https://", "").replace("/v1", "");
 
     let mut caller = raw(&proxy).await;
@@ -63,7 +63,7 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
     let sent = read_head(&mut connection).await;
     assert_eq!(sent.split("\r\n").next().unwrap(), "POST /v1/chat/completions?a=1&b=%20x&&c&=d&a=2 HTTP/1.1");
     let via =
-        sorted(&sent).into_iter().find(|line| line.starts_with("via: 1.1 ")).expect("a gateway says so");
+        sorted(&sent).into_iter().find(|line| line.starts_with("via: 1.1 ")).expect("the proxy adds Via");
     let mut expected = vec![
         format!("authorization: Bearer {key}"),
         "authorization-info: kept".to_owned(),
@@ -77,7 +77,7 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
         "x-odd-case: Two".to_owned(),
         "x-odd-case: \"three\", four".to_owned(),
     ];
-    // A caller that takes trailers may say so: the rest of `TE` is between two neighbours.
+    // `TE: trailers` may be forwarded; the rest of `TE` is hop-by-hop.
     let te = sorted(&sent).into_iter().find(|line| line.starts_with("te:"));
     if let Some(te) = te {
         assert_eq!(te, "te: trailers");
@@ -85,12 +85,12 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
     }
     assert_eq!(sorted(&sent), expected);
     let mut body = [0; 12];
-    soon(tokio::io::AsyncReadExt::read_exact(&mut connection, &mut body)).await.unwrap();
+    with_timeout(tokio::io::AsyncReadExt::read_exact(&mut connection, &mut body)).await.unwrap();
     assert_eq!(&body, b"{\"a\": \"b\"  }");
-    // And nothing of the caller's came in another way.
+    // No other header carries a credential of the caller.
     assert!(!sent.contains("theirs") && !sent.contains(&token), "{sent}");
 
-    // The way back: hop-by-hop headers end here, everything else is as it was.
+    // In the response, only hop-by-hop headers are removed.
     let answer = "HTTP/1.1 207 Odd Reason\r\n\
          Content-Type: text/event-stream; charset=odd\r\n\
          Connection: X-Hop-Back\r\n\
@@ -119,15 +119,15 @@ async fn the_api_gets_the_request_without_what_is_not_its_business_byte_for_byte
         ]
     );
     let mut body = [0; 5];
-    soon(tokio::io::AsyncReadExt::read_exact(&mut caller, &mut body)).await.unwrap();
+    with_timeout(tokio::io::AsyncReadExt::read_exact(&mut caller, &mut body)).await.unwrap();
     assert_eq!(&body, b"hello");
 }
 
 #[tokio::test]
-async fn over_http2_the_same_goes_and_stays() {
-    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
-    let key = secret(format!("sk-selam-{}", unguessable()));
-    let proxy = Launch::toward(&api).env("SELAM_API_KEY", &key).start().await;
+async fn requests_are_stripped_over_http2() {
+    let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
+    let key = secret(format!("sk-selam-{}", random()));
+    let proxy = Launch::for_api(&api).env("SELAM_API_KEY", &key).start().await;
     let caller = Caller::http2(&proxy);
     let mut request = caller
         .request(Method::PUT, "/v1/files/7?api_key=theirs&x=%2F")
@@ -144,7 +144,7 @@ async fn over_http2_the_same_goes_and_stays() {
         .header("x-kept", "2");
     request.headers_mut().unwrap().insert("user-agent", HeaderValue::from_static("test"));
     let sending = tokio::spawn({
-        let request = request.body(whole("body")).unwrap();
+        let request = request.body(full("body")).unwrap();
         async move { read(caller.send(request).await).await }
     });
     let exchange = api.next().await;
@@ -168,17 +168,17 @@ async fn over_http2_the_same_goes_and_stays() {
         all
     });
     assert_eq!(headers, expected);
-    exchange.respond(200, whole("answer"));
+    exchange.respond(200, full("answer"));
     assert_eq!(sending.await.unwrap().body, "answer");
 }
 
 #[tokio::test]
-async fn every_method_and_path_below_v1_goes_to_the_base_url_with_its_query() {
-    let mut api = Stream::listen(Protocol::Http1).await.exchanges();
+async fn v1_is_replaced_by_the_base_url() {
+    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
     let origin = api.base_url().replace("/v1", "");
-    // Wherever that leads, and however it ends.
+    // Base URLs with another path, with a trailing slash, and without a path.
     for (base, root) in [("/v1", "/v1"), ("/gateway/selam/v2/", "/gateway/selam/v2"), ("", "")] {
-        let proxy = Launch::to(&api).args(["--base-url", &format!("{origin}{base}")]).start().await;
+        let proxy = Launch::with_key(&api).args(["--base-url", &format!("{origin}{base}")]).start().await;
         let caller = Caller::http1(&proxy);
         for (method, below) in [
             ("GET", "/models"),
@@ -199,7 +199,7 @@ async fn every_method_and_path_below_v1_goes_to_the_base_url_with_its_query() {
             });
             let exchange = api.next().await;
             assert_eq!(exchange.request.method().as_str(), method);
-            // An empty query says as much as none.
+            // An empty query may be dropped.
             let sent = exchange.request.uri().to_string();
             assert_eq!(sent.trim_end_matches('?'), format!("{root}{below}").trim_end_matches('?'));
             exchange.respond(200, empty());
@@ -209,9 +209,9 @@ async fn every_method_and_path_below_v1_goes_to_the_base_url_with_its_query() {
 }
 
 #[tokio::test]
-async fn a_path_that_is_not_below_v1_or_could_be_read_in_two_ways_goes_nowhere() {
-    let mut api = Stream::listen(Protocol::Http1).await.exchanges();
-    let proxy = Launch::to(&api).start().await;
+async fn other_and_ambiguous_paths_are_refused() {
+    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
+    let proxy = Launch::with_key(&api).start().await;
     for path in ["/", "/v2/models", "/v1x", "/V1/models", "/v", "/models", "//v1/models"] {
         Caller::http1(&proxy).get(path).await.assert_error(404, "invalid_request_error", "not_found");
     }
@@ -238,10 +238,10 @@ async fn a_path_that_is_not_below_v1_or_could_be_read_in_two_ways_goes_nowhere()
 }
 
 #[tokio::test]
-async fn an_answer_without_a_body_has_none_and_keeps_what_it_says_of_its_length() {
+async fn empty_answers_keep_their_content_length() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
         let caller = Caller::new(&proxy, callers);
         for (method, status, length) in
             [("HEAD", 200, Some("1234")), ("GET", 304, None), ("GET", 204, None), ("GET", 200, Some("0"))]
@@ -259,15 +259,15 @@ async fn an_answer_without_a_body_has_none_and_keeps_what_it_says_of_its_length(
             let mut response = sending.await.unwrap();
             let answered = response.headers().get("content-length").and_then(|length| length.to_str().ok());
             assert_eq!(answered, length, "{callers:?} {apis:?} {method} {status}");
-            ended(response.body_mut()).await;
+            assert_ended(response.body_mut()).await;
         }
     }
 }
 
 #[tokio::test]
-async fn every_status_of_the_api_reaches_the_caller_and_no_redirect_is_followed() {
-    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
-    let proxy = Launch::to(&api).start().await;
+async fn every_status_passes_and_redirects_are_not_followed() {
+    let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
+    let proxy = Launch::with_key(&api).start().await;
     let caller = Caller::http1(&proxy);
     for status in [
         200, 201, 202, 206, 299, 301, 302, 307, 308, 400, 402, 404, 408, 409, 413, 418, 422, 429, 451, 500,
@@ -282,7 +282,7 @@ async fn every_status_of_the_api_reaches_the_caller_and_no_redirect_is_followed(
             .header("location", "https://elsewhere.example/")
             .header("retry-after", "7")
             .header("content-type", "application/x-odd")
-            .body(whole(vec![0, 159, 146, 150]))
+            .body(full(vec![0, 159, 146, 150]))
             .unwrap();
         api.next().await.answer(response);
         let answer = sending.await.unwrap();
@@ -295,11 +295,14 @@ async fn every_status_of_the_api_reaches_the_caller_and_no_redirect_is_followed(
 }
 
 #[tokio::test]
-async fn healthz_is_for_everybody() {
-    let api = Stream::listen(Protocol::Http2).await;
-    let token = secret(unguessable());
-    let proxy =
-        Launch::to(&api).callers(&format!("web:{token}")).args(["--allow", "GET:/v1/models"]).start().await;
+async fn healthz_needs_no_token() {
+    let api = TlsListener::listen(Protocol::Http2).await;
+    let token = secret(random());
+    let proxy = Launch::with_key(&api)
+        .callers(&format!("web:{token}"))
+        .args(["--allow", "GET:/v1/models"])
+        .start()
+        .await;
     for caller in Protocol::BOTH.map(|protocol| Caller::new(&proxy, protocol)) {
         assert_eq!(caller.get("/healthz").await.status, 200);
         caller.post("/healthz", "").await.assert_error(405, "invalid_request_error", "method_not_allowed");
@@ -307,9 +310,9 @@ async fn healthz_is_for_everybody() {
 }
 
 #[tokio::test]
-async fn a_request_that_went_through_this_proxy_before_is_not_sent_in_a_circle() {
-    let mut api = Stream::listen(Protocol::Http1).await.exchanges();
-    let proxy = Launch::to(&api).start().await;
+async fn loops_are_detected_by_via() {
+    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
+    let proxy = Launch::with_key(&api).start().await;
     let caller = Caller::http1(&proxy);
     let send = |via: Option<HeaderValue>| {
         let mut request = caller.request(Method::GET, "/v1/models");
@@ -323,7 +326,7 @@ async fn a_request_that_went_through_this_proxy_before_is_not_sent_in_a_circle()
     let via = api.next().await.respond(200, empty()).headers["via"].clone();
     assert_eq!(sending.await.unwrap().status, 200);
     send(Some(via)).await.unwrap().assert_error(508, "api_error", "loop_detected");
-    // Others' gateways are none of its business.
+    // Other gateways in `Via` do not matter.
     let sending = send(Some(HeaderValue::from_static("1.1 selam-proxy")));
     api.next().await.respond(200, empty());
     assert_eq!(sending.await.unwrap().status, 200);

@@ -1,19 +1,18 @@
-//! The proxy as its users meet it: the built program, over real sockets, told by flags, variables and files.
+//! Black-box tests of the proxy: the built program, over real sockets, configured by flags, variables and files.
 //!
-//! Nothing here knows how it works inside; the README is what it is held to. Whatever it prints, and whatever its callers get,
-//! is searched for every secret of every test.
+//! They hold it to its README, and search all its output and all responses to callers for every secret of every test.
 
 mod bodies;
 mod callers;
 mod configuration;
 mod credentials;
-mod ending;
+mod errors;
 mod forwarding;
 mod metrics;
 mod openai;
-mod refusals;
 mod rotation;
 mod secrets;
+mod shutdown;
 mod streams;
 mod support;
 mod upgrades;

@@ -1,4 +1,4 @@
-//! Credentials that change while callers send: no request is lost.
+//! Credentials that are rotated or refreshed under load, without a failed request.
 
 use std::{
     sync::{
@@ -17,69 +17,69 @@ const CALLERS: usize = 16;
 const ROTATIONS: u32 = 5;
 const REVOCATIONS: u32 = 3;
 
-/// Callers that send one request after the other, every one of which has to succeed.
+/// Callers that send one request after another; every request must succeed.
 struct Load {
     answered: Arc<AtomicU64>,
-    enough: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     calling: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl Load {
     fn on(proxy: &Proxy, path: &'static str) -> Self {
-        let (answered, enough) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let (answered, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
         let calling = (0..CALLERS).map(|number| {
             let caller = Caller::new(proxy, Protocol::BOTH[number % 2]);
-            let (answered, enough) = (answered.clone(), enough.clone());
+            let (answered, stop) = (answered.clone(), stop.clone());
             tokio::spawn(async move {
                 let body = format!(r#"{{"messages":[{{"role":"user","content":"{number}"}}]}}"#);
-                while !enough.load(Ordering::Relaxed) {
+                while !stop.load(Ordering::Relaxed) {
                     let answer = caller.post(path, body.clone()).await;
                     assert_eq!(answer.status, 200, "{}", answer.text());
                     answered.fetch_add(1, Ordering::Relaxed);
                 }
             })
         });
-        Self { calling: calling.collect(), answered, enough }
+        Self { calling: calling.collect(), answered, stop }
     }
 
-    /// Waits until every caller has had some answers more.
-    async fn goes_on(&self) {
+    /// Waits until more requests have been answered: four per caller on average.
+    async fn progress(&self) {
         let goal = self.answered.load(Ordering::Relaxed) + 4 * CALLERS as u64;
         eventually("more requests are answered", async || {
-            assert!(!self.calling.iter().any(tokio::task::JoinHandle::is_finished), "a request was lost");
+            assert!(!self.calling.iter().any(tokio::task::JoinHandle::is_finished), "a request failed");
             (self.answered.load(Ordering::Relaxed) >= goal).then_some(())
         })
         .await;
     }
 
     async fn end(self) {
-        self.enough.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         for calling in self.calling {
             calling.await.unwrap();
         }
     }
 }
 
-/// A key is rotated for the `number`th time, from 0 on, and the old one is worth nothing from the same moment: refusals that
-/// follow each other closely are spaced by the library, a second at first, then twice as long each time.
-async fn space(number: u32) {
+/// Waits after rejection `number` (from 0). The library spaces the refreshes after rejections in close succession: one second at
+/// first, twice as long each time.
+async fn pause(number: u32) {
     time::sleep(Duration::from_millis(100) + Duration::from_secs(1) * 2_u32.pow(number)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_revoked_as_it_is_rotated_under_load_loses_no_request() {
+async fn a_key_revoked_on_rotation_fails_no_request() {
     let (simulator, api) = busy().await;
     let mut key = secret(simulator.issue_key());
-    let proxy = Launch::toward(&api).key_file(&key).args(["--log", "debug"]).start().await;
+    let proxy = Launch::for_api(&api).key_file(&key).args(["--log", "debug"]).start().await;
     let load = Load::on(&proxy, "/v1/chat/completions");
-    load.goes_on().await;
+    load.progress().await;
     for number in 0..REVOCATIONS {
         let new = secret(simulator.issue_key());
         proxy.scratch().write("key", &new);
         simulator.revoke_key(&key);
         key = new;
-        load.goes_on().await;
-        space(number).await;
+        load.progress().await;
+        pause(number).await;
     }
     load.end().await;
     let last = simulator.received().pop().unwrap();
@@ -87,16 +87,16 @@ async fn a_key_that_is_revoked_as_it_is_rotated_under_load_loses_no_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_rotated_before_it_is_revoked_loses_no_request_however_often() {
+async fn a_key_revoked_after_rotation_fails_no_request() {
     let (simulator, api) = busy().await;
     let mut key = secret(simulator.issue_key());
-    let proxy = Launch::toward(&api).key_file(&key).args(["--log", "debug"]).start().await;
+    let proxy = Launch::for_api(&api).key_file(&key).args(["--log", "debug"]).start().await;
     let load = Load::on(&proxy, "/v1/chat/completions");
-    load.goes_on().await;
+    load.progress().await;
     for _ in 0..ROTATIONS {
         let new = secret(simulator.issue_key());
         proxy.scratch().write("key", &new);
-        // Found without any refusal.
+        // The new key is picked up without a rejection.
         let bearer = format!("Bearer {new}");
         eventually("the new key is in use", async || {
             simulator
@@ -108,26 +108,26 @@ async fn a_key_that_is_rotated_before_it_is_revoked_loses_no_request_however_oft
         .await;
         simulator.revoke_key(&key);
         key = new;
-        load.goes_on().await;
+        load.progress().await;
     }
     load.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn jwts_that_expire_under_load_lose_no_request() {
+async fn expiring_jwts_fail_no_request() {
     let (simulator, api) = busy().await;
     let url = api.base_url().replace("/v1", "/oauth/token");
-    let launch = Launch::toward(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
     let proxy = launch.env("SELAM_TOKEN_URL", url).args(["--log", "debug"]).start().await;
     let load = Load::on(&proxy, "/v1/audio/agent/sessions");
-    load.goes_on().await;
+    load.progress().await;
     for number in 0..REVOCATIONS {
         simulator.expire_jwts();
-        load.goes_on().await;
-        space(number).await;
+        load.progress().await;
+        pause(number).await;
     }
     load.end().await;
-    // One renewal for all of them, each time.
+    // Single flight: one refresh for all callers, each time.
     assert_eq!(simulator.token_requests(), 1 + u64::from(REVOCATIONS));
 }
 

@@ -1,7 +1,7 @@
-//! No secret in any output, log, metric or error.
+//! No secret appears in any output, log, metric or response.
 //!
-//! All other tests search what the proxy prints and answers, too; here everything goes wrong that can, at the most talkative
-//! level, with an API that repeats what it was sent.
+//! All other tests search the proxy's output and responses too. These tests cause every kind of failure at the most verbose
+//! level, with an API that echoes what it was sent.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use tokio::io::AsyncWriteExt;
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator, TokenFault};
 
 use crate::support::{
-    Caller, Launch, Protocol, Proxy, Stream, assert_clean, empty, eventually, raw, read, read_to_end, secret,
-    unguessable,
+    Caller, Launch, Protocol, Proxy, TlsListener, assert_clean, empty, eventually, random, raw, read,
+    read_to_end, secret,
 };
 
-/// Callers that do everything wrong, and some things right.
+/// Sends valid, invalid and malformed requests.
 async fn misbehave(proxy: &Proxy, token: &str) {
-    let wrong = secret(format!("wrong-{}", unguessable()));
+    let wrong = secret(format!("wrong-{}", random()));
     for protocol in Protocol::BOTH {
         let caller = Caller::new(proxy, protocol);
         caller.get(&format!("/v1/models?token={token}&api_key={wrong}")).await;
@@ -31,8 +31,8 @@ async fn misbehave(proxy: &Proxy, token: &str) {
             caller.request(Method::POST, "/v1/files").header("x-api-key", &wrong).body(empty()).unwrap();
         read(caller.send(request).await).await;
     }
-    // What is no HTTP at all, with a secret in it.
-    for said in [
+    // Malformed requests with a secret in them.
+    for request in [
         format!("GET /v1/models?token={token} HTTP/9.9\r\nAuthorization: {wrong}\r\n\r\n"),
         format!("Authorization: Bearer {token}\r\n\r\n"),
         format!(
@@ -47,11 +47,12 @@ async fn misbehave(proxy: &Proxy, token: &str) {
         ),
     ] {
         let mut caller = raw(proxy).await;
-        caller.write_all(said.as_bytes()).await.unwrap();
+        caller.write_all(request.as_bytes()).await.unwrap();
         caller.shutdown().await.unwrap();
         let mut answer = Vec::new();
-        // It may be cut off instead.
-        let _ = crate::support::soon(tokio::io::AsyncReadExt::read_to_end(&mut caller, &mut answer)).await;
+        // The connection may be closed without an answer.
+        let _ = crate::support::with_timeout(tokio::io::AsyncReadExt::read_to_end(&mut caller, &mut answer))
+            .await;
         assert_clean("an answer", &answer);
     }
     let metrics = Caller::http1(proxy).with_token(token).get("/metrics").await;
@@ -59,16 +60,16 @@ async fn misbehave(proxy: &Proxy, token: &str) {
 }
 
 #[tokio::test]
-async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
+async fn failures_reveal_no_secret() {
     for level in ["debug", "trace"] {
         let simulator = Simulator::new();
         simulator.set_rate_limit(1_000_000);
         let api = Server::tls(&simulator).await.unwrap();
         let (id, client_secret) = simulator.issue_client();
-        let token = secret(format!("caller-{}", unguessable()));
+        let token = secret(format!("caller-{}", random()));
         let mut key = secret(simulator.issue_limited_key());
         let url = api.base_url().replace("/v1", "/oauth/token");
-        let proxy = Launch::toward(&api)
+        let proxy = Launch::for_api(&api)
             .key_file(&key)
             .env("SELAM_TOKEN_URL", url)
             .env("SELAM_CLIENT_ID", id)
@@ -80,10 +81,10 @@ async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
             .start()
             .await;
 
-        // The endpoint repeats the client's secret, then answers garbage.
-        let said = format!(r#"{{"error":"invalid_client","error_description":"who is {client_secret}?"}}"#);
+        // The endpoint echoes the client's secret, then answers garbage.
+        let body = format!(r#"{{"error":"invalid_client","error_description":"who is {client_secret}?"}}"#);
         simulator.inject_token_fault(TokenFault::Answer(
-            Response::builder().status(400).body(said.into()).unwrap(),
+            Response::builder().status(400).body(body.into()).unwrap(),
         ));
         misbehave(&proxy, &token).await;
         simulator.inject_token_fault(TokenFault::Garbage);
@@ -92,7 +93,7 @@ async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
         )));
         misbehave(&proxy, &token).await;
 
-        // Keys and JWTs come and go.
+        // Keys are rotated and revoked, JWTs expire.
         for _ in 0..2 {
             let new = secret(simulator.issue_key());
             proxy.scratch().write("key", &new);
@@ -106,14 +107,14 @@ async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
         simulator.revoke_key(&key);
         misbehave(&proxy, &token).await;
 
-        // Files that are no good any more.
-        let (bad_key, bad_token) = (secret(format!("sk selam {}", unguessable())), secret(unguessable()));
+        // The files become invalid.
+        let (bad_key, bad_token) = (secret(format!("sk selam {}", random())), secret(random()));
         proxy.scratch().write("key", &bad_key);
         proxy.scratch().write("tokens", format!("{bad_token}\n"));
         proxy.logs("line 1").await;
         misbehave(&proxy, &token).await;
 
-        // JWTs that were in use, too.
+        // Search for the JWTs and keys that were sent, too.
         for received in simulator.received() {
             for name in ["authorization", "x-api-key"] {
                 for value in received.headers.get_all(name) {
@@ -123,17 +124,17 @@ async fn none_is_printed_logged_counted_or_answered_whatever_goes_wrong() {
         }
         assert_clean("the log", proxy.errors().as_bytes());
         assert_clean("the metrics", &Caller::http1(&proxy).with_token(&token).get("/metrics").await.body);
-        assert!(proxy.errors().lines().count() > 50, "{level}: little was said to search");
+        assert!(proxy.errors().lines().count() > 50, "{level}: the log is too short to prove anything");
     }
 }
 
 #[tokio::test]
-async fn an_api_that_repeats_what_it_was_sent_is_not_logged() {
-    let mut api = Stream::listen(Protocol::Http1).await.exchanges();
+async fn an_echoing_api_is_not_logged() {
+    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
     let simulator = Simulator::new();
-    let key = secret(format!("sk-selam-{}", unguessable()));
+    let key = secret(format!("sk-selam-{}", random()));
     let jwt = secret(simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
-    let proxy = Launch::toward(&api)
+    let proxy = Launch::for_api(&api)
         .env("SELAM_API_KEY", &key)
         .env("SELAM_JWT", &jwt)
         .args(["--log", "trace"])
@@ -148,13 +149,14 @@ async fn an_api_that_repeats_what_it_was_sent_is_not_logged() {
             .status(status)
             .header("x-request-id", &key)
             .header("www-authenticate", format!("Bearer error=\"{jwt}\""))
-            .body(crate::support::whole(body.clone()))
+            .body(crate::support::full(body.clone()))
             .unwrap();
         api.next().await.answer(response);
-        // An answer that passes is left as it is.
+        // The response itself passes unchanged.
         let response = calling.await.unwrap();
-        let passed =
-            crate::support::soon(http_body_util::BodyExt::collect(response.into_body())).await.unwrap();
+        let passed = crate::support::with_timeout(http_body_util::BodyExt::collect(response.into_body()))
+            .await
+            .unwrap();
         assert_eq!(passed.to_bytes(), body);
     }
     eventually("the log has all three", async || {
@@ -167,11 +169,11 @@ async fn an_api_that_repeats_what_it_was_sent_is_not_logged() {
 }
 
 #[tokio::test]
-async fn none_is_in_the_proxys_own_502() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let key = secret(format!("sk-selam-{}", unguessable()));
-    let password = secret(format!("hidden-{}", unguessable()));
-    let proxy = Launch::toward(&api).env("SELAM_API_KEY", &key).args(["--log", "trace"]).start().await;
+async fn a_502_reveals_no_secret() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let key = secret(format!("sk-selam-{}", random()));
+    let password = secret(format!("hidden-{}", random()));
+    let proxy = Launch::for_api(&api).env("SELAM_API_KEY", &key).args(["--log", "trace"]).start().await;
     let mut caller = raw(&proxy).await;
     let request = format!(
         "GET /v1/models?note={password} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Note: {password}\r\n\r\n"
@@ -179,7 +181,7 @@ async fn none_is_in_the_proxys_own_502() {
     caller.write_all(request.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     let head = crate::support::read_head(&mut connection).await;
-    // It repeats the head instead of an answer.
+    // The API echoes the head of the request instead of answering.
     connection.write_all(head.as_bytes()).await.unwrap();
     connection.shutdown().await.unwrap();
     drop(connection);

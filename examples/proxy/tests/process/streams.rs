@@ -1,6 +1,6 @@
-//! Streams: each bit passes on before there is another, and whoever leaves is missed on the other side.
+//! Streaming: every frame passes at once, and a disconnect on one side reaches the other.
 //!
-//! Nothing is timed: who sends the next bit waits until the one before has come through.
+//! Nothing depends on timing: a test sends the next frame only after the previous one has arrived.
 
 use http::{HeaderName, Method, Response};
 use tokio::{
@@ -10,11 +10,11 @@ use tokio::{
 use tower_selam::BoxError;
 
 use crate::support::{
-    Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, Stream, empty, ended, fed, frame, raw, read,
-    read_head, read_to_end, response_head, soon,
+    Body, Caller, Exchange, Exchanges, Feed, Launch, Protocol, TlsListener, assert_ended, channel_body,
+    empty, frame, raw, read, read_head, read_to_end, response_head, with_timeout,
 };
 
-/// The next data of a body, all of one event.
+/// Reads one event from a body.
 async fn event(body: &mut hyper::body::Incoming) -> Vec<u8> {
     let mut event = Vec::new();
     while !event.ends_with(b"\n\n") {
@@ -27,8 +27,8 @@ fn sse(body: Body) -> Response<Body> {
     Response::builder().header("content-type", "text/event-stream").body(body).unwrap()
 }
 
-/// A request under way: the caller's to answer, and the head that the caller gets.
-async fn begun(
+/// Sends a request on a task of the caller, which returns the head of the response.
+async fn begin(
     caller: &Caller,
     method: Method,
     body: Body,
@@ -40,69 +40,69 @@ async fn begun(
     })
 }
 
-/// A stream that the caller has the head of.
+/// Opens a stream: the API's side of it, and the response that the caller received.
 async fn streaming(caller: &Caller, api: &mut Exchanges) -> (Feed, Response<hyper::body::Incoming>) {
-    let calling = begun(caller, Method::POST, empty()).await;
-    let (feed, body) = fed();
+    let calling = begin(caller, Method::POST, empty()).await;
+    let (feed, body) = channel_body();
     api.next().await.answer(sse(body));
     (feed, calling.await.unwrap().unwrap())
 }
 
 #[tokio::test]
-async fn each_event_passes_on_before_the_api_sends_another() {
+async fn events_pass_one_by_one() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
-        // The head comes before any event does.
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
+        // The head arrives before the first event.
         let (feed, mut response) = streaming(&Caller::new(&proxy, callers), &mut api).await;
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         for number in 0..50 {
-            let said = format!("data: {number}\n\n");
-            feed.data(said.clone()).await;
-            assert_eq!(event(response.body_mut()).await, said.as_bytes());
+            let sent = format!("data: {number}\n\n");
+            feed.data(sent.clone()).await;
+            assert_eq!(event(response.body_mut()).await, sent.as_bytes());
         }
         drop(feed);
-        ended(response.body_mut()).await;
+        assert_ended(response.body_mut()).await;
     }
 }
 
 #[tokio::test]
-async fn request_and_answer_stream_at_once() {
+async fn both_bodies_stream_concurrently() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
-        let (asking, body) = fed();
-        let calling = begun(&Caller::new(&proxy, callers), Method::POST, body).await;
-        // The API has the head before there is any of the body.
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
+        let (upload, body) = channel_body();
+        let calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
+        // The API receives the head before any of the body.
         let Exchange { request, answer } = api.next().await;
-        let mut heard = request.into_body();
-        let (answering, body) = fed();
+        let mut received = request.into_body();
+        let (download, body) = channel_body();
         answer.send(sse(body)).unwrap();
         let mut response = calling.await.unwrap().unwrap();
         for number in 0..30 {
-            let said = format!("{number}\n\n");
-            asking.data(said.clone()).await;
-            assert_eq!(event(&mut heard).await, said.as_bytes());
-            answering.data(said.clone()).await;
-            assert_eq!(event(response.body_mut()).await, said.as_bytes());
+            let sent = format!("{number}\n\n");
+            upload.data(sent.clone()).await;
+            assert_eq!(event(&mut received).await, sent.as_bytes());
+            download.data(sent.clone()).await;
+            assert_eq!(event(response.body_mut()).await, sent.as_bytes());
         }
-        // The caller is done, and still hears.
-        drop(asking);
-        ended(&mut heard).await;
-        answering.data("bye\n\n").await;
+        // The response continues after the end of the request.
+        drop(upload);
+        assert_ended(&mut received).await;
+        download.data("bye\n\n").await;
         assert_eq!(event(response.body_mut()).await, b"bye\n\n");
-        drop(answering);
-        ended(response.body_mut()).await;
+        drop(download);
+        assert_ended(response.body_mut()).await;
     }
 }
 
 #[tokio::test]
 async fn trailers_pass_both_ways() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
         let caller = Caller::new(&proxy, callers);
-        let (asking, body) = fed();
+        let (upload, body) = channel_body();
         let request = caller
             .request(Method::POST, "/v1/chat/completions")
             .header("te", "trailers")
@@ -112,16 +112,16 @@ async fn trailers_pass_both_ways() {
         let calling = tokio::spawn(async move { read(caller.send(request).await).await });
         let Exchange { request, answer } = api.next().await;
         assert_eq!(request.headers()["trailer"], "x-asked");
-        asking.data("ask").await;
-        asking.trailers("x-asked", "yes").await;
-        let heard = soon(http_body_util::BodyExt::collect(request.into_body())).await.unwrap();
-        assert_eq!(heard.trailers().unwrap()["x-asked"], "yes", "{callers:?} {apis:?}");
-        assert_eq!(heard.to_bytes(), "ask");
+        upload.data("ask").await;
+        upload.trailers("x-asked", "yes").await;
+        let received = with_timeout(http_body_util::BodyExt::collect(request.into_body())).await.unwrap();
+        assert_eq!(received.trailers().unwrap()["x-asked"], "yes", "{callers:?} {apis:?}");
+        assert_eq!(received.to_bytes(), "ask");
 
-        let (answering, body) = fed();
+        let (download, body) = channel_body();
         answer.send(Response::builder().header("trailer", "x-answered").body(body).unwrap()).unwrap();
-        answering.data("answer").await;
-        answering.trailers("x-answered", "well").await;
+        download.data("answer").await;
+        download.trailers("x-answered", "well").await;
         let answer = calling.await.unwrap();
         assert_eq!(answer.headers["trailer"], "x-answered");
         assert_eq!(answer.trailers.unwrap()["x-answered"], "well", "{callers:?} {apis:?}");
@@ -130,14 +130,14 @@ async fn trailers_pass_both_ways() {
 }
 
 #[tokio::test]
-async fn trailers_carry_no_credentials_of_the_callers() {
+async fn credentials_are_stripped_from_trailers() {
     const SENT: [&str; 6] =
         ["x-api-key", "api_key", "x-goog-api-key", "cookie", "proxy-authorization", "authorization"];
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
         let caller = Caller::new(&proxy, callers);
-        let (asking, body) = fed();
+        let (upload, body) = channel_body();
         let request = caller
             .request(Method::POST, "/v1/chat/completions")
             .header("te", "trailers")
@@ -146,9 +146,9 @@ async fn trailers_carry_no_credentials_of_the_callers() {
             .unwrap();
         let calling = tokio::spawn(async move { caller.send(request).await });
         let Exchange { request, answer: _unanswered } = api.next().await;
-        asking.all_trailers(SENT.into_iter().chain(["x-asked"]).map(|name| (name, "theirs"))).await;
-        let heard = soon(http_body_util::BodyExt::collect(request.into_body())).await.unwrap();
-        let names: Vec<_> = heard.trailers().unwrap().keys().map(HeaderName::as_str).collect();
+        upload.all_trailers(SENT.into_iter().chain(["x-asked"]).map(|name| (name, "theirs"))).await;
+        let received = with_timeout(http_body_util::BodyExt::collect(request.into_body())).await.unwrap();
+        let names: Vec<_> = received.trailers().unwrap().keys().map(HeaderName::as_str).collect();
         assert_eq!(names, ["x-asked"], "{callers:?} {apis:?}");
         calling.abort();
     }
@@ -158,9 +158,9 @@ const EXPECTING: &str = "POST /v1/chat/completions HTTP/1.1\r\nHost: the.proxy\r
      Content-Length: 4\r\n\r\n";
 
 #[tokio::test]
-async fn a_caller_that_waits_to_continue_is_told_so_when_the_api_says_it() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn continue_is_relayed() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(EXPECTING.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -170,16 +170,16 @@ async fn a_caller_that_waits_to_continue_is_told_so_when_the_api_says_it() {
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 100 "));
     caller.write_all(b"body").await.unwrap();
     let mut body = [0; 4];
-    soon(connection.read_exact(&mut body)).await.unwrap();
+    with_timeout(connection.read_exact(&mut body)).await.unwrap();
     assert_eq!(&body, b"body");
     connection.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
-async fn a_caller_that_waits_to_continue_is_not_told_so_by_an_api_that_refuses() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn a_final_answer_replaces_continue() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(EXPECTING.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -189,12 +189,12 @@ async fn a_caller_that_waits_to_continue_is_not_told_so_by_an_api_that_refuses()
     let head = response_head(&mut caller).await;
     assert!(head.starts_with("HTTP/1.1 413 "), "{head}");
     let mut body = [0; 2];
-    soon(caller.read_exact(&mut body)).await.unwrap();
+    with_timeout(caller.read_exact(&mut body)).await.unwrap();
     assert_eq!(&body, b"no");
 
-    // Nor over HTTP/2.
-    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
-    let proxy = Launch::to(&api).start().await;
+    // The same over HTTP/2.
+    let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(EXPECTING.as_bytes()).await.unwrap();
     let Exchange { request: _unread, answer } = api.next().await;
@@ -204,28 +204,28 @@ async fn a_caller_that_waits_to_continue_is_not_told_so_by_an_api_that_refuses()
 }
 
 #[tokio::test]
-async fn a_caller_that_waits_to_continue_is_told_so_for_an_api_that_does_not_know_of_it() {
+async fn continue_is_sent_for_an_api_without_it() {
     for protocol in Protocol::BOTH {
-        let mut api = Stream::listen(protocol).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
+        let mut api = TlsListener::listen(protocol).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
         let mut caller = raw(&proxy).await;
         caller.write_all(EXPECTING.as_bytes()).await.unwrap();
-        // Reads the body before it answers.
+        // This API reads the body before it answers.
         let Exchange { request, answer } = api.next().await;
         let reading = tokio::spawn(http_body_util::BodyExt::collect(request.into_body()));
         let head = response_head(&mut caller).await;
         assert!(head.starts_with("HTTP/1.1 100 "), "{protocol:?} {head}");
         caller.write_all(b"body").await.unwrap();
-        assert_eq!(soon(reading).await.unwrap().unwrap().to_bytes(), "body");
+        assert_eq!(with_timeout(reading).await.unwrap().unwrap().to_bytes(), "body");
         answer.send(Response::new(empty())).unwrap();
         assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "), "{protocol:?}");
     }
 }
 
 #[tokio::test]
-async fn a_hint_that_comes_early_does_no_harm_to_the_answer() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn early_hints_are_dropped() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let caller = Caller::http1(&proxy);
     let calling = tokio::spawn(async move { caller.get("/v1/models").await });
     let mut connection = api.accept().await;
@@ -238,10 +238,10 @@ async fn a_hint_that_comes_early_does_no_harm_to_the_answer() {
 }
 
 #[tokio::test]
-async fn a_caller_that_leaves_its_stream_ends_it_at_the_api() {
+async fn a_disconnected_caller_cancels_the_request() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
         let caller = Caller::new(&proxy, callers);
         let (feed, mut response) = streaming(&caller, &mut api).await;
         feed.data("data: 1\n\n").await;
@@ -249,13 +249,13 @@ async fn a_caller_that_leaves_its_stream_ends_it_at_the_api() {
         drop(response);
         feed.closed().await;
 
-        // So does one that leaves before there is an answer.
-        let calling = begun(&caller, Method::POST, empty()).await;
+        // The same before there is an answer.
+        let calling = begin(&caller, Method::POST, empty()).await;
         let Exchange { mut answer, .. } = api.next().await;
         calling.abort();
-        soon(answer.closed()).await;
+        with_timeout(answer.closed()).await;
 
-        // Others are not touched.
+        // Other requests are not affected.
         let (feed, mut response) = streaming(&caller, &mut api).await;
         feed.data("data: 2\n\n").await;
         assert_eq!(event(response.body_mut()).await, b"data: 2\n\n", "{callers:?} {apis:?}");
@@ -263,47 +263,47 @@ async fn a_caller_that_leaves_its_stream_ends_it_at_the_api() {
 }
 
 #[tokio::test]
-async fn a_caller_that_leaves_its_upload_does_not_end_it_well_at_the_api() {
+async fn a_disconnected_upload_is_an_error_at_the_api() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
-        let (asking, body) = fed();
-        let calling = begun(&Caller::new(&proxy, callers), Method::POST, body).await;
-        // Kept: nobody is told if they are dropped.
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
+        let (upload, body) = channel_body();
+        let calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
+        // `_answer` is kept, since dropping it would end the connection.
         let Exchange { request, answer: _answer } = api.next().await;
-        let mut heard = request.into_body();
-        asking.data("the beginning\n\n").await;
-        event(&mut heard).await;
+        let mut received = request.into_body();
+        upload.data("the beginning\n\n").await;
+        event(&mut received).await;
         calling.abort();
-        assert!(matches!(frame(&mut heard).await, Some(Err(_))), "{callers:?} {apis:?}");
+        assert!(matches!(frame(&mut received).await, Some(Err(_))), "{callers:?} {apis:?}");
     }
 }
 
 #[tokio::test]
-async fn an_upload_that_breaks_off_does_not_end_well_at_the_api() {
+async fn a_failed_upload_is_an_error_at_the_api() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = Stream::listen(apis).await.exchanges();
-        let proxy = Launch::to(&api).start().await;
-        let (asking, body) = fed();
-        let _calling = begun(&Caller::new(&proxy, callers), Method::POST, body).await;
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let proxy = Launch::with_key(&api).start().await;
+        let (upload, body) = channel_body();
+        let _calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
         let Exchange { request, answer: _answer } = api.next().await;
-        let mut heard = request.into_body();
-        asking.data("the beginning\n\n").await;
-        event(&mut heard).await;
-        asking.break_off().await;
-        assert!(matches!(frame(&mut heard).await, Some(Err(_))), "{callers:?} {apis:?}");
+        let mut received = request.into_body();
+        upload.data("the beginning\n\n").await;
+        event(&mut received).await;
+        upload.fail().await;
+        assert!(matches!(frame(&mut received).await, Some(Err(_))), "{callers:?} {apis:?}");
     }
 }
 
 #[tokio::test]
-async fn an_api_that_breaks_off_does_not_end_the_stream_well_for_the_caller() {
+async fn a_failed_stream_is_an_error_for_the_caller() {
     for (callers, apis) in Protocol::PAIRS {
         for length in [None, Some("1000")] {
-            let mut api = Stream::listen(apis).await.exchanges();
-            let proxy = Launch::to(&api).start().await;
+            let mut api = TlsListener::listen(apis).await.exchanges();
+            let proxy = Launch::with_key(&api).start().await;
             let caller = Caller::new(&proxy, callers);
-            let calling = begun(&caller, Method::POST, empty()).await;
-            let (feed, body) = fed();
+            let calling = begin(&caller, Method::POST, empty()).await;
+            let (feed, body) = channel_body();
             let mut answer = sse(body);
             if let Some(length) = length {
                 answer.headers_mut().insert("content-length", length.parse().unwrap());
@@ -312,20 +312,20 @@ async fn an_api_that_breaks_off_does_not_end_the_stream_well_for_the_caller() {
             let mut response = calling.await.unwrap().unwrap();
             feed.data("data: 1\n\n").await;
             assert_eq!(event(response.body_mut()).await, b"data: 1\n\n");
-            feed.break_off().await;
+            feed.fail().await;
             let end = frame(response.body_mut()).await;
             assert!(matches!(end, Some(Err(_))), "{callers:?} {apis:?} {length:?}: {end:?}");
 
-            // The proxy lives on.
+            // The proxy keeps serving.
             assert_eq!(caller.get("/healthz").await.status, 200);
         }
     }
 }
 
 #[tokio::test]
-async fn a_connection_that_is_cut_does_not_end_a_chunked_answer() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn a_closed_connection_does_not_complete_a_chunked_answer() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(b"GET /v1/models HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
     let mut connection = api.accept().await;
@@ -335,25 +335,25 @@ async fn a_connection_that_is_cut_does_not_end_a_chunked_answer() {
     let head = response_head(&mut caller).await;
     assert!(head.contains("transfer-encoding: chunked\r\n"), "{head}");
     let mut chunk = [0; 10];
-    soon(caller.read_exact(&mut chunk)).await.unwrap();
+    with_timeout(caller.read_exact(&mut chunk)).await.unwrap();
     assert_eq!(&chunk, b"5\r\nhello\r\n");
-    // Even politely.
+    // Closed properly, but without the last chunk.
     connection.shutdown().await.unwrap();
     drop(connection);
     assert_eq!(read_to_end(&mut caller).await, b"");
 }
 
 #[tokio::test]
-async fn a_caller_that_does_not_read_holds_up_nobody_else() {
-    let mut api = Stream::listen(Protocol::Http2).await.exchanges();
-    let proxy = Launch::to(&api).start().await;
-    // Streams on one connection to the API that nobody reads, full to the brim.
+async fn slow_readers_do_not_block_other_streams() {
+    let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
+    let proxy = Launch::with_key(&api).start().await;
+    // Unread streams, filled to their limit, on one connection to the API.
     let mut unread = Vec::new();
     for _ in 0..20 {
         let (feed, response) = streaming(&Caller::http1(&proxy), &mut api).await;
         let filling = tokio::spawn(async move {
             for _ in 0..64 {
-                if !feed.offer(vec![b' '; 64 * 1024]).await {
+                if !feed.try_data(vec![b' '; 64 * 1024]).await {
                     break;
                 }
             }
@@ -362,32 +362,32 @@ async fn a_caller_that_does_not_read_holds_up_nobody_else() {
     }
     let (feed, mut response) = streaming(&Caller::http2(&proxy), &mut api).await;
     for number in 0..100 {
-        let said = format!("data: {number}\n\n");
-        feed.data(said.clone()).await;
-        assert_eq!(event(response.body_mut()).await, said.as_bytes());
+        let sent = format!("data: {number}\n\n");
+        feed.data(sent.clone()).await;
+        assert_eq!(event(response.body_mut()).await, sent.as_bytes());
     }
     for (response, filling) in unread {
         drop(response);
-        soon(filling).await.unwrap();
+        with_timeout(filling).await.unwrap();
     }
 }
 
-/// So many at once.
+/// The number of concurrent streams.
 const STREAMS: usize = 1000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_streams_run_at_once() {
-    let (began, mut begun) = mpsc::unbounded_channel();
+async fn a_thousand_streams_run_concurrently() {
+    let (started, mut all_started) = mpsc::unbounded_channel();
     let go = std::sync::Arc::new(Semaphore::new(0));
-    let api = Stream::listen(Protocol::Http2).await.exchanges().answer_all({
+    let api = TlsListener::listen(Protocol::Http2).await.exchanges().answer_all({
         let go = go.clone();
         move |_| {
-            let (began, go) = (began.clone(), go.clone());
+            let (started, go) = (started.clone(), go.clone());
             async move {
-                let (feed, body) = fed();
+                let (feed, body) = channel_body();
                 tokio::spawn(async move {
                     feed.data("data: first\n\n").await;
-                    began.send(()).unwrap();
+                    started.send(()).unwrap();
                     go.acquire().await.unwrap().forget();
                     feed.data("data: second\n\n").await;
                 });
@@ -395,15 +395,14 @@ async fn a_thousand_streams_run_at_once() {
             }
         }
     });
-    let proxy = Launch::to(&api).start().await;
-    // A hundred connections with a stream each, and nine with a hundred streams each: few enough for the usual limit of
-    // open files.
+    let proxy = Launch::with_key(&api).start().await;
+    // A hundred connections with one stream, and nine with a hundred streams: few enough for the usual limit of open files.
     let many: Vec<_> = (0..9).map(|_| Caller::http2(&proxy)).collect();
     let callers = (0..STREAMS).map(|number| match number.checked_sub(100) {
         None => Caller::http1(&proxy),
         Some(number) => many[number / 100].clone(),
     });
-    let (first, mut had_first) = mpsc::unbounded_channel();
+    let (first, mut first_received) = mpsc::unbounded_channel();
     let calling: Vec<_> = callers
         .map(|caller| {
             let first = first.clone();
@@ -414,18 +413,18 @@ async fn a_thousand_streams_run_at_once() {
                 assert_eq!(event(response.body_mut()).await, b"data: first\n\n");
                 first.send(()).unwrap();
                 assert_eq!(event(response.body_mut()).await, b"data: second\n\n");
-                ended(response.body_mut()).await;
+                assert_ended(response.body_mut()).await;
             })
         })
         .collect();
-    // None ends before all have begun, on both sides.
+    // No stream ends before all have begun on both sides.
     for _ in 0..STREAMS {
-        soon(begun.recv()).await.unwrap();
-        soon(had_first.recv()).await.unwrap();
+        with_timeout(all_started.recv()).await.unwrap();
+        with_timeout(first_received.recv()).await.unwrap();
     }
     go.add_permits(STREAMS);
     for calling in calling {
-        soon(calling).await.unwrap();
+        with_timeout(calling).await.unwrap();
     }
     assert_eq!(Caller::http1(&proxy).get("/healthz").await.status, 200);
 }

@@ -1,4 +1,4 @@
-//! Connections that become something else: WebSockets.
+//! Upgraded connections, such as WebSockets.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use tokio::{
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
-    Launch, Protocol, Proxy, Stream, Tls, raw, read_head, read_to_end, response_head, secret, soon,
-    unguessable,
+    Launch, Protocol, Proxy, Tls, TlsListener, random, raw, read_head, read_to_end, response_head, secret,
+    with_timeout,
 };
 
 const SWITCHED: &[u8] =
@@ -24,8 +24,8 @@ fn handshake(more: &str) -> String {
     )
 }
 
-/// Both ends of a connection that was upgraded.
-async fn upgraded(proxy: &Proxy, api: &Stream) -> (TcpStream, Tls) {
+/// Opens an upgraded connection, and returns its two ends.
+async fn upgraded(proxy: &Proxy, api: &TlsListener) -> (TcpStream, Tls) {
     let mut caller = raw(proxy).await;
     caller.write_all(handshake("").as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -35,17 +35,17 @@ async fn upgraded(proxy: &Proxy, api: &Stream) -> (TcpStream, Tls) {
     (caller, connection)
 }
 
-async fn expect(stream: &mut (impl tokio::io::AsyncRead + Unpin), said: &[u8]) {
-    let mut heard = vec![0; said.len()];
-    soon(stream.read_exact(&mut heard)).await.unwrap();
-    assert_eq!(heard, said);
+async fn expect(stream: &mut (impl tokio::io::AsyncRead + Unpin), expected: &[u8]) {
+    let mut received = vec![0; expected.len()];
+    with_timeout(stream.read_exact(&mut received)).await.unwrap();
+    assert_eq!(received, expected);
 }
 
 #[tokio::test]
-async fn the_handshake_passes_with_our_credentials_and_its_answer_comes_back() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let key = secret(format!("sk-selam-{}", unguessable()));
-    let proxy = Launch::toward(&api).env("SELAM_API_KEY", &key).start().await;
+async fn the_handshake_passes_with_the_proxys_credentials() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let key = secret(format!("sk-selam-{}", random()));
+    let proxy = Launch::for_api(&api).env("SELAM_API_KEY", &key).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(handshake("").as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -75,9 +75,9 @@ async fn the_handshake_passes_with_our_credentials_and_its_answer_comes_back() {
 }
 
 #[tokio::test]
-async fn both_sides_hear_each_other_at_once() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn bytes_flow_both_ways() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let (mut caller, mut connection) = upgraded(&proxy, &api).await;
     for number in 0_u32..50 {
         caller.write_all(&number.to_be_bytes()).await.unwrap();
@@ -85,26 +85,26 @@ async fn both_sides_hear_each_other_at_once() {
         connection.write_all(&[number as u8; 3]).await.unwrap();
         expect(&mut caller, &[number as u8; 3]).await;
     }
-    // More than any buffer between them has room for.
-    let much = vec![7; 4 * 1024 * 1024];
-    let (mut hearing, mut saying) = tokio::io::split(connection);
-    let echo = tokio::spawn(async move { tokio::io::copy(&mut hearing, &mut saying).await.map(|_| saying) });
-    let (mut hearing, mut saying) = caller.into_split();
+    // More than all buffers in between can hold.
+    let data = vec![7; 4 * 1024 * 1024];
+    let (mut reader, mut writer) = tokio::io::split(connection);
+    let echo = tokio::spawn(async move { tokio::io::copy(&mut reader, &mut writer).await.map(|_| writer) });
+    let (mut reader, mut writer) = caller.into_split();
     let asking = tokio::spawn({
-        let much = much.clone();
-        async move { saying.write_all(&much).await.map(|()| saying) }
+        let data = data.clone();
+        async move { writer.write_all(&data).await.map(|()| writer) }
     });
-    expect(&mut hearing, &much).await;
-    let saying = asking.await.unwrap().unwrap();
-    drop(saying);
-    soon(echo).await.unwrap().unwrap().shutdown().await.unwrap();
-    assert_eq!(read_to_end(&mut hearing).await, b"");
+    expect(&mut reader, &data).await;
+    let writer = asking.await.unwrap().unwrap();
+    drop(writer);
+    with_timeout(echo).await.unwrap().unwrap().shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut reader).await, b"");
 }
 
 #[tokio::test]
-async fn either_side_may_hang_up_first_and_still_hear() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn each_side_can_half_close() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
 
     let (mut caller, mut connection) = upgraded(&proxy, &api).await;
     caller.write_all(b"last words").await.unwrap();
@@ -126,28 +126,28 @@ async fn either_side_may_hang_up_first_and_still_hear() {
 }
 
 #[tokio::test]
-async fn who_is_cut_off_is_missed_on_the_other_side() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn a_reset_reaches_the_other_side() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let (caller, mut connection) = upgraded(&proxy, &api).await;
-    // Not politely, but with a reset.
+    // Closed with a reset instead of a FIN.
     caller.set_zero_linger().unwrap();
     drop(caller);
     let mut rest = Vec::new();
-    let _ = soon(connection.read_to_end(&mut rest)).await;
+    let _ = with_timeout(connection.read_to_end(&mut rest)).await;
     assert_eq!(rest, b"");
 
     let (mut caller, connection) = upgraded(&proxy, &api).await;
     connection.get_ref().0.set_zero_linger().unwrap();
     drop(connection);
-    let _ = soon(caller.read_to_end(&mut rest)).await;
+    let _ = with_timeout(caller.read_to_end(&mut rest)).await;
     assert_eq!(rest, b"");
 }
 
 #[tokio::test]
-async fn bytes_that_come_right_behind_the_heads_are_not_lost() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn bytes_right_after_the_heads_are_kept() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(format!("{}early", handshake("")).as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -159,9 +159,9 @@ async fn bytes_that_come_right_behind_the_heads_are_not_lost() {
 }
 
 #[tokio::test]
-async fn an_api_that_does_not_want_to_answers_as_usual() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let proxy = Launch::to(&api).start().await;
+async fn a_declined_upgrade_is_an_ordinary_answer() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(handshake("").as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
@@ -171,16 +171,16 @@ async fn an_api_that_does_not_want_to_answers_as_usual() {
     let head = response_head(&mut caller).await;
     assert!(head.starts_with("HTTP/1.1 426 ") && head.contains("x-kept: 1\r\n"), "{head}");
     expect(&mut caller, b"no").await;
-    // It is the connection that it was.
+    // The connection can be reused.
     caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
 }
 
 #[tokio::test]
-async fn nobody_gets_a_connection_to_the_api_without_a_token() {
-    let api = Stream::listen(Protocol::Http1).await;
-    let token = secret(unguessable());
-    let proxy = Launch::to(&api).callers(&format!("web:{token}\n")).start().await;
+async fn upgrades_need_a_token() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let token = secret(random());
+    let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
     let mut caller = raw(&proxy).await;
     caller.write_all(handshake("Connection: close\r\n").as_bytes()).await.unwrap();
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 401 "));
@@ -193,22 +193,22 @@ async fn nobody_gets_a_connection_to_the_api_without_a_token() {
 }
 
 #[tokio::test]
-async fn the_voice_agent_has_jwt_and_key_in_its_query() {
+async fn the_voice_agent_gets_credentials_in_its_query() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
     let (key, jwt) =
         (simulator.issue_key(), simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
     let proxy =
-        Launch::toward(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
+        Launch::for_api(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
     let mut caller = raw(&proxy).await;
     let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\n\
          Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     caller.write_all(head.as_bytes()).await.unwrap();
     let head = response_head(&mut caller).await;
     assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
-    // A frame of the other protocol: text, and Engine.IO's first packet.
+    // A WebSocket text frame with the first packet of Engine.IO.
     let mut frame = [0; 4];
-    soon(caller.read_exact(&mut frame)).await.unwrap();
+    with_timeout(caller.read_exact(&mut frame)).await.unwrap();
     assert_eq!((frame[0], &frame[2..]), (0x81, &b"0{"[..]));
     let sent = simulator.received().pop().unwrap();
     let query = sent.uri.query().unwrap();

@@ -1,4 +1,4 @@
-//! What a caller gets that is not a greeting.
+//! Errors of the tonic adapter: kinds, codes, redaction and the extensions of a call.
 
 use std::error::Error as _;
 
@@ -13,7 +13,7 @@ use tower_selam::{
     source::{Reason, SourceError, source_fn},
 };
 
-use crate::support::{DETAILS, Gate, HANG, How, KEY, client, greet, layer, until};
+use crate::support::{DETAILS, Gate, HANG, KEY, RejectIn, client, greet, layer, until};
 
 fn failing(permanent: bool) -> Refreshing<Token> {
     Refreshing::new(source_fn(move |_: Reason<Token>| async move {
@@ -30,8 +30,9 @@ fn assert_found(status: &Status, code: Code, kind: AuthErrorKind) {
     assert_eq!(AuthError::find(status).unwrap().kind(), kind, "{status:?}");
 }
 
+/// E7: a call that is not sent ends with `Unauthenticated` or `PermissionDenied`, and with the cause.
 #[tokio::test]
-async fn e7_what_was_never_sent_is_unauthenticated_or_permission_denied_with_its_cause() {
+async fn unsent_calls_end_with_a_typed_status() {
     let gate = Gate::default();
     let server = gate.serve().await;
 
@@ -53,37 +54,39 @@ async fn e7_what_was_never_sent_is_unauthenticated_or_permission_denied_with_its
     let status = greet(&mut GreeterClient::with_origin(service, elsewhere)).await.unwrap_err();
     assert_found(&status, Code::PermissionDenied, AuthErrorKind::OriginNotAllowed);
 
-    assert!(gate.seen().is_empty());
+    assert!(gate.received().is_empty());
 }
 
+/// E7: the error is found through tower's timeout and buffer.
 #[tokio::test]
-async fn e7_the_errors_survive_the_layers_of_tower_around() {
-    let gate = Gate::refusing_with(How::Headers, Code::PermissionDenied);
+async fn errors_survive_outer_tower_layers() {
+    let gate = Gate::rejecting_with(RejectIn::Headers, Code::PermissionDenied);
     let server = gate.serve().await;
     let service = ServiceBuilder::new()
         .layer(TimeoutLayer::new(HANG))
         .buffer(8)
         .layer(layer(&server, gate.jwts()))
         .service(server.endpoint().unwrap().connect_lazy());
-    gate.refuse_all();
+    gate.reject_all();
     let status = GreeterClient::new(service).greet(Name::of("Almaz")).await.unwrap_err();
     assert_found(&status, Code::PermissionDenied, AuthErrorKind::Forbidden);
 }
 
+/// E5: a status that is not an authentication error passes with its details.
 #[tokio::test]
-async fn e5_what_is_no_refusal_passes_as_it_came() {
-    let gate = Gate::refusing_with(How::Headers, Code::ResourceExhausted);
-    let (server, mut refused) = gate.revoked().await;
-    for how in [How::Headers, How::Trailers(1)] {
-        gate.refuse(how, Code::ResourceExhausted);
-        let status = greet(&mut refused).await.unwrap_err();
+async fn other_statuses_pass_unchanged() {
+    let gate = Gate::rejecting_with(RejectIn::Headers, Code::ResourceExhausted);
+    let (server, mut rejected) = gate.serve_with_revoked_token().await;
+    for how in [RejectIn::Headers, RejectIn::Trailers(1)] {
+        gate.reject(how, Code::ResourceExhausted);
+        let status = greet(&mut rejected).await.unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert_eq!(status.details(), DETAILS);
         assert!(AuthError::find(&status).is_none());
     }
-    assert_eq!((gate.seen().len(), gate.minted()), (2, 1));
+    assert_eq!((gate.received().len(), gate.minted()), (2, 1));
 
-    // Nobody listens there any more.
+    // The server is gone: the transport's error passes unchanged.
     let mut client = client(&server, gate.jwts());
     drop(server);
     tokio::task::yield_now().await;
@@ -93,49 +96,52 @@ async fn e5_what_is_no_refusal_passes_as_it_came() {
     assert!(AuthError::find(&status).is_none());
 }
 
+/// J8: the status of the server's handler keeps its message and details.
 #[tokio::test]
-async fn j8_the_servers_own_permission_denied_keeps_its_message_and_details() {
+async fn permission_denied_keeps_message_and_details() {
     let gate = Gate::default();
-    let (_server, mut client) = gate.revoked().await;
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
     let status = client.forget(Name::of("Almaz")).await.unwrap_err();
     assert_found(&status, Code::PermissionDenied, AuthErrorKind::Forbidden);
-    assert_eq!((status.message(), status.details()), ("greetings are for ever", DETAILS));
+    assert_eq!((status.message(), status.details()), ("greetings cannot be forgotten", DETAILS));
 }
 
+/// O3: a layer cannot be built without an allowed origin.
 #[test]
-fn o3_a_layer_is_not_had_without_an_origin_that_credentials_may_go_to() {
+fn a_layer_needs_an_allowed_origin() {
     let selam = |url: &str| {
         let base_url = BaseUrl::allow_insecure_loopback(url).unwrap();
         let key = ApiKey::new(KEY).unwrap();
         SelamLayer::builder().with_base_url(base_url).with_api_key(key).build().unwrap()
     };
-    let refused = |url: &str, origin: &str| {
-        SelamGrpcLayer::new(selam(url), &origin.parse().unwrap()).map(|_| ()).unwrap_err().kind()
+    let error = |url: &str, origin: &str| {
+        SelamGrpcLayer::new(selam(url), &origin.parse().unwrap()).map(|_| ()).unwrap_err().kind().clone()
     };
     let grpc = "https://grpc.example:8443";
     assert!(SelamGrpcLayer::new(selam(grpc), &"https://GRPC.example:8443/any".parse().unwrap()).is_ok());
-    assert_eq!(refused(grpc, "https://grpc.example"), ConfigErrorKind::NotAllowed);
-    assert_eq!(refused(grpc, "http://grpc.example:8443"), ConfigErrorKind::NotAllowed);
-    assert_eq!(refused(grpc, "grpc.example:8443"), ConfigErrorKind::InvalidUrl);
-    assert_eq!(refused(grpc, "/"), ConfigErrorKind::InvalidUrl);
-    // Plain http is for loopback, where it was asked for.
+    assert_eq!(error(grpc, "https://grpc.example"), ConfigErrorKind::NotAllowed);
+    assert_eq!(error(grpc, "http://grpc.example:8443"), ConfigErrorKind::NotAllowed);
+    assert_eq!(error(grpc, "grpc.example:8443"), ConfigErrorKind::InvalidUrl);
+    assert_eq!(error(grpc, "/"), ConfigErrorKind::InvalidUrl);
+    // Plain http is allowed for loopback addresses that opted in.
     assert!(SelamGrpcLayer::new(selam("http://[::1]:50051"), &"http://[::1]:50051".parse().unwrap()).is_ok());
-    assert_eq!(refused("https://[::1]:50051", "http://[::1]:50051"), ConfigErrorKind::NotAllowed);
+    assert_eq!(error("https://[::1]:50051", "http://[::1]:50051"), ConfigErrorKind::NotAllowed);
 }
 
+/// S2: no status shows a credential that the server echoes.
 #[tokio::test]
-async fn s2_no_status_shows_a_credential_that_the_server_echoes() {
+async fn statuses_redact_echoed_credentials() {
     for (how, code) in [
-        (How::Headers, Code::Unauthenticated),
-        (How::Headers, Code::PermissionDenied),
-        (How::Trailers(0), Code::Unauthenticated),
-        (How::Trailers(1), Code::PermissionDenied),
-        (How::Http, Code::Unauthenticated),
-        (How::Http, Code::PermissionDenied),
+        (RejectIn::Headers, Code::Unauthenticated),
+        (RejectIn::Headers, Code::PermissionDenied),
+        (RejectIn::Trailers(0), Code::Unauthenticated),
+        (RejectIn::Trailers(1), Code::PermissionDenied),
+        (RejectIn::Http, Code::Unauthenticated),
+        (RejectIn::Http, Code::PermissionDenied),
     ] {
-        let gate = Gate::refusing_with(how, code).echoing();
-        let (_server, mut client) = gate.revoked().await;
-        gate.refuse_all();
+        let gate = Gate::rejecting_with(how, code).echoing();
+        let (_server, mut client) = gate.serve_with_revoked_token().await;
+        gate.reject_all();
         let status = greet(&mut client).await.unwrap_err();
         let mut shown = format!("{status} {status:?} {status:#?}");
         let mut cause = status.source();
@@ -144,10 +150,10 @@ async fn s2_no_status_shows_a_credential_that_the_server_echoes() {
             cause = error.source();
         }
         shown += &String::from_utf8_lossy(status.details());
-        if how != How::Http {
+        if how != RejectIn::Http {
             let bytes = status.metadata().get_bin("echo-bin").unwrap().to_bytes().unwrap();
             shown += &String::from_utf8_lossy(&bytes);
-            // What counts its bytes is as long as before.
+            // Redaction keeps the length, because binary details count their bytes.
             let length = format!("Bearer canary-token-0000 {KEY}").len();
             assert_eq!(bytes.len(), length);
             assert_eq!(status.details().len(), DETAILS.len() + length);
@@ -157,38 +163,39 @@ async fn s2_no_status_shows_a_credential_that_the_server_echoes() {
     }
 }
 
+/// S2: a credential that was replayed and is echoed in trailers is redacted as well.
 #[tokio::test]
-async fn s2_nor_one_that_was_sent_again_and_is_echoed_in_trailers() {
-    let gate = Gate::refusing(How::Headers).echoing();
-    let (_server, mut client) = gate.revoked().await;
-    gate.refuse_all();
+async fn replayed_credentials_are_redacted_in_trailers() {
+    let gate = Gate::rejecting(RejectIn::Headers).echoing();
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
+    gate.reject_all();
     gate.hold();
-    let renewed = async {
-        until(|| gate.asked() == 2).await;
-        gate.refuse(How::Trailers(0), Code::Unauthenticated);
+    let refresh = async {
+        until(|| gate.refreshes_started() == 2).await;
+        gate.reject(RejectIn::Trailers(0), Code::Unauthenticated);
         gate.release();
     };
-    let (refused, ()) = tokio::join!(greet(&mut client), renewed);
-    let status = refused.unwrap_err();
-    assert_eq!((gate.seen().len(), gate.minted()), (2, 2));
+    let (greeting, ()) = tokio::join!(greet(&mut client), refresh);
+    let status = greeting.unwrap_err();
+    assert_eq!((gate.received().len(), gate.minted()), (2, 2));
     assert!(status.message().ends_with("Bearer [redacted] [redacted]"), "{status}");
     assert!(!format!("{status:?}").contains("canary"), "{status:?}");
 }
 
+/// H3, H4: the extension chooses the credentials; what the call wrote itself is replaced.
 #[tokio::test]
-async fn h4_a_calls_own_choice_goes_by_its_extensions() {
+async fn a_call_chooses_its_credentials() {
     let gate = Gate::default();
-    let (_server, mut client) = gate.revoked().await;
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
     let mut request = tonic::Request::new(Name::of("Almaz"));
     request.extensions_mut().insert(RequestAuth::ApiKey);
-    // H3: what the caller wrote itself is replaced.
     request.metadata_mut().insert("authorization", "Bearer theirs".parse().unwrap());
     request.metadata_mut().append("x-api-key", "theirs".parse().unwrap());
     client.greet(request).await.unwrap();
     greet(&mut client).await.unwrap();
-    let seen = gate.seen();
+    let received = gate.received();
     let all = |at: usize, name| {
-        let values = seen[at].head.get_all(name).iter();
+        let values = received[at].head.get_all(name).iter();
         values.map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(all(0, "authorization"), [format!("Bearer {KEY}")]);
@@ -197,33 +204,34 @@ async fn h4_a_calls_own_choice_goes_by_its_extensions() {
     assert_eq!(all(1, "x-api-key"), [KEY]);
 }
 
+/// H4: the extension names the subject.
 #[tokio::test]
-async fn h4_each_user_has_a_jwt_by_the_calls_extension() {
+async fn each_subject_has_its_own_jwt() {
     let gate = Gate::default();
     let server = gate.serve().await;
-    let jwts = PerSubject::new(|user: &Subject| {
-        let token = format!("of.{}", user.as_str());
+    let jwts = PerSubject::new(|subject: &Subject| {
+        let token = format!("of.{}", subject.as_str());
         source_fn(move |_: Reason<Token>| {
             let token = token.clone();
             async move { Ok::<_, BoxError>(Token::new(token)?) }
         })
     });
     let mut client = client(&server, jwts);
-    for user in ["user-7", "user-8"] {
+    for subject in ["user-7", "user-8"] {
         let mut request = tonic::Request::new(Name::of("Almaz"));
-        request.extensions_mut().insert(Subject::new(user));
+        request.extensions_mut().insert(Subject::new(subject));
         client.greet(request).await.unwrap();
-        let seen = gate.seen();
-        assert_eq!(seen.last().unwrap().head["authorization"], format!("Bearer of.{user}"));
+        let received = gate.received();
+        assert_eq!(received.last().unwrap().head["authorization"], format!("Bearer of.{subject}"));
     }
     let status = greet(&mut client).await.unwrap_err();
     assert_found(&status, Code::Unauthenticated, AuthErrorKind::CredentialUnavailable);
-    assert_eq!(gate.seen().len(), 2);
+    assert_eq!(gate.received().len(), 2);
 }
 
-/// That a caller can put them all into one error type of its own.
+/// E7: callers can collect all errors in one type.
 #[test]
-fn e7_an_auth_error_is_a_status_by_itself() {
+fn an_auth_error_converts_into_a_status() {
     let response = http::Response::builder().status(403).body("").unwrap();
     let error = AuthError::from_response(&response).unwrap();
     let status = Status::from(error);

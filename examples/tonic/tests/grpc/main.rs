@@ -1,4 +1,4 @@
-//! `tower_selam::adapter::tonic` with tonic's own client, channel and server, over TLS on a loopback port.
+//! Tests of `tower_selam::adapter::tonic` with tonic's client, channel and server over TLS on a loopback port.
 
 mod errors;
 mod redirects;

@@ -1,4 +1,4 @@
-//! O4: a redirect between two real origins.
+//! Redirects from one server to another.
 
 use bytes::Bytes;
 use example_tonic::GreeterClient;
@@ -13,8 +13,9 @@ use tower_selam::{
 
 use crate::support::{KEY, greet};
 
+/// O4: a redirect is not followed, and nothing reaches the other origin.
 #[tokio::test]
-async fn o4_a_redirect_is_not_followed_and_nothing_reaches_the_other_origin() {
+async fn redirects_are_not_followed() {
     let (api, other) = (Simulator::new(), Simulator::new());
     let (server, elsewhere) = (Server::http(&api).await.unwrap(), Server::http(&other).await.unwrap());
     let base_url = BaseUrl::allow_insecure_loopback(server.base_url()).unwrap();
@@ -23,8 +24,8 @@ async fn o4_a_redirect_is_not_followed_and_nothing_reaches_the_other_origin() {
     let layer = SelamGrpcLayer::new(selam.build().unwrap(), endpoint.uri()).unwrap();
     let mut client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
     for status in [301, 302, 307, 308] {
-        let away = Response::builder().status(status).header("location", elsewhere.base_url());
-        api.inject(Fault::Answer(away.body(Bytes::new()).unwrap()));
+        let redirect = Response::builder().status(status).header("location", elsewhere.base_url());
+        api.inject(Fault::Answer(redirect.body(Bytes::new()).unwrap()));
         greet(&mut client).await.unwrap_err();
         let sent = api.received().pop().unwrap();
         assert_eq!(sent.headers["authorization"], format!("Bearer {KEY}"), "{status}");

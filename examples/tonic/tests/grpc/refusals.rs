@@ -1,4 +1,4 @@
-//! What `grpc-status` 16 and 7 lead to.
+//! `grpc-status` 16 and 7, in headers and trailers: refresh, replay, or an error.
 
 use example_tonic::{GreeterClient, Greeting, Name};
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
@@ -7,7 +7,7 @@ use tonic::{Code, Status, Streaming};
 use tower::Layer;
 use tower_selam::{AuthError, AuthErrorKind};
 
-use crate::support::{Client, DETAILS, Gate, HANG, How, SAID, client, greet, layer, until};
+use crate::support::{Client, DETAILS, Gate, HANG, MESSAGE, RejectIn, client, greet, layer, until};
 
 const KINDS: [(Kind, &str); 4] = [
     (Kind::Unary, "Selam, Almaz!"),
@@ -44,66 +44,70 @@ async fn joined(mut stream: Streaming<Greeting>) -> Result<String, Status> {
     Ok(texts.join(" "))
 }
 
+/// J7, J8: status 16 in headers, or a 401, leads to one refresh and one replay with the same bytes.
 #[tokio::test]
-async fn j8_sixteen_in_headers_or_a_401_is_renewed_and_the_call_sent_once_more() {
-    for how in [How::Headers, How::Http] {
+async fn unauthenticated_is_refreshed_and_replayed() {
+    for how in [RejectIn::Headers, RejectIn::Http] {
         for (kind, expected) in KINDS {
-            let gate = Gate::refusing(how).reading_first();
-            let (_server, mut client) = gate.revoked().await;
+            let gate = Gate::rejecting(how).reading_request_first();
+            let (_server, mut client) = gate.serve_with_revoked_token().await;
             assert_eq!(call(&mut client, kind).await.unwrap(), expected, "{how:?} {kind:?}");
             assert_eq!(gate.minted(), 2, "{how:?} {kind:?}");
-            let seen = gate.seen();
-            let [first, second] = &seen[..] else { panic!("{how:?} {kind:?}: {seen:?}") };
-            // J7: the same bytes, and never none.
+            let received = gate.received();
+            let [first, second] = &received[..] else { panic!("{how:?} {kind:?}: {received:?}") };
+            // The replay has the same bytes, and they are not empty.
             assert_eq!(first.bytes(), second.bytes(), "{how:?} {kind:?}");
             assert!(!first.bytes().is_empty());
-            let unlike: Vec<_> =
+            let changed: Vec<_> =
                 first.head.iter().filter(|(name, value)| second.head.get(*name) != Some(value)).collect();
-            assert_eq!(unlike.len(), 1, "only the token differs: {unlike:?}");
+            assert_eq!(changed.len(), 1, "only the token differs: {changed:?}");
         }
     }
 }
 
+/// J8: status 7 or a 403 is returned to the caller.
 #[tokio::test]
-async fn j8_seven_and_a_403_go_up_and_renew_nothing() {
-    for how in [How::Headers, How::Trailers(0), How::Trailers(2), How::Http] {
-        let gate = Gate::refusing_with(how, Code::PermissionDenied).reading_first();
-        let (_server, mut client) = gate.revoked().await;
+async fn permission_denied_is_returned_without_a_refresh() {
+    for how in [RejectIn::Headers, RejectIn::Trailers(0), RejectIn::Trailers(2), RejectIn::Http] {
+        let gate = Gate::rejecting_with(how, Code::PermissionDenied).reading_request_first();
+        let (_server, mut client) = gate.serve_with_revoked_token().await;
         for (round, (kind, _)) in (1..).zip(KINDS) {
             let status = call(&mut client, kind).await.unwrap_err();
             assert_eq!(status.code(), Code::PermissionDenied, "{how:?} {kind:?}");
             let error = AuthError::find(&status).unwrap();
             assert_eq!(error.kind(), AuthErrorKind::Forbidden, "{how:?} {kind:?}");
-            assert_eq!((gate.seen().len(), gate.minted()), (round, 1), "{how:?} {kind:?}");
+            assert_eq!((gate.received().len(), gate.minted()), (round, 1), "{how:?} {kind:?}");
         }
     }
 }
 
+/// J8: status 16 in trailers is returned, and the next call has a new token.
 #[tokio::test]
-async fn j8_sixteen_in_trailers_goes_up_and_the_next_call_has_another_token() {
-    for how in [How::Trailers(0), How::Trailers(2)] {
+async fn unauthenticated_in_trailers_replaces_the_token() {
+    for how in [RejectIn::Trailers(0), RejectIn::Trailers(2)] {
         for (kind, expected) in KINDS {
-            let gate = Gate::refusing(how).reading_first();
-            let (_server, mut client) = gate.revoked().await;
+            let gate = Gate::rejecting(how).reading_request_first();
+            let (_server, mut client) = gate.serve_with_revoked_token().await;
             let status = call(&mut client, kind).await.unwrap_err();
-            assert_eq!((status.code(), status.message()), (Code::Unauthenticated, SAID), "{kind:?}");
+            assert_eq!((status.code(), status.message()), (Code::Unauthenticated, MESSAGE), "{kind:?}");
             assert_eq!(status.details(), DETAILS);
             assert_eq!(status.metadata().get("x-request-id").unwrap(), "req-1");
             let error = AuthError::find(&status).unwrap();
             assert_eq!(error.kind(), AuthErrorKind::Unauthorized);
-            assert_eq!((error.message(), error.request_id()), (Some(SAID), Some("req-1")));
-            assert_eq!(gate.seen().len(), 1, "nothing is sent again");
+            assert_eq!((error.message(), error.request_id()), (Some(MESSAGE), Some("req-1")));
+            assert_eq!(gate.received().len(), 1, "the call is not replayed");
 
             assert_eq!(call(&mut client, kind).await.unwrap(), expected, "{how:?} {kind:?}");
-            assert_eq!((gate.seen().len(), gate.minted()), (2, 2), "{how:?} {kind:?}");
+            assert_eq!((gate.received().len(), gate.minted()), (2, 2), "{how:?} {kind:?}");
         }
     }
 }
 
+/// J8: the caller gets the messages that precede status 16.
 #[tokio::test]
-async fn j8_the_messages_before_the_trailers_are_delivered() {
-    let gate = Gate::refusing(How::Trailers(2));
-    let (_server, mut client) = gate.revoked().await;
+async fn messages_before_the_trailers_are_delivered() {
+    let gate = Gate::rejecting(RejectIn::Trailers(2));
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
     let mut stream = client.greet_in_every_language(Name::of("Almaz")).await.unwrap().into_inner();
     assert_eq!(stream.message().await.unwrap().unwrap().text, "Selam!");
     assert_eq!(stream.message().await.unwrap().unwrap().text, "Selam!");
@@ -112,126 +116,133 @@ async fn j8_the_messages_before_the_trailers_are_delivered() {
     assert!(AuthError::find(&status).is_some());
 }
 
+/// J4: the second rejection is returned with the server's message and details.
 #[tokio::test]
-async fn j4_the_second_refusal_goes_up_as_the_server_said_it() {
-    for how in [How::Headers, How::Trailers(0), How::Http] {
-        let gate = Gate::refusing(how).reading_first();
-        let (_server, mut client) = gate.revoked().await;
-        gate.refuse_all();
+async fn the_second_rejection_is_returned_unchanged() {
+    for how in [RejectIn::Headers, RejectIn::Trailers(0), RejectIn::Http] {
+        let gate = Gate::rejecting(how).reading_request_first();
+        let (_server, mut client) = gate.serve_with_revoked_token().await;
+        gate.reject_all();
         let status = greet(&mut client).await.unwrap_err();
         assert_eq!(status.code(), Code::Unauthenticated, "{how:?}");
         assert_eq!(status.metadata().get("x-request-id").unwrap(), "req-1", "{how:?}");
         let error = AuthError::find(&status).unwrap();
         assert_eq!(error.kind(), AuthErrorKind::Unauthorized, "{how:?}");
         assert_eq!(error.status().unwrap(), 401, "{how:?}");
-        assert_eq!(error.message(), Some(SAID), "{how:?}");
-        if how != How::Http {
-            assert_eq!((status.message(), status.details()), (SAID, DETAILS), "{how:?}");
+        assert_eq!(error.message(), Some(MESSAGE), "{how:?}");
+        if how != RejectIn::Http {
+            assert_eq!((status.message(), status.details()), (MESSAGE, DETAILS), "{how:?}");
         }
-        let sends = if how == How::Trailers(0) { 1 } else { 2 };
-        assert_eq!(gate.seen().len(), sends, "{how:?}");
+        let sends = if how == RejectIn::Trailers(0) { 1 } else { 2 };
+        assert_eq!(gate.received().len(), sends, "{how:?}");
     }
 }
 
+/// J2: 500 calls are rejected at once, one refresh serves them, and all succeed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn j2_many_calls_that_are_refused_at_once_make_one_renewal_and_all_succeed() {
+async fn concurrent_rejections_share_one_refresh() {
     const CALLS: usize = 500;
-    let gate = Gate::refusing(How::Headers);
-    let (_server, client) = gate.revoked().await;
+    let gate = Gate::rejecting(RejectIn::Headers);
+    let (_server, client) = gate.serve_with_revoked_token().await;
     gate.hold();
     let mut calls = JoinSet::new();
     for _ in 0..CALLS {
         let mut client = client.clone();
         calls.spawn(async move { greet(&mut client).await });
     }
-    // Those that come late wait for the renewal before they are sent at all.
-    until(|| gate.asked() == 2).await;
+    // Later calls wait for the refresh before they are sent.
+    until(|| gate.refreshes_started() == 2).await;
     gate.release();
     let results = calls.join_all().await;
     assert!(results.iter().all(Result::is_ok), "{:?}", results.iter().find(|result| result.is_err()));
     assert_eq!(gate.minted(), 2);
-    let seen = gate.seen().len();
-    assert!((CALLS + 1..=2 * CALLS).contains(&seen), "{seen}");
+    let received = gate.received().len();
+    assert!((CALLS + 1..=2 * CALLS).contains(&received), "{received}");
 }
 
+/// J7: a large request that is rejected unread is replayed in full.
 #[tokio::test]
-async fn j7_a_large_request_that_is_refused_before_it_is_read_is_sent_again() {
-    // More than the windows of HTTP/2 let through unread.
-    let more: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[1]).collect();
-    let name = Name { name: "Almaz".to_owned(), more };
+async fn an_unread_large_request_is_replayed() {
+    // Larger than the HTTP/2 windows, so that the request cannot be sent completely unread.
+    let padding: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[1]).collect();
+    let name = Name { name: "Almaz".to_owned(), padding };
     let length = prost::Message::encoded_len(&name) + 5;
-    let gate = Gate::refusing(How::Headers);
-    let (_server, client) = gate.revoked().await;
+    let gate = Gate::rejecting(RejectIn::Headers);
+    let (_server, client) = gate.serve_with_revoked_token().await;
     let mut client = client.max_decoding_message_size(8 << 20);
     assert_eq!(client.greet(name).await.unwrap().into_inner().text, "Selam, Almaz!");
-    let seen = gate.seen();
-    assert_eq!(seen.len(), 2);
-    assert_eq!(seen[1].bytes().len(), length);
+    let received = gate.received();
+    assert_eq!(received.len(), 2);
+    assert_eq!(received[1].bytes().len(), length);
 }
 
+/// J7: messages sent before and after the rejection all arrive.
 #[tokio::test]
-async fn j7_a_stream_that_is_refused_before_its_end_is_sent_again_from_its_beginning() {
-    let gate = Gate::refusing(How::Headers);
-    let (_server, mut client) = gate.revoked().await;
+async fn an_unfinished_stream_is_replayed_from_its_start() {
+    let gate = Gate::rejecting(RejectIn::Headers);
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
     let (send, names) = mpsc::unbounded_channel();
     send.send(Name::of("Almaz")).unwrap();
-    let refused = gate.clone();
-    let later = async move {
-        until(|| refused.seen().len() == 2).await;
+    let rejecting = gate.clone();
+    let second_message = async move {
+        until(|| rejecting.received().len() == 2).await;
         send.send(Name::of("Kaleb")).unwrap();
     };
-    let all = client.greet_all(UnboundedReceiverStream::new(names));
-    let (greeting, ()) = timeout(HANG, async { tokio::join!(all, later) }).await.unwrap();
+    let call = client.greet_all(UnboundedReceiverStream::new(names));
+    let (greeting, ()) = timeout(HANG, async { tokio::join!(call, second_message) }).await.unwrap();
     assert_eq!(greeting.unwrap().into_inner().text, "Selam, Almaz and Kaleb!");
-    assert_eq!(gate.seen().len(), 2);
+    assert_eq!(gate.received().len(), 2);
 }
 
+/// J7: the rejection is returned, and the next call has a new token.
 #[tokio::test]
-async fn j7_what_is_beyond_the_limit_is_not_sent_again_and_the_next_call_has_another_token() {
-    let gate = Gate::refusing(How::Headers).reading_first();
+async fn calls_over_the_replay_limit_are_not_replayed() {
+    let gate = Gate::rejecting(RejectIn::Headers).reading_request_first();
     let server = gate.serve().await;
-    for unkept in
+    for layer in
         [layer(&server, gate.jwts()).with_replay_limit(8), layer(&server, gate.jwts()).without_replay()]
     {
-        let mut client = GreeterClient::new(unkept.layer(server.endpoint().unwrap().connect_lazy()));
+        let mut client = GreeterClient::new(layer.layer(server.endpoint().unwrap().connect_lazy()));
         greet(&mut client).await.unwrap();
         gate.revoke();
-        let sent = gate.seen().len();
+        let sent = gate.received().len();
         let status = greet(&mut client).await.unwrap_err();
-        assert_eq!((status.code(), status.message()), (Code::Unauthenticated, SAID));
-        assert_eq!(gate.seen().len(), sent + 1);
+        assert_eq!((status.code(), status.message()), (Code::Unauthenticated, MESSAGE));
+        assert_eq!(gate.received().len(), sent + 1);
         assert_eq!(greet(&mut client).await.unwrap(), "Selam, Almaz!");
-        assert!(gate.seen().iter().all(|seen| !seen.bytes().is_empty()));
+        assert!(gate.received().iter().all(|received| !received.bytes().is_empty()));
     }
 }
 
+/// T3: the next call uses the refresh that a dropped call started.
 #[tokio::test]
-async fn t3_a_call_that_is_dropped_while_it_waits_leaves_the_renewal_to_the_next() {
-    let gate = Gate::refusing(How::Headers);
+async fn a_dropped_call_leaves_its_refresh_running() {
+    let gate = Gate::rejecting(RejectIn::Headers);
     gate.hold();
     let server = gate.serve().await;
     let mut client = client(&server, gate.jwts());
     tokio::select! {
         answer = greet(&mut client) => panic!("{answer:?}"),
-        () = until(|| gate.asked() == 1) => {}
+        () = until(|| gate.refreshes_started() == 1) => {}
     }
     gate.release();
     assert_eq!(greet(&mut client).await.unwrap(), "Selam, Almaz!");
-    assert_eq!((gate.seen().len(), gate.minted()), (1, 1));
+    assert_eq!((gate.received().len(), gate.minted()), (1, 1));
 }
 
+/// J7: unfinished streams are replayed even if the refresh is immediate.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn j7_streams_that_are_refused_before_their_end_are_all_sent_again_however_fast_the_renewal() {
-    let gate = Gate::refusing(How::Headers);
-    let (_server, client) = gate.revoked().await;
+async fn many_unfinished_streams_are_replayed() {
+    let gate = Gate::rejecting(RejectIn::Headers);
+    let (_server, client) = gate.serve_with_revoked_token().await;
     let mut calls = JoinSet::new();
     for n in 0..100 {
         let mut client = client.clone();
         calls.spawn(async move {
             let (send, names) = mpsc::unbounded_channel();
-            // Half of them say more than the windows of HTTP/2 let through unread.
-            let more = vec![7; if n % 2 == 0 { 100_000 } else { 1 }];
-            send.send(Name { name: "Almaz".to_owned(), more }).unwrap();
+            // Half of the streams exceed the HTTP/2 windows, so that they cannot be sent completely unread.
+            let padding = vec![7; if n % 2 == 0 { 100_000 } else { 1 }];
+            send.send(Name { name: "Almaz".to_owned(), padding }).unwrap();
             let mut greetings = client.converse(UnboundedReceiverStream::new(names)).await?.into_inner();
             let first = greetings.message().await?.unwrap();
             send.send(Name::of("Kaleb")).unwrap();

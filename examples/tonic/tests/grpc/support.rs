@@ -1,4 +1,4 @@
-//! What the tests share: a greeter behind a gate that refuses as it is told, and a client that renews.
+//! Shared by the tests: a greeter behind a gate that rejects tokens, and a client that refreshes them.
 
 use std::{
     collections::VecDeque,
@@ -30,70 +30,70 @@ use tower_selam::{
 };
 
 pub(crate) const KEY: &str = "sk-selam-canary-0123456789abcdef";
-pub(crate) const SAID: &str = "token expired";
+pub(crate) const MESSAGE: &str = "token expired";
 pub(crate) const DETAILS: &[u8] = b"\x0a\x07details";
 
-/// Longer than anything on a loopback takes.
+/// Longer than any step takes on a loopback connection.
 pub(crate) const HANG: Duration = Duration::from_secs(20);
 
 pub(crate) type Client = GreeterClient<SelamGrpc<Channel>>;
 
-/// How the gate refuses.
+/// How the gate rejects a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum How {
+pub(crate) enum RejectIn {
     Headers,
-    /// After so many messages.
+    /// In trailers, after this number of messages.
     Trailers(usize),
-    /// As a proxy would that knows nothing of gRPC.
+    /// With an HTTP status, as a proxy without gRPC support would.
     Http,
 }
 
-/// What came through the gate, or was turned away.
+/// A call that reached the gate, accepted or rejected.
 #[derive(Clone, Debug)]
-pub(crate) struct Seen {
+pub(crate) struct Received {
     pub(crate) head: HeaderMap,
     pub(crate) body: Arc<Mutex<Vec<u8>>>,
 }
 
-impl Seen {
+impl Received {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         self.body.lock().unwrap().clone()
     }
 }
 
-/// Mints tokens, of which the last is good, and guards the greeter.
+/// Mints tokens, accepts the last one, and guards the greeter.
 #[derive(Clone, Default)]
 pub(crate) struct Gate(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
-    good: Mutex<Option<String>>,
+    accepted: Mutex<Option<String>>,
     minted: AtomicUsize,
-    refuses: Mutex<Option<(How, Code)>>,
-    /// Takes the whole request before it refuses.
-    reads_first: AtomicBool,
-    /// Says in a refusal what it was sent.
+    rejection: Mutex<Option<(RejectIn, Code)>>,
+    /// Reads the whole request before it rejects it.
+    reads_request_first: AtomicBool,
+    /// Repeats the received credentials in a rejection.
     echoes: AtomicBool,
-    /// How many renewals have begun.
-    asked: AtomicUsize,
-    /// Renewals wait until this is false.
+    /// Number of refreshes that have started.
+    refreshes_started: AtomicUsize,
+    /// Refreshes wait until this is false.
     held: watch::Sender<bool>,
-    seen: Mutex<Vec<Seen>>,
+    received: Mutex<Vec<Received>>,
 }
 
 impl Gate {
-    pub(crate) fn refusing(how: How) -> Self {
-        Self::refusing_with(how, Code::Unauthenticated)
+    pub(crate) fn rejecting(how: RejectIn) -> Self {
+        Self::rejecting_with(how, Code::Unauthenticated)
     }
 
-    pub(crate) fn refusing_with(how: How, code: Code) -> Self {
+    pub(crate) fn rejecting_with(how: RejectIn, code: Code) -> Self {
         let gate = Self::default();
-        gate.refuse(how, code);
+        gate.reject(how, code);
         gate
     }
 
-    pub(crate) fn reading_first(self) -> Self {
-        self.0.reads_first.store(true, SeqCst);
+    pub(crate) fn reading_request_first(self) -> Self {
+        self.0.reads_request_first.store(true, SeqCst);
         self
     }
 
@@ -102,7 +102,7 @@ impl Gate {
         self
     }
 
-    /// Renewals do not end any more.
+    /// Keeps refreshes from completing until `release`.
     pub(crate) fn hold(&self) {
         self.0.held.send_replace(true);
     }
@@ -111,41 +111,41 @@ impl Gate {
         self.0.held.send_replace(false);
     }
 
-    /// The present token is good no more.
+    /// Invalidates the current token.
     pub(crate) fn revoke(&self) {
-        *self.0.good.lock().unwrap() = None;
+        *self.0.accepted.lock().unwrap() = None;
     }
 
-    pub(crate) fn refuse(&self, how: How, code: Code) {
-        *self.0.refuses.lock().unwrap() = Some((how, code));
+    pub(crate) fn reject(&self, how: RejectIn, code: Code) {
+        *self.0.rejection.lock().unwrap() = Some((how, code));
     }
 
-    pub(crate) fn let_pass(&self) {
-        *self.0.refuses.lock().unwrap() = None;
+    pub(crate) fn accept_all(&self) {
+        *self.0.rejection.lock().unwrap() = None;
     }
 
-    /// No token is good, whichever is minted.
-    pub(crate) fn refuse_all(&self) {
-        *self.0.good.lock().unwrap() = Some("none".to_owned());
+    /// Rejects every token, new ones included.
+    pub(crate) fn reject_all(&self) {
+        *self.0.accepted.lock().unwrap() = Some("none".to_owned());
     }
 
     pub(crate) fn minted(&self) -> usize {
         self.0.minted.load(SeqCst)
     }
 
-    pub(crate) fn asked(&self) -> usize {
-        self.0.asked.load(SeqCst)
+    pub(crate) fn refreshes_started(&self) -> usize {
+        self.0.refreshes_started.load(SeqCst)
     }
 
-    pub(crate) fn seen(&self) -> Vec<Seen> {
-        self.0.seen.lock().unwrap().clone()
+    pub(crate) fn received(&self) -> Vec<Received> {
+        self.0.received.lock().unwrap().clone()
     }
 
     fn mint(&self) -> String {
         let token = format!("canary-token-{:04}", self.0.minted.fetch_add(1, SeqCst));
-        let mut good = self.0.good.lock().unwrap();
-        if good.as_deref() != Some("none") {
-            *good = Some(token.clone());
+        let mut accepted = self.0.accepted.lock().unwrap();
+        if accepted.as_deref() != Some("none") {
+            *accepted = Some(token.clone());
         }
         token
     }
@@ -155,7 +155,7 @@ impl Gate {
         Refreshing::new(source_fn(move |_: Reason<Token>| {
             let gate = gate.clone();
             async move {
-                gate.0.asked.fetch_add(1, SeqCst);
+                gate.0.refreshes_started.fetch_add(1, SeqCst);
                 gate.0.held.subscribe().wait_for(|held| !held).await?;
                 Ok::<_, BoxError>(Token::new(gate.mint())?)
             }
@@ -163,12 +163,12 @@ impl Gate {
     }
 
     pub(crate) async fn serve(&self) -> Server {
-        let gated = Gated { gate: self.clone(), inner: GreeterServer::new(Greets) };
+        let gated = Gated { gate: self.clone(), inner: GreeterServer::new(GreeterService) };
         Server::start(tonic::service::Routes::new(gated)).await.unwrap()
     }
 
-    /// Served, with a client whose token was just revoked.
-    pub(crate) async fn revoked(&self) -> (Server, Client) {
+    /// Serves the greeter, and makes a client whose token was just revoked.
+    pub(crate) async fn serve_with_revoked_token(&self) -> (Server, Client) {
         let server = self.serve().await;
         let jwts = self.jwts();
         jwts.prefetch().await.unwrap();
@@ -177,7 +177,7 @@ impl Gate {
         (server, client)
     }
 
-    fn refusal(&self, head: &HeaderMap, (how, code): (How, Code)) -> Response<Body> {
+    fn rejection(&self, head: &HeaderMap, (how, code): (RejectIn, Code)) -> Response<Body> {
         let echo = match self.0.echoes.load(SeqCst) {
             true => format!("{} {}", text(head, "authorization"), text(head, "x-api-key")),
             false => String::new(),
@@ -186,11 +186,11 @@ impl Gate {
         metadata.insert("x-request-id", format!("req-1{echo}").parse().unwrap());
         metadata.insert_bin("echo-bin", tonic::metadata::MetadataValue::from_bytes(echo.as_bytes()));
         let details = Bytes::from([DETAILS, echo.as_bytes()].concat());
-        let message = [SAID, &echo].concat();
+        let message = [MESSAGE, &echo].concat();
         let status = Status::with_details_and_metadata(code, &message, details, metadata);
         match how {
-            How::Headers => status.into_http(),
-            How::Trailers(messages) => {
+            RejectIn::Headers => status.into_http(),
+            RejectIn::Trailers(messages) => {
                 let mut trailers = HeaderMap::new();
                 status.add_header(&mut trailers).unwrap();
                 let mut frames = VecDeque::from_iter((0..messages).map(|_| Frame::data(message_frame())));
@@ -199,7 +199,7 @@ impl Gate {
                 response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
                 response
             }
-            How::Http => {
+            RejectIn::Http => {
                 let status = if code == Code::PermissionDenied { 403 } else { 401 };
                 let body = format!(r#"{{"error":{{"message":"{message}"}}}}"#);
                 let body = Body::new(http_body_util::Full::new(Bytes::from(body)));
@@ -213,7 +213,7 @@ fn text<'a>(head: &'a HeaderMap, name: &str) -> &'a str {
     head.get(name).map_or("", |value| value.to_str().unwrap())
 }
 
-/// A greeting as it goes over the wire.
+/// A greeting in gRPC's framing.
 fn message_frame() -> Bytes {
     let message = prost::Message::encode_to_vec(&Greeting::saying("Selam!"));
     let mut frame = vec![0];
@@ -222,7 +222,7 @@ fn message_frame() -> Bytes {
     frame.into()
 }
 
-/// A body of these frames.
+/// A body with the given frames.
 pub(crate) struct Frames(pub(crate) VecDeque<Frame<Bytes>>);
 
 impl http_body::Body for Frames {
@@ -266,23 +266,23 @@ where
         let Self { gate, inner } = self.clone();
         Box::pin(async move {
             let (parts, body) = request.into_parts();
-            let seen = Seen { head: parts.headers.clone(), body: Arc::default() };
-            gate.0.seen.lock().unwrap().push(seen.clone());
+            let received = Received { head: parts.headers.clone(), body: Arc::default() };
+            gate.0.received.lock().unwrap().push(received.clone());
             let mut body = Body::new(body.map_frame(move |frame| {
                 let data = frame.data_ref().map(|data| &data[..]).unwrap_or_default();
-                seen.body.lock().unwrap().extend_from_slice(data);
+                received.body.lock().unwrap().extend_from_slice(data);
                 frame
             }));
-            let good = gate.0.good.lock().unwrap().clone();
-            let good =
-                good.is_some_and(|good| text(&parts.headers, "authorization") == format!("Bearer {good}"));
-            let refuses = *gate.0.refuses.lock().unwrap();
-            match refuses {
-                Some(refusal) if !good => {
-                    if gate.0.reads_first.load(SeqCst) {
+            let accepted = gate.0.accepted.lock().unwrap().clone();
+            let accepted = accepted
+                .is_some_and(|token| text(&parts.headers, "authorization") == format!("Bearer {token}"));
+            let rejection = *gate.0.rejection.lock().unwrap();
+            match rejection {
+                Some(rejection) if !accepted => {
+                    if gate.0.reads_request_first.load(SeqCst) {
                         while let Some(Ok(_)) = body.frame().await {}
                     }
-                    Ok(gate.refusal(&parts.headers, refusal))
+                    Ok(gate.rejection(&parts.headers, rejection))
                 }
                 _ => inner.oneshot(Request::from_parts(parts, body)).await,
             }
@@ -290,10 +290,10 @@ where
     }
 }
 
-struct Greets;
+struct GreeterService;
 
 #[tonic::async_trait]
-impl Greeter for Greets {
+impl Greeter for GreeterService {
     async fn greet(&self, request: tonic::Request<Name>) -> Result<tonic::Response<Greeting>, Status> {
         Ok(tonic::Response::new(greeting(request.get_ref())))
     }
@@ -335,7 +335,7 @@ impl Greeter for Greets {
     async fn forget(&self, _: tonic::Request<Name>) -> Result<tonic::Response<Greeting>, Status> {
         Err(Status::with_details(
             Code::PermissionDenied,
-            "greetings are for ever",
+            "greetings cannot be forgotten",
             Bytes::from_static(DETAILS),
         ))
     }
@@ -359,17 +359,17 @@ pub(crate) fn client(server: &Server, jwt: impl Into<JwtProvider>) -> Client {
     GreeterClient::new(layer(server, jwt).layer(server.endpoint().unwrap().connect_lazy()))
 }
 
-/// Waits for what another task brings about.
-pub(crate) async fn until(is: impl Fn() -> bool) {
+/// Waits until another task makes `condition` true.
+pub(crate) async fn until(condition: impl Fn() -> bool) {
     let wait = async {
-        while !is() {
+        while !condition() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
     tokio::time::timeout(HANG, wait).await.unwrap();
 }
 
-/// Calls `Greet` and tells what comes back.
+/// Calls `Greet` and returns the greeting.
 pub(crate) async fn greet(client: &mut Client) -> Result<String, Status> {
     Ok(client.greet(Name::of("Almaz")).await?.into_inner().text)
 }

@@ -1,4 +1,4 @@
-//! What goes over the connection, and when.
+//! What is sent over the connection, and when.
 
 use example_tonic::{GreeterClient, Name};
 use tokio::{
@@ -15,10 +15,11 @@ use tower_selam::{
     adapter::tonic::{ResponseBody, ResponseFuture, SelamGrpc, SelamGrpcLayer},
 };
 
-use crate::support::{Gate, HANG, How, KEY, layer, until};
+use crate::support::{Gate, HANG, KEY, RejectIn, layer, until};
 
+/// H2: HPACK encodes both credentials as never indexed.
 #[tokio::test]
-async fn h2_on_the_wire_the_credentials_are_never_indexed() {
+async fn credentials_are_never_indexed() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("http://{}", listener.local_addr().unwrap());
     let selam = SelamLayer::builder()
@@ -53,19 +54,19 @@ async fn h2_on_the_wire_the_credentials_are_never_indexed() {
         answer = client.greet(request) => panic!("{answer:?}"),
     };
     let has = |bytes: &[u8]| block.windows(bytes.len()).any(|window| window == bytes);
-    // RFC 7541 section 6.2.3: 0001, then the name: entry 23 of the static table, or a literal. Section 6.2.1
-    // is what goes into the table: 01. `x-api-key` is 7 bytes in Huffman code, as is `x-indexed`.
+    // RFC 7541 section 6.2.3, never indexed: 0001, then the name, which is entry 23 of the static table or a literal.
+    // Section 6.2.1, indexed: 01. `x-api-key` and `x-indexed` are each 7 bytes in Huffman code.
     assert!(has(&[0x1f, 0x08]), "authorization never indexed: {block:x?}");
     assert!(has(&[0x10, 0x87]), "x-api-key never indexed: {block:x?}");
-    assert!(has(&[0x40, 0x87]), "another header goes into the table: {block:x?}");
+    assert!(has(&[0x40, 0x87]), "another header is indexed: {block:x?}");
 }
 
+/// E5: the response arrives, after a replay, before either side has sent a message.
 #[tokio::test]
-async fn e5_a_stream_begins_before_anything_was_said() {
-    let gate = Gate::refusing(How::Headers);
-    let (_server, mut client) = gate.revoked().await;
+async fn a_stream_starts_before_any_message() {
+    let gate = Gate::rejecting(RejectIn::Headers);
+    let (_server, mut client) = gate.serve_with_revoked_token().await;
     let (send, names) = mpsc::unbounded_channel();
-    // The response comes, by a replay, though neither side has sent a message yet.
     let response = timeout(HANG, client.converse(UnboundedReceiverStream::new(names))).await.unwrap();
     let mut greetings = response.unwrap().into_inner();
     for name in ["Almaz", "Kaleb"] {
@@ -77,9 +78,10 @@ async fn e5_a_stream_begins_before_anything_was_said() {
     assert!(greetings.message().await.unwrap().is_none());
 }
 
+/// T1: a rejected call holds no permit while it waits for the refresh.
 #[tokio::test]
-async fn t1_a_call_that_was_refused_pins_no_permit_while_it_waits() {
-    let gate = Gate::refusing(How::Headers);
+async fn a_rejected_call_pins_no_permit() {
+    let gate = Gate::rejecting(RejectIn::Headers);
     let server = gate.serve().await;
     let jwts = gate.jwts();
     jwts.prefetch().await.unwrap();
@@ -88,39 +90,41 @@ async fn t1_a_call_that_was_refused_pins_no_permit_while_it_waits() {
     pins_no_permit(gate, GreeterClient::new(layer(&server, jwts).layer(channel)), 2).await;
 }
 
+/// T1: a call holds no permit while it waits for the first token.
 #[tokio::test]
-async fn t1_a_call_that_waits_for_the_first_token_pins_no_permit() {
+async fn waiting_for_the_first_token_pins_no_permit() {
     let gate = Gate::default();
     let server = gate.serve().await;
     let channel = ConcurrencyLimit::new(server.endpoint().unwrap().connect_lazy(), 1);
     pins_no_permit(gate.clone(), GreeterClient::new(layer(&server, gate.jwts()).layer(channel)), 1).await;
 }
 
-/// One call waits for the renewal, and another, which needs none, passes it.
-async fn pins_no_permit<S>(gate: Gate, mut client: GreeterClient<SelamGrpc<S>>, renewal: usize)
+/// Asserts that a call which needs no JWT overtakes a call which waits for the refresh number `refreshes`.
+async fn pins_no_permit<S>(gate: Gate, mut client: GreeterClient<SelamGrpc<S>>, refreshes: usize)
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + Sync + 'static,
     S::Future: Send,
     S::Error: Into<BoxError> + Send,
 {
     gate.hold();
-    let mut waits = client.clone();
-    let waiting = tokio::spawn(async move { waits.greet(Name::of("Almaz")).await });
-    until(|| gate.asked() == renewal).await;
-    gate.let_pass();
+    let mut waiter = client.clone();
+    let waiting = tokio::spawn(async move { waiter.greet(Name::of("Almaz")).await });
+    until(|| gate.refreshes_started() == refreshes).await;
+    gate.accept_all();
     let mut request = tonic::Request::new(Name::of("Kaleb"));
     request.extensions_mut().insert(RequestAuth::ApiKey);
-    let greeting = timeout(HANG, client.greet(request)).await.expect("no permit").unwrap();
+    let greeting = timeout(HANG, client.greet(request)).await.expect("a permit is free").unwrap();
     assert_eq!(greeting.into_inner().text, "Selam, Kaleb!");
     assert!(!waiting.is_finished());
     gate.release();
     assert_eq!(waiting.await.unwrap().unwrap().into_inner().text, "Selam, Almaz!");
 }
 
+/// T1: the instance that was polled ready is called, on replay as well.
 #[tokio::test]
-async fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
-    // A limit around the channel itself, with permits that are taken when it is ready.
-    let gate = Gate::refusing(How::Headers);
+async fn the_ready_instance_is_called() {
+    // The limit hands out its permit in `poll_ready`.
+    let gate = Gate::rejecting(RejectIn::Headers);
     let server = gate.serve().await;
     let jwts = gate.jwts();
     jwts.prefetch().await.unwrap();
@@ -133,16 +137,17 @@ async fn t1_the_instance_that_was_ready_is_the_one_that_is_called() {
     }
 }
 
+/// T2: services and futures have the auto traits of the channel's.
 #[test]
-fn t2_services_and_futures_can_go_where_those_of_the_channel_can() {
+fn services_and_futures_keep_auto_traits() {
     fn assert<T: Send + Unpin + 'static>() {}
     fn assert_clone<T: Clone + Send + Sync>() {}
     assert_clone::<SelamGrpcLayer>();
     assert_clone::<SelamGrpc<Channel>>();
     assert::<SelamGrpc<Channel>>();
-    assert::<ResponseFuture<tonic::transport::channel::ResponseFuture, Channel, Body>>();
+    assert::<ResponseFuture<Channel, Body>>();
     assert::<ResponseBody<Body>>();
-    // Any other service, too.
+    // The layer accepts any inner service.
     let inner =
         service_fn(|_: http::Request<Body>| async { Ok::<_, Status>(http::Response::new(Body::empty())) });
     let base_url = BaseUrl::default();

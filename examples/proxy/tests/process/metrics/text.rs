@@ -1,4 +1,4 @@
-//! Prometheus' text format, read strictly:
+//! A strict parser of the Prometheus text format:
 //! [text-based format 0.0.4](https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format).
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -6,22 +6,22 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 type Labels = BTreeMap<String, String>;
 
 #[derive(Debug)]
-pub(crate) struct Reading(Vec<(String, Labels, f64)>);
+pub(crate) struct Scrape(Vec<(String, Labels, f64)>);
 
-impl Reading {
+impl Scrape {
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         if !text.is_empty() && !text.ends_with('\n') {
-            return Err("the last line does not end".to_owned());
+            return Err("the last line has no newline".to_owned());
         }
-        let mut reading = Self(Vec::new());
+        let mut scrape = Self(Vec::new());
         let mut types: BTreeMap<String, String> = BTreeMap::new();
         let mut helps = HashSet::new();
-        // Families whose lines are over.
-        let mut over = HashSet::new();
+        // Families whose lines have ended.
+        let mut finished = HashSet::new();
         let mut family = String::new();
         let mut seen = BTreeSet::new();
         for line in text.lines() {
-            let wrong = |said: &str| Err(format!("{said}: {line:?}"));
+            let invalid = |reason: &str| Err(format!("{reason}: {line:?}"));
             if line.is_empty() {
                 continue;
             }
@@ -29,12 +29,12 @@ impl Reading {
                 let mut words = comment.splitn(3, ' ');
                 let (kind, name, rest) = (words.next(), words.next().unwrap_or(""), words.next());
                 if !is_name(name) {
-                    return wrong("a bad name");
+                    return invalid("invalid name");
                 }
                 match (kind, rest) {
                     (Some("HELP"), _) => {
                         if !helps.insert(name.to_owned()) {
-                            return wrong("a second HELP");
+                            return invalid("second HELP");
                         }
                     }
                     (
@@ -42,45 +42,45 @@ impl Reading {
                         Some(kind @ ("counter" | "gauge" | "histogram" | "summary" | "untyped")),
                     ) => {
                         if types.insert(name.to_owned(), kind.to_owned()).is_some() {
-                            return wrong("a second TYPE");
+                            return invalid("second TYPE");
                         }
-                        if reading.0.iter().any(|(sample, ..)| base(&types, sample) == name) {
-                            return wrong("a TYPE after its samples");
+                        if scrape.0.iter().any(|(sample, ..)| base(&types, sample) == name) {
+                            return invalid("TYPE after its samples");
                         }
                     }
-                    _ => return wrong("a comment that is none of the two"),
+                    _ => return invalid("comment that is neither HELP nor TYPE"),
                 }
                 (name.to_owned(), None)
             } else if line.starts_with('#') {
-                return wrong("a comment without a blank");
+                return invalid("comment without a space");
             } else {
-                let sample = sample(line).ok_or_else(|| format!("no sample: {line:?}"))?;
+                let sample = sample(line).ok_or_else(|| format!("not a sample: {line:?}"))?;
                 (base(&types, &sample.0), Some(sample))
             };
             if of != family {
-                if !over.insert(std::mem::replace(&mut family, of.clone())) && !of.is_empty() {
-                    return wrong("left twice");
+                if !finished.insert(std::mem::replace(&mut family, of.clone())) && !of.is_empty() {
+                    return invalid("family ended twice");
                 }
-                if over.contains(&of) {
-                    return wrong("the lines of a family are not together");
+                if finished.contains(&of) {
+                    return invalid("lines of a family are not contiguous");
                 }
             }
             if let Some((name, labels, value)) = sample {
-                let Some(kind) = types.get(&of) else { return wrong("a sample without a TYPE") };
+                let Some(kind) = types.get(&of) else { return invalid("sample without a TYPE") };
                 if kind == "counter" && !(name.ends_with("_total") && value >= 0.0) {
-                    return wrong("a counter that is none");
+                    return invalid("counter with a wrong name or value");
                 }
                 if !seen.insert((name.clone(), labels.clone())) {
-                    return wrong("a sample comes twice");
+                    return invalid("duplicate sample");
                 }
-                reading.0.push((name, labels, value));
+                scrape.0.push((name, labels, value));
             }
         }
-        reading.check_histograms(&types)?;
-        Ok(reading)
+        scrape.check_histograms(&types)?;
+        Ok(scrape)
     }
 
-    /// Buckets rise, the last holds all, and there are a sum and a count.
+    /// Checks that buckets increase, that the last one equals the count, and that there is a sum.
     fn check_histograms(&self, types: &BTreeMap<String, String>) -> Result<(), String> {
         for (name, _) in types.iter().filter(|(_, kind)| *kind == "histogram") {
             let mut series: BTreeMap<Labels, Vec<(f64, f64)>> = BTreeMap::new();
@@ -88,10 +88,11 @@ impl Reading {
             {
                 let mut labels = labels.clone();
                 let bound = labels.remove("le").and_then(|bound| number(&bound));
-                series.entry(labels).or_default().push((bound.ok_or("a bucket without a bound")?, *value));
+                series.entry(labels).or_default().push((bound.ok_or("bucket without a bound")?, *value));
             }
             for (labels, buckets) in series {
-                let rises = buckets.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
+                let increasing =
+                    buckets.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1);
                 let find = |suffix: &str| {
                     let name = format!("{name}_{suffix}");
                     self.0
@@ -99,24 +100,24 @@ impl Reading {
                         .find(|(found, of, _)| *found == name && *of == labels)
                         .map(|sample| sample.2)
                 };
-                let whole =
+                let complete =
                     buckets.last().is_some_and(|last| last.0.is_infinite() && find("count") == Some(last.1));
-                if !rises || !whole || find("sum").is_none() {
-                    return Err(format!("the histogram {name} does not add up"));
+                if !increasing || !complete || find("sum").is_none() {
+                    return Err(format!("histogram {name} is inconsistent"));
                 }
             }
         }
         Ok(())
     }
 
-    /// The one sample with exactly these labels.
+    /// Returns the sample with exactly these labels.
     pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let labels: Labels =
             labels.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         self.0.iter().find(|(found, of, _)| found == name && *of == labels).map(|sample| sample.2)
     }
 
-    /// Of all samples with these labels and perhaps others.
+    /// Sums all samples that have at least these labels.
     pub(crate) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let has = |of: &Labels| {
             labels.iter().all(|(name, value)| of.get(*name).is_some_and(|found| found == value))
@@ -125,7 +126,7 @@ impl Reading {
     }
 }
 
-/// The family that a sample is of.
+/// Returns the family of a sample.
 fn base(types: &BTreeMap<String, String>, sample: &str) -> String {
     for suffix in ["_bucket", "_sum", "_count"] {
         if let Some(base) = sample.strip_suffix(suffix)
@@ -138,9 +139,9 @@ fn base(types: &BTreeMap<String, String>, sample: &str) -> String {
 }
 
 fn is_name(name: &str) -> bool {
-    let mut letters = name.chars();
-    letters.next().is_some_and(|first| first.is_ascii_alphabetic() || "_:".contains(first))
-        && letters.all(|letter| letter.is_ascii_alphanumeric() || "_:".contains(letter))
+    let mut chars = name.chars();
+    chars.next().is_some_and(|first| first.is_ascii_alphabetic() || "_:".contains(first))
+        && chars.all(|c| c.is_ascii_alphanumeric() || "_:".contains(c))
 }
 
 fn number(text: &str) -> Option<f64> {
@@ -153,7 +154,7 @@ fn number(text: &str) -> Option<f64> {
     }
 }
 
-/// `name{label="value",…} value`, without the timestamp that there may be.
+/// Parses `name{label="value",…} value`; a timestamp is not accepted.
 fn sample(line: &str) -> Option<(String, Labels, f64)> {
     let end = line.find(['{', ' '])?;
     let (name, mut rest) = line.split_at(end);
@@ -182,31 +183,31 @@ fn sample(line: &str) -> Option<(String, Labels, f64)> {
     is_name(name).then(|| (name.to_owned(), labels, value))
 }
 
-/// The value up to its closing quote, and what comes behind.
+/// Splits off the value before its closing quote.
 fn unquote(quoted: &str) -> Option<(String, &str)> {
     let mut value = String::new();
-    let mut letters = quoted.char_indices();
-    while let Some((at, letter)) = letters.next() {
-        match letter {
+    let mut chars = quoted.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
             '"' => return Some((value, &quoted[at + 1..])),
-            '\\' => value.push(match letters.next()?.1 {
+            '\\' => value.push(match chars.next()?.1 {
                 'n' => '\n',
                 escaped @ ('\\' | '"') => escaped,
                 _ => return None,
             }),
-            letter => value.push(letter),
+            c => value.push(c),
         }
     }
     None
 }
 
 #[test]
-fn what_is_no_reading_is_refused() {
+fn invalid_text_is_refused() {
     const GOOD: &str = "# HELP a_total A\n# TYPE a_total counter\na_total{x=\"q\\\"\\\\\\n,}\",y=\"\"} 1.5e3\n\n\
          # HELP b B\n# TYPE b gauge\nb -1\n# HELP h H\n# TYPE h histogram\nh_bucket{le=\"1\"} 1\n\
          h_bucket{le=\"+Inf\"} 2\nh_sum 3\nh_count 2\n";
-    let reading = Reading::parse(GOOD).unwrap();
-    assert_eq!(reading.value("a_total", &[("x", "q\"\\\n,}"), ("y", "")]), Some(1500.0));
+    let scrape = Scrape::parse(GOOD).unwrap();
+    assert_eq!(scrape.value("a_total", &[("x", "q\"\\\n,}"), ("y", "")]), Some(1500.0));
     for (from, to) in [
         ("a_total{", "a_totale{"),
         ("b -1\n", "b -1\nb -1\n"),
@@ -226,6 +227,6 @@ fn what_is_no_reading_is_refused() {
     ] {
         let bad = GOOD.replacen(from, to, 1);
         assert_ne!(bad, GOOD);
-        assert!(Reading::parse(&bad).is_err(), "{bad}");
+        assert!(Scrape::parse(&bad).is_err(), "{bad}");
     }
 }

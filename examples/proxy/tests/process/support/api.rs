@@ -1,4 +1,4 @@
-//! APIs for the proxy to talk to, where the simulator cannot do what is needed.
+//! Stand-ins for the API, for tests that need more control than the simulator offers.
 
 use std::{
     net::Ipv4Addr,
@@ -31,19 +31,19 @@ use tokio_rustls::{
 };
 use tower_selam::simulator::Server;
 
-use super::{Body, soon};
+use super::{Body, with_timeout};
 
-/// Whom the proxy is told to trust.
+/// The authority that `--ca` names.
 pub(crate) static TRUSTED: LazyLock<Authority> = LazyLock::new(Authority::new);
 
-/// Whom it trusts without being told.
+/// The authority that the system trusts.
 pub(crate) static SYSTEM: LazyLock<Authority> = LazyLock::new(Authority::new);
 
-/// Where the proxy's `/v1` leads.
+/// An API that the proxy can be configured for.
 pub(crate) trait Api {
     fn base_url(&self) -> String;
 
-    /// `None`: it is plain http.
+    /// `None` for plain http.
     fn ca_pem(&self) -> Option<String>;
 }
 
@@ -57,7 +57,7 @@ impl Api for Server {
     }
 }
 
-/// A certificate authority, and `localhost` that it vouches for.
+/// A certificate authority, and a TLS server configuration for `localhost` that it signed.
 #[derive(Debug)]
 pub(crate) struct Authority {
     ca_pem: String,
@@ -91,7 +91,7 @@ impl Authority {
     }
 }
 
-/// What is spoken within TLS.
+/// The version of HTTP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protocol {
     Http1,
@@ -101,7 +101,7 @@ pub(crate) enum Protocol {
 impl Protocol {
     pub(crate) const BOTH: [Self; 2] = [Self::Http1, Self::Http2];
 
-    /// All that callers and the API may speak.
+    /// All combinations for callers and API.
     pub(crate) const PAIRS: [(Self, Self); 4] = [
         (Self::Http1, Self::Http1),
         (Self::Http1, Self::Http2),
@@ -112,18 +112,18 @@ impl Protocol {
 
 pub(crate) type Tls = TlsStream<TcpStream>;
 
-/// A TLS port of `localhost` whose connections are handled by hand.
-pub(crate) struct Stream {
+/// A TLS listener on `localhost` whose connections the test handles itself.
+pub(crate) struct TlsListener {
     listener: TcpListener,
     tls: TlsAcceptor,
 }
 
-impl Stream {
+impl TlsListener {
     pub(crate) async fn listen(protocol: Protocol) -> Self {
-        Self::vouched_for(&TRUSTED, protocol).await
+        Self::signed_by(&TRUSTED, protocol).await
     }
 
-    pub(crate) async fn vouched_for(authority: &Authority, protocol: Protocol) -> Self {
+    pub(crate) async fn signed_by(authority: &Authority, protocol: Protocol) -> Self {
         let mut config = authority.config.clone();
         config.alpn_protocols = match protocol {
             Protocol::Http1 => vec![b"http/1.1".to_vec()],
@@ -133,9 +133,9 @@ impl Stream {
         Self { listener, tls: TlsAcceptor::from(Arc::new(config)) }
     }
 
-    /// The next connection that comes to be.
+    /// Accepts the next connection that completes its TLS handshake.
     pub(crate) async fn accept(&self) -> Tls {
-        soon(async {
+        with_timeout(async {
             loop {
                 let (stream, _) = self.listener.accept().await.unwrap();
                 stream.set_nodelay(true).unwrap();
@@ -147,7 +147,7 @@ impl Stream {
         .await
     }
 
-    /// An API over HTTP whose every answer the test gives itself.
+    /// Serves HTTP, with every response provided by the test.
     pub(crate) fn exchanges(self) -> Exchanges {
         let (base_url, ca_pem) = (self.base_url(), self.ca_pem());
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -168,7 +168,7 @@ impl Stream {
     }
 }
 
-impl Api for Stream {
+impl Api for TlsListener {
     fn base_url(&self) -> String {
         format!("https://localhost:{}/v1", self.listener.local_addr().unwrap().port())
     }
@@ -178,7 +178,7 @@ impl Api for Stream {
     }
 }
 
-/// Requests, one after the other, each to be answered by the test.
+/// A queue of requests for the test to answer.
 pub(crate) struct Exchanges {
     base_url: String,
     ca_pem: Option<String>,
@@ -194,19 +194,19 @@ pub(crate) struct Exchange {
 
 impl Exchanges {
     pub(crate) async fn next(&mut self) -> Exchange {
-        soon(self.receiver.recv()).await.unwrap()
+        with_timeout(self.receiver.recv()).await.unwrap()
     }
 
-    /// Nothing came that the test did not ask for.
+    /// Asserts that no further request has arrived.
     pub(crate) fn assert_silent(&mut self) {
         assert!(self.receiver.try_recv().is_err());
     }
 
-    /// Answers every request on its own task from here on.
+    /// Answers all further requests with this function, each on a separate task.
     pub(crate) fn answer_all<F>(
         mut self,
         answer: impl Fn(Request<Incoming>) -> F + Send + Sync + 'static,
-    ) -> Answering
+    ) -> AutoApi
     where
         F: Future<Output = Response<Body>> + Send + 'static,
     {
@@ -223,16 +223,16 @@ impl Exchanges {
                 });
             }
         });
-        Answering { base_url, ca_pem, answering }
+        AutoApi { base_url, ca_pem, answering }
     }
 }
 
 impl Exchange {
-    /// Gives an answer, and reads the request's body to its end beside that: a server that does not may cut its answer off.
+    /// Answers, and reads the rest of the request's body in the background: a server that does not may cut off its answer.
     pub(crate) fn answer(self, response: Response<Body>) -> Parts {
         let (parts, body) = self.request.into_parts();
         tokio::spawn(body.collect());
-        self.answer.send(response).expect("the proxy waits for an answer");
+        self.answer.send(response).expect("the proxy is waiting for the response");
         parts
     }
 
@@ -257,14 +257,14 @@ impl Drop for Exchanges {
     }
 }
 
-/// An API that answers by itself.
-pub(crate) struct Answering {
+/// An API with automatic answers.
+pub(crate) struct AutoApi {
     base_url: String,
     ca_pem: Option<String>,
     answering: JoinHandle<()>,
 }
 
-impl Api for Answering {
+impl Api for AutoApi {
     fn base_url(&self) -> String {
         self.base_url.clone()
     }
@@ -274,7 +274,7 @@ impl Api for Answering {
     }
 }
 
-impl Drop for Answering {
+impl Drop for AutoApi {
     fn drop(&mut self) {
         self.answering.abort();
     }
@@ -286,7 +286,7 @@ async fn serve(stream: Tls, sender: mpsc::UnboundedSender<Exchange>) {
         async move {
             let (answer, answered) = oneshot::channel();
             let _ = sender.send(Exchange { request, answer });
-            // Without an answer, the connection ends.
+            // If the sender is dropped, the connection ends.
             answered.await
         }
     });
@@ -296,11 +296,11 @@ async fn serve(stream: Tls, sender: mpsc::UnboundedSender<Exchange>) {
     let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), exchange).await;
 }
 
-/// The head of a request on a connection that is handled by hand, with the empty line at its end.
+/// Reads a head from a raw connection, up to and including the empty line.
 pub(crate) async fn read_head(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        head.push(soon(stream.read_u8()).await.expect("a whole head"));
+        head.push(with_timeout(stream.read_u8()).await.expect("the head is complete"));
     }
     String::from_utf8(head).unwrap()
 }

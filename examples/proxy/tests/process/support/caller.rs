@@ -1,4 +1,4 @@
-//! Who calls the proxy.
+//! Callers of the proxy.
 
 use std::net::SocketAddr;
 
@@ -17,9 +17,9 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Body, Protocol, Proxy, assert_clean, empty, soon, whole};
+use super::{Body, Protocol, Proxy, assert_clean, empty, full, with_timeout};
 
-/// A client with connections of its own, and perhaps a token.
+/// A client with a separate connection pool, and optionally a token.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
     client: Client<HttpConnector, Body>,
@@ -59,10 +59,10 @@ impl Caller {
     }
 
     pub(crate) async fn try_send(&self, request: Request<Body>) -> Result<Response<Incoming>, legacy::Error> {
-        soon(self.client.request(request)).await
+        with_timeout(self.client.request(request)).await
     }
 
-    /// The head of the answer.
+    /// Sends a request, and returns the head of the response.
     pub(crate) async fn send(&self, request: Request<Body>) -> Response<Incoming> {
         self.try_send(request).await.unwrap()
     }
@@ -72,16 +72,16 @@ impl Caller {
     }
 
     pub(crate) async fn post(&self, path: &str, body: impl Into<Bytes>) -> Answer {
-        read(self.send(self.request(Method::POST, path).body(whole(body)).unwrap()).await).await
+        read(self.send(self.request(Method::POST, path).body(full(body)).unwrap()).await).await
     }
 
-    /// A chat completion.
+    /// Requests a chat completion.
     pub(crate) async fn chat(&self) -> Answer {
         self.post("/v1/chat/completions", r#"{"messages":[{"role":"user","content":"hi"}]}"#).await
     }
 }
 
-/// The whole of an answer.
+/// A complete response.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: StatusCode,
@@ -96,7 +96,7 @@ impl Answer {
         std::str::from_utf8(&self.body).unwrap()
     }
 
-    /// An error in the form of the API's: its `type` and `code`.
+    /// Returns `type` and `code` of an error in the API's shape.
     #[track_caller]
     pub(crate) fn error(&self) -> (String, String) {
         assert_eq!(self.headers["content-type"], "application/json");
@@ -106,7 +106,7 @@ impl Answer {
         (error["type"].as_str().unwrap().to_owned(), error["code"].as_str().unwrap().to_owned())
     }
 
-    /// Status and error of an answer in the API's form.
+    /// Asserts the status, and an error in the API's shape.
     #[track_caller]
     pub(crate) fn assert_error(&self, status: u16, kind: &str, code: &str) {
         assert_eq!(self.status, status, "{}", self.text());
@@ -114,13 +114,13 @@ impl Answer {
     }
 }
 
-/// All that is still to come of an answer. No secret is in it.
+/// Reads the rest of a response, and asserts that it contains no secret.
 #[track_caller]
 pub(crate) fn read(response: Response<Incoming>) -> impl Future<Output = Answer> {
     let place = std::panic::Location::caller();
     async move {
         let (parts, body) = response.into_parts();
-        let body = soon(body.collect()).await.unwrap_or_else(|error| panic!("{error:?} at {place}"));
+        let body = with_timeout(body.collect()).await.unwrap_or_else(|error| panic!("{error:?} at {place}"));
         let trailers = body.trailers().cloned();
         let answer = Answer { status: parts.status, headers: parts.headers, body: body.to_bytes(), trailers };
         assert_clean("an answer", format!("{:?} {:?}", answer.headers, answer.trailers).as_bytes());
@@ -129,40 +129,40 @@ pub(crate) fn read(response: Response<Incoming>) -> impl Future<Output = Answer>
     }
 }
 
-/// The next that comes of a body; `None` at its end.
+/// Reads the next frame of a body; `None` at the end.
 pub(crate) async fn frame(body: &mut Incoming) -> Option<Result<Frame<Bytes>, hyper::Error>> {
-    soon(body.frame()).await
+    with_timeout(body.frame()).await
 }
 
-/// Waits for the end of a body, which has to be a good one. HTTP/2 may say it with data that is empty.
+/// Asserts that a body ends without an error. HTTP/2 may send an empty data frame first.
 #[track_caller]
-pub(crate) fn ended(body: &mut Incoming) -> impl Future<Output = ()> {
+pub(crate) fn assert_ended(body: &mut Incoming) -> impl Future<Output = ()> {
     let place = std::panic::Location::caller();
     async move {
         while let Some(frame) = frame(body).await {
             match frame {
                 Ok(frame) if frame.data_ref().is_some_and(Bytes::is_empty) => {}
-                other => panic!("no end, but {other:?} at {place}"),
+                other => panic!("expected the end of the body, got {other:?} at {place}"),
             }
         }
     }
 }
 
-/// A connection on which the test says every byte itself.
+/// Opens a connection on which the test writes every byte itself.
 pub(crate) async fn raw(proxy: &Proxy) -> TcpStream {
-    let stream = soon(TcpStream::connect(proxy.address())).await.unwrap();
+    let stream = with_timeout(TcpStream::connect(proxy.address())).await.unwrap();
     stream.set_nodelay(true).unwrap();
     stream
 }
 
-/// The head of an answer on such a connection, with the empty line at its end.
+/// Reads the head of a response from a raw connection, up to and including the empty line.
 pub(crate) async fn response_head(stream: &mut (impl AsyncRead + Unpin)) -> String {
     super::read_head(stream).await
 }
 
-/// What is still to come on such a connection until it ends.
+/// Reads a raw connection to its end.
 pub(crate) async fn read_to_end(stream: &mut (impl AsyncRead + Unpin)) -> Vec<u8> {
     let mut rest = Vec::new();
-    soon(stream.read_to_end(&mut rest)).await.unwrap();
+    with_timeout(stream.read_to_end(&mut rest)).await.unwrap();
     rest
 }

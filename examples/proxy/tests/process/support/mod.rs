@@ -1,4 +1,4 @@
-//! What the tests share: the program, callers, APIs for it to talk to, and the search for secrets.
+//! Shared by all tests: the program, callers, APIs, and the search for secrets.
 
 mod api;
 mod caller;
@@ -15,45 +15,45 @@ use tokio::{sync::mpsc, time};
 use tower_selam::BoxError;
 
 pub(crate) use self::{
-    api::{Api, Exchange, Exchanges, Protocol, SYSTEM, Stream, TRUSTED, Tls, read_head},
-    caller::{Answer, Caller, ended, frame, raw, read, read_to_end, response_head},
-    program::{Launch, Proxy, unguessable},
+    api::{Api, Exchange, Exchanges, Protocol, SYSTEM, TRUSTED, Tls, TlsListener, read_head},
+    caller::{Answer, Caller, assert_ended, frame, raw, read, read_to_end, response_head},
+    program::{Launch, Proxy, random},
     scan::{assert_clean, secret},
     scratch::Scratch,
 };
 
-/// No wait is longer. What takes so long has failed: it is generous for busy machines.
-const LIMIT: Duration = Duration::from_secs(60);
+/// The longest wait before a test fails. Generous, for busy machines.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 
-/// Waits for what comes soon.
+/// Awaits a future, and panics with the caller's location if it takes too long.
 #[track_caller]
-pub(crate) fn soon<F: Future>(future: F) -> impl Future<Output = F::Output> {
+pub(crate) fn with_timeout<F: Future>(future: F) -> impl Future<Output = F::Output> {
     let place = std::panic::Location::caller();
     async move {
-        match time::timeout(LIMIT, future).await {
+        match time::timeout(TIMEOUT, future).await {
             Ok(output) => output,
-            Err(_) => panic!("waited in vain at {place}"),
+            Err(_) => panic!("timed out at {place}"),
         }
     }
 }
 
-/// Looks again and again until there is what the test waits for, where nothing tells when it has come.
-pub(crate) async fn eventually<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
-    let seen = time::timeout(LIMIT, async {
+/// Polls a condition until it holds, where no event announces it.
+pub(crate) async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let polled = time::timeout(TIMEOUT, async {
         let mut ticks = time::interval(Duration::from_millis(10));
         ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if let Some(seen) = look().await {
-                return seen;
+            if let Some(value) = condition().await {
+                return value;
             }
         }
     });
-    match seen.await {
-        Ok(seen) => seen,
-        Err(_) => panic!("waited in vain until {what}"),
+    match polled.await {
+        Ok(value) => value,
+        Err(_) => panic!("timed out waiting until {what}"),
     }
 }
 
@@ -61,14 +61,14 @@ pub(crate) fn empty() -> Body {
     Empty::new().map_err(|never| match never {}).boxed_unsync()
 }
 
-pub(crate) fn whole(body: impl Into<Bytes>) -> Body {
+pub(crate) fn full(body: impl Into<Bytes>) -> Body {
     Full::new(body.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A body that is said bit by bit.
-pub(crate) fn fed() -> (Feed, Body) {
+/// A body whose frames the test sends one by one.
+pub(crate) fn channel_body() -> (Feed, Body) {
     let (sender, receiver) = mpsc::channel(1);
-    (Feed(sender), Fed(receiver).boxed_unsync())
+    (Feed(sender), ChannelBody(receiver).boxed_unsync())
 }
 
 #[derive(Debug)]
@@ -76,12 +76,12 @@ pub(crate) struct Feed(mpsc::Sender<Result<Frame<Bytes>, BoxError>>);
 
 impl Feed {
     pub(crate) async fn data(&self, data: impl Into<Bytes>) {
-        soon(self.0.send(Ok(Frame::data(data.into())))).await.expect("somebody reads the body");
+        with_timeout(self.0.send(Ok(Frame::data(data.into())))).await.expect("the body is being read");
     }
 
-    /// Whether anybody reads on.
-    pub(crate) async fn offer(&self, data: impl Into<Bytes>) -> bool {
-        soon(self.0.send(Ok(Frame::data(data.into())))).await.is_ok()
+    /// Sends data; returns whether the body is still being read.
+    pub(crate) async fn try_data(&self, data: impl Into<Bytes>) -> bool {
+        with_timeout(self.0.send(Ok(Frame::data(data.into())))).await.is_ok()
     }
 
     pub(crate) async fn trailers(self, name: &'static str, value: &'static str) {
@@ -91,23 +91,23 @@ impl Feed {
     pub(crate) async fn all_trailers(self, trailers: impl IntoIterator<Item = (&'static str, &'static str)>) {
         let parsed = |(name, value): (&str, &str)| (name.parse().unwrap(), value.parse().unwrap());
         let trailers = trailers.into_iter().map(parsed).collect();
-        soon(self.0.send(Ok(Frame::trailers(trailers)))).await.expect("somebody reads the trailers");
+        with_timeout(self.0.send(Ok(Frame::trailers(trailers)))).await.expect("the trailers are being read");
     }
 
-    /// The body does not come to its end.
-    pub(crate) async fn break_off(self) {
-        let _ = soon(self.0.send(Err("broken off".into()))).await;
+    /// Ends the body with an error.
+    pub(crate) async fn fail(self) {
+        let _ = with_timeout(self.0.send(Err("broken off".into()))).await;
     }
 
-    /// Nobody reads the body any more.
+    /// Waits until the body is dropped.
     pub(crate) async fn closed(&self) {
-        soon(self.0.closed()).await;
+        with_timeout(self.0.closed()).await;
     }
 }
 
-struct Fed(mpsc::Receiver<Result<Frame<Bytes>, BoxError>>);
+struct ChannelBody(mpsc::Receiver<Result<Frame<Bytes>, BoxError>>);
 
-impl http_body::Body for Fed {
+impl http_body::Body for ChannelBody {
     type Data = Bytes;
     type Error = BoxError;
 

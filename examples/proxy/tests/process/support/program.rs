@@ -1,4 +1,4 @@
-//! The program: [`Launch`] it, and it is a [`Proxy`].
+//! The proxy as a child process: [`Launch`] configures it, [`Proxy`] is the running process.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -14,12 +14,12 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Api, SYSTEM, Scratch, assert_clean, eventually, secret, soon};
+use super::{Api, SYSTEM, Scratch, assert_clean, eventually, secret, with_timeout};
 
-/// The program that cargo built beside this test.
+/// Returns the path of the program, and builds it if necessary.
 ///
-/// `cargo test` without a target's name builds the examples too. If it was told to build this test alone, the program may be
-/// missing, or older than its source.
+/// `cargo test` without a target builds the examples too, but `cargo test --test process` does not: the program may then be
+/// missing or older than its sources.
 pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -44,7 +44,7 @@ pub(crate) fn program() -> &'static Path {
     })
 }
 
-/// Whether it is there, and none of its sources is newer.
+/// Whether the program exists and is newer than all its sources.
 fn is_current(program: &Path) -> bool {
     let changed = |path: &Path| -> Option<SystemTime> { fs::metadata(path).ok()?.modified().ok() };
     let (Some(built), Ok(sources)) = (changed(program), fs::read_to_string(program.with_extension("d")))
@@ -55,7 +55,7 @@ fn is_current(program: &Path) -> bool {
     sources.split_whitespace().all(|source| changed(Path::new(source)).is_some_and(|time| time <= built))
 }
 
-/// How the program is to be started: on a free port, with an environment that has nothing of this machine's.
+/// Configures the program, which starts with an empty environment.
 #[derive(Debug)]
 pub(crate) struct Launch {
     arguments: Vec<OsString>,
@@ -65,28 +65,28 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// With no configuration at all.
+    /// Without any configuration.
     pub(crate) fn bare() -> Self {
         let scratch = Scratch::new();
         let system = scratch.write("system.pem", SYSTEM.ca_pem());
         let launch = Self { arguments: Vec::new(), environment: Vec::new(), scratch, listen: false };
-        // Whom the system trusts.
+        // Replaces the system's certificate authorities.
         launch.env("SSL_CERT_FILE", system)
     }
 
-    /// With a key, for an API somewhere.
+    /// On a free port of the loopback address.
     pub(crate) fn new() -> Self {
         Self { listen: true, ..Self::bare() }
     }
 
-    /// For this API, with a key that nobody else has.
-    pub(crate) fn to(api: &impl Api) -> Self {
-        let key = secret(format!("sk-selam-{}", unguessable()));
-        Self::toward(api).env("SELAM_API_KEY", key)
+    /// For this API, with a random key.
+    pub(crate) fn with_key(api: &impl Api) -> Self {
+        let key = secret(format!("sk-selam-{}", random()));
+        Self::for_api(api).env("SELAM_API_KEY", key)
     }
 
-    /// For this API.
-    pub(crate) fn toward(api: &impl Api) -> Self {
+    /// For this API, without credentials.
+    pub(crate) fn for_api(api: &impl Api) -> Self {
         let launch = Self::new().env("SELAM_BASE_URL", api.base_url());
         match api.ca_pem() {
             None => launch.arg("--allow-insecure-loopback"),
@@ -114,13 +114,13 @@ impl Launch {
         self
     }
 
-    /// With a file of `name:token` lines.
+    /// With a client token file of these `name:token` lines.
     pub(crate) fn callers(self, lines: &str) -> Self {
         let path = self.scratch.write("tokens", lines);
         self.arg("--client-token-file").arg(path)
     }
 
-    /// With the key in a file, named by the variable for it.
+    /// With the key in a file, named by `SELAM_API_KEY_FILE`.
     pub(crate) fn key_file(self, key: &str) -> Self {
         let path = self.scratch.write("key", key);
         self.env("SELAM_API_KEY_FILE", path)
@@ -130,7 +130,7 @@ impl Launch {
         &self.scratch
     }
 
-    /// The program, with what it says to standard error in a file.
+    /// Returns the command, and the file that receives its standard error.
     fn command(&self) -> (Command, PathBuf) {
         let errors = self.scratch.path("stderr");
         let mut command = Command::new(program());
@@ -150,15 +150,15 @@ impl Launch {
         let (mut command, errors) = self.command();
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
-        let (said, heard) = oneshot::channel();
+        let (sender, first_line) = oneshot::channel();
         let reader = std::thread::spawn(move || {
             let mut line = String::new();
             let _ = output.read_line(&mut line);
-            let _ = said.send(line.clone());
+            let _ = sender.send(line.clone());
             let _ = output.read_to_string(&mut line);
             line
         });
-        // Ends it, should this be in vain.
+        // Created first, so that a panic below kills the child.
         let mut proxy = Proxy {
             address: SocketAddr::from(([0; 4], 0)),
             child,
@@ -166,15 +166,15 @@ impl Launch {
             errors,
             scratch: self.scratch,
         };
-        let line = soon(heard).await.unwrap();
+        let line = with_timeout(first_line).await.unwrap();
         proxy.address = line
             .strip_prefix("listening on http://")
             .and_then(|rest| rest.strip_suffix('\n')?.parse().ok())
-            .unwrap_or_else(|| panic!("{line:?} is not the line that says where; {}", proxy.errors()));
+            .unwrap_or_else(|| panic!("{line:?} does not contain the address; {}", proxy.errors()));
         proxy
     }
 
-    /// Starts it in vain: what it says on its one line.
+    /// Runs the program, which must fail with one line on standard error; returns that line.
     pub(crate) async fn fail(self) -> String {
         let (status, output, errors) = self.run().await;
         assert_eq!(status.code(), Some(2), "{errors}");
@@ -184,11 +184,11 @@ impl Launch {
         errors
     }
 
-    /// Runs it to its end: its status, what it printed, and what it printed to standard error.
+    /// Runs the program to its end; returns its status, standard output and standard error.
     pub(crate) async fn run(self) -> (ExitStatus, String, String) {
         let (mut command, errors) = self.command();
         let output = self.scratch.path("stdout");
-        let mut child = Ended(command.stdout(File::create(&output).unwrap()).spawn().unwrap());
+        let mut child = KillOnDrop(command.stdout(File::create(&output).unwrap()).spawn().unwrap());
         let status = eventually("the program has ended", async || child.0.try_wait().unwrap()).await;
         let (output, errors) = (fs::read_to_string(output).unwrap(), fs::read_to_string(errors).unwrap());
         assert_clean("standard output", output.as_bytes());
@@ -197,16 +197,17 @@ impl Launch {
     }
 }
 
-struct Ended(Child);
+/// Kills the child when dropped.
+struct KillOnDrop(Child);
 
-impl Drop for Ended {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// The program while it runs. Killed when dropped, and then all that it ever printed is searched for secrets.
+/// The running program. When dropped, it is killed, and its output is searched for secrets.
 #[derive(Debug)]
 pub(crate) struct Proxy {
     address: SocketAddr,
@@ -225,12 +226,12 @@ impl Proxy {
         &self.scratch
     }
 
-    /// What it has said to standard error so far.
+    /// Returns its standard error so far.
     pub(crate) fn errors(&self) -> String {
         fs::read_to_string(&self.errors).unwrap()
     }
 
-    /// Waits until a line of the log says this.
+    /// Waits for a log line that contains this text.
     pub(crate) async fn logs(&self, needle: &str) -> String {
         eventually(&format!("the log has {needle:?}"), async || {
             self.errors().lines().find(|line| line.contains(needle)).map(str::to_owned)
@@ -252,12 +253,12 @@ impl Proxy {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Waits for its end.
-    pub(crate) async fn ended(&mut self) -> ExitStatus {
+    /// Waits until the program exits.
+    pub(crate) async fn exit_status(&mut self) -> ExitStatus {
         eventually("the proxy has ended", async || self.child.try_wait().unwrap()).await
     }
 
-    /// The most memory that it ever took, in KiB, where the system tells.
+    /// Returns its peak memory in KiB, if the system reports it.
     pub(crate) fn peak_memory(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -272,7 +273,7 @@ impl Drop for Proxy {
         let output = self.reader.take().and_then(|reader| reader.join().ok()).unwrap_or_default();
         let errors = self.errors();
         if std::thread::panicking() {
-            eprintln!("what the proxy said:\n{output}{errors}");
+            eprintln!("output of the proxy:\n{output}{errors}");
         } else {
             assert_clean("standard output", output.as_bytes());
             assert_clean("standard error", errors.as_bytes());
@@ -281,8 +282,8 @@ impl Drop for Proxy {
     }
 }
 
-/// Something that stands nowhere by chance.
-pub(crate) fn unguessable() -> String {
+/// Returns a random string that cannot occur in the output by chance.
+pub(crate) fn random() -> String {
     use std::hash::{BuildHasher, RandomState};
     format!("{:016x}{:016x}", RandomState::new().hash_one(1), RandomState::new().hash_one(2))
 }

@@ -1,10 +1,12 @@
+//! A temporary folder for one test: [`Scratch`].
+
 use std::{
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// A folder for a test's files, until it is dropped.
+/// A folder for a test's files, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Scratch(PathBuf);
 
@@ -21,7 +23,7 @@ impl Scratch {
         self.0.join(name)
     }
 
-    /// Writes a file, or puts a new one in its place at once.
+    /// Writes a file, or replaces it atomically.
     pub(crate) fn write(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let (path, new) = (self.path(name), self.path(&format!("{name}.new")));
         fs::write(&new, content).unwrap();

@@ -1,0 +1,91 @@
+//! One call of a source: bounded in time, guarded against panics, and its failures put into words.
+
+use std::{
+    fmt::Write as _,
+    future::poll_fn,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+use tokio::time::timeout;
+
+use super::{schedule::Unusable, state::RefreshFailure};
+use crate::{
+    AuthError, AuthErrorKind,
+    credential::Credential,
+    source::{DynSource, Fetched, Reason, SourceError},
+    telemetry::event::RefreshOutcome,
+};
+
+const NO_TIMERS: &str = "a refresh needs a tokio runtime with its timers enabled";
+
+/// Why a source fetched nothing.
+pub(super) struct Failed {
+    pub(super) how: RefreshOutcome,
+    pub(super) error: SourceError,
+}
+
+impl From<SourceError> for Failed {
+    fn from(error: SourceError) -> Self {
+        let how = if error.is_permanent() { RefreshOutcome::Rejected } else { RefreshOutcome::Failed };
+        Self { how, error }
+    }
+}
+
+/// Asks the source, for `limit` at most and whatever it does.
+pub(super) async fn fetch<C: Credential>(
+    source: &dyn DynSource<C>,
+    reason: Reason<C>,
+    limit: Duration,
+) -> Result<Fetched<C>, Failed> {
+    let fetching = async { source.fetch(reason).await };
+    let mut fetching = pin!(fetching);
+    let guarded = poll_fn(|cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx)));
+        polled.map_or_else(
+            // The panic's payload may contain a secret.
+            |_| {
+                let error = SourceError::transient("the source panicked");
+                Poll::Ready(Err(Failed { how: RefreshOutcome::Panicked, error }))
+            },
+            |polled| polled.map_err(Failed::from),
+        )
+    });
+    // A runtime cannot be asked whether it has timers: `timeout` panics if it has none.
+    let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
+        return Err(SourceError::transient(NO_TIMERS).into());
+    };
+    bounded.await.unwrap_or_else(|_| {
+        let error = SourceError::transient(format!("the source did not answer within {limit:?}"));
+        Err(Failed { how: RefreshOutcome::TimedOut, error })
+    })
+}
+
+/// The error that all waiters of a failed refresh share.
+pub(super) fn describe(failure: RefreshFailure, delay: Duration, cause: Option<SourceError>) -> AuthError {
+    let permanent = cause.as_ref().is_some_and(SourceError::is_permanent);
+    let kind = if permanent { AuthErrorKind::RefreshRejected } else { AuthErrorKind::RefreshFailed };
+    let mut detail = match failure {
+        RefreshFailure::Source => "the source failed",
+        RefreshFailure::Aborted => "the task was dropped, as happens when a runtime shuts down",
+        RefreshFailure::Unusable(Unusable::Expired) => {
+            "the source returned an expired credential; if it is new, this machine's clock is ahead"
+        }
+        RefreshFailure::Unusable(Unusable::NoExpiry) => "the source returned a token without an expiry",
+        RefreshFailure::Rejected => "the source returned a credential that the API has rejected",
+        RefreshFailure::Older => "the source returned a token that expires sooner than the current one",
+        RefreshFailure::Stale => "the source returned a token that is about to expire",
+    }
+    .to_owned();
+    if !permanent {
+        let _ = write!(detail, "; next attempt in {delay:.1?} at the earliest");
+    }
+    AuthError::refresh_failure(
+        kind,
+        detail,
+        (!permanent).then_some(delay),
+        cause.map(SourceError::into_cause),
+    )
+}

@@ -1,0 +1,129 @@
+//! What the layers take: fixed and refreshing credentials, for everybody or per subject.
+
+use tokio::runtime::Handle;
+
+use super::{PerSubject, Refreshing, in_flight::WaitForRefresh};
+use crate::{AuthError, Token, credential::Credential};
+
+/// A credential for a layer: fixed, or one that refreshes itself.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Provider<C: Credential> {
+    /// It never changes.
+    Fixed(C),
+    /// It refreshes itself.
+    Refreshing(Refreshing<C>),
+}
+
+impl<C: Credential> Provider<C> {
+    /// Returns the credential, after a refresh if one is due.
+    ///
+    /// # Errors
+    ///
+    /// As [`Refreshing::token`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Refreshing::token`].
+    pub async fn get(&self) -> Result<C, AuthError> {
+        match self {
+            Self::Fixed(credential) => Ok(credential.clone()),
+            Self::Refreshing(refreshing) => refreshing.obtain().await,
+        }
+    }
+
+    /// Returns the current credential without starting a refresh.
+    #[must_use]
+    pub fn current(&self) -> Option<C> {
+        match self {
+            Self::Fixed(credential) => Some(credential.clone()),
+            Self::Refreshing(refreshing) => refreshing.current(),
+        }
+    }
+
+    /// Reports `rejected` to the engine and waits for the refresh. Returns whether there is another credential then.
+    pub(crate) async fn replace(&self, rejected: &C) -> bool {
+        let Self::Refreshing(refreshing) = self else { return false };
+        let rejected = rejected.secret().fingerprint();
+        if let (_, Some(in_flight)) = refreshing.0.reject(rejected, false) {
+            // Whether it succeeded shows in the current credential.
+            let _ = WaitForRefresh::new(in_flight).await;
+        }
+        refreshing.current().is_some_and(|current| current.secret().fingerprint() != rejected)
+    }
+
+    /// A number that changes with the credential; `None` while there is none. Starts a refresh if one is due, because the
+    /// caller may be the only one who asks.
+    pub(crate) fn version(&self) -> Option<u64> {
+        if let Self::Refreshing(refreshing) = self
+            && Handle::try_current().is_ok()
+        {
+            let _ = refreshing.demand();
+        }
+        self.current().map(|credential| credential.secret().fingerprint().number())
+    }
+}
+
+impl<C: Credential> From<C> for Provider<C> {
+    fn from(credential: C) -> Self {
+        Self::Fixed(credential)
+    }
+}
+
+impl<C: Credential> From<Refreshing<C>> for Provider<C> {
+    fn from(refreshing: Refreshing<C>) -> Self {
+        Self::Refreshing(refreshing)
+    }
+}
+
+impl<C: Credential> From<&Refreshing<C>> for Provider<C> {
+    fn from(refreshing: &Refreshing<C>) -> Self {
+        Self::Refreshing(refreshing.clone())
+    }
+}
+
+/// The JWTs of a layer.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum JwtProvider {
+    /// One for all requests.
+    Shared(Provider<Token>),
+    /// One for each subject.
+    PerSubject(PerSubject),
+}
+
+impl From<Token> for JwtProvider {
+    fn from(jwt: Token) -> Self {
+        Self::Shared(jwt.into())
+    }
+}
+
+impl From<Refreshing<Token>> for JwtProvider {
+    fn from(jwt: Refreshing<Token>) -> Self {
+        Self::Shared(jwt.into())
+    }
+}
+
+impl From<&Refreshing<Token>> for JwtProvider {
+    fn from(jwt: &Refreshing<Token>) -> Self {
+        Self::Shared(jwt.into())
+    }
+}
+
+impl From<Provider<Token>> for JwtProvider {
+    fn from(jwt: Provider<Token>) -> Self {
+        Self::Shared(jwt)
+    }
+}
+
+impl From<PerSubject> for JwtProvider {
+    fn from(jwts: PerSubject) -> Self {
+        Self::PerSubject(jwts)
+    }
+}
+
+impl From<&PerSubject> for JwtProvider {
+    fn from(jwts: &PerSubject) -> Self {
+        Self::PerSubject(jwts.clone())
+    }
+}
