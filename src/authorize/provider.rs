@@ -1,5 +1,9 @@
 //! Where a layer's credentials come from: a key, a token or both, at hand or to be waited for.
 
+#[cfg(all(test, model))]
+#[path = "loom_tests.rs"]
+mod loom_tests;
+
 use std::{
     pin::Pin,
     sync::Arc,

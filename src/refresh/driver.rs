@@ -3,10 +3,9 @@
 
 #[cfg(all(test, model))]
 #[path = "loom_tests.rs"]
-mod loom_tests;
+pub(crate) mod loom_tests;
 
 use std::{
-    collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, OnceLock, PoisonError, Weak},
@@ -56,8 +55,8 @@ pub(crate) struct Driver<C: Credential> {
 struct Locked<C: Credential> {
     state: State<C, AuthError>,
     running: Option<Running>,
-    /// Boxed, because the engines of subjects have none.
-    recently_replaced: Option<Box<VecDeque<Fingerprint>>>,
+    /// The latest first. Empty in the engine of a subject.
+    recently_replaced: Vec<Fingerprint>,
 }
 
 /// The refresh that is running.
@@ -86,7 +85,7 @@ impl<C: Credential> Driver<C> {
         is_shared: bool,
     ) -> Arc<Self> {
         let state = State::new(Arc::clone(&policy), fastrand::u64(..));
-        let locked = Mutex::new(Locked { state, running: None, recently_replaced: None });
+        let locked = Mutex::new(Locked { state, running: None, recently_replaced: Vec::new() });
         let in_use = KeyInUse::new(C::SETTING);
         Arc::new(Self { publication: Publication::empty(), locked, source, policy, is_shared, in_use })
     }
@@ -177,8 +176,8 @@ impl<C: Credential> Driver<C> {
 
     /// Whether the credential with this fingerprint is the current one.
     pub(super) fn holds(&self, fingerprint: Fingerprint) -> bool {
-        match self.publication.peek() {
-            Some((published, _)) => published == fingerprint,
+        match self.publication.published() {
+            Some(published) => published == fingerprint,
             None => self.current().is_some_and(|(current, _)| current.secret().fingerprint() == fingerprint),
         }
     }
@@ -188,7 +187,7 @@ impl<C: Credential> Driver<C> {
     }
 
     pub(super) fn recently_replaced(&self) -> Vec<Fingerprint> {
-        self.lock().recently_replaced.iter().flat_map(|replaced| replaced.iter().copied()).collect()
+        self.lock().recently_replaced.clone()
     }
 
     fn lease(self: &Arc<Self>, credential: C) -> Arc<Lease<C>> {
@@ -329,7 +328,7 @@ impl<C: Credential> Driver<C> {
 
     /// Publishes what requests may use from now on, and releases the lock.
     fn publish(self: &Arc<Self>, mut locked: MutexGuard<'_, Locked<C>>, now: Time) {
-        let before = self.publication.peek();
+        let before = self.publication.stored();
         let after = locked.state.lease(now).map(|(value, until)| (value.clone(), until));
         let fingerprint = |lease: &(C, _)| lease.0.secret().fingerprint();
         if before == after.as_ref().map(|lease| (fingerprint(lease), lease.1)) {
@@ -339,11 +338,10 @@ impl<C: Credential> Driver<C> {
             && self.is_shared
             && after.as_ref().map(fingerprint) != Some(replaced)
         {
-            let remembered = locked.recently_replaced.get_or_insert_default();
-            if !remembered.contains(&replaced) {
-                remembered.truncate(REMEMBERED_REPLACEMENTS - 1);
-                remembered.push_front(replaced);
-            }
+            let remembered = &mut locked.recently_replaced;
+            remembered.retain(|earlier| *earlier != replaced);
+            remembered.truncate(REMEMBERED_REPLACEMENTS - 1);
+            remembered.insert(0, replaced);
         }
         let after = after.map(|(credential, until)| (self.lease(credential), until));
         self.publication.store(after, self.is_shared);

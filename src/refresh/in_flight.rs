@@ -140,7 +140,7 @@ impl Future for WaitForRefresh {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(model)))]
 mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 

@@ -56,6 +56,12 @@ struct Published<C: Credential> {
     until: Deadline,
 }
 
+impl<C: Credential> Published<C> {
+    fn fingerprint(&self) -> Fingerprint {
+        self.lease.original().credential.secret().fingerprint()
+    }
+}
+
 impl<C: Credential> Publication<C> {
     pub(super) fn empty() -> Self {
         Self(ArcSwapOption::empty())
@@ -69,11 +75,15 @@ impl<C: Credential> Publication<C> {
         Some(Arc::clone(published.lease.local()))
     }
 
-    /// What is published, in force or not.
-    pub(super) fn peek(&self) -> Option<(Fingerprint, Deadline)> {
-        let published = self.0.load();
-        let Published { lease, until } = published.as_deref()?;
-        Some((lease.original().credential.secret().fingerprint(), *until))
+    /// The credential that is published, in force or not.
+    pub(super) fn published(&self) -> Option<Fingerprint> {
+        Some(self.0.load().as_deref()?.fingerprint())
+    }
+
+    /// What was stored last, for the driver, which stores under its lock.
+    pub(super) fn stored(&self) -> Option<(Fingerprint, Deadline)> {
+        let stored = self.0.load_full()?;
+        Some((stored.fingerprint(), stored.until))
     }
 
     /// `is_shared`: whether many threads will read it.

@@ -23,6 +23,8 @@ mod refreshing;
 mod schedule;
 mod state;
 
+#[cfg(all(test, model))]
+pub(crate) use self::driver::loom_tests;
 pub(crate) use self::{
     driver::Demand,
     in_flight::{InFlight, WaitForRefresh},

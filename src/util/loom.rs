@@ -1,6 +1,7 @@
-//! Of what loom has none: a pointer that is swapped, a runtime's tasks, a task's own variables.
+//! Stand-ins, in the terms of loom, for what loom lacks: a swappable pointer, a watch channel, a runtime's tasks and task
+//! locals.
 //!
-//! What is shared here beside loom's types is never held while another thread may run.
+//! State that is not of loom's types is never held while another thread may run.
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,20 +18,29 @@ use ::loom::{
 use pin_project_lite::pin_project;
 use tokio::runtime::TryCurrentError;
 
-/// As weak as can be: a load acquires what the store before it released. `arc-swap` promises more, that all its
-/// operations have one order; nothing here may depend on it.
+/// The weakest `ArcSwapOption` possible: a load acquires what the store before it released. `arc-swap` also promises a
+/// total order of its operations; nothing may depend on that.
 pub(crate) struct ArcSwapOption<T> {
-    /// All there ever were; the pointer is an index. None is dropped before the end.
+    /// All values ever stored; the pointer is an index. None is dropped before the end.
     values: Mutex<Vec<Option<Arc<T>>>>,
     current: AtomicUsize,
+    /// Changes with each store and is read by each load. loom remembers one access of each atomic: a thread that loads the
+    /// pointer and then stores it would hide its race with the loads of others.
+    stores: AtomicUsize,
 }
 
 impl<T> ArcSwapOption<T> {
     pub(crate) fn empty() -> Self {
-        Self { values: Mutex::new(vec![None]), current: AtomicUsize::new(0) }
+        Self { values: Mutex::new(vec![None]), current: AtomicUsize::new(0), stores: AtomicUsize::new(0) }
     }
 
     pub(crate) fn load(&self) -> Option<Arc<T>> {
+        self.stores.fetch_add(0, Ordering::Relaxed);
+        self.load_full()
+    }
+
+    /// For the thread that stores.
+    pub(crate) fn load_full(&self) -> Option<Arc<T>> {
         let at = self.current.load(Ordering::Acquire);
         self.values.lock().unwrap_or_else(PoisonError::into_inner)[at].clone()
     }
@@ -41,6 +51,7 @@ impl<T> ArcSwapOption<T> {
             values.push(value);
             values.len() - 1
         };
+        self.stores.fetch_add(1, Ordering::Relaxed);
         self.current.swap(at, Ordering::AcqRel);
     }
 }
@@ -51,14 +62,82 @@ impl<T> fmt::Debug for ArcSwapOption<T> {
     }
 }
 
-/// What becomes of a task that a thread spawns.
+/// The part of `tokio::sync::watch` that the engine uses.
+pub(crate) mod watch {
+    use std::{
+        future::poll_fn,
+        ops::Deref,
+        sync::Arc,
+        task::{Poll, Waker},
+    };
+
+    use ::loom::sync::{Mutex, MutexGuard};
+
+    pub(crate) struct Sender<T>(Arc<Mutex<Watched<T>>>);
+
+    struct Watched<T> {
+        value: T,
+        wakers: Vec<Waker>,
+    }
+
+    pub(crate) struct Receiver<T>(Arc<Mutex<Watched<T>>>);
+
+    pub(crate) struct Ref<'a, T>(MutexGuard<'a, Watched<T>>);
+
+    impl<T> Sender<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(Arc::new(Mutex::new(Watched { value, wakers: Vec::new() })))
+        }
+
+        pub(crate) fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
+            let mut watched = self.0.lock().unwrap();
+            let is_modified = modify(&mut watched.value);
+            let wakers = if is_modified { std::mem::take(&mut watched.wakers) } else { Vec::new() };
+            drop(watched);
+            wakers.into_iter().for_each(Waker::wake);
+            is_modified
+        }
+
+        pub(crate) fn borrow(&self) -> Ref<'_, T> {
+            Ref(self.0.lock().unwrap())
+        }
+
+        pub(crate) fn subscribe(&self) -> Receiver<T> {
+            Receiver(Arc::clone(&self.0))
+        }
+    }
+
+    impl<T> Receiver<T> {
+        pub(crate) async fn wait_for(&mut self, is_awaited: impl Fn(&T) -> bool) {
+            poll_fn(|cx| {
+                let mut watched = self.0.lock().unwrap();
+                if is_awaited(&watched.value) {
+                    return Poll::Ready(());
+                }
+                watched.wakers.push(cx.waker().clone());
+                Poll::Pending
+            })
+            .await;
+        }
+    }
+
+    impl<T> Deref for Ref<'_, T> {
+        type Target = T;
+
+        fn deref(&self) -> &T {
+            &self.0.value
+        }
+    }
+}
+
+/// What happens to a task that a thread spawns.
 #[derive(Clone, Copy)]
 pub(crate) enum Tasks {
-    /// It runs on a thread of its own.
+    /// It runs on its own thread.
     OnThreads,
-    /// It has ended when its spawning has. Spares threads, of which loom allows five.
+    /// It runs before `spawn` returns. Saves threads, of which loom allows five.
     AtOnce,
-    /// It is dropped, as by a runtime that shuts down.
+    /// It is dropped, as a runtime that shuts down does.
     Dropped,
 }
 
@@ -67,13 +146,13 @@ pub(crate) enum Tasks {
 }
 
 thread_local! {
-    /// The threads of tasks. In a variable of std's, which all of loom's threads share: one of loom's would put in
-    /// order what uses it.
+    /// The threads of tasks, in a thread local of std, which all loom threads share: a lock of loom's would order the threads
+    /// that use it.
     static THREADS: RefCell<Vec<JoinHandle<()>>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Tasks {
-    /// For those that are spawned meanwhile.
+    /// Applies to tasks that are spawned while `run` runs.
     pub(crate) fn during<T>(self, run: impl FnOnce() -> T) -> T {
         let before = TASKS.with(|tasks| tasks.replace(self));
         let done = run();
@@ -81,7 +160,7 @@ impl Tasks {
         done
     }
 
-    /// Waits for all, and for those that they spawned.
+    /// Waits for all tasks, and for those that they spawned.
     pub(crate) fn join() {
         while let Some(thread) = THREADS.with_borrow_mut(Vec::pop) {
             thread.join().unwrap();
@@ -89,7 +168,7 @@ impl Tasks {
     }
 }
 
-/// A runtime whose tasks never have to wait.
+/// A runtime whose tasks never wait.
 pub(crate) struct Handle;
 
 impl Handle {
@@ -119,7 +198,7 @@ impl Handle {
     }
 }
 
-/// A thread with enough of a stack for a debug build.
+/// Spawns a thread whose stack is large enough for a debug build.
 pub(crate) fn spawn<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     const WORDS: usize = 0x8000;
     ::loom::thread::Builder::new().stack_size(WORDS).spawn(run).unwrap()
@@ -133,7 +212,7 @@ impl Spawned {
     }
 }
 
-/// Drops a task that has not begun. One that has begun does not wait, so there is nowhere for it to be dropped.
+/// Drops a task that has not begun. A task that has begun never waits, so it cannot be dropped midway.
 pub(crate) struct AbortHandle(Arc<AtomicBool>);
 
 impl AbortHandle {
@@ -142,7 +221,7 @@ impl AbortHandle {
     }
 }
 
-/// All of loom's threads are one to std, and what a task sets for itself would be seen by all.
+/// To std, all loom threads are one, so its task locals would be visible to all of them.
 macro_rules! task_local {
     ($(#[$attribute:meta])* static $name:ident: $value:ty;) => {
         $(#[$attribute])*
@@ -163,7 +242,6 @@ impl<T> TaskLocal<T> {
         Scoped { slot: self.0, value: Some(value), task }
     }
 
-    /// `None` where tokio's has an error.
     pub(crate) fn try_with<R>(&self, read: impl FnOnce(&T) -> R) -> Result<R, Unset> {
         let value = self.0.try_with(|slot| slot.borrow().as_ref().map(read));
         value.ok().flatten().ok_or(Unset)
