@@ -1,6 +1,6 @@
-//! Emits the events and metrics that [`telemetry`](crate::telemetry) documents.
+//! Emits the events and metrics that [the guide](crate::guide::telemetry) documents.
 //!
-//! Callers hold no lock: subscribers and recorders are other people's code.
+//! Callers must hold no lock: subscribers and recorders are foreign code.
 
 #[cfg(feature = "metrics")]
 use std::sync::{Mutex, PoisonError};
@@ -59,7 +59,7 @@ pub(crate) enum RefreshOutcome {
 }
 
 impl RefreshOutcome {
-    /// Its stable name in metrics and events.
+    /// The stable name in metrics and events.
     fn label(self) -> &'static str {
         match self {
             Self::Refreshed => "renewed",
@@ -105,7 +105,7 @@ pub(crate) fn refresh_ended(
     }
 }
 
-/// Reports a 401 or 403 that is returned to the caller. `sent` are the ids of the key and of the token it was sent with.
+/// Reports a 401 or 403 that is returned to the caller. `api_key` and `token` identify the credentials that were sent.
 #[cold]
 pub(crate) fn request_rejected(error: &AuthError, [api_key, token]: [Option<KeyId>; 2]) {
     let kind = error.kind().label();
@@ -193,7 +193,7 @@ impl KeyInUse {
     pub(crate) fn show(&self, _: impl FnOnce() -> Option<KeyId>) {}
 }
 
-/// An engine that ends takes its key out of use.
+/// Reports the key as no longer in use when the engine ends.
 #[cfg(feature = "metrics")]
 impl Drop for KeyInUse {
     fn drop(&mut self) {
@@ -260,7 +260,7 @@ pub(crate) fn describe_metrics() {
 const NO_CODE: &str = "none";
 const OTHER_CODE: &str = "other";
 
-/// Maps codes to a fixed set of labels: servers can send any code, and a label never goes away.
+/// Maps codes to a fixed set of labels: servers can send any code, and recorders never drop a series.
 fn code_label(code: Option<&str>) -> &'static str {
     let Some(code) = code else { return NO_CODE };
     CODES.iter().find(|(known, _)| *known == code).map_or(OTHER_CODE, |(known, _)| known)
@@ -270,7 +270,7 @@ fn name(credential: Setting) -> &'static str {
     if credential == Setting::ApiKey { "api_key" } else { "token" }
 }
 
-/// Prints the id of a credential, or `none`.
+/// Displays the id of a credential, or `none`.
 struct Id(Option<KeyId>);
 
 impl fmt::Display for Id {
@@ -282,7 +282,7 @@ impl fmt::Display for Id {
     }
 }
 
-/// Prints an error and its causes on one line, without credentials.
+/// Displays an error and its causes on one line, with credentials masked.
 struct Redacted<'a> {
     error: &'a dyn Error,
     secret: Option<&'a str>,
@@ -290,8 +290,8 @@ struct Redacted<'a> {
 
 impl fmt::Display for Redacted<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let said = Redactor::masking(self.secret).text(with_causes(self.error));
-        for char in said.chars() {
+        let text = Redactor::masking(self.secret).text(with_causes(self.error));
+        for char in text.chars() {
             match char {
                 char if char.is_control() => write!(f, "{}", char.escape_default())?,
                 char => f.write_char(char)?,

@@ -1,4 +1,4 @@
-//! The only reader of time (`.clippy.toml` forbids the others).
+//! [`Clock`], and all other code that reads the time: `.clippy.toml` forbids it elsewhere.
 
 use std::time::{Duration, SystemTime};
 #[cfg(feature = "test-util")]
@@ -12,18 +12,18 @@ use std::{
 
 use tokio::time::Instant;
 
-/// So far ahead is as good as never. Nothing is trusted for longer.
+/// The longest time that anything is trusted or scheduled ahead, so that arithmetic does not overflow.
 pub(crate) const LONG: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Wall-clock time, to which HTTP dates refer.
-#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+/// The wall-clock time, to which HTTP dates refer.
+#[expect(clippy::disallowed_methods, reason = "only this module reads the time")]
 pub(crate) fn now() -> SystemTime {
     SystemTime::now()
 }
 
-/// The time, read from both clocks that a machine has.
+/// The time on both clocks of the machine.
 ///
-/// Neither is enough: the wall clock is set by hand and by NTP, the monotonic one stands still while the
+/// Neither is enough: the wall clock can be set, by hand or by NTP, and the monotonic clock may stand still while the
 /// machine is suspended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Time {
@@ -31,7 +31,7 @@ pub(crate) struct Time {
     pub(crate) mono: Instant,
 }
 
-/// A point in time on both clocks; it has come when either says so.
+/// A point in time, which has come when either clock has reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadline {
     wall: SystemTime,
@@ -39,7 +39,7 @@ pub(crate) struct Deadline {
 }
 
 impl Time {
-    /// So long from now; never later than [`LONG`].
+    /// The deadline in `wait`, or in [`LONG`] if that is sooner.
     pub(crate) fn after(self, wait: Duration) -> Deadline {
         let wait = wait.min(LONG);
         Deadline {
@@ -48,12 +48,13 @@ impl Time {
         }
     }
 
-    /// So long since `earlier`, by the monotonic clock.
+    /// The time since `earlier` by the monotonic clock.
     pub(crate) fn since(self, earlier: Self) -> Duration {
         self.mono.saturating_duration_since(earlier.mono)
     }
 
-    /// So much of the time since `earlier` the wall clock alone has seen.
+    /// The time since `earlier` that the wall clock counts and the monotonic clock does not: a suspension, or a clock that
+    /// was set forward.
     pub(crate) fn unseen_since(self, earlier: Self) -> Duration {
         let wall = self.wall.duration_since(earlier.wall).unwrap_or_default();
         wall.saturating_sub(self.since(earlier))
@@ -70,7 +71,7 @@ impl Deadline {
         Self { wall: self.wall.min(other.wall), mono: self.mono.min(other.mono) }
     }
 
-    /// How long there is to it; zero when it has come.
+    /// The time that is left; zero if the deadline has come.
     pub(crate) fn remaining(&self, now: Time) -> Duration {
         let wall = self.wall.duration_since(now.wall).unwrap_or_default();
         wall.min(self.mono.saturating_duration_since(now.mono))
@@ -81,7 +82,7 @@ impl Deadline {
     }
 }
 
-/// Where an engine gets the time from: the machine, or a test.
+/// Where an engine gets the time from: the machine, or a test's clock.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
     #[cfg(feature = "test-util")]
@@ -99,15 +100,15 @@ impl Clock {
     }
 }
 
-/// tokio's, which a test can pause.
+/// The time on tokio's monotonic clock, which tests can pause.
 #[inline]
 pub(crate) fn monotonic() -> Instant {
     Instant::now()
 }
 
-/// A wall clock for tests: feature `test-util`.
+/// A wall clock for tests (feature `test-util`).
 ///
-/// It goes with tokio's time, paused or not, and can be set apart from it. Clones are one clock.
+/// It advances with tokio's time, paused or not, and can be set forward and back. Clones share one clock.
 ///
 /// ```
 /// use std::time::{Duration, UNIX_EPOCH};
@@ -117,7 +118,7 @@ pub(crate) fn monotonic() -> Instant {
 /// let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
 /// let before = clock.now();
 /// tokio::time::advance(Duration::from_secs(60)).await; // tokio's time is paused
-/// clock.jump_back(Duration::from_secs(3600)); // and somebody sets the clock
+/// clock.jump_back(Duration::from_secs(3600)); // the clock is set back
 /// assert_eq!(before.duration_since(clock.now()).unwrap(), Duration::from_secs(3540));
 /// # });
 /// ```
@@ -128,41 +129,41 @@ pub struct TestClock(Arc<Wall>);
 #[cfg(feature = "test-util")]
 struct Wall {
     start: SystemTime,
-    began: Instant,
-    /// By how many milliseconds it was set forward.
-    set: AtomicI64,
+    created: Instant,
+    /// How far the clock was set forward, in milliseconds.
+    offset: AtomicI64,
 }
 
 #[cfg(feature = "test-util")]
 impl TestClock {
-    /// A clock that shows `start`.
+    /// Creates a clock that shows `start`.
     #[must_use]
     pub fn new(start: SystemTime) -> Self {
-        Self(Arc::new(Wall { start, began: monotonic(), set: AtomicI64::new(0) }))
+        Self(Arc::new(Wall { start, created: monotonic(), offset: AtomicI64::new(0) }))
     }
 
-    /// What it shows.
+    /// Returns the time that the clock shows.
     #[must_use]
     pub fn now(&self) -> SystemTime {
         self.time().wall
     }
 
-    /// Sets it forward without time passing; so looks a machine that was suspended.
+    /// Sets the clock forward, as after a suspension of the machine.
     pub fn jump(&self, by: Duration) {
-        self.0.set.fetch_add(millis(by), Ordering::SeqCst);
+        self.0.offset.fetch_add(millis(by), Ordering::SeqCst);
     }
 
-    /// Sets it back.
+    /// Sets the clock back.
     pub fn jump_back(&self, by: Duration) {
-        self.0.set.fetch_sub(millis(by), Ordering::SeqCst);
+        self.0.offset.fetch_sub(millis(by), Ordering::SeqCst);
     }
 
     fn time(&self) -> Time {
         let mono = monotonic();
-        let wall = self.0.start + mono.saturating_duration_since(self.0.began);
-        let set = self.0.set.load(Ordering::SeqCst);
-        let by = Duration::from_millis(set.unsigned_abs());
-        let wall = if set < 0 { wall.checked_sub(by) } else { wall.checked_add(by) };
+        let wall = self.0.start + mono.saturating_duration_since(self.0.created);
+        let offset = self.0.offset.load(Ordering::SeqCst);
+        let by = Duration::from_millis(offset.unsigned_abs());
+        let wall = if offset < 0 { wall.checked_sub(by) } else { wall.checked_add(by) };
         Time { wall: wall.unwrap_or(self.0.start), mono }
     }
 }

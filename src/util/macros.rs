@@ -1,19 +1,19 @@
-//! What every service of this crate has.
+//! Methods that every service of this crate has.
 
-/// Access to the service within, in the field `inner`.
+/// Access to the inner service, in the field `inner`.
 macro_rules! inner_accessors {
     () => {
-        /// The service within.
+        /// Returns a reference to the inner service.
         pub fn get_ref(&self) -> &S {
             &self.inner
         }
 
-        /// The service within, to be changed.
+        /// Returns a mutable reference to the inner service.
         pub fn get_mut(&mut self) -> &mut S {
             &mut self.inner
         }
 
-        /// The service within, without this one.
+        /// Returns the inner service and discards this one.
         pub fn into_inner(self) -> S {
             self.inner
         }

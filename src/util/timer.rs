@@ -1,4 +1,4 @@
-//! A limit to what somebody else could draw out: [`Timer`].
+//! [`Timer`]: a time limit that keeps working when its future moves to another runtime.
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -14,47 +14,50 @@ use tokio::{
 
 use crate::util::clock::{LONG, monotonic};
 
-/// A time from when it is made, wherever it is polled: a runtime drives its own timers alone, and may be gone when a future
-/// goes on in another.
+/// A time limit, counted from the creation of the timer.
+///
+/// A `tokio::time::Sleep` belongs to one runtime, which may shut down while the future that polls it continues on another.
+/// So the timer makes a new one on each runtime that polls it.
 pub(crate) struct Timer {
     limit: Duration,
     due: Instant,
-    there: Option<There>,
+    armed: Option<Armed>,
 }
 
 /// The timer of one runtime.
-struct There {
+struct Armed {
     runtime: runtime::Id,
-    /// `None` where it has no timers, or is gone.
+    /// `None` if the runtime has no timers or has shut down.
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
 impl Timer {
     pub(crate) fn new(limit: Duration) -> Self {
         let limit = limit.min(LONG);
-        Self { limit, due: after(limit), there: None }
+        Self { limit, due: after(limit), armed: None }
     }
 
-    /// `None` where no runtime has the time.
+    /// Whether the limit is over; `None` if no runtime with timers polls this.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Option<Poll<()>> {
-        self.follow();
-        let there = self.there.as_mut()?;
-        let sleep = there.sleep.as_mut()?;
-        // It panics where its runtime is gone, and there is no asking.
+        self.arm();
+        let armed = self.armed.as_mut()?;
+        let sleep = armed.sleep.as_mut()?;
+        // Polling panics if the runtime has shut down, and there is no way to ask beforehand.
         let polled = catch_unwind(AssertUnwindSafe(|| sleep.as_mut().poll(cx)));
-        polled.inspect_err(|_| there.sleep = None).ok()
+        polled.inspect_err(|_| armed.sleep = None).ok()
     }
 
-    fn follow(&mut self) {
-        let Ok(here) = Handle::try_current() else { return };
-        if self.there.as_ref().is_some_and(|there| there.runtime == here.id()) {
+    /// Makes a timer of the current runtime, unless there is one.
+    fn arm(&mut self) {
+        let Ok(current) = Handle::try_current() else { return };
+        if self.armed.as_ref().is_some_and(|armed| armed.runtime == current.id()) {
             return;
         }
-        // The time of a test may be another there.
+        // Paused runtimes have separate clocks, and `due` may be far away by this one.
         let due = self.due.min(after(self.limit));
-        // There is no asking a runtime whether it has timers either.
+        // Panics if the runtime has no timers, which cannot be asked beforehand either.
         let sleep = catch_unwind(|| Box::pin(sleep_until(due))).ok();
-        self.there = Some(There { runtime: here.id(), sleep });
+        self.armed = Some(Armed { runtime: current.id(), sleep });
     }
 }
 
@@ -81,7 +84,7 @@ mod tests {
         timer.poll(&mut Context::from_waker(Waker::noop()))
     }
 
-    /// How it is polled there, at once and when so much time has passed.
+    /// Polls the timer on `runtime`, at once and after `time`.
     fn poll_after(runtime: &Runtime, timer: &mut Timer, time: Duration) -> [Option<Poll<()>>; 2] {
         runtime.block_on(async {
             let at_once = poll(timer);
@@ -90,38 +93,41 @@ mod tests {
         })
     }
 
+    /// F4: also if the runtime that it was made on has shut down.
     #[test]
-    fn f4_it_ends_on_time_where_it_was_made_and_wherever_else_it_is_polled() {
+    fn a_moved_timer_ends_on_time() {
         let [pending, ready] = [Some(Poll::Pending), Some(Poll::Ready(()))];
-        for is_gone in [false, true] {
-            let (one, other) = (runtime(), runtime());
-            let mut timer = one.block_on(async { Timer::new(LIMIT) });
-            assert_eq!(poll_after(&one, &mut timer, LIMIT / 2), [pending; 2]);
-            if is_gone {
-                drop(one);
+        for shuts_down in [false, true] {
+            let (first, second) = (runtime(), runtime());
+            let mut timer = first.block_on(async { Timer::new(LIMIT) });
+            assert_eq!(poll_after(&first, &mut timer, LIMIT / 2), [pending; 2]);
+            if shuts_down {
+                drop(first);
             }
-            assert_eq!(poll_after(&other, &mut timer, LIMIT / 2), [pending; 2]);
-            assert_eq!(poll_after(&other, &mut timer, LIMIT), [pending, ready]);
+            assert_eq!(poll_after(&second, &mut timer, LIMIT / 2), [pending; 2]);
+            assert_eq!(poll_after(&second, &mut timer, LIMIT), [pending, ready]);
         }
     }
 
+    /// F4: moving back and forth between runtimes does not restart the timer.
     #[test]
-    fn f4_moves_do_not_draw_it_out() {
-        let (one, other) = (runtime(), runtime());
-        let mut timer = one.block_on(async { Timer::new(LIMIT) });
+    fn moves_do_not_extend_the_limit() {
+        let (first, second) = (runtime(), runtime());
+        let mut timer = first.block_on(async { Timer::new(LIMIT) });
         let mut turns = 0;
         let half_a_second = Duration::from_millis(500);
-        while [&one, &other]
+        while [&first, &second]
             .iter()
             .all(|runtime| poll_after(runtime, &mut timer, half_a_second) == [Some(Poll::Pending); 2])
         {
             turns += 1;
-            assert!(turns <= 10, "it begins anew each time");
+            assert!(turns <= 10, "each move restarts the timer");
         }
     }
 
+    /// F5: without a runtime, without its timers, and after its shutdown.
     #[test]
-    fn f5_no_runtime_or_none_with_timers_or_one_that_is_gone_has_the_time() {
+    fn polls_without_timers_return_none() {
         let mut timer = Timer::new(LIMIT);
         assert_eq!(poll(&mut timer), None);
         let without = Builder::new_current_thread().build().unwrap();
@@ -136,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_without_end_is_one() {
+    fn the_longest_limit_does_not_overflow() {
         let runtime = runtime();
         let mut timer = runtime.block_on(async { Timer::new(Duration::MAX) });
         assert_eq!(poll_after(&runtime, &mut timer, Duration::from_secs(3_600)), [Some(Poll::Pending); 2]);
