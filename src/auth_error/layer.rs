@@ -175,14 +175,14 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProj::Response { response } => {
-                    let response = ready!(response.poll(cx))?;
-                    if !is_auth_status(response.status()) {
-                        return Poll::Ready(Ok(response.map(InspectedBody::unread)));
+                StateProj::Response { response } => match ready!(response.poll(cx)) {
+                    Ok(response) if is_auth_status(response.status()) => {
+                        let inspection = Some(Inspection::new(response, this.layer.limits));
+                        this.state.set(State::Inspecting { inspection });
                     }
-                    let inspection = Some(Inspection::new(response, this.layer.limits));
-                    this.state.set(State::Inspecting { inspection });
-                }
+                    Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
+                    Err(error) => return Poll::Ready(Err(error)),
+                },
                 StateProj::Inspecting { inspection: slot } => {
                     let Some(inspection) = slot else { return Poll::Pending };
                     ready!(inspection.poll(cx));

@@ -51,7 +51,7 @@ pub(super) enum Decision {
     /// Send it. It carries these credentials, if any.
     Send(Sent),
     /// Decide again after a refresh.
-    Wait(PendingCredentials),
+    Wait(Box<PendingCredentials>),
 }
 
 impl Owner {

@@ -5,6 +5,7 @@
 mod loom_tests;
 
 use std::{
+    cell::OnceCell,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -17,7 +18,7 @@ use crate::{
     credential::Credential,
     refresh::{Demand, Issued, Lease, SubjectEngine, WaitForRefresh},
     telemetry::event,
-    util::per_thread::Unshared,
+    util::{clock::Time, per_thread::Unshared},
 };
 
 const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
@@ -52,7 +53,7 @@ pub(super) enum Scope {
 /// Credentials, or what to wait for.
 pub(super) enum Lookup {
     Ready(Sent),
-    Wait(PendingCredentials),
+    Wait(Box<PendingCredentials>),
 }
 
 /// The refreshes that a request waits for.
@@ -100,25 +101,19 @@ impl CredentialProvider {
     #[inline]
     pub(super) fn lookup(&self, scope: Scope, subject: Option<&Subject>) -> Result<Lookup, AuthError> {
         loop {
+            let now = OnceCell::new();
             // The token first: then the key is no older than the one that the token was issued with.
             let (jwt, engine) = match (&self.jwt, scope) {
                 (None, _) | (_, Scope::KeyOnly) => (Demand::Ready(None), None),
-                (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand()?, None),
+                (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand(&now)?, None),
                 (Some(JwtSlot::PerSubject(jwts)), Scope::All) => {
-                    let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?)?;
-                    let demand = match engine.fresh() {
-                        Some(lease) => Demand::Ready(lease),
-                        None => {
-                            jwts.sweep();
-                            engine.demand()?
-                        }
-                    };
-                    (leased(demand), Some(engine))
+                    let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?, &now)?;
+                    (leased(engine.demand(&now)?), Some(engine))
                 }
             };
             let api_key = match &self.api_key {
                 None => Demand::Ready(None),
-                Some(slot) => slot.demand()?,
+                Some(slot) => slot.demand(&now)?,
             };
             match (api_key, jwt) {
                 (Demand::Ready(api_key), Demand::Ready(jwt)) => {
@@ -129,7 +124,7 @@ impl CredentialProvider {
                 }
                 (api_key, jwt) => {
                     let refreshes = [wait_for(api_key), wait_for(jwt)];
-                    return Ok(Lookup::Wait(PendingCredentials { refreshes, _subject: engine }));
+                    return Ok(Lookup::Wait(Box::new(PendingCredentials { refreshes, _subject: engine })));
                 }
             }
         }
@@ -177,10 +172,10 @@ impl CredentialProvider {
 
 impl<C: Credential> Slot<C> {
     #[inline]
-    fn demand(&self) -> Result<Demand<Option<Issued<C>>>, AuthError> {
+    fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Option<Issued<C>>>, AuthError> {
         match self {
             Self::Fixed(credential) => Ok(Demand::Ready(Some(Issued::Fixed(credential.local().clone())))),
-            Self::Refreshing(refreshing) => refreshing.demand().map(leased),
+            Self::Refreshing(refreshing) => refreshing.demand(now).map(leased),
         }
     }
 

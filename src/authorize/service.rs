@@ -109,7 +109,7 @@ struct Waiting<S, B> {
     service: S,
     request: Request<B>,
     policy: Arc<Policy>,
-    pending: Option<PendingCredentials>,
+    pending: Option<Box<PendingCredentials>>,
 }
 
 impl<S, ReqBody, ResBody> Future for ResponseFuture<S, ReqBody>
@@ -125,11 +125,12 @@ where
         loop {
             match state.as_mut().project() {
                 StateProj::Sent { response, sent } => {
-                    let mut response = ready!(response.poll(cx))?;
-                    if is_auth_status(response.status()) || trailers_may_reject(&response) {
-                        mem::take(sent).add_to(&mut response);
-                    }
-                    return Poll::Ready(Ok(response));
+                    return match response.poll(cx) {
+                        Poll::Ready(Ok(response)) if may_be_rejected(&response) => {
+                            Poll::Ready(Ok(mem::take(sent).add_to(response)))
+                        }
+                        polled => polled,
+                    };
                 }
                 StateProj::Waiting { waiting: slot } => {
                     let Some(waiting) = slot else { return Poll::Pending };
@@ -181,8 +182,11 @@ impl<S, ReqBody> Waiting<S, ReqBody> {
 #[derive(Clone, Copy)]
 pub(crate) struct Undecided;
 
-fn trailers_may_reject<B>(response: &Response<B>) -> bool {
-    cfg!(feature = "tonic") && response.extensions().get::<Undecided>().is_some()
+/// Whether outer layers need to know what was sent.
+#[inline]
+fn may_be_rejected<B>(response: &Response<B>) -> bool {
+    is_auth_status(response.status())
+        || (cfg!(feature = "tonic") && response.extensions().get::<Undecided>().is_some())
 }
 
 impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {

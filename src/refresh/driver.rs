@@ -6,6 +6,7 @@
 pub(crate) mod loom_tests;
 
 use std::{
+    cell::OnceCell,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, OnceLock, PoisonError, Weak},
@@ -92,8 +93,8 @@ impl<C: Credential> Driver<C> {
 
     /// The fast path: the credential, if nothing has to be decided about it.
     #[inline]
-    pub(super) fn fresh(&self) -> Option<Arc<Lease<C>>> {
-        self.publication.get(|| self.policy.now())
+    pub(super) fn fresh(&self, now: &OnceCell<Time>) -> Option<Arc<Lease<C>>> {
+        self.publication.get(|| *now.get_or_init(|| self.policy.now()))
     }
 
     /// A credential that stays valid for `min_validity`, or the refresh to wait for; starts a refresh if one is due.
@@ -125,7 +126,7 @@ impl<C: Credential> Driver<C> {
     /// As [`demand`](Self::demand), but waits.
     pub(super) async fn obtain(self: &Arc<Self>, min_validity: Duration) -> Result<C, AuthError> {
         if min_validity.is_zero()
-            && let Some(lease) = self.fresh()
+            && let Some(lease) = self.fresh(&OnceCell::new())
         {
             return Ok(lease.credential.clone());
         }

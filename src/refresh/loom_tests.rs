@@ -122,7 +122,7 @@ pub(crate) fn engine<C: Credential>(source: impl Source<C>, clock: &TestClock) -
 /// An engine that has fetched its first credential.
 pub(crate) fn prefetched<C: Credential>(source: impl Source<C>, clock: &TestClock) -> Refreshing<C> {
     let engine = engine(source, clock);
-    assert!(Tasks::AtOnce.during(|| engine.demand()).is_ok());
+    assert!(Tasks::AtOnce.during(|| engine.demand(&OnceCell::new())).is_ok());
     assert!(engine.fresh().is_some());
     engine
 }
@@ -137,7 +137,7 @@ fn fresh(engine: &Refreshing<Token>) -> Option<usize> {
 
 /// Asks for the token in every way, one after the other.
 fn ask_in_every_way(engine: &Refreshing<Token>) -> Vec<usize> {
-    let demanded = || match engine.demand() {
+    let demanded = || match engine.demand(&OnceCell::new()) {
         Ok(Demand::Ready(lease)) => Some(lease.credential.number()),
         _ => None,
     };
@@ -199,7 +199,7 @@ impl Waiter {
 /// F1
 #[test]
 fn concurrent_callers_share_one_refresh() {
-    let ask = |engine: &Refreshing<Token>| match engine.demand().unwrap() {
+    let ask = |engine: &Refreshing<Token>| match engine.demand(&OnceCell::new()).unwrap() {
         Demand::Wait(in_flight) => Some(Waiter::new(in_flight)),
         Demand::Ready(lease) => {
             assert_eq!(lease.credential.number(), 0);
@@ -259,7 +259,9 @@ fn the_last_handle_may_be_dropped_during_a_refresh() {
     let outcomes = explore(|| {
         let script = Script::new(&[0]);
         let engine = engine::<Token>(Arc::clone(&script), &clock());
-        let Ok(Demand::Wait(in_flight)) = engine.demand() else { panic!("a new engine has a token") };
+        let Ok(Demand::Wait(in_flight)) = engine.demand(&OnceCell::new()) else {
+            panic!("a new engine has a token")
+        };
         // loom does not see the reference counts of std's `Arc`; it sees these loads.
         let _ = (script.asked(), engine.fresh());
         drop(engine);
@@ -336,7 +338,7 @@ fn a_running_refresh_does_not_restore_a_rejected_token() {
         let script = Script::new(&[0, 0, 1]);
         let engine = prefetched::<Token>(Arc::clone(&script), &clock);
         clock.jump(INTO_THE_ADVISORY_WINDOW);
-        assert!(engine.demand().is_ok());
+        assert!(engine.demand(&OnceCell::new()).is_ok());
         let asked = script.asked();
         assert_eq!(reject(&engine, 0).0, Rejection::Refreshing);
         assert!(!ask_in_every_way(&engine).contains(&0));
@@ -354,7 +356,7 @@ fn a_running_refresh_does_not_restore_a_rejected_token() {
 fn a_token_rejected_on_arrival_is_not_published() {
     let outcomes = explore(|| {
         let engine = engine::<Token>(Script::new(&[0, 1]), &clock());
-        assert!(engine.demand().is_ok());
+        assert!(engine.demand(&OnceCell::new()).is_ok());
         let has_arrived = engine.current().is_some_and(|token| token.number() == 0);
         if has_arrived {
             assert_eq!(reject(&engine, 0).0, Rejection::Refreshing);
@@ -375,10 +377,10 @@ fn tokens_are_seen_in_order() {
         let engine = prefetched::<Token>(Script::new(&[0, 1]), &clock);
         clock.jump(INTO_THE_ADVISORY_WINDOW);
         // Starts the refresh.
-        assert!(engine.demand().is_ok());
+        assert!(engine.demand(&OnceCell::new()).is_ok());
         let other = spawn({
             let engine = engine.clone();
-            move || drop(engine.demand())
+            move || drop(engine.demand(&OnceCell::new()))
         });
         let tokens = ask_in_every_way(&engine);
         assert!(tokens.is_sorted(), "{tokens:?}");

@@ -1,7 +1,7 @@
 //! [`PerSubject`]: one engine for each subject, in a cache that evicts idle ones.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, OnceCell},
     convert::Infallible,
     fmt,
     hash::RandomState,
@@ -174,7 +174,7 @@ impl PerSubject {
     /// Returns the engine of a subject, for use without HTTP: to [`prefetch`](Refreshing::prefetch) at login, for example.
     #[must_use]
     pub fn of_subject(&self, subject: &Subject) -> Refreshing<Token> {
-        match self.engine(subject) {
+        match self.engine(subject, &OnceCell::new()) {
             Ok(engine) => Refreshing::clone(&engine),
             // The cache is full: an engine for this caller alone.
             Err(_) => self.0.create(subject).engine.clone(),
@@ -199,10 +199,13 @@ impl PerSubject {
         self.0.engines.is_empty()
     }
 
-    /// The engine of a subject; creates it if the subject is new.
+    /// The engine of a subject; creates it if the subject is new. Evicts idle subjects, if it is time to.
     #[inline]
-    pub(crate) fn engine(&self, subject: &Subject) -> Result<SubjectEngine, AuthError> {
-        match self.find(subject) {
+    pub(crate) fn engine(&self, subject: &Subject, now: &OnceCell<Time>) -> Result<SubjectEngine, AuthError> {
+        let now = now.get_or_init(|| self.0.policy.now()).since(self.0.created);
+        let now = millis(now);
+        self.sweep(now);
+        match self.find(subject, now) {
             Some(entry) => Ok(SubjectEngine(entry)),
             None => self.insert(subject).map(SubjectEngine),
         }
@@ -214,9 +217,8 @@ impl PerSubject {
     }
 
     #[inline]
-    fn find(&self, subject: &Subject) -> Option<Arc<Entry>> {
+    fn find(&self, subject: &Subject, now: u64) -> Option<Arc<Entry>> {
         let entry = self.0.engines.get(subject)?;
-        let now = self.0.millis();
         if entry.used.load(Relaxed) != now {
             entry.used.store(now, Relaxed);
         }
@@ -225,7 +227,6 @@ impl PerSubject {
 
     #[cold]
     fn insert(&self, subject: &Subject) -> Result<Arc<Entry>, AuthError> {
-        self.sweep();
         if self.0.is_full() {
             return Err(AuthError::refresh_failure(
                 AuthErrorKind::RefreshFailed,
@@ -242,9 +243,10 @@ impl PerSubject {
     }
 
     /// Evicts idle subjects, if it is time to; on a task if there is a runtime, because there may be many.
-    pub(crate) fn sweep(&self) {
+    #[inline]
+    fn sweep(&self, now: u64) {
         let Subjects { idle, swept, .. } = &*self.0;
-        let (now, last) = (self.0.millis(), swept.load(Relaxed));
+        let last = swept.load(Relaxed);
         let is_due = now.saturating_sub(last) >= millis(*idle / SWEEPS_PER_IDLE_TIME);
         if !is_due || swept.compare_exchange(last, now, Relaxed, Relaxed).is_err() {
             return;

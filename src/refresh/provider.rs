@@ -1,5 +1,7 @@
 //! What the layers take: fixed and refreshing credentials, for everybody or per subject.
 
+use std::cell::OnceCell;
+
 use tokio::runtime::Handle;
 
 use super::{PerSubject, Refreshing, in_flight::WaitForRefresh};
@@ -58,7 +60,7 @@ impl<C: Credential> Provider<C> {
         if let Self::Refreshing(refreshing) = self
             && Handle::try_current().is_ok()
         {
-            let _ = refreshing.demand();
+            let _ = refreshing.demand(&OnceCell::new());
         }
         self.current().map(|credential| credential.secret().fingerprint().number())
     }

@@ -1,6 +1,7 @@
 //! [`Refreshing`]: the handle of an engine.
 
 use std::{
+    cell::OnceCell,
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -16,6 +17,7 @@ use crate::{
     ApiKey, AuthError, Token,
     credential::{Credential, Fingerprint},
     source::{DynSource, Source},
+    util::clock::Time,
 };
 
 /// A credential that refreshes itself. See [how refreshing works](crate::guide::refreshing).
@@ -95,15 +97,16 @@ impl<C: Credential> Refreshing<C> {
         self.0.obtain(Duration::ZERO).await
     }
 
-    #[inline]
+    #[cfg(all(test, model))]
     pub(crate) fn fresh(&self) -> Option<Arc<Lease<C>>> {
-        self.0.fresh()
+        self.0.fresh(&OnceCell::new())
     }
 
-    /// The credential, or the refresh to wait for.
+    /// The credential, or the refresh to wait for. `now` is read once for all credentials of a request: reading both of a
+    /// machine's clocks takes as long as writing a header.
     #[inline]
-    pub(crate) fn demand(&self) -> Result<Demand<Arc<Lease<C>>>, AuthError> {
-        match self.fresh() {
+    pub(crate) fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Arc<Lease<C>>>, AuthError> {
+        match self.0.fresh(now) {
             Some(lease) => Ok(Demand::Ready(lease)),
             None => self.0.demand(Duration::ZERO),
         }

@@ -2,13 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use http::request::Parts;
-
+use super::head::Head;
 use crate::util::per_thread::CacheAligned;
 
 /// What it takes to send a request again.
 pub(super) struct Captured<S, B> {
-    pub(super) head: Parts,
+    pub(super) head: Head,
     pub(super) body: B,
     pub(super) spare: Spare<S>,
 }

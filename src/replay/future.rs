@@ -32,7 +32,7 @@ pin_project! {
     ///
     /// Dropping it drops the request. A refresh that it waits for continues.
     pub struct ResponseFuture<F, A> {
-        // `None` once the first response is there.
+        // `None` once the request is being replayed.
         #[pin]
         first: Option<F>,
         attempt: A,
@@ -111,14 +111,15 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         if let Some(first) = this.first.as_mut().as_pin_mut() {
-            let response = ready!(first.poll(cx));
-            this.first.set(None);
-            let response = response?;
-            if response.status() != StatusCode::UNAUTHORIZED || !can_recover(&response) {
-                return Poll::Ready(Ok(response.map(InspectedBody::unread)));
+            match ready!(first.poll(cx)) {
+                Ok(response) if response.status() == StatusCode::UNAUTHORIZED && can_recover(&response) => {
+                    let rejected = Inspection::new(response, BodyLimits::default());
+                    this.attempt.recovery = Some(Box::new(Recovery::Reading { rejected }));
+                    this.first.set(None);
+                }
+                Ok(response) => return Poll::Ready(Ok(response.map(InspectedBody::unread))),
+                Err(error) => return Poll::Ready(Err(error)),
             }
-            let rejected = Inspection::new(response, BodyLimits::default());
-            this.attempt.recovery = Some(Box::new(Recovery::Reading { rejected }));
         }
         this.attempt.poll_recovery(cx)
     }
@@ -212,7 +213,7 @@ where
     fn restore(&mut self) -> Option<(S, Request<R::Body>)> {
         let Captured { head, body, spare } = self.captured.take()?;
         let body = self.replay.restore(body)?;
-        Some((spare.service(), Request::from_parts(head, body)))
+        Some((spare.service(), head.into_request(body)))
     }
 }
 

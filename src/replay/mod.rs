@@ -63,6 +63,7 @@ mod blame;
 mod body;
 mod captured;
 mod future;
+mod head;
 mod layer;
 mod service;
 

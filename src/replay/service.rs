@@ -14,6 +14,7 @@ use super::{
     CloneBody, Replay, ResponseFuture,
     captured::{Captured, Spare},
     future::Attempt,
+    head::Head,
 };
 use crate::{CloneClient, auth_error::InspectedBody, util::per_thread::PerThread};
 
@@ -71,13 +72,17 @@ where
             let request = request.map(|body| replay.pass_through(body));
             return ResponseFuture::new(self.inner.call(request), Attempt::new(replay, None));
         }
-        let (head, body) = request.into_parts();
-        let (body, captured) = replay.capture(body);
+        let mut captured = None;
+        let request = request.map(|body| {
+            let (body, kept) = replay.capture(body);
+            captured = kept;
+            body
+        });
         let captured = captured.and_then(|body| {
             let spare = self.spares.get_or_init(|| Spare::new(&self.inner))?.clone();
-            Some(Captured { head: head.clone(), body, spare })
+            Some(Captured { head: Head::copy(&request), body, spare })
         });
-        let response = self.inner.call(Request::from_parts(head, body));
+        let response = self.inner.call(request);
         ResponseFuture::new(response, Attempt::new(replay, captured))
     }
 }
