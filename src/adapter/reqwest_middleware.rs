@@ -61,10 +61,7 @@
 
 use std::{
     convert::Infallible,
-    error::Error as StdError,
-    fmt,
-    future::poll_fn,
-    mem,
+    fmt, io, mem,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -75,8 +72,7 @@ use ::reqwest_middleware::{Error, Middleware, Next};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{Extensions, Request, Response};
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service, ServiceExt};
 use zeroize::Zeroizing;
 
 use super::reqwest::{ShownUrl, TryCloneBody, into_reqwest, redact_url};
@@ -166,11 +162,8 @@ where
         next: NextService<'a>,
         request: Request<Body>,
     ) -> impl Future<Output = Result<::reqwest::Response, Error>> + Send {
-        let mut service = self.layer(next);
-        async move {
-            poll_fn(|cx| service.poll_ready(cx)).await.map_err(Into::into)?;
-            service.call(request).await.map(into_reqwest).map_err(Into::into)
-        }
+        let response = self.layer(next).oneshot(request);
+        async { response.await.map(into_reqwest).map_err(Into::into) }
     }
 }
 
@@ -196,7 +189,7 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
         let request_extensions = request.extensions().clone();
         let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
-        NextFuture(Box::pin(async move {
+        Box::pin(async move {
             let request = request.map_err(redact_url)?;
             let mut current = extensions.lock().unwrap_or_else(PoisonError::into_inner).clone();
             current.extend(request_extensions);
@@ -207,7 +200,7 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
                 Err(Error::Reqwest(error)) => Err(Error::Reqwest(redact_url(error))),
                 Err(error) => Err(redact_middleware_error(shown_url, query.as_ref(), error)),
             }
-        }))
+        })
     }
 }
 
@@ -220,20 +213,8 @@ fn redact_middleware_error(shown_url: ShownUrl, query: Option<&Zeroizing<String>
         return found.clone().into();
     }
     let redactor = Redactor::masking(query.map(|query| query.as_str()));
-    Error::middleware(RedactedError(redactor.text(with_causes(&error))))
+    Error::middleware(io::Error::other(redactor.text(with_causes(&error))))
 }
-
-/// The redacted text of a middleware's error and its causes.
-#[derive(Debug)]
-struct RedactedError(String);
-
-impl fmt::Display for RedactedError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl StdError for RedactedError {}
 
 impl fmt::Debug for NextService<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -242,21 +223,7 @@ impl fmt::Debug for NextService<'_> {
 }
 
 /// Response future of [`NextService`].
-pub struct NextFuture<'a>(Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>);
-
-impl Future for NextFuture<'_> {
-    type Output = Result<Response<Body>, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx)
-    }
-}
-
-impl fmt::Debug for NextFuture<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NextFuture").finish_non_exhaustive()
-    }
-}
+pub type NextFuture<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>;
 
 /// Wraps the [`AuthError`] as `Error::Middleware`.
 impl From<AuthError> for Error {
