@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{
     Access, Fault, Received, Simulator, SimulatorBody, State,
-    quota::{Quota, set_if_absent},
+    quota::set_if_absent,
     refusal::{self, Refusal},
     replies, token,
 };
@@ -45,24 +45,22 @@ where
         return token::answer(simulator, received, body).await;
     }
 
-    let (fault, answer, quota, number) = {
+    let (fault, answer, window, number) = {
         let mut state = simulator.state();
         state.record(received.clone());
         let fault = state.faults.pop_front();
-        let quota = state.window.count();
-        let answer = match (&fault, &quota) {
-            (Some(Fault::Html(status)), _) => replies::html(*status),
-            (Some(Fault::RateLimited { retry_after }), _) => {
+        let window = state.window.count();
+        let answer = match &fault {
+            Some(Fault::Html(status)) => replies::html(*status),
+            Some(Fault::RateLimited { retry_after }) => {
                 refusal::RATE_LIMITED.answer_with_retry_after(*retry_after)
             }
-            (Some(Fault::Unavailable), _) => refusal::UNAVAILABLE.answer(),
-            (Some(Fault::Answer(answer)), _) => answer.clone().map(SimulatorBody::whole),
-            (_, Quota { allowed: false, reset_after, .. }) => {
-                refusal::RATE_LIMITED.answer_with_retry_after(*reset_after)
-            }
+            Some(Fault::Unavailable) => refusal::UNAVAILABLE.answer(),
+            Some(Fault::Answer(answer)) => answer.clone().map(SimulatorBody::whole),
+            _ if window.is_exceeded() => refusal::RATE_LIMITED.answer_with_retry_after(window.reset_after()),
             _ => route(&state, &received, &body),
         };
-        (fault, answer, quota, state.requests)
+        (fault, answer, window, state.requests)
     };
     if let Some(Fault::Stall) = fault {
         std::future::pending::<()>().await;
@@ -71,7 +69,7 @@ where
         Some(fault) => answer.map(|body| body.with_fault(fault)),
         None => answer,
     };
-    quota.write(answer.headers_mut());
+    window.write(answer.headers_mut());
     set_if_absent(answer.headers_mut(), "x-request-id", &format!("req_{number}"));
     answer
 }

@@ -47,8 +47,8 @@ struct Claims {
     jti: String,
 }
 
-impl Issuer {
-    pub(super) fn new() -> Self {
+impl Default for Issuer {
+    fn default() -> Self {
         let secret = random_bytes();
         let hs256 =
             Keys { sign: EncodingKey::from_secret(&secret), verify: DecodingKey::from_secret(&secret) };
@@ -62,7 +62,9 @@ impl Issuer {
         };
         Self { hs256, es256, live: HashSet::new() }
     }
+}
 
+impl Issuer {
     pub(super) fn mint(
         &mut self,
         algorithm: JwtAlgorithm,
@@ -141,10 +143,10 @@ mod tests {
     fn its_own_jwts_are_accepted_until_expired() {
         let now = at(0);
         for algorithm in [JwtAlgorithm::Hs256, JwtAlgorithm::Es256] {
-            let mut issuer = Issuer::new();
+            let mut issuer = Issuer::default();
             let jwt = issuer.mint(algorithm, SUBJECT, now, MINUTE);
             assert!(issuer.accepts(&jwt, now), "{algorithm:?}");
-            assert!(!Issuer::new().accepts(&jwt, now), "minted by another issuer");
+            assert!(!Issuer::default().accepts(&jwt, now), "minted by another issuer");
             issuer.expire_all();
             assert!(!issuer.accepts(&jwt, now), "expired by `expire_all`");
             let next = issuer.mint(algorithm, SUBJECT, now, MINUTE);
@@ -154,7 +156,7 @@ mod tests {
 
     #[test]
     fn lifetimes_are_exact_to_the_millisecond() {
-        let mut issuer = Issuer::new();
+        let mut issuer = Issuer::default();
         for minted_at in [0, 1, 500, 999] {
             let jwt = issuer.mint(JwtAlgorithm::Hs256, SUBJECT, at(minted_at), Duration::from_secs(2));
             assert!(issuer.accepts(&jwt, at(minted_at + 1_999)), "{minted_at}");
@@ -168,7 +170,7 @@ mod tests {
 
     #[test]
     fn forged_and_expired_jwts_are_refused() {
-        let mut issuer = Issuer::new();
+        let mut issuer = Issuer::default();
         let jwt = issuer.mint(JwtAlgorithm::Es256, SUBJECT, at(0), MINUTE);
         let [head, claims, _] = jwt.split('.').collect::<Vec<_>>()[..] else { panic!("{jwt}") };
         // {"alg":"none"}

@@ -6,15 +6,11 @@ use std::time::{Duration, UNIX_EPOCH};
 use http::HeaderMap;
 use serde_json::{Value, json};
 
-use super::{
-    client::{self, Caller},
-    form::Form,
-    refusal::{INVALID_CLIENT, UNSUPPORTED_GRANT_TYPE, invalid_grant},
-};
+use super::request::{Caller, Form, authenticate};
 use crate::simulator::{
     State,
     jwt::{JwtAlgorithm, SUBJECT},
-    refusal::Refusal,
+    refusal::{INVALID_CLIENT, Refusal, invalid_grant},
 };
 
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
@@ -22,24 +18,18 @@ const JWT_BEARER: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
 const JWT_TYPE: &str = "urn:ietf:params:oauth:token-type:jwt";
 
 const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// The validity of the access token that a grant returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Validity {
-    Configured,
-    /// Expired a minute ago.
-    Expired,
-}
-
-/// Carries out the request and returns the JSON of the response.
+/// Carries out the request and returns the JSON of the response. With `is_expired`, its access token expired a minute
+/// ago.
 pub(super) fn carry_out(
     state: &mut State,
     headers: &HeaderMap,
     body: &[u8],
-    validity: Validity,
+    is_expired: bool,
 ) -> Result<Value, Refusal> {
     let form = Form::read(headers, body)?;
-    let caller = client::authenticate(state, headers, &form)?;
+    let caller = authenticate(state, headers, &form)?;
     let grant_type = form.require("grant_type")?;
     if caller == Caller::Public && grant_type != "refresh_token" {
         return Err(INVALID_CLIENT);
@@ -66,15 +56,15 @@ pub(super) fn carry_out(
                 return Err(invalid_grant("The assertion is not a JWT."));
             }
         }
-        _ => return Err(UNSUPPORTED_GRANT_TYPE),
+        _ => return Err(Refusal::oauth(400, "unsupported_grant_type", "There is no such grant type.")),
     }
     if let Some(scope) = form.get("scope") {
         granted["scope"] = scope.into();
     }
     let now = state.clock.now().wall;
-    let (issued, lifetime) = match validity {
-        Validity::Configured => (now, state.tokens.lifetime),
-        Validity::Expired => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
+    let (issued, lifetime) = match is_expired {
+        false => (now, state.tokens.lifetime.unwrap_or(HOUR)),
+        true => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
     };
     granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, subject, issued, lifetime).into();
     granted["expires_in"] = seconds(lifetime);

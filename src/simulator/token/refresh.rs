@@ -3,16 +3,20 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::refusal::invalid_grant;
-use crate::simulator::{random_hex, refusal::Refusal};
+use crate::simulator::{
+    random_hex,
+    refusal::{Refusal, invalid_grant},
+};
 
+#[derive(Default)]
 pub(super) struct RefreshTokens {
     /// Every token ever issued.
     tokens: HashMap<String, RefreshToken>,
     /// The families that are not revoked.
     families: HashSet<u64>,
     families_started: u64,
-    pub(super) rotate: bool,
+    /// Whether a token can be used again, and is not rotated.
+    pub(super) reusable: bool,
     pub(super) reused: u64,
 }
 
@@ -23,16 +27,6 @@ struct RefreshToken {
 }
 
 impl RefreshTokens {
-    pub(super) fn new() -> Self {
-        Self {
-            tokens: HashMap::new(),
-            families: HashSet::new(),
-            families_started: 0,
-            rotate: true,
-            reused: 0,
-        }
-    }
-
     /// Issues the first token of a new family.
     pub(super) fn issue(&mut self) -> String {
         self.families_started += 1;
@@ -60,7 +54,7 @@ impl RefreshTokens {
         if !self.families.contains(&family) {
             return Err(invalid_grant("The refresh token was revoked."));
         }
-        if !self.rotate {
+        if self.reusable {
             return Ok(None);
         }
         found.spent = true;
