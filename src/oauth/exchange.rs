@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{
     OAuthError, RefreshToken, TokenEndpoint,
-    grant::Grant,
+    grant::GrantToken,
     response::{self, Granted},
 };
 use crate::{
@@ -28,84 +28,96 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct Exchange {
     pub(super) endpoint: TokenEndpoint,
-    pub(super) grant: Grant,
+    pub(super) grant_type: &'static str,
+    pub(super) tokens: Vec<GrantToken>,
     /// Further form parameters. The values may be secrets, such as a password.
     pub(super) parameters: Vec<(Cow<'static, str>, SecretString)>,
 }
 
-/// Why an exchange brought no token.
-pub(super) enum ExchangeError {
-    /// The endpoint answered with an error or an unusable response.
-    Rejected(OAuthError),
-    /// The exchange ended without a response.
-    Failed(SourceError),
+/// The credentials of a request that a provider supplied.
+struct Sent {
+    key: Option<ApiKey>,
+    tokens: Vec<Token>,
 }
 
 impl Exchange {
     /// Requests a token. If the endpoint rejects a credential that is refreshing, refreshes it and, if that brings
     /// another, sends the request once more.
-    pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, ExchangeError> {
+    pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
         let sent = self.credentials().await?;
-        match self.send(&sent, refresh_token).await {
-            Err(ExchangeError::Rejected(error)) if sent.refresh_rejected(&error).await => {
-                self.send(&self.credentials().await?, refresh_token).await
-            }
-            result => result,
+        let result = self.send(&sent, refresh_token).await;
+        if let Err(error) = &result
+            && let Some(error) = OAuthError::of(error)
+            && self.refresh_rejected(&sent, error).await
+        {
+            return self.send(&self.credentials().await?, refresh_token).await;
         }
+        result
     }
 
     /// Combines the versions of all credentials into one, which changes when any of them does.
     pub(super) fn version(&self) -> u64 {
         let key = self.endpoint.auth.key().and_then(Provider::version);
-        self.grant.tokens().map(|token| token.token.version()).fold(mix(0, key), mix)
+        self.tokens.iter().map(|token| token.provider.version()).fold(mix(0, key), mix)
     }
 
-    async fn send(
-        &self,
-        sent: &SentCredentials,
-        refresh_token: Option<&RefreshToken>,
-    ) -> Result<Granted, ExchangeError> {
-        let response = self.endpoint.client.send(self.request(sent, refresh_token)).await;
-        let response = response.map_err(|error| ExchangeError::Failed(error.into()))?;
+    async fn send(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
+        let response = self.endpoint.client.send(self.request(sent, refresh_token)).await?;
         let secrets = self.secrets(sent, refresh_token);
-        response::read(&response, secrets.iter().map(|secret| &***secret)).map_err(ExchangeError::Rejected)
+        Ok(response::read(&response, secrets.iter().map(|secret| &***secret))?)
     }
 
     /// Obtains the current credentials for a request, refreshing them if necessary.
-    async fn credentials(&self) -> Result<SentCredentials, ExchangeError> {
+    async fn credentials(&self) -> Result<Sent, SourceError> {
         let key = match self.endpoint.auth.key() {
-            Some(key) => Some(Sent::obtain(key).await?),
+            Some(key) => Some(obtain(key).await?),
             None => None,
         };
         let mut tokens = Vec::new();
-        for token in self.grant.tokens() {
-            tokens.push(Sent::obtain(token.token).await?);
+        for token in &self.tokens {
+            tokens.push(obtain(&token.provider).await?);
         }
-        Ok(SentCredentials { key, tokens })
+        Ok(Sent { key, tokens })
     }
 
-    fn request(&self, sent: &SentCredentials, refresh_token: Option<&RefreshToken>) -> Request<Bytes> {
+    /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
+    async fn refresh_rejected(&self, sent: &Sent, error: &OAuthError) -> bool {
+        let mut changed = false;
+        if error.blames_client()
+            && let (Some(provider), Some(key)) = (self.endpoint.auth.key(), &sent.key)
+        {
+            changed |= provider.replace(key).await;
+        }
+        if error.blames_grant() {
+            for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
+                changed |= token.provider.replace(sent).await;
+            }
+        }
+        changed
+    }
+
+    fn request(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Request<Bytes> {
         let mut request = Request::new(encode(&self.form(sent, refresh_token)));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.endpoint.uri.clone();
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-        let bearer = sent.key.as_ref().map(|key| key.value.0.bearer().clone());
+        let bearer = sent.key.as_ref().map(|key| key.0.bearer().clone());
         headers.extend(bearer.or_else(|| self.endpoint.auth.basic()).map(|value| (AUTHORIZATION, value)));
         request
     }
 
     fn form<'a>(
         &'a self,
-        sent: &'a SentCredentials,
+        sent: &'a Sent,
         refresh_token: Option<&'a RefreshToken>,
     ) -> Vec<(&'a str, &'a str)> {
-        let mut form = vec![("grant_type", self.grant.name())];
+        let mut form = vec![("grant_type", self.grant_type)];
         form.extend(refresh_token.map(|token| ("refresh_token", token.expose_secret())));
-        for (token, sent) in self.grant.tokens().zip(&sent.tokens) {
-            form.push((token.name, sent.value.expose_secret()));
-            form.extend(token.kind);
+        for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
+            form.push((token.name, sent.expose_secret()));
+            form.extend(token.kind.as_ref().map(|(name, kind)| (*name, kind.uri())));
         }
         form.extend(self.parameters.iter().map(|(name, value)| (&**name, value.expose_secret())));
         form.extend(self.endpoint.auth.parameters());
@@ -113,13 +125,9 @@ impl Exchange {
     }
 
     /// Returns the secrets of the request in every form in which it carries them, to be masked in errors.
-    fn secrets(
-        &self,
-        sent: &SentCredentials,
-        refresh_token: Option<&RefreshToken>,
-    ) -> Vec<Zeroizing<String>> {
-        let key = sent.key.iter().map(|key| key.value.expose_secret());
-        let tokens = sent.tokens.iter().map(|token| token.value.expose_secret());
+    fn secrets(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Vec<Zeroizing<String>> {
+        let key = sent.key.iter().map(ApiKey::expose_secret);
+        let tokens = sent.tokens.iter().map(Token::expose_secret);
         // Any other parameter may be a secret; these three are not.
         let parameters =
             self.parameters.iter().filter(|(name, _)| !matches!(&**name, "scope" | "audience" | "resource"));
@@ -143,60 +151,12 @@ fn mix(hash: u64, version: Option<u64>) -> u64 {
     hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32) ^ version
 }
 
-/// The credentials that a request carries and that a provider supplied.
-struct SentCredentials {
-    key: Option<Sent<ApiKey>>,
-    tokens: Vec<Sent<Token>>,
-}
-
-struct Sent<C: Credential> {
-    provider: Provider<C>,
-    value: C,
-}
-
-impl SentCredentials {
-    /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
-    async fn refresh_rejected(&self, error: &OAuthError) -> bool {
-        let mut changed = false;
-        if error.blames_client()
-            && let Some(key) = &self.key
-        {
-            changed |= key.refresh().await;
-        }
-        if error.blames_grant() {
-            for token in &self.tokens {
-                changed |= token.refresh().await;
-            }
-        }
-        changed
-    }
-}
-
-impl<C: Credential> Sent<C> {
-    async fn obtain(provider: &Provider<C>) -> Result<Self, ExchangeError> {
-        match provider.get().await {
-            Ok(value) => Ok(Self { provider: provider.clone(), value }),
-            Err(error) => Err(ExchangeError::Failed(match error.retry_after() {
-                _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
-                Some(time) => SourceError::transient(error).with_retry_after(time),
-                None => SourceError::transient(error),
-            })),
-        }
-    }
-
-    /// Reports the credential as rejected. Returns whether the provider then has a different one.
-    async fn refresh(&self) -> bool {
-        self.provider.replace(&self.value).await
-    }
-}
-
-impl From<ExchangeError> for SourceError {
-    fn from(error: ExchangeError) -> Self {
-        match error {
-            ExchangeError::Rejected(error) => error.into(),
-            ExchangeError::Failed(error) => error,
-        }
-    }
+async fn obtain<C: Credential>(provider: &Provider<C>) -> Result<C, SourceError> {
+    provider.get().await.map_err(|error| match error.retry_after() {
+        _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
+        Some(time) => SourceError::transient(error).with_retry_after(time),
+        None => SourceError::transient(error),
+    })
 }
 
 /// Encodes the form into a buffer that is wiped on drop.

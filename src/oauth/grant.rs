@@ -1,16 +1,17 @@
-//! The grant types of token requests, and the tokens they carry.
+//! The tokens that a grant carries, and their types.
 
 use std::borrow::Cow;
 
 use crate::{credential::Token, refresh::Provider};
 
-/// The grant type, with the tokens that the request carries. A refresh token is supplied for each exchange.
+/// A token that every request of a grant carries.
 #[derive(Clone)]
-pub(super) enum Grant {
-    ClientCredentials,
-    RefreshToken,
-    TokenExchange { subject: (Provider<Token>, TokenType), actor: Option<(Provider<Token>, TokenType)> },
-    JwtBearer { assertion: Provider<Token> },
+pub(super) struct GrantToken {
+    pub(super) provider: Provider<Token>,
+    /// The form parameter that carries the token.
+    pub(super) name: &'static str,
+    /// The form parameter that states its type.
+    pub(super) kind: Option<(&'static str, TokenType)>,
 }
 
 /// The type of a token in a token exchange
@@ -32,50 +33,6 @@ pub enum TokenType {
     Jwt,
     /// Any other type, by its URI.
     Other(Cow<'static, str>),
-}
-
-impl Grant {
-    pub(super) fn name(&self) -> &'static str {
-        match self {
-            Self::ClientCredentials => "client_credentials",
-            Self::RefreshToken => "refresh_token",
-            Self::TokenExchange { .. } => "urn:ietf:params:oauth:grant-type:token-exchange",
-            Self::JwtBearer { .. } => "urn:ietf:params:oauth:grant-type:jwt-bearer",
-        }
-    }
-
-    /// Returns each token of the request with the name of its form parameter, and its type with the name of that.
-    pub(super) fn tokens(&self) -> impl Iterator<Item = GrantToken<'_>> {
-        let (first, second) = match self {
-            Self::ClientCredentials | Self::RefreshToken => (None, None),
-            Self::TokenExchange { subject: (token, kind), actor } => {
-                let subject = GrantToken {
-                    token,
-                    name: "subject_token",
-                    kind: Some(("subject_token_type", kind.uri())),
-                };
-                let actor = actor.as_ref().map(|(token, kind)| GrantToken {
-                    token,
-                    name: "actor_token",
-                    kind: Some(("actor_token_type", kind.uri())),
-                });
-                (Some(subject), actor)
-            }
-            Self::JwtBearer { assertion: token } => {
-                (Some(GrantToken { token, name: "assertion", kind: None }), None)
-            }
-        };
-        first.into_iter().chain(second)
-    }
-}
-
-/// A token that a request carries.
-pub(super) struct GrantToken<'a> {
-    pub(super) token: &'a Provider<Token>,
-    /// The form parameter that carries the token.
-    pub(super) name: &'static str,
-    /// The form parameter that states its type.
-    pub(super) kind: Option<(&'static str, &'a str)>,
 }
 
 impl TokenType {

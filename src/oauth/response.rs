@@ -105,6 +105,11 @@ impl OAuthError {
             && matches!(self.code(), Some("invalid_grant" | "invalid_client" | "unauthorized_client"))
     }
 
+    /// Returns the endpoint's answer, if that is what made a source fail.
+    pub(super) fn of(error: &SourceError) -> Option<&Self> {
+        error.cause().downcast_ref()
+    }
+
     /// Returns whether the endpoint rejected the client authentication, rather than the grant.
     pub(super) fn blames_client(&self) -> bool {
         self.code() == Some("invalid_client")

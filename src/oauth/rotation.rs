@@ -9,10 +9,7 @@ use tokio::{
 };
 
 use super::{
-    RefreshToken, RefreshTokenStore,
-    exchange::{Exchange, ExchangeError},
-    response::Granted,
-    store::DynStore,
+    OAuthError, RefreshToken, RefreshTokenStore, exchange::Exchange, response::Granted, store::DynStore,
 };
 use crate::{
     credential::{Fingerprint, Token},
@@ -99,10 +96,10 @@ impl Rotation {
             Some(fetched) => Ok(fetched),
             None => timeout(TIME_LIMIT, self.exchange(&mut state, exchange))
                 .await
-                .unwrap_or_else(|_| Err(ExchangeError::Failed(SourceError::transient(TIMED_OUT)))),
+                .unwrap_or_else(|_| Err(SourceError::transient(TIMED_OUT))),
         };
         let version = state.current.as_ref().map_or(0, |current| current.version);
-        if let Err(Ok(fetched)) = caller.send(fetched.map_err(Into::into)) {
+        if let Err(Ok(fetched)) = caller.send(fetched) {
             state.unclaimed = Some(Unclaimed { fetched, since: Clock::default().now(), version });
         }
         // The caller does not wait for the store, but the next exchange does: the lock is still held.
@@ -115,37 +112,33 @@ impl Rotation {
 
     /// Spends the newest token. If another login replaces it meanwhile, discards the result and tries once more with
     /// the new login.
-    async fn exchange(
-        &self,
-        state: &mut State,
-        exchange: &Exchange,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    async fn exchange(&self, state: &mut State, exchange: &Exchange) -> Result<Fetched<Token>, SourceError> {
         for _ in 0..2 {
             let fetched = self.exchange_once(state, exchange).await;
             if state.current.as_ref().is_none_or(|current| current.version == self.store.version()) {
                 return fetched;
             }
         }
-        Err(ExchangeError::Failed(SourceError::transient(LOGIN_REPLACED)))
+        Err(SourceError::transient(LOGIN_REPLACED))
     }
 
     async fn exchange_once(
         &self,
         state: &mut State,
         exchange: &Exchange,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    ) -> Result<Fetched<Token>, SourceError> {
         let version = self.store.version();
         let current = match &state.current {
             Some(current) if current.version == version => current.clone(),
             _ => match self.load().await {
                 Ok(Some(loaded)) => loaded,
-                Ok(None) => return Err(ExchangeError::Failed(SourceError::permanent(NOT_LOGGED_IN))),
-                Err(error) => return Err(ExchangeError::Failed(SourceError::transient(error))),
+                Ok(None) => return Err(SourceError::permanent(NOT_LOGGED_IN)),
+                Err(error) => return Err(SourceError::transient(error)),
             },
         };
         let fetched = self.spend(state, exchange, &current).await;
-        if let Err(ExchangeError::Rejected(error)) = &fetched
-            && error.code() == Some("invalid_grant")
+        if let Err(error) = &fetched
+            && OAuthError::of(error).is_some_and(|error| error.code() == Some("invalid_grant"))
             // Another program may have spent the token and stored its successor.
             && let Ok(Some(loaded)) = self.load().await
             && loaded.token.expose_secret() != current.token.expose_secret()
@@ -166,7 +159,7 @@ impl Rotation {
         state: &mut State,
         exchange: &Exchange,
         current: &Current,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    ) -> Result<Fetched<Token>, SourceError> {
         state.current = Some(current.clone());
         state.unsaved = None;
         let Granted { fetched, refresh_token } = exchange.run(Some(&current.token)).await?;
@@ -178,7 +171,7 @@ impl Rotation {
             state.current = Some(Current { token: token.clone(), version: current.version });
             state.unsaved = Some(token);
         }
-        fetched.map_err(ExchangeError::Rejected)
+        Ok(fetched?)
     }
 
     async fn save(&self, token: &RefreshToken) {

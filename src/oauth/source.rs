@@ -5,7 +5,7 @@ use std::{borrow::Cow, fmt, sync::Arc};
 use secrecy::SecretString;
 
 use super::{
-    RefreshTokenStore, TokenEndpoint, TokenType, exchange::Exchange, grant::Grant, rotation::Rotation,
+    RefreshTokenStore, TokenEndpoint, TokenType, exchange::Exchange, grant::GrantToken, rotation::Rotation,
 };
 use crate::{
     credential::Token,
@@ -13,6 +13,8 @@ use crate::{
     refresh::Provider,
     source::{Fetched, Reason, Source, SourceError},
 };
+
+const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 
 /// A [`Source`] of tokens from an OAuth 2.0 token endpoint. See the [module docs](super).
 ///
@@ -28,7 +30,7 @@ impl OAuthSource {
     /// Requests tokens for the program itself.
     #[must_use]
     pub fn client_credentials(endpoint: TokenEndpoint) -> Self {
-        Self::new(endpoint, Grant::ClientCredentials)
+        Self::new(endpoint, "client_credentials", None)
     }
 
     /// Requests tokens for a user who has logged in, with the refresh token in `store`. When the endpoint returns a
@@ -56,7 +58,7 @@ impl OAuthSource {
     #[must_use]
     pub fn refresh_token(endpoint: TokenEndpoint, store: impl RefreshTokenStore) -> Self {
         let rotation = Some(Arc::new(Rotation::new(store)));
-        Self { rotation, ..Self::new(endpoint, Grant::RefreshToken) }
+        Self { rotation, ..Self::new(endpoint, "refresh_token", None) }
     }
 
     /// Exchanges the token of `subject`, which another service issued
@@ -69,7 +71,9 @@ impl OAuthSource {
         subject: impl Into<Provider<Token>>,
         subject_type: TokenType,
     ) -> Self {
-        Self::new(endpoint, Grant::TokenExchange { subject: (subject.into(), subject_type), actor: None })
+        let kind = Some(("subject_token_type", subject_type));
+        let subject = GrantToken { provider: subject.into(), name: "subject_token", kind };
+        Self::new(endpoint, TOKEN_EXCHANGE, Some(subject))
     }
 
     /// Exchanges a JWT, the assertion
@@ -77,19 +81,26 @@ impl OAuthSource {
     /// [`Refreshing`](crate::Refreshing) over a signing source can supply.
     #[must_use]
     pub fn jwt_bearer(endpoint: TokenEndpoint, assertion: impl Into<Provider<Token>>) -> Self {
-        Self::new(endpoint, Grant::JwtBearer { assertion: assertion.into() })
+        let assertion = GrantToken { provider: assertion.into(), name: "assertion", kind: None };
+        Self::new(endpoint, "urn:ietf:params:oauth:grant-type:jwt-bearer", Some(assertion))
     }
 
-    fn new(endpoint: TokenEndpoint, grant: Grant) -> Self {
-        Self { exchange: Arc::new(Exchange { endpoint, grant, parameters: Vec::new() }), rotation: None }
+    fn new(endpoint: TokenEndpoint, grant_type: &'static str, token: Option<GrantToken>) -> Self {
+        let tokens = token.into_iter().collect();
+        let exchange = Exchange { endpoint, grant_type, tokens, parameters: Vec::new() };
+        Self { exchange: Arc::new(exchange), rotation: None }
     }
 
     /// Sets the party that acts for the subject of a [token exchange](Self::token_exchange). Other grants ignore
     /// it.
     #[must_use]
     pub fn with_actor(mut self, actor: impl Into<Provider<Token>>, actor_type: TokenType) -> Self {
-        if let Grant::TokenExchange { actor: slot, .. } = &mut Arc::make_mut(&mut self.exchange).grant {
-            *slot = Some((actor.into(), actor_type));
+        if self.exchange.grant_type == TOKEN_EXCHANGE {
+            let kind = Some(("actor_token_type", actor_type));
+            let actor = GrantToken { provider: actor.into(), name: "actor_token", kind };
+            let tokens = &mut Arc::make_mut(&mut self.exchange).tokens;
+            tokens.truncate(1);
+            tokens.push(actor);
         }
         self
     }
@@ -164,8 +175,8 @@ impl Source<Token> for OAuthSource {
 
 impl fmt::Debug for OAuthSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Exchange { endpoint, grant, .. } = &*self.exchange;
+        let Exchange { endpoint, grant_type, .. } = &*self.exchange;
         let mut debug = f.debug_struct("OAuthSource");
-        debug.field("endpoint", endpoint).field("grant_type", &grant.name()).finish_non_exhaustive()
+        debug.field("endpoint", endpoint).field("grant_type", grant_type).finish_non_exhaustive()
     }
 }

@@ -28,10 +28,8 @@ impl RefreshToken {
     /// token.
     pub fn new(token: impl Into<SecretString>) -> Result<Self, ConfigError> {
         let token = token.into();
-        match text(token.expose_secret()) {
-            Ok(token) => Ok(Self(token.into())),
-            Err(kind) => Err(ConfigError::new(Setting::RefreshToken, Place::Argument, kind)),
-        }
+        let refuse = |kind| ConfigError::new(Setting::RefreshToken, Place::Argument, kind);
+        text(token.expose_secret()).map(|token| Self(token.into())).map_err(refuse)
     }
 
     /// Makes a refresh token that the endpoint issued. Accepts any text, because rejecting it would lose the login.

@@ -8,7 +8,6 @@ use std::borrow::Cow;
 use http::{HeaderMap, HeaderValue, Uri, header::HOST};
 
 pub use self::base_url::BaseUrl;
-use self::canonical::Scheme;
 pub(crate) use self::canonical::{Origin, parse_url};
 use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind, Place, Setting};
 
@@ -180,15 +179,14 @@ impl Origins {
 
     #[cold]
     fn admit_other(&self, scheme: &str, authority: &str) -> Result<Admission, AuthError> {
-        let origin = Scheme::parse(scheme).and_then(|scheme| Origin::from_parts(scheme, authority).ok());
-        match origin {
-            Some(origin) if self.contains(&origin) => Ok(Admission::Write),
+        match Origin::from_parts(scheme, authority) {
+            Ok(origin) if self.contains(&origin) => Ok(Admission::Write),
             _ if self.strip_for_other_origins => Ok(Admission::Strip),
-            Some(origin) if origin.scheme == Scheme::Http => {
+            Ok(origin) if !origin.is_https => {
                 Err(not_allowed(format!("credentials are not sent over plain http: {origin}")))
             }
-            Some(origin) => Err(not_allowed(format!("credentials are not sent to {origin}"))),
-            None => Err(not_allowed(
+            Ok(origin) => Err(not_allowed(format!("credentials are not sent to {origin}"))),
+            Err(_) => Err(not_allowed(
                 "the URI has an unsupported scheme, user information, or an invalid host or port",
             )),
         }
