@@ -369,8 +369,9 @@ impl<B: Into<Body>> Service<Request<B>> for HttpService {
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let shown_url = ShownUrl::of(&request);
-        HttpFuture { attempt: Attempt::new(request.try_into(), |request| self.0.call(request)), shown_url }
+        let has_secret_query = has_secret_query(&request);
+        let attempt = Attempt::new(request.try_into(), |request| self.0.call(request));
+        HttpFuture { attempt, has_secret_query }
     }
 }
 
@@ -386,7 +387,7 @@ pin_project! {
     pub struct HttpFuture {
         #[pin]
         attempt: Attempt<<::reqwest::Client as Service<::reqwest::Request>>::Future>,
-        shown_url: ShownUrl,
+        has_secret_query: bool,
     }
 }
 
@@ -396,7 +397,7 @@ impl Future for HttpFuture {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let result = ready!(this.attempt.poll(cx));
-        Poll::Ready(result.map(|response| this.shown_url.to_http(response)).map_err(redact_url))
+        Poll::Ready(result.map(|response| to_http(response, *this.has_secret_query)).map_err(redact_url))
     }
 }
 
@@ -406,34 +407,22 @@ impl fmt::Debug for HttpFuture {
     }
 }
 
-/// Which part of its URL a response shows.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum ShownUrl {
-    Full,
-    /// The query of a voice agent's handshake holds credentials.
-    WithoutQuery,
+/// Whether the query holds credentials, as that of a voice agent's handshake does, and must not be shown.
+pub(super) fn has_secret_query<B>(request: &Request<B>) -> bool {
+    matches!(request.extensions().get(), Some(RequestAuth::VoiceAgent))
 }
 
-impl ShownUrl {
-    pub(super) fn of<B>(request: &Request<B>) -> Self {
-        match request.extensions().get() {
-            Some(RequestAuth::VoiceAgent) => Self::WithoutQuery,
-            _ => Self::Full,
-        }
+/// Converts `response`, storing the URL in the extension that reqwest reads it back from.
+pub(super) fn to_http(response: ::reqwest::Response, has_secret_query: bool) -> Response<Body> {
+    let mut url = response.url().clone();
+    if has_secret_query {
+        url.set_query(None);
     }
-
-    /// Converts `response`, storing the URL in the extension that reqwest reads it back from.
-    pub(super) fn to_http(self, response: ::reqwest::Response) -> Response<Body> {
-        let mut url = response.url().clone();
-        if let Self::WithoutQuery = self {
-            url.set_query(None);
-        }
-        let mut response = Response::<Body>::from(response);
-        if let Some(extensions) = Response::builder().url(url).extensions_mut() {
-            response.extensions_mut().extend(mem::take(extensions));
-        }
-        response
+    let mut response = Response::<Body>::from(response);
+    if let Some(extensions) = Response::builder().url(url).extensions_mut() {
+        response.extensions_mut().extend(mem::take(extensions));
     }
+    response
 }
 
 pub(super) fn into_reqwest<B>(response: Response<B>) -> ::reqwest::Response

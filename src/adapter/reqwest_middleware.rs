@@ -75,7 +75,7 @@ use http::{Extensions, Request, Response};
 use tower::{Layer, Service, ServiceExt};
 use zeroize::Zeroizing;
 
-use super::reqwest::{ShownUrl, TryCloneBody, into_reqwest, redact_url};
+use super::reqwest::{TryCloneBody, has_secret_query, into_reqwest, redact_url, to_http};
 use crate::{
     AuthError, BoxError, SelamLayer,
     error::{Redactor, with_causes},
@@ -185,7 +185,7 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
 
     fn call(&mut self, request: Request<B>) -> NextFuture<'a> {
         let Self { next, extensions } = self.clone();
-        let shown_url = ShownUrl::of(&request);
+        let has_secret_query = has_secret_query(&request);
         let request_extensions = request.extensions().clone();
         let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
@@ -196,19 +196,19 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
             let result = next.run(request, &mut current).await;
             *extensions.lock().unwrap_or_else(PoisonError::into_inner) = current;
             match result {
-                Ok(response) => Ok(shown_url.to_http(response)),
+                Ok(response) => Ok(to_http(response, has_secret_query)),
                 Err(Error::Reqwest(error)) => Err(Error::Reqwest(redact_url(error))),
-                Err(error) => Err(redact_middleware_error(shown_url, query.as_ref(), error)),
+                Err(error) if has_secret_query => Err(redact_middleware_error(query.as_ref(), error)),
+                Err(error) => Err(error),
             }
         })
     }
 }
 
-/// Replaces an inner middleware's error by its redacted text if the request was a handshake.
+/// Replaces an inner middleware's error by its redacted text.
 ///
 /// The middleware may have wrapped an error of the client, whose URL holds the handshake's credentials.
-fn redact_middleware_error(shown_url: ShownUrl, query: Option<&Zeroizing<String>>, error: Error) -> Error {
-    let ShownUrl::WithoutQuery = shown_url else { return error };
+fn redact_middleware_error(query: Option<&Zeroizing<String>>, error: Error) -> Error {
     if let Some(found) = AuthError::find(&error) {
         return found.clone().into();
     }

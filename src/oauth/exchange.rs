@@ -1,7 +1,10 @@
 //! One exchange with the token endpoint: builds the request, sends it, and sends it again with refreshed
 //! credentials if the endpoint rejected the first ones.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use bytes::Bytes;
 use form_urlencoded::{Serializer, byte_serialize};
@@ -34,8 +37,9 @@ pub(super) struct Exchange {
     pub(super) parameters: Vec<(Cow<'static, str>, SecretString)>,
 }
 
-/// The credentials of a request that a provider supplied.
-struct Sent {
+/// The credentials of a request, as of when it is sent.
+struct Sent<'a> {
+    refresh_token: Option<&'a RefreshToken>,
     key: Option<ApiKey>,
     tokens: Vec<Token>,
 }
@@ -44,31 +48,36 @@ impl Exchange {
     /// Requests a token. If the endpoint rejects a credential that is refreshing, refreshes it and, if that brings
     /// another, sends the request once more.
     pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
-        let sent = self.credentials().await?;
-        let result = self.send(&sent, refresh_token).await;
+        let sent = self.credentials(refresh_token).await?;
+        let result = self.send(&sent).await;
         if let Err(error) = &result
             && let Some(error) = OAuthError::of(error)
             && self.refresh_rejected(&sent, error).await
         {
-            return self.send(&self.credentials().await?, refresh_token).await;
+            return self.send(&self.credentials(refresh_token).await?).await;
         }
         result
     }
 
     /// Combines the versions of all credentials into one, which changes when any of them does.
     pub(super) fn version(&self) -> u64 {
-        let key = self.endpoint.auth.key().and_then(Provider::version);
-        self.tokens.iter().map(|token| token.provider.version()).fold(mix(0, key), mix)
+        let mut hasher = DefaultHasher::new();
+        self.endpoint.auth.key().and_then(Provider::version).hash(&mut hasher);
+        self.tokens.iter().for_each(|token| token.provider.version().hash(&mut hasher));
+        hasher.finish()
     }
 
-    async fn send(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
-        let response = self.endpoint.client.send(self.request(sent, refresh_token)).await?;
-        let secrets = self.secrets(sent, refresh_token);
+    async fn send(&self, sent: &Sent<'_>) -> Result<Granted, SourceError> {
+        let response = self.endpoint.client.send(self.request(sent)).await?;
+        let secrets = self.secrets(sent);
         Ok(response::read(&response, secrets.iter().map(|secret| &***secret))?)
     }
 
     /// Obtains the current credentials for a request, refreshing them if necessary.
-    async fn credentials(&self) -> Result<Sent, SourceError> {
+    async fn credentials<'a>(
+        &self,
+        refresh_token: Option<&'a RefreshToken>,
+    ) -> Result<Sent<'a>, SourceError> {
         let key = match self.endpoint.auth.key() {
             Some(key) => Some(obtain(key).await?),
             None => None,
@@ -77,11 +86,11 @@ impl Exchange {
         for token in &self.tokens {
             tokens.push(obtain(&token.provider).await?);
         }
-        Ok(Sent { key, tokens })
+        Ok(Sent { refresh_token, key, tokens })
     }
 
     /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
-    async fn refresh_rejected(&self, sent: &Sent, error: &OAuthError) -> bool {
+    async fn refresh_rejected(&self, sent: &Sent<'_>, error: &OAuthError) -> bool {
         let mut changed = false;
         if error.blames_client()
             && let (Some(provider), Some(key)) = (self.endpoint.auth.key(), &sent.key)
@@ -96,8 +105,8 @@ impl Exchange {
         changed
     }
 
-    fn request(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Request<Bytes> {
-        let mut request = Request::new(encode(&self.form(sent, refresh_token)));
+    fn request(&self, sent: &Sent<'_>) -> Request<Bytes> {
+        let mut request = Request::new(encode(&self.form(sent)));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.endpoint.uri.clone();
         let headers = request.headers_mut();
@@ -108,13 +117,9 @@ impl Exchange {
         request
     }
 
-    fn form<'a>(
-        &'a self,
-        sent: &'a Sent,
-        refresh_token: Option<&'a RefreshToken>,
-    ) -> Vec<(&'a str, &'a str)> {
+    fn form<'a>(&'a self, sent: &'a Sent<'_>) -> Vec<(&'a str, &'a str)> {
         let mut form = vec![("grant_type", self.grant_type)];
-        form.extend(refresh_token.map(|token| ("refresh_token", token.expose_secret())));
+        form.extend(sent.refresh_token.map(|token| ("refresh_token", token.expose_secret())));
         for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
             form.push((token.name, sent.expose_secret()));
             form.extend(token.kind.as_ref().map(|(name, kind)| (*name, kind.uri())));
@@ -125,7 +130,7 @@ impl Exchange {
     }
 
     /// Returns the secrets of the request in every form in which it carries them, to be masked in errors.
-    fn secrets(&self, sent: &Sent, refresh_token: Option<&RefreshToken>) -> Vec<Zeroizing<String>> {
+    fn secrets(&self, sent: &Sent<'_>) -> Vec<Zeroizing<String>> {
         let key = sent.key.iter().map(ApiKey::expose_secret);
         let tokens = sent.tokens.iter().map(Token::expose_secret);
         // Any other parameter may be a secret; these three are not.
@@ -134,7 +139,7 @@ impl Exchange {
         let raw = (self.endpoint.auth.secret().into_iter())
             .chain(key)
             .chain(tokens)
-            .chain(refresh_token.map(RefreshToken::expose_secret))
+            .chain(sent.refresh_token.map(RefreshToken::expose_secret))
             .chain(parameters.map(|(_, value)| value.expose_secret()));
         let basic = self.endpoint.auth.basic();
         let basic = basic.and_then(|value| Some(value.to_str().ok()?.strip_prefix("Basic ")?.to_owned()));
@@ -143,12 +148,6 @@ impl Exchange {
             .map(Zeroizing::new)
             .collect()
     }
-}
-
-/// Combines a hash with a version so that a change of either changes the result.
-fn mix(hash: u64, version: Option<u64>) -> u64 {
-    let version = version.map_or(0, |version| version.wrapping_add(1));
-    hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32) ^ version
 }
 
 async fn obtain<C: Credential>(provider: &Provider<C>) -> Result<C, SourceError> {

@@ -7,7 +7,6 @@ use http::{
 };
 use http_body::Body;
 use http_body_util::BodyExt;
-use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
 use super::{
@@ -184,8 +183,8 @@ fn handshake(state: &State, request: &Received) -> Result<Answer, Refusal> {
 
 /// Returns the value of a query parameter that occurs exactly once.
 fn param(request: &Received, name: &str) -> Option<String> {
-    let params = request.uri.query()?.split('&').filter_map(|param| param.split_once('='));
-    let mut values = params.filter(|(found, _)| *found == name).map(|(_, value)| value);
-    let value = percent_decode_str(values.next()?).decode_utf8().ok()?.into_owned();
+    let params = form_urlencoded::parse(request.uri.query()?.as_bytes());
+    let mut values = params.filter(|(found, _)| found == name).map(|(_, value)| value);
+    let value = values.next()?.into_owned();
     values.next().is_none().then_some(value)
 }

@@ -83,7 +83,7 @@
 //!
 //! # Signing
 //!
-//! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
+//! JWTs are signed by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
 //! backends too, `jsonwebtoken` asks you to choose: call `CryptoProvider::install_default`.
 
 mod api;
@@ -91,7 +91,6 @@ mod body;
 mod fault;
 mod jwt;
 mod quota;
-mod received;
 mod refusal;
 mod replies;
 #[cfg(feature = "test-server")]
@@ -108,7 +107,8 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, Version};
 use http_body::Body;
 use p256::elliptic_curve::rand_core::{OsRng, RngCore};
 use tower::Service;
@@ -119,7 +119,6 @@ pub use self::{
     body::SimulatorBody,
     fault::{Fault, TokenFault},
     jwt::JwtAlgorithm,
-    received::Received,
 };
 use self::{
     jwt::{Issuer, SUBJECT},
@@ -266,6 +265,38 @@ impl fmt::Debug for Simulator {
             .field("faults", &state.faults.len())
             .field("requests", &state.requests)
             .finish_non_exhaustive()
+    }
+}
+
+/// A request as it arrived, credentials included.
+///
+/// `Debug` omits header values, query and body, which may hold secrets.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Received {
+    /// The method.
+    pub method: Method,
+    /// The URI: complete in process and over HTTP/2, only path and query over HTTP/1.1.
+    pub uri: Uri,
+    /// The HTTP version.
+    pub version: Version,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The first 64 KiB of the body.
+    pub body: Bytes,
+    /// The length of the whole body, in bytes.
+    pub body_length: u64,
+}
+
+impl fmt::Debug for Received {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Received")
+            .field("method", &self.method)
+            .field("path", &self.uri.path())
+            .field("version", &self.version)
+            .field("headers", &self.headers.keys().map(HeaderName::as_str).collect::<Vec<_>>())
+            .field("body_length", &self.body_length)
+            .finish()
     }
 }
 
