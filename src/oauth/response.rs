@@ -48,7 +48,7 @@ const NOT_BEARER: &str = "the `token_type` is not `Bearer`";
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct OAuthError(Box<Inner>);
 
 #[derive(Clone, Debug)]
@@ -148,19 +148,6 @@ impl fmt::Display for OAuthError {
             write_excerpt(description.trim_end_matches('.'), f)?;
         }
         Ok(())
-    }
-}
-
-impl fmt::Debug for OAuthError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { status, fields, detail, retry_after } = &*self.0;
-        f.debug_struct("OAuthError")
-            .field("status", status)
-            .field("code", &fields.code())
-            .field("description", &fields.message())
-            .field("detail", detail)
-            .field("retry_after", retry_after)
-            .finish()
     }
 }
 

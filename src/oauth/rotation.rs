@@ -8,14 +8,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    OAuthError, RefreshToken, RefreshTokenStore, exchange::Exchange, response::Granted, store::DynStore,
-};
+use super::{OAuthError, RefreshToken, RefreshTokenStore, exchange::Exchange, response::Granted};
 use crate::{
     credential::{Fingerprint, Token},
     error::BoxError,
     refresh::on_behalf,
-    source::{Fetched, SourceError},
+    source::{Fetched, Fetching, SourceError},
     telemetry::event,
     util::clock::{Clock, Time},
 };
@@ -34,8 +32,8 @@ const TIMED_OUT: &str = "the token endpoint or the refresh token store did not r
 const SAVE_ABORTED: &str = "the store panicked, or its runtime was shut down";
 
 /// The refresh token of one login.
-pub(super) struct Rotation {
-    store: Box<dyn DynStore>,
+pub(super) struct Rotation<S> {
+    store: S,
     /// Locked for the whole of an exchange, so exchanges run one at a time.
     state: Mutex<State>,
 }
@@ -66,24 +64,32 @@ struct Current {
     version: u64,
 }
 
-impl Rotation {
-    pub(super) fn new(store: impl RefreshTokenStore) -> Self {
-        Self { store: Box::new(store), state: Mutex::default() }
-    }
+/// [`Rotation`] as a trait object.
+pub(super) trait Rotate: Send + Sync {
+    fn version(&self) -> u64;
 
-    pub(super) fn version(&self) -> u64 {
+    /// Exchanges the refresh token on a new task, so that the rotated token is kept even if the caller is dropped.
+    fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token>;
+}
+
+impl<S: RefreshTokenStore> Rotate for Rotation<S> {
+    fn version(&self) -> u64 {
         self.store.version()
     }
 
-    /// Exchanges the refresh token on a new task, so that the rotated token is kept even if the caller is dropped.
-    pub(super) async fn fetch(
-        self: Arc<Self>,
-        exchange: Arc<Exchange>,
-    ) -> Result<Fetched<Token>, SourceError> {
-        let Ok(runtime) = Handle::try_current() else { return Err(SourceError::transient(NO_RUNTIME)) };
-        let (sender, receiver) = oneshot::channel();
-        runtime.spawn(on_behalf(async move { self.run(&exchange, sender).await }));
-        receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
+    fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token> {
+        Box::pin(async move {
+            let Ok(runtime) = Handle::try_current() else { return Err(SourceError::transient(NO_RUNTIME)) };
+            let (sender, receiver) = oneshot::channel();
+            runtime.spawn(on_behalf(async move { self.run(&exchange, sender).await }));
+            receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
+        })
+    }
+}
+
+impl<S: RefreshTokenStore> Rotation<S> {
+    pub(super) fn new(store: S) -> Self {
+        Self { store, state: Mutex::default() }
     }
 
     async fn run(&self, exchange: &Exchange, caller: oneshot::Sender<Result<Fetched<Token>, SourceError>>) {

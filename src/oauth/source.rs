@@ -5,7 +5,10 @@ use std::{borrow::Cow, fmt, sync::Arc};
 use secrecy::SecretString;
 
 use super::{
-    RefreshTokenStore, TokenEndpoint, TokenType, exchange::Exchange, grant::GrantToken, rotation::Rotation,
+    RefreshTokenStore, TokenEndpoint, TokenType,
+    exchange::Exchange,
+    grant::GrantToken,
+    rotation::{Rotate, Rotation},
 };
 use crate::{
     credential::Token,
@@ -23,7 +26,7 @@ const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 pub struct OAuthSource {
     exchange: Arc<Exchange>,
     /// With the refresh token grant alone.
-    rotation: Option<Arc<Rotation>>,
+    rotation: Option<Arc<dyn Rotate>>,
 }
 
 impl OAuthSource {
@@ -57,8 +60,8 @@ impl OAuthSource {
     /// ```
     #[must_use]
     pub fn refresh_token(endpoint: TokenEndpoint, store: impl RefreshTokenStore) -> Self {
-        let rotation = Some(Arc::new(Rotation::new(store)));
-        Self { rotation, ..Self::new(endpoint, "refresh_token", None) }
+        let rotation: Arc<dyn Rotate> = Arc::new(Rotation::new(store));
+        Self { rotation: Some(rotation), ..Self::new(endpoint, "refresh_token", None) }
     }
 
     /// Exchanges the token of `subject`, which another service issued

@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -179,30 +178,5 @@ impl RefreshTokenStore for MemoryStore {
 
     fn version(&self) -> u64 {
         self.stored().version
-    }
-}
-
-/// [`RefreshTokenStore`] as a trait object.
-pub(super) trait DynStore: Send + Sync {
-    fn load(&self) -> Boxed<'_, Option<RefreshToken>>;
-
-    fn save<'a>(&'a self, token: &'a RefreshToken) -> Boxed<'a, ()>;
-
-    fn version(&self) -> u64;
-}
-
-type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send + 'a>>;
-
-impl<S: RefreshTokenStore> DynStore for S {
-    fn load(&self) -> Boxed<'_, Option<RefreshToken>> {
-        Box::pin(RefreshTokenStore::load(self))
-    }
-
-    fn save<'a>(&'a self, token: &'a RefreshToken) -> Boxed<'a, ()> {
-        Box::pin(RefreshTokenStore::save(self, token))
-    }
-
-    fn version(&self) -> u64 {
-        RefreshTokenStore::version(self)
     }
 }

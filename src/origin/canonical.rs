@@ -25,29 +25,16 @@ impl Origin {
         Self { is_https: true, authority: "api.selamgpt.com".to_owned(), is_loopback: false }
     }
 
-    /// Parses an `https` origin.
-    pub(super) fn parse_https(origin: &str) -> Result<Self, ConfigError> {
-        let origin = Self::parse(origin)?;
-        origin.check(false).map_err(|kind| ConfigError::new(Setting::Origin, Place::Argument, kind))?;
-        Ok(origin)
-    }
-
-    /// Parses an `http` or `https` origin on the loopback interface.
-    pub(super) fn parse_loopback(origin: &str) -> Result<Self, ConfigError> {
-        let origin = Self::parse(origin)?;
-        match origin.is_loopback {
-            true => Ok(origin),
-            false => Err(ConfigError::new(Setting::Origin, Place::Argument, ConfigErrorKind::NotLoopback)),
-        }
-    }
-
-    /// Parses an origin of either scheme, without path, query or fragment.
-    pub(super) fn parse(origin: &str) -> Result<Self, ConfigError> {
-        let bare = parse_url(origin).and_then(|(uri, origin)| match uri.query() {
-            None if uri.path() == "/" => Ok(origin),
+    /// Parses an origin without path, query or fragment, and checks it.
+    pub(super) fn parse(
+        origin: &str,
+        check: impl FnOnce(&Self) -> Result<(), ConfigErrorKind>,
+    ) -> Result<Self, ConfigError> {
+        let parsed = parse_url(origin).and_then(|(uri, origin)| match uri.query() {
+            None if uri.path() == "/" => check(&origin).map(|()| origin),
             _ => Err(ConfigErrorKind::UnexpectedPart),
         });
-        bare.map_err(|kind| ConfigError::new(Setting::Origin, Place::Argument, kind))
+        parsed.map_err(|kind| ConfigError::new(Setting::Origin, Place::Argument, kind))
     }
 
     /// Returns the origin of an absolute URI.
@@ -90,10 +77,13 @@ impl Origin {
     pub(crate) fn check(&self, allow_insecure_loopback: bool) -> Result<(), ConfigErrorKind> {
         match allow_insecure_loopback {
             _ if self.is_https => Ok(()),
-            true if self.is_loopback => Ok(()),
-            true => Err(ConfigErrorKind::NotLoopback),
+            true => self.check_loopback(),
             false => Err(ConfigErrorKind::NotHttps),
         }
+    }
+
+    pub(super) fn check_loopback(&self) -> Result<(), ConfigErrorKind> {
+        if self.is_loopback { Ok(()) } else { Err(ConfigErrorKind::NotLoopback) }
     }
 
     /// Whether `uri` spells this origin in its canonical form. If not, it may still be the same origin.

@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderValue, Uri, header::HOST};
 
 pub use self::base_url::BaseUrl;
 pub(crate) use self::canonical::{Origin, parse_url};
-use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind, Place, Setting};
+use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind};
 
 /// The origins that credentials may be sent to: exact scheme, host and port.
 ///
@@ -64,7 +64,7 @@ impl Origins {
     ///
     /// If `origin` is not of the form `https://host` or `https://host:port`.
     pub fn new(origin: &str) -> Result<Self, ConfigError> {
-        Origin::parse_https(origin).map(Self::of)
+        Origin::parse(origin, |origin| origin.check(false)).map(Self::of)
     }
 
     pub(crate) fn of(origin: Origin) -> Self {
@@ -77,7 +77,7 @@ impl Origins {
     ///
     /// As for [`new`](Self::new).
     pub fn with_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::parse_https(origin)?);
+        self.allowed.push(Origin::parse(origin, |origin| origin.check(false))?);
         Ok(self)
     }
 
@@ -87,7 +87,7 @@ impl Origins {
     ///
     /// If the host is neither a literal loopback address (`127.0.0.0/8`, `[::1]`) nor exactly `localhost`.
     pub fn allow_insecure_loopback(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::parse_loopback(origin)?);
+        self.allowed.push(Origin::parse(origin, Origin::check_loopback)?);
         Ok(self)
     }
 
@@ -110,9 +110,10 @@ impl Origins {
     ///
     /// If `origin` is not an allowed origin.
     pub fn with_relative_uri_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
-        if !self.contains(&Origin::parse(origin)?) {
-            return Err(ConfigError::new(Setting::Origin, Place::Argument, ConfigErrorKind::NotAllowed));
-        }
+        Origin::parse(origin, |origin| match self.contains(origin) {
+            true => Ok(()),
+            false => Err(ConfigErrorKind::NotAllowed),
+        })?;
         self.allow_relative_uris = true;
         Ok(self)
     }

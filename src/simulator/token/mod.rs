@@ -1,7 +1,6 @@
 //! The OAuth 2.0 token endpoint, which has its own faults and request count.
 
 mod grant;
-mod refresh;
 mod request;
 
 use std::{
@@ -13,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
-use self::refresh::RefreshTokens;
+use self::grant::RefreshTokens;
 use super::{
     Received, Simulator, SimulatorBody, State, TokenFault,
     api::Answer,
