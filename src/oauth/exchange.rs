@@ -16,8 +16,7 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use super::{
-    OAuthError, RefreshToken, TokenEndpoint,
-    grant::GrantToken,
+    OAuthError, RefreshToken, TokenEndpoint, TokenType,
     response::{self, Granted},
 };
 use crate::{
@@ -35,6 +34,16 @@ pub(super) struct Exchange {
     pub(super) tokens: Vec<GrantToken>,
     /// Further form parameters. The values may be secrets, such as a password.
     pub(super) parameters: Vec<(Cow<'static, str>, SecretString)>,
+}
+
+/// A token that every request of a grant carries.
+#[derive(Clone)]
+pub(super) struct GrantToken {
+    pub(super) provider: Provider<Token>,
+    /// The form parameter that carries the token.
+    pub(super) name: &'static str,
+    /// The form parameter that states its type.
+    pub(super) kind: Option<(&'static str, TokenType)>,
 }
 
 /// The credentials of a request, as of when it is sent.

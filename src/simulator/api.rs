@@ -57,7 +57,7 @@ where
             Some(Fault::Unavailable) => refusal::UNAVAILABLE.answer(),
             Some(Fault::Answer(answer)) => answer.clone().map(SimulatorBody::whole),
             _ if window.is_exceeded() => refusal::RATE_LIMITED.answer_with_retry_after(window.reset_after()),
-            _ => route(&state, &received, &body),
+            _ => route(&state, &received, &body).unwrap_or_else(Refusal::answer),
         };
         (fault, answer, window, state.requests)
     };
@@ -87,21 +87,21 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
     (kept.freeze(), length)
 }
 
-fn route(state: &State, request: &Received, body: &[u8]) -> Answer {
-    let path = request.uri.path();
-    let answer = match path {
-        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => handshake(state, request),
-        "/v1/chat/completions"
-        | "/v1/chat/completions/batch"
-        | "/v1/images/generations"
-        | "/v1/audio/speech"
-        | "/v1/audio/agent/sessions" => call(state, request, body),
-        _ => Err(refusal::NOT_FOUND),
+fn route(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
+    let reply = match request.uri.path() {
+        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => return handshake(state, request),
+        "/v1/chat/completions" => replies::chat,
+        "/v1/chat/completions/batch" => replies::batch,
+        "/v1/images/generations" => |_: &Value| replies::image(),
+        "/v1/audio/speech" => |_: &Value| replies::speech(),
+        "/v1/audio/agent/sessions" => replies::session,
+        _ => return Err(refusal::NOT_FOUND),
     };
-    answer.unwrap_or_else(Refusal::answer)
+    call(state, request, body).map(|body| reply(&body))
 }
 
-fn call(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
+/// Checks a call, and returns its body.
+fn call(state: &State, request: &Received, body: &[u8]) -> Result<Value, Refusal> {
     let path = request.uri.path();
     if request.method != Method::POST {
         return Err(refusal::METHOD_NOT_ALLOWED);
@@ -116,14 +116,7 @@ fn call(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusa
     if request.body_length > body.len() as u64 {
         return Err(refusal::TOO_LARGE);
     }
-    let body: Value = serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)?;
-    Ok(match path {
-        "/v1/chat/completions" => replies::chat(&body),
-        "/v1/chat/completions/batch" => replies::batch(&body),
-        "/v1/images/generations" => replies::image(),
-        "/v1/audio/speech" => replies::speech(),
-        _ => replies::session(&body),
-    })
+    serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)
 }
 
 struct Caller {
@@ -135,11 +128,8 @@ struct Caller {
 fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
     let authorization = only(headers, &AUTHORIZATION)?;
     let x_api_key = only(headers, &HeaderName::from_static("x-api-key"))?;
-    let bearer = match authorization {
-        Some(value) => Some(value.strip_prefix("Bearer ").ok_or(refusal::MISSING_API_KEY)?),
-        None => None,
-    };
-    match (bearer, x_api_key) {
+    let bearer = authorization.map(|value| value.strip_prefix("Bearer ").ok_or(refusal::MISSING_API_KEY));
+    match (bearer.transpose()?, x_api_key) {
         // A bearer with two dots is a JWT whose key is missing. Any other bearer is taken as a key.
         (Some(jwt), None) if jwt.matches('.').count() == 2 => Err(refusal::MISSING_API_KEY),
         (Some(key), None) => check(state, None, key),
