@@ -56,7 +56,9 @@ pub struct ChooseAuthLayer {
 }
 
 #[derive(Clone)]
-struct Choice(Arc<dyn Fn(&Parts) -> Option<RequestAuth> + Send + Sync>);
+struct Choice(Arc<ChooseFn>);
+
+type ChooseFn = dyn Fn(&Parts) -> Option<RequestAuth> + Send + Sync;
 
 impl fmt::Debug for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
