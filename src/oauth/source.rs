@@ -20,7 +20,8 @@ const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 
 /// A [`Source`] of tokens from an OAuth 2.0 token endpoint. See the [module docs](super).
 ///
-/// Cheap to clone. Clones share the state of the refresh token.
+/// Cheap to clone. Clones share the state of the refresh token. Fetching needs a tokio runtime with its timers enabled, as
+/// every refresh does.
 #[derive(Clone)]
 pub struct OAuthSource {
     exchange: Arc<Exchange>,
