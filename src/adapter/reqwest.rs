@@ -99,8 +99,7 @@ use ::reqwest::{Body, ClientBuilder, RequestBuilder, ResponseBuilderExt, Url, re
 use bytes::Bytes;
 use http::{Extensions, Method, Request, Response};
 use pin_project_lite::pin_project;
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
 use crate::{
     BoxError, Error, RequestAuth, Selam, SelamLayer,
@@ -172,30 +171,24 @@ impl<S> Client<S> {
 
     inner_accessors!();
 
-    /// Sends a `reqwest::RequestBuilder`, a `reqwest::Request` or an `http::Request` through the layers.
+    /// Sends a `reqwest::RequestBuilder`, a `reqwest::Request` or an `http::Request` through the layers. Nothing is sent
+    /// before the returned future is polled.
     pub fn execute<R>(&self, request: R) -> Execute<S>
     where
         R: IntoRequest,
         S: Service<Request<Body>> + Clone,
     {
-        Execute { state: ExecuteState::WaitReady { call: Some((self.clone(), request.into_request())) } }
+        let request = request.into_request().and_then(|request| self.convert(request));
+        ResponseFuture { attempt: Attempt::new(request, |request| self.inner.clone().oneshot(request)) }
     }
 
-    fn start(&mut self, request: Result<::reqwest::Request, ::reqwest::Error>) -> ResponseFuture<S::Future>
-    where
-        S: Service<Request<Body>>,
-    {
-        let state = match request.and_then(Request::<Body>::try_from) {
-            Ok(mut request) => {
-                if !self.extensions.is_empty() {
-                    let request_extensions = mem::replace(request.extensions_mut(), self.extensions.clone());
-                    request.extensions_mut().extend(request_extensions);
-                }
-                ResponseState::Sent { response: self.inner.call(request) }
-            }
-            Err(error) => ResponseState::Failed { error: Some(redact_url(error)) },
-        };
-        ResponseFuture { state }
+    fn convert(&self, request: ::reqwest::Request) -> Result<Request<Body>, ::reqwest::Error> {
+        let mut request = Request::<Body>::try_from(request)?;
+        if !self.extensions.is_empty() {
+            let request_extensions = mem::replace(request.extensions_mut(), self.extensions.clone());
+            request.extensions_mut().extend(request_extensions);
+        }
+        Ok(request)
     }
 }
 
@@ -214,7 +207,8 @@ where
     }
 
     fn call(&mut self, request: ::reqwest::Request) -> Self::Future {
-        self.start(Ok(request))
+        let request = self.convert(request);
+        ResponseFuture { attempt: Attempt::new(request, |request| self.inner.call(request)) }
     }
 }
 
@@ -252,63 +246,15 @@ impl<B: Into<Body>> IntoRequest for Request<B> {
     }
 }
 
+/// Future of [`Client::execute`].
+pub type Execute<S> = ResponseFuture<Oneshot<S, Request<Body>>>;
+
 pin_project! {
-    /// Future of [`Client::execute`]. Nothing is sent before the first poll.
+    /// Response future of [`Client`].
     #[must_use = "futures do nothing unless polled or awaited"]
-    pub struct Execute<S>
-    where
-        S: Service<Request<Body>>,
-    {
-        #[pin]
-        state: ExecuteState<S, S::Future>,
-    }
-}
-
-pin_project! {
-    #[project = ExecuteStateProj]
-    enum ExecuteState<S, F> {
-        WaitReady { call: Option<(Client<S>, Result<::reqwest::Request, ::reqwest::Error>)> },
-        WaitResponse { #[pin] response: ResponseFuture<F> },
-    }
-}
-
-impl<S, B> Future for Execute<S>
-where
-    S: Service<Request<Body>, Response = Response<B>>,
-    S::Error: From<::reqwest::Error>,
-    B: http_body::Body<Data: Into<Bytes>, Error: Into<BoxError>> + Send + Sync + 'static,
-{
-    type Output = Result<::reqwest::Response, S::Error>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.project().state;
-        loop {
-            match state.as_mut().project() {
-                ExecuteStateProj::WaitReady { call } => {
-                    let Some((client, _)) = call else { return Poll::Pending };
-                    ready!(client.inner.poll_ready(cx))?;
-                    let Some((mut client, request)) = call.take() else { return Poll::Pending };
-                    state.set(ExecuteState::WaitResponse { response: client.start(request) });
-                }
-                ExecuteStateProj::WaitResponse { response } => return response.poll(cx),
-            }
-        }
-    }
-}
-
-pin_project! {
-    /// Response future of [`Client`]'s `Service` implementation.
     pub struct ResponseFuture<F> {
         #[pin]
-        state: ResponseState<F>,
-    }
-}
-
-pin_project! {
-    #[project = ResponseStateProj]
-    enum ResponseState<F> {
-        Sent { #[pin] response: F },
-        Failed { error: Option<::reqwest::Error> },
+        attempt: Attempt<F>,
     }
 }
 
@@ -321,9 +267,45 @@ where
     type Output = Result<::reqwest::Response, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().state.project() {
-            ResponseStateProj::Sent { response } => Poll::Ready(ready!(response.poll(cx)).map(into_reqwest)),
-            ResponseStateProj::Failed { error } => match error.take() {
+        self.project().attempt.poll(cx).map_ok(into_reqwest)
+    }
+}
+
+impl<F> fmt::Debug for ResponseFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+pin_project! {
+    /// A request that was sent, or that reqwest cannot build.
+    #[project = AttemptProj]
+    enum Attempt<F> {
+        Sent { #[pin] response: F },
+        Failed { error: Option<::reqwest::Error> },
+    }
+}
+
+impl<F> Attempt<F> {
+    fn new<R>(request: Result<R, ::reqwest::Error>, send: impl FnOnce(R) -> F) -> Self {
+        match request {
+            Ok(request) => Self::Sent { response: send(request) },
+            Err(error) => Self::Failed { error: Some(redact_url(error)) },
+        }
+    }
+}
+
+impl<F, T, E> Future for Attempt<F>
+where
+    F: Future<Output = Result<T, E>>,
+    E: From<::reqwest::Error>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match self.project() {
+            AttemptProj::Sent { response } => response.poll(cx),
+            AttemptProj::Failed { error } => match error.take() {
                 Some(error) => Poll::Ready(Err(error.into())),
                 None => Poll::Pending,
             },
@@ -387,12 +369,9 @@ impl<B: Into<Body>> Service<Request<B>> for HttpService {
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let shown_url = ShownUrl::of(&request);
-        let state = match request.try_into() {
-            Ok(request) => HttpState::Sent { response: self.0.call(request) },
-            Err(error) => HttpState::Failed { error: Some(error) },
-        };
-        HttpFuture { state, shown_url }
+        let has_secret_query = has_secret_query(&request);
+        let attempt = Attempt::new(request.try_into(), |request| self.0.call(request));
+        HttpFuture { attempt, has_secret_query }
     }
 }
 
@@ -407,16 +386,8 @@ pin_project! {
     /// Response future of [`HttpService`].
     pub struct HttpFuture {
         #[pin]
-        state: HttpState,
-        shown_url: ShownUrl,
-    }
-}
-
-pin_project! {
-    #[project = HttpStateProj]
-    enum HttpState {
-        Sent { #[pin] response: <::reqwest::Client as Service<::reqwest::Request>>::Future },
-        Failed { error: Option<::reqwest::Error> },
+        attempt: Attempt<<::reqwest::Client as Service<::reqwest::Request>>::Future>,
+        has_secret_query: bool,
     }
 }
 
@@ -425,17 +396,8 @@ impl Future for HttpFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let result = match this.state.project() {
-            HttpStateProj::Sent { response } => ready!(response.poll(cx)),
-            HttpStateProj::Failed { error } => match error.take() {
-                Some(error) => Err(error),
-                None => return Poll::Pending,
-            },
-        };
-        Poll::Ready(match result {
-            Ok(response) => Ok(this.shown_url.to_http(response)),
-            Err(error) => Err(redact_url(error)),
-        })
+        let result = ready!(this.attempt.poll(cx));
+        Poll::Ready(result.map(|response| to_http(response, *this.has_secret_query)).map_err(redact_url))
     }
 }
 
@@ -445,46 +407,22 @@ impl fmt::Debug for HttpFuture {
     }
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
+/// Whether the query holds credentials, as that of a voice agent's handshake does, and must not be shown.
+pub(super) fn has_secret_query<B>(request: &Request<B>) -> bool {
+    matches!(request.extensions().get(), Some(RequestAuth::VoiceAgent))
 }
 
-impl<S: Service<Request<Body>>> fmt::Debug for Execute<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Execute").finish_non_exhaustive()
+/// Converts `response`, storing the URL in the extension that reqwest reads it back from.
+pub(super) fn to_http(response: ::reqwest::Response, has_secret_query: bool) -> Response<Body> {
+    let mut url = response.url().clone();
+    if has_secret_query {
+        url.set_query(None);
     }
-}
-
-/// Which part of its URL a response shows.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum ShownUrl {
-    Full,
-    /// The query of a voice agent's handshake holds credentials.
-    WithoutQuery,
-}
-
-impl ShownUrl {
-    pub(super) fn of<B>(request: &Request<B>) -> Self {
-        match request.extensions().get() {
-            Some(RequestAuth::VoiceAgent) => Self::WithoutQuery,
-            _ => Self::Full,
-        }
+    let mut response = Response::<Body>::from(response);
+    if let Some(extensions) = Response::builder().url(url).extensions_mut() {
+        response.extensions_mut().extend(mem::take(extensions));
     }
-
-    /// Converts `response`, storing the URL in the extension that reqwest reads it back from.
-    pub(super) fn to_http(self, response: ::reqwest::Response) -> Response<Body> {
-        let mut url = response.url().clone();
-        if let Self::WithoutQuery = self {
-            url.set_query(None);
-        }
-        let mut response = Response::<Body>::from(response);
-        if let Some(extensions) = Response::builder().url(url).extensions_mut() {
-            response.extensions_mut().extend(mem::take(extensions));
-        }
-        response
-    }
+    response
 }
 
 pub(super) fn into_reqwest<B>(response: Response<B>) -> ::reqwest::Response

@@ -61,10 +61,7 @@
 
 use std::{
     convert::Infallible,
-    error::Error as StdError,
-    fmt,
-    future::poll_fn,
-    mem,
+    fmt, io, mem,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -75,11 +72,10 @@ use ::reqwest_middleware::{Error, Middleware, Next};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::{Extensions, Request, Response};
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service, ServiceExt};
 use zeroize::Zeroizing;
 
-use super::reqwest::{ShownUrl, TryCloneBody, into_reqwest, redact_url};
+use super::reqwest::{TryCloneBody, has_secret_query, into_reqwest, redact_url, to_http};
 use crate::{
     AuthError, BoxError, SelamLayer,
     error::{Redactor, with_causes},
@@ -166,11 +162,8 @@ where
         next: NextService<'a>,
         request: Request<Body>,
     ) -> impl Future<Output = Result<::reqwest::Response, Error>> + Send {
-        let mut service = self.layer(next);
-        async move {
-            poll_fn(|cx| service.poll_ready(cx)).await.map_err(Into::into)?;
-            service.call(request).await.map(into_reqwest).map_err(Into::into)
-        }
+        let response = self.layer(next).oneshot(request);
+        async { response.await.map(into_reqwest).map_err(Into::into) }
     }
 }
 
@@ -192,48 +185,36 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
 
     fn call(&mut self, request: Request<B>) -> NextFuture<'a> {
         let Self { next, extensions } = self.clone();
-        let shown_url = ShownUrl::of(&request);
+        let has_secret_query = has_secret_query(&request);
         let request_extensions = request.extensions().clone();
         let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
-        NextFuture(Box::pin(async move {
+        Box::pin(async move {
             let request = request.map_err(redact_url)?;
             let mut current = extensions.lock().unwrap_or_else(PoisonError::into_inner).clone();
             current.extend(request_extensions);
             let result = next.run(request, &mut current).await;
             *extensions.lock().unwrap_or_else(PoisonError::into_inner) = current;
             match result {
-                Ok(response) => Ok(shown_url.to_http(response)),
+                Ok(response) => Ok(to_http(response, has_secret_query)),
                 Err(Error::Reqwest(error)) => Err(Error::Reqwest(redact_url(error))),
-                Err(error) => Err(redact_middleware_error(shown_url, query.as_ref(), error)),
+                Err(error) if has_secret_query => Err(redact_middleware_error(query.as_ref(), error)),
+                Err(error) => Err(error),
             }
-        }))
+        })
     }
 }
 
-/// Replaces an inner middleware's error by its redacted text if the request was a handshake.
+/// Replaces an inner middleware's error by its redacted text.
 ///
 /// The middleware may have wrapped an error of the client, whose URL holds the handshake's credentials.
-fn redact_middleware_error(shown_url: ShownUrl, query: Option<&Zeroizing<String>>, error: Error) -> Error {
-    let ShownUrl::WithoutQuery = shown_url else { return error };
+fn redact_middleware_error(query: Option<&Zeroizing<String>>, error: Error) -> Error {
     if let Some(found) = AuthError::find(&error) {
         return found.clone().into();
     }
     let redactor = Redactor::masking(query.map(|query| query.as_str()));
-    Error::middleware(RedactedError(redactor.text(with_causes(&error))))
+    Error::middleware(io::Error::other(redactor.text(with_causes(&error))))
 }
-
-/// The redacted text of a middleware's error and its causes.
-#[derive(Debug)]
-struct RedactedError(String);
-
-impl fmt::Display for RedactedError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl StdError for RedactedError {}
 
 impl fmt::Debug for NextService<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -242,21 +223,7 @@ impl fmt::Debug for NextService<'_> {
 }
 
 /// Response future of [`NextService`].
-pub struct NextFuture<'a>(Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>);
-
-impl Future for NextFuture<'_> {
-    type Output = Result<Response<Body>, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx)
-    }
-}
-
-impl fmt::Debug for NextFuture<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NextFuture").finish_non_exhaustive()
-    }
-}
+pub type NextFuture<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>;
 
 /// Wraps the [`AuthError`] as `Error::Middleware`.
 impl From<AuthError> for Error {

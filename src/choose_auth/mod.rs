@@ -37,25 +37,36 @@
 
 mod paths;
 
-use std::task::{Context, Poll};
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use http::{Request, request::Parts};
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service};
 
-pub use self::paths::JwtPaths;
+use self::paths::JwtPaths;
 use crate::{ConfigError, RequestAuth};
 
 /// Chooses each request's credentials. See the [module docs](self).
-#[derive(Clone, Copy, Debug)]
-pub struct ChooseAuthLayer<C> {
-    choice: C,
+#[derive(Clone, Debug)]
+pub struct ChooseAuthLayer {
+    choice: Choice,
 }
 
-impl<F> ChooseAuthLayer<F>
-where
-    F: Fn(&Parts) -> Option<RequestAuth>,
-{
+#[derive(Clone)]
+struct Choice(Arc<ChooseFn>);
+
+type ChooseFn = dyn Fn(&Parts) -> Option<RequestAuth> + Send + Sync;
+
+impl fmt::Debug for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Choice").finish_non_exhaustive()
+    }
+}
+
+impl ChooseAuthLayer {
     /// Chooses by calling `choice`. If it returns `None`, the request gets the layers' default credentials.
     ///
     /// ```
@@ -68,25 +79,43 @@ where
     /// # let _ = layer;
     /// ```
     #[must_use]
-    pub fn new(choice: F) -> Self {
-        Self { choice }
+    pub fn new(choice: impl Fn(&Parts) -> Option<RequestAuth> + Send + Sync + 'static) -> Self {
+        Self { choice: Choice(Arc::new(choice)) }
     }
-}
 
-impl ChooseAuthLayer<JwtPaths> {
-    /// Sends JWT and key to these paths and everything below them, and the key alone to all others. See [`JwtPaths`] for
-    /// what counts as below.
+    /// Sends JWT and key to some paths and everything below them, and the key alone to all others.
+    ///
+    /// `/v1/audio` matches `/v1/audio`, `/v1/audio/` and `/v1/audio/speech`, but not `/v1/audiobooks`: whole segments are
+    /// compared, case-sensitively.
+    ///
+    /// Servers may read one path differently. A path gets the JWT only if every reading is below a prefix, so that an unusual
+    /// spelling of another path cannot obtain it:
+    ///
+    /// | Path | JWT for `/v1/audio` | Reason |
+    /// |---|---|---|
+    /// | `/v1/%61udio/x` | yes | same path ([RFC 3986 section 6.2.2.2](https://www.rfc-editor.org/rfc/rfc3986#section-6.2.2.2)) |
+    /// | `/v1/audio/a%20b`, `/v1/audio/a%2Fb`, `/v1/audio/x;v=1` | yes | below the prefix, decoded or not |
+    /// | `/v1/audio%2Fx`, `/v1/audio;v=1/x`, `/v1/Audio` | no | below the prefix for some servers only |
+    /// | `/v1/audio/../models`, `/v1/audio/%2e%2e/models`, `/v1/audio/..%2Fmodels`, `/v1/audio/..;/models`, `/v1/audio/..\models` | no | another path for some servers |
+    /// | `/v1//audio`, `/v1/audio//x`, `/v1/./audio` | no | segments that are empty or only dots and blanks |
+    /// | `/v1/audio/%zz`, `/v1/audio/%ff` | no | not valid percent-encoded UTF-8 |
     ///
     /// # Errors
     ///
     /// If a prefix is not a plain path such as `/v1/audio`. The error says which one by its number.
     pub fn jwt_for_paths<P: AsRef<str>>(prefixes: impl IntoIterator<Item = P>) -> Result<Self, ConfigError> {
-        Ok(Self { choice: JwtPaths::new(prefixes)? })
+        let paths = JwtPaths::new(prefixes)?;
+        Ok(Self::new(move |request| {
+            Some(match paths.contains(request.uri.path()) {
+                true => RequestAuth::ApiKeyAndJwt,
+                false => RequestAuth::ApiKey,
+            })
+        }))
     }
 }
 
-impl<S, C: Clone> Layer<S> for ChooseAuthLayer<C> {
-    type Service = ChooseAuth<S, C>;
+impl<S> Layer<S> for ChooseAuthLayer {
+    type Service = ChooseAuth<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
         ChooseAuth { inner, choice: self.choice.clone() }
@@ -94,20 +123,19 @@ impl<S, C: Clone> Layer<S> for ChooseAuthLayer<C> {
 }
 
 /// Chooses each request's credentials. Made by [`ChooseAuthLayer`]; see the [module docs](self).
-#[derive(Clone, Copy, Debug)]
-pub struct ChooseAuth<S, C> {
+#[derive(Clone, Debug)]
+pub struct ChooseAuth<S> {
     inner: S,
-    choice: C,
+    choice: Choice,
 }
 
-impl<S, C> ChooseAuth<S, C> {
+impl<S> ChooseAuth<S> {
     inner_accessors!();
 }
 
-impl<S, C, B> Service<Request<B>> for ChooseAuth<S, C>
+impl<S, B> Service<Request<B>> for ChooseAuth<S>
 where
     S: Service<Request<B>>,
-    C: Choice,
 {
     type Response = S::Response;
     type Error = S::Error;
@@ -124,37 +152,9 @@ where
             return self.inner.call(request);
         }
         let (mut parts, body) = request.into_parts();
-        if let Some(choice) = self.choice.choose(&parts) {
+        if let Some(choice) = (self.choice.0)(&parts) {
             parts.extensions.insert(choice);
         }
         self.inner.call(Request::from_parts(parts, body))
-    }
-}
-
-/// How a [`ChooseAuthLayer`] chooses: by a closure or by [`JwtPaths`].
-///
-/// Sealed: pass a closure to [`ChooseAuthLayer::new`] for any other rule.
-pub trait Choice: sealed::Sealed {
-    /// Returns the credentials for `request`, or `None` for the layers' default.
-    fn choose(&self, request: &Parts) -> Option<RequestAuth>;
-}
-
-mod sealed {
-    use super::{JwtPaths, Parts, RequestAuth};
-
-    #[expect(unnameable_types, reason = "sealed: nobody outside implements it")]
-    pub trait Sealed {}
-
-    impl Sealed for JwtPaths {}
-
-    impl<F> Sealed for F where F: Fn(&Parts) -> Option<RequestAuth> {}
-}
-
-impl<F> Choice for F
-where
-    F: Fn(&Parts) -> Option<RequestAuth>,
-{
-    fn choose(&self, request: &Parts) -> Option<RequestAuth> {
-        self(request)
     }
 }

@@ -1,40 +1,18 @@
-//! [`JwtPaths`]: path prefixes whose requests get the JWT in addition to the key.
+//! [`JwtPaths`]: path prefixes, compared so that every server would agree.
 
-use std::{borrow::Cow, sync::Arc};
+use std::borrow::Cow;
 
-use http::request::Parts;
 use percent_encoding::percent_decode;
 
-use super::Choice;
-use crate::{
-    RequestAuth,
-    error::{ConfigError, ConfigErrorKind, Place, Setting},
-};
+use crate::error::{ConfigError, ConfigErrorKind, Place, Setting};
 
 /// How many times a path is decoded to see how a server might read it.
 const MAX_DECODINGS: usize = 3;
 
-/// Sends JWT and key to some paths and everything below them, and the key alone to all others.
-///
-/// `/v1/audio` matches `/v1/audio`, `/v1/audio/` and `/v1/audio/speech`, but not `/v1/audiobooks`: whole segments are
-/// compared, case-sensitively.
-///
-/// Servers may read one path differently. A path gets the JWT only if every reading is below a prefix, so that an unusual
-/// spelling of another path cannot obtain it:
-///
-/// | Path | JWT for `/v1/audio` | Reason |
-/// |---|---|---|
-/// | `/v1/%61udio/x` | yes | same path ([RFC 3986 section 6.2.2.2](https://www.rfc-editor.org/rfc/rfc3986#section-6.2.2.2)) |
-/// | `/v1/audio/a%20b`, `/v1/audio/a%2Fb`, `/v1/audio/x;v=1` | yes | below the prefix, decoded or not |
-/// | `/v1/audio%2Fx`, `/v1/audio;v=1/x`, `/v1/Audio` | no | below the prefix for some servers only |
-/// | `/v1/audio/../models`, `/v1/audio/%2e%2e/models`, `/v1/audio/..%2Fmodels`, `/v1/audio/..;/models`, `/v1/audio/..\models` | no | another path for some servers |
-/// | `/v1//audio`, `/v1/audio//x`, `/v1/./audio` | no | segments that are empty or only dots and blanks |
-/// | `/v1/audio/%zz`, `/v1/audio/%ff` | no | not valid percent-encoded UTF-8 |
-///
-/// Made by [`ChooseAuthLayer::jwt_for_paths`](super::ChooseAuthLayer::jwt_for_paths).
-#[derive(Clone, Debug)]
-pub struct JwtPaths {
-    prefixes: Arc<[Vec<String>]>,
+/// Path prefixes; see [`ChooseAuthLayer::jwt_for_paths`](super::ChooseAuthLayer::jwt_for_paths).
+#[derive(Debug)]
+pub(super) struct JwtPaths {
+    prefixes: Vec<Vec<String>>,
 }
 
 impl JwtPaths {
@@ -46,7 +24,7 @@ impl JwtPaths {
         Ok(Self { prefixes: segments.collect::<Result<_, _>>()? })
     }
 
-    fn contains(&self, path: &str) -> bool {
+    pub(super) fn contains(&self, path: &str) -> bool {
         let Some(mut path) = decode_unreserved(path) else { return false };
         for _ in 0..=MAX_DECODINGS {
             if !self.contains_reading(&path) {
@@ -77,15 +55,6 @@ impl JwtPaths {
             prefix.iter().all(|expected| segments.next() == Some(expected))
         };
         self.prefixes.iter().any(starts_with)
-    }
-}
-
-impl Choice for JwtPaths {
-    fn choose(&self, request: &Parts) -> Option<RequestAuth> {
-        Some(match self.contains(request.uri.path()) {
-            true => RequestAuth::ApiKeyAndJwt,
-            false => RequestAuth::ApiKey,
-        })
     }
 }
 

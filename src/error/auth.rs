@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     error::Error as StdError,
     fmt::{self, Write as _},
-    io,
+    io, mem,
     sync::Arc,
     time::Duration,
 };
@@ -134,8 +134,7 @@ impl AuthError {
     /// Makes an error for a request that was never sent.
     #[cold]
     pub(crate) fn local(kind: AuthErrorKind, detail: impl Into<Cow<'static, str>>) -> Self {
-        let detail = detail.into();
-        Self(Arc::new(Inner { kind, detail, response: None, retry_after: None, source: None }))
+        Self::refresh_failure(kind, detail, None, None)
     }
 
     /// Makes an error for a request that was never sent because refreshing its credential failed.
@@ -278,23 +277,15 @@ fn redact_body(redactor: &Redactor, body: &[u8], json: Option<&mut Value>) -> By
 /// Redacts every string and key in `json`, and returns whether any of them held a secret.
 fn redact_strings(redactor: &Redactor, json: &mut Value) -> bool {
     match json {
-        Value::String(text) => match redactor.bytes(text.as_bytes()) {
-            Cow::Borrowed(_) => false,
-            Cow::Owned(redacted) => {
-                *text = String::from_utf8_lossy(&redacted).into_owned();
-                true
-            }
-        },
-        Value::Array(items) => {
-            let mut any = false;
-            for item in items {
-                any |= redact_strings(redactor, item);
-            }
-            any
+        Value::String(text) => {
+            let original = mem::take(text);
+            *text = redactor.text(original.clone());
+            *text != original
         }
+        Value::Array(items) => items.iter_mut().fold(false, |any, item| redact_strings(redactor, item) | any),
         Value::Object(fields) => {
             let mut any = false;
-            for (name, mut value) in std::mem::take(fields) {
+            for (name, mut value) in mem::take(fields) {
                 any |= redact_strings(redactor, &mut value);
                 let redacted = redactor.text(name.clone());
                 any |= redacted != name;

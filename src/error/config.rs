@@ -38,7 +38,7 @@ impl ConfigError {
     pub fn env_var(&self) -> Option<&str> {
         match &self.place {
             Place::EnvVar(name) => Some(name),
-            Place::Argument | Place::File(_) | Place::Item(_) => None,
+            _ => None,
         }
     }
 
@@ -47,7 +47,7 @@ impl ConfigError {
     pub fn file(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Argument | Place::EnvVar(_) | Place::Item(_) => None,
+            _ => None,
         }
     }
 }
@@ -157,44 +157,44 @@ pub enum ConfigErrorKind {
 
 impl fmt::Display for ConfigErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Missing => f.write_str("is not set"),
-            Self::Empty => f.write_str("is empty"),
-            Self::NotUnicode => f.write_str("is not valid Unicode"),
-            Self::Unreadable { error } => write!(f, "cannot be read: {error}"),
-            Self::TooLong => f.write_str("is longer than 64 KiB"),
-            Self::WhiteSpace { at } => write!(f, "has white space at byte {at}"),
-            Self::ControlCharacter { at } => write!(f, "has a control character at byte {at}"),
-            Self::NonAscii { at } => write!(f, "has a character that is not ASCII at byte {at}"),
-            Self::Quoted => f.write_str("is in quotes: remove them"),
-            Self::BearerPrefix => f.write_str("starts with `Bearer `: remove that prefix"),
-            Self::InvalidUrl => f.write_str("is not an absolute URL such as https://api.selamgpt.com"),
-            Self::InvalidHost => f.write_str("has an invalid host: use a name or a complete IP address"),
-            Self::InvalidPort => f.write_str("has an invalid port"),
-            Self::UserInfo => f.write_str("has a user name or password in it"),
-            Self::UnexpectedPart => f.write_str("has a path, query or fragment that is not allowed here"),
-            Self::NotHttps => f.write_str("is not https"),
-            Self::NotLoopback => f.write_str("is neither https nor on a loopback address"),
-            Self::NotAllowed => f.write_str("is not among the allowed origins"),
-            Self::Conflict { other } => write!(f, "is set together with {other}: set only one of them"),
-            Self::NeedsClient => {
-                f.write_str("needs an HTTP client: pass one to `SelamLayerBuilder::with_token_client`")
+        f.write_str(match self {
+            Self::Missing => "is not set",
+            Self::Empty => "is empty",
+            Self::NotUnicode => "is not valid Unicode",
+            Self::Unreadable { error } => return write!(f, "cannot be read: {error}"),
+            Self::TooLong => "is longer than 64 KiB",
+            Self::WhiteSpace { at } => return write!(f, "has white space at byte {at}"),
+            Self::ControlCharacter { at } => return write!(f, "has a control character at byte {at}"),
+            Self::NonAscii { at } => return write!(f, "has a character that is not ASCII at byte {at}"),
+            Self::Quoted => "is in quotes: remove them",
+            Self::BearerPrefix => "starts with `Bearer `: remove that prefix",
+            Self::InvalidUrl => "is not an absolute URL such as https://api.selamgpt.com",
+            Self::InvalidHost => "has an invalid host: use a name or a complete IP address",
+            Self::InvalidPort => "has an invalid port",
+            Self::UserInfo => "has a user name or password in it",
+            Self::UnexpectedPart => "has a path, query or fragment that is not allowed here",
+            Self::NotHttps => "is not https",
+            Self::NotLoopback => "is neither https nor on a loopback address",
+            Self::NotAllowed => "is not among the allowed origins",
+            Self::Conflict { other } => {
+                return write!(f, "is set together with {other}: set only one of them");
             }
-            Self::ReservedParameter => f.write_str("is set by the source itself: remove it"),
-            Self::InvalidKey => f.write_str(
-                "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519",
-            ),
-            Self::Encrypted => f.write_str("is encrypted: decrypt it first"),
+            Self::NeedsClient => "needs an HTTP client: pass one to `SelamLayerBuilder::with_token_client`",
+            Self::ReservedParameter => "is set by the source itself: remove it",
+            Self::InvalidKey => {
+                "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519"
+            }
+            Self::Encrypted => "is encrypted: decrypt it first",
             Self::TooShort { min_bits } => {
-                write!(f, "is shorter than the {min_bits} bits that its algorithm requires")
+                return write!(f, "is shorter than the {min_bits} bits that its algorithm requires");
             }
             Self::WrongAlgorithm { key, needed } => {
-                write!(f, "is {key}, but its algorithm signs with {needed}")
+                return write!(f, "is {key}, but its algorithm signs with {needed}");
             }
-            Self::NotAnObject => f.write_str("is not a JSON object, or is nested too deeply"),
-            Self::InvalidPath => f.write_str("is not a plain path such as /v1/audio"),
-            Self::ReservedClaim => f.write_str("has an `iat` or `exp`, which the signer sets"),
-        }
+            Self::NotAnObject => "is not a JSON object, or is nested too deeply",
+            Self::InvalidPath => "is not a plain path such as /v1/audio",
+            Self::ReservedClaim => "has an `iat` or `exp`, which the signer sets",
+        })
     }
 }
 

@@ -1,4 +1,5 @@
-//! [`Error`], which pairs an [`AuthError`] with the client's own error, and the bound [`FromAuthError`].
+//! [`Error`], which pairs an [`AuthError`] with the client's own error, and what the layers ask of clients:
+//! [`FromAuthError`] and [`CloneClient`].
 
 use std::{error::Error as StdError, fmt};
 
@@ -103,3 +104,16 @@ pub trait FromAuthError: From<AuthError> {}
 
 #[diagnostic::do_not_recommend]
 impl<E: From<AuthError>> FromAuthError for E {}
+
+/// A client that is `Clone`, which the layers need for requests that wait for a credential or are replayed.
+///
+/// Implemented for every `Clone` type. The trait exists for the compiler message that a client without `Clone` gets.
+#[diagnostic::on_unimplemented(
+    message = "the client `{Self}` is not `Clone`: wrap it in tower's `buffer`",
+    label = "a request that waits for a credential or is replayed needs a clone of the client",
+    note = "`ServiceBuilder::new().layer(…).buffer(64).service(client)`"
+)]
+pub trait CloneClient: Clone {}
+
+#[diagnostic::do_not_recommend]
+impl<S: Clone> CloneClient for S {}

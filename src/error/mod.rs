@@ -5,7 +5,6 @@
 mod auth;
 mod body;
 mod challenge;
-mod clone_client;
 mod config;
 #[expect(clippy::module_inception, reason = "the file is named after the type `Error`")]
 mod error;
@@ -22,9 +21,8 @@ pub(crate) use self::auth::grpc_message;
 pub use self::{
     auth::AuthError,
     body::ErrorBody,
-    clone_client::CloneClient,
     config::{ConfigError, ConfigErrorKind},
-    error::{Error, FromAuthError},
+    error::{CloneClient, Error, FromAuthError},
     kind::AuthErrorKind,
     rate_limit::RateLimit,
 };

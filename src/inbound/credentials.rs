@@ -9,8 +9,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Request, Uri, uri::PathAndQuery};
 use percent_encoding::percent_decode;
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service};
 
 /// Removed in addition to all headers that start with `proxy-`.
 const HEADERS: [&str; 5] = ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"];
@@ -179,23 +178,19 @@ impl Extra {
     }
 
     fn push_query_without(&self, text: &mut String, query: &str) {
-        let mut separator = '?';
-        let mut rest = Some(query);
-        while let Some(left) = rest {
-            let at = left.find(SEPARATORS);
-            let (parameter, next) = left.split_at(at.unwrap_or(left.len()));
-            rest = at.map(|at| &left[at + 1..]);
+        let (mut separator, mut end) = ('?', 0);
+        for parameter in query.split(SEPARATORS) {
+            end += parameter.len();
             let is_credential = self.is_parameter(parameter);
             if !is_credential {
                 text.push(separator);
                 text.push_str(parameter);
             }
-            separator = match (separator, next.chars().next()) {
-                ('?', _) if is_credential => '?',
-                // All servers split at `&`, but not all at `;`, so `&` is the separator to keep.
-                ('&', _) if is_credential => '&',
-                (_, next) => next.unwrap_or('&'),
-            };
+            // All servers split at `&`, but not all at `;`, so `&` is the separator to keep.
+            if !is_credential || separator == ';' {
+                separator = query[end..].chars().next().unwrap_or('&');
+            }
+            end += 1;
         }
     }
 

@@ -33,16 +33,12 @@ pub struct ClientAuth(Method);
 enum Method {
     /// Left to the HTTP client that sends the request.
     None,
-    Basic {
+    Client {
         id: String,
-        secret: SecretString,
-    },
-    Post {
-        id: String,
-        secret: SecretString,
-    },
-    Public {
-        id: String,
+        /// `None` for a public client.
+        secret: Option<SecretString>,
+        /// Whether id and secret go into `Authorization: Basic`, rather than into the form.
+        in_header: bool,
     },
     ApiKey(Provider<ApiKey>),
 }
@@ -70,9 +66,7 @@ impl ClientAuth {
         id: impl Into<String>,
         secret: impl Into<SecretString>,
     ) -> Result<Self, ConfigError> {
-        let id = client_id(id.into(), Place::Argument)?;
-        let secret = client_secret(secret.into(), Place::Argument)?;
-        Ok(Self(Method::Post { id, secret }))
+        Self::client(&id.into(), Some(&secret.into()), false, &[Place::Argument, Place::Argument])
     }
 
     /// Sends only the id: a public client, which cannot keep a secret.
@@ -81,7 +75,7 @@ impl ClientAuth {
     ///
     /// Fails if the id is empty, or contains a control or non-ASCII character.
     pub fn public(id: impl Into<String>) -> Result<Self, ConfigError> {
-        Ok(Self(Method::Public { id: client_id(id.into(), Place::Argument)? }))
+        Self::client(&id.into(), None, false, &[Place::Argument, Place::Argument])
     }
 
     /// Sends the API key as `Authorization: Bearer <key>`. A refreshing key is fetched again when the endpoint
@@ -101,18 +95,32 @@ impl ClientAuth {
     pub(crate) fn found(
         id: impl Into<String>,
         secret: impl Into<SecretString>,
+        places: &[Place; 2],
+    ) -> Result<Self, ConfigError> {
+        Self::client(&id.into(), Some(&secret.into()), true, places)
+    }
+
+    fn client(
+        id: &str,
+        secret: Option<&SecretString>,
+        in_header: bool,
         [id_place, secret_place]: &[Place; 2],
     ) -> Result<Self, ConfigError> {
-        let id = client_id(id.into(), id_place.clone())?;
-        let secret = client_secret(secret.into(), secret_place.clone())?;
-        Ok(Self(Method::Basic { id, secret }))
+        let refuse = |setting, place: &Place| {
+            let place = place.clone();
+            move |kind| ConfigError::new(setting, place, kind)
+        };
+        let id = text(id).map_err(refuse(Setting::ClientId, id_place))?.to_owned();
+        let secret = secret.map(|secret| text(secret.expose_secret())).transpose();
+        let secret = secret.map_err(refuse(Setting::ClientSecret, secret_place))?.map(SecretString::from);
+        Ok(Self(Method::Client { id, secret, in_header }))
     }
 
     /// Returns `Authorization: Basic` of id and secret, each form-encoded first
     /// ([RFC 6749 section 2.3.1](https://www.rfc-editor.org/rfc/rfc6749#section-2.3.1)).
     pub(super) fn basic(&self) -> Option<HeaderValue> {
         const SCHEME: &str = "Basic ";
-        let Method::Basic { id, secret } = &self.0 else { return None };
+        let Method::Client { id, secret: Some(secret), in_header: true } = &self.0 else { return None };
         let secret = secret.expose_secret();
         // Both buffers are sized up front: a buffer that grows leaves unwiped copies behind.
         let mut pair = Zeroizing::new(String::with_capacity(3 * (id.len() + secret.len()) + 1));
@@ -130,9 +138,8 @@ impl ClientAuth {
     /// Returns the form parameters that identify the client.
     pub(super) fn parameters(&self) -> impl Iterator<Item = (&str, &str)> {
         let (id, secret) = match &self.0 {
-            Method::Post { id, secret } => (Some(id), Some(secret)),
-            Method::Public { id } => (Some(id), None),
-            Method::None | Method::Basic { .. } | Method::ApiKey(_) => (None, None),
+            Method::Client { id, secret, in_header: false } => (Some(id), secret.as_ref()),
+            _ => (None, None),
         };
         let id = id.map(|id| ("client_id", &**id));
         id.into_iter().chain(secret.map(|secret| ("client_secret", secret.expose_secret())))
@@ -140,8 +147,8 @@ impl ClientAuth {
 
     pub(super) fn secret(&self) -> Option<&str> {
         match &self.0 {
-            Method::Basic { secret, .. } | Method::Post { secret, .. } => Some(secret.expose_secret()),
-            Method::None | Method::Public { .. } | Method::ApiKey(_) => None,
+            Method::Client { secret, .. } => secret.as_ref().map(ExposeSecret::expose_secret),
+            Method::None | Method::ApiKey(_) => None,
         }
     }
 
@@ -153,28 +160,14 @@ impl ClientAuth {
     }
 }
 
-fn client_id(id: String, place: Place) -> Result<String, ConfigError> {
-    match text(&id) {
-        Ok(id) => Ok(id.to_owned()),
-        Err(kind) => Err(ConfigError::new(Setting::ClientId, place, kind)),
-    }
-}
-
-fn client_secret(secret: SecretString, place: Place) -> Result<SecretString, ConfigError> {
-    match text(secret.expose_secret()) {
-        Ok(secret) => Ok(secret.into()),
-        Err(kind) => Err(ConfigError::new(Setting::ClientSecret, place, kind)),
-    }
-}
-
 impl fmt::Debug for ClientAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (name, id) = match &self.0 {
             Method::None => return f.write_str("None"),
             Method::ApiKey(key) => return f.debug_tuple("ApiKey").field(key).finish(),
-            Method::Basic { id, .. } => ("ClientSecretBasic", id),
-            Method::Post { id, .. } => ("ClientSecretPost", id),
-            Method::Public { id } => ("Public", id),
+            Method::Client { id, secret: None, .. } => ("Public", id),
+            Method::Client { id, in_header: true, .. } => ("ClientSecretBasic", id),
+            Method::Client { id, .. } => ("ClientSecretPost", id),
         };
         f.debug_struct(name).field("client_id", id).finish()
     }

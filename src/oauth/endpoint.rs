@@ -5,11 +5,11 @@ use std::fmt;
 use bytes::Bytes;
 use http::{Request, Response, Uri};
 use http_body::Body;
-use tower_service::Service;
+use tower::Service;
 
 use super::{ClientAuth, TokenClient};
 use crate::{
-    error::{BoxError, ConfigError, ConfigErrorKind, Place, Setting},
+    error::{BoxError, ConfigError, Place, Setting},
     origin::{Origin, parse_url},
 };
 
@@ -72,15 +72,11 @@ impl TokenEndpoint {
         place: Place,
         allow_insecure_loopback: bool,
     ) -> Result<Self, ConfigError> {
-        let parse = || {
-            let uri = parse_url(url)?;
-            Origin::of_uri(&uri)?.check(allow_insecure_loopback)?;
-            if url.contains('#') { Err(ConfigErrorKind::UnexpectedPart) } else { Ok(uri) }
-        };
-        match parse() {
-            Ok(uri) => Ok(Self { uri, client, auth: ClientAuth::none() }),
-            Err(kind) => Err(ConfigError::new(Setting::TokenUrl, place, kind)),
-        }
+        let parsed = parse_url(url).and_then(|(uri, origin)| {
+            origin.check(allow_insecure_loopback)?;
+            Ok(Self { uri, client, auth: ClientAuth::none() })
+        });
+        parsed.map_err(|kind| ConfigError::new(Setting::TokenUrl, place, kind))
     }
 
     /// Sets how the client authenticates; by default the HTTP client does so by itself.

@@ -1,7 +1,10 @@
 //! One exchange with the token endpoint: builds the request, sends it, and sends it again with refreshed
 //! credentials if the endpoint rejected the first ones.
 
-use std::borrow::Cow;
+use std::{
+    borrow::Cow,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use bytes::Bytes;
 use form_urlencoded::{Serializer, byte_serialize};
@@ -13,8 +16,7 @@ use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
 
 use super::{
-    OAuthError, RefreshToken, TokenEndpoint,
-    grant::Grant,
+    OAuthError, RefreshToken, TokenEndpoint, TokenType,
     response::{self, Granted},
 };
 use crate::{
@@ -28,84 +30,108 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct Exchange {
     pub(super) endpoint: TokenEndpoint,
-    pub(super) grant: Grant,
+    pub(super) grant_type: &'static str,
+    pub(super) tokens: Vec<GrantToken>,
     /// Further form parameters. The values may be secrets, such as a password.
     pub(super) parameters: Vec<(Cow<'static, str>, SecretString)>,
 }
 
-/// Why an exchange brought no token.
-pub(super) enum ExchangeError {
-    /// The endpoint answered with an error or an unusable response.
-    Rejected(OAuthError),
-    /// The exchange ended without a response.
-    Failed(SourceError),
+/// A token that every request of a grant carries.
+#[derive(Clone)]
+pub(super) struct GrantToken {
+    pub(super) provider: Provider<Token>,
+    /// The form parameter that carries the token.
+    pub(super) name: &'static str,
+    /// The form parameter that states its type.
+    pub(super) kind: Option<(&'static str, TokenType)>,
+}
+
+/// The credentials of a request, as of when it is sent.
+struct Sent<'a> {
+    refresh_token: Option<&'a RefreshToken>,
+    key: Option<ApiKey>,
+    tokens: Vec<Token>,
 }
 
 impl Exchange {
     /// Requests a token. If the endpoint rejects a credential that is refreshing, refreshes it and, if that brings
     /// another, sends the request once more.
-    pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, ExchangeError> {
-        let sent = self.credentials().await?;
-        match self.send(&sent, refresh_token).await {
-            Err(ExchangeError::Rejected(error)) if sent.refresh_rejected(&error).await => {
-                self.send(&self.credentials().await?, refresh_token).await
-            }
-            result => result,
+    pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
+        let sent = self.credentials(refresh_token).await?;
+        let result = self.send(&sent).await;
+        if let Err(error) = &result
+            && let Some(error) = OAuthError::of(error)
+            && self.refresh_rejected(&sent, error).await
+        {
+            return self.send(&self.credentials(refresh_token).await?).await;
         }
+        result
     }
 
     /// Combines the versions of all credentials into one, which changes when any of them does.
     pub(super) fn version(&self) -> u64 {
-        let key = self.endpoint.auth.key().and_then(Provider::version);
-        self.grant.tokens().map(|token| token.token.version()).fold(mix(0, key), mix)
+        let mut hasher = DefaultHasher::new();
+        self.endpoint.auth.key().and_then(Provider::version).hash(&mut hasher);
+        self.tokens.iter().for_each(|token| token.provider.version().hash(&mut hasher));
+        hasher.finish()
     }
 
-    async fn send(
-        &self,
-        sent: &SentCredentials,
-        refresh_token: Option<&RefreshToken>,
-    ) -> Result<Granted, ExchangeError> {
-        let response = self.endpoint.client.send(self.request(sent, refresh_token)).await;
-        let response = response.map_err(|error| ExchangeError::Failed(error.into()))?;
-        let secrets = self.secrets(sent, refresh_token);
-        response::read(&response, secrets.iter().map(|secret| &***secret)).map_err(ExchangeError::Rejected)
+    async fn send(&self, sent: &Sent<'_>) -> Result<Granted, SourceError> {
+        let response = self.endpoint.client.send(self.request(sent)).await?;
+        let secrets = self.secrets(sent);
+        Ok(response::read(&response, secrets.iter().map(|secret| &***secret))?)
     }
 
     /// Obtains the current credentials for a request, refreshing them if necessary.
-    async fn credentials(&self) -> Result<SentCredentials, ExchangeError> {
+    async fn credentials<'a>(
+        &self,
+        refresh_token: Option<&'a RefreshToken>,
+    ) -> Result<Sent<'a>, SourceError> {
         let key = match self.endpoint.auth.key() {
-            Some(key) => Some(Sent::obtain(key).await?),
+            Some(key) => Some(obtain(key).await?),
             None => None,
         };
         let mut tokens = Vec::new();
-        for token in self.grant.tokens() {
-            tokens.push(Sent::obtain(token.token).await?);
+        for token in &self.tokens {
+            tokens.push(obtain(&token.provider).await?);
         }
-        Ok(SentCredentials { key, tokens })
+        Ok(Sent { refresh_token, key, tokens })
     }
 
-    fn request(&self, sent: &SentCredentials, refresh_token: Option<&RefreshToken>) -> Request<Bytes> {
-        let mut request = Request::new(encode(&self.form(sent, refresh_token)));
+    /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
+    async fn refresh_rejected(&self, sent: &Sent<'_>, error: &OAuthError) -> bool {
+        let mut changed = false;
+        if error.blames_client()
+            && let (Some(provider), Some(key)) = (self.endpoint.auth.key(), &sent.key)
+        {
+            changed |= provider.replace(key).await;
+        }
+        if error.blames_grant() {
+            for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
+                changed |= token.provider.replace(sent).await;
+            }
+        }
+        changed
+    }
+
+    fn request(&self, sent: &Sent<'_>) -> Request<Bytes> {
+        let mut request = Request::new(encode(&self.form(sent)));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = self.endpoint.uri.clone();
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-        let bearer = sent.key.as_ref().map(|key| key.value.0.bearer().clone());
+        let bearer = sent.key.as_ref().map(|key| key.0.bearer().clone());
         headers.extend(bearer.or_else(|| self.endpoint.auth.basic()).map(|value| (AUTHORIZATION, value)));
         request
     }
 
-    fn form<'a>(
-        &'a self,
-        sent: &'a SentCredentials,
-        refresh_token: Option<&'a RefreshToken>,
-    ) -> Vec<(&'a str, &'a str)> {
-        let mut form = vec![("grant_type", self.grant.name())];
-        form.extend(refresh_token.map(|token| ("refresh_token", token.expose_secret())));
-        for (token, sent) in self.grant.tokens().zip(&sent.tokens) {
-            form.push((token.name, sent.value.expose_secret()));
-            form.extend(token.kind);
+    fn form<'a>(&'a self, sent: &'a Sent<'_>) -> Vec<(&'a str, &'a str)> {
+        let mut form = vec![("grant_type", self.grant_type)];
+        form.extend(sent.refresh_token.map(|token| ("refresh_token", token.expose_secret())));
+        for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
+            form.push((token.name, sent.expose_secret()));
+            form.extend(token.kind.as_ref().map(|(name, kind)| (*name, kind.uri())));
         }
         form.extend(self.parameters.iter().map(|(name, value)| (&**name, value.expose_secret())));
         form.extend(self.endpoint.auth.parameters());
@@ -113,20 +139,16 @@ impl Exchange {
     }
 
     /// Returns the secrets of the request in every form in which it carries them, to be masked in errors.
-    fn secrets(
-        &self,
-        sent: &SentCredentials,
-        refresh_token: Option<&RefreshToken>,
-    ) -> Vec<Zeroizing<String>> {
-        let key = sent.key.iter().map(|key| key.value.expose_secret());
-        let tokens = sent.tokens.iter().map(|token| token.value.expose_secret());
+    fn secrets(&self, sent: &Sent<'_>) -> Vec<Zeroizing<String>> {
+        let key = sent.key.iter().map(ApiKey::expose_secret);
+        let tokens = sent.tokens.iter().map(Token::expose_secret);
         // Any other parameter may be a secret; these three are not.
         let parameters =
             self.parameters.iter().filter(|(name, _)| !matches!(&**name, "scope" | "audience" | "resource"));
         let raw = (self.endpoint.auth.secret().into_iter())
             .chain(key)
             .chain(tokens)
-            .chain(refresh_token.map(RefreshToken::expose_secret))
+            .chain(sent.refresh_token.map(RefreshToken::expose_secret))
             .chain(parameters.map(|(_, value)| value.expose_secret()));
         let basic = self.endpoint.auth.basic();
         let basic = basic.and_then(|value| Some(value.to_str().ok()?.strip_prefix("Basic ")?.to_owned()));
@@ -137,66 +159,12 @@ impl Exchange {
     }
 }
 
-/// Combines a hash with a version so that a change of either changes the result.
-fn mix(hash: u64, version: Option<u64>) -> u64 {
-    let version = version.map_or(0, |version| version.wrapping_add(1));
-    hash.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32) ^ version
-}
-
-/// The credentials that a request carries and that a provider supplied.
-struct SentCredentials {
-    key: Option<Sent<ApiKey>>,
-    tokens: Vec<Sent<Token>>,
-}
-
-struct Sent<C: Credential> {
-    provider: Provider<C>,
-    value: C,
-}
-
-impl SentCredentials {
-    /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
-    async fn refresh_rejected(&self, error: &OAuthError) -> bool {
-        let mut changed = false;
-        if error.blames_client()
-            && let Some(key) = &self.key
-        {
-            changed |= key.refresh().await;
-        }
-        if error.blames_grant() {
-            for token in &self.tokens {
-                changed |= token.refresh().await;
-            }
-        }
-        changed
-    }
-}
-
-impl<C: Credential> Sent<C> {
-    async fn obtain(provider: &Provider<C>) -> Result<Self, ExchangeError> {
-        match provider.get().await {
-            Ok(value) => Ok(Self { provider: provider.clone(), value }),
-            Err(error) => Err(ExchangeError::Failed(match error.retry_after() {
-                _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
-                Some(time) => SourceError::transient(error).with_retry_after(time),
-                None => SourceError::transient(error),
-            })),
-        }
-    }
-
-    /// Reports the credential as rejected. Returns whether the provider then has a different one.
-    async fn refresh(&self) -> bool {
-        self.provider.replace(&self.value).await
-    }
-}
-
-impl From<ExchangeError> for SourceError {
-    fn from(error: ExchangeError) -> Self {
-        match error {
-            ExchangeError::Rejected(error) => error.into(),
-            ExchangeError::Failed(error) => error,
-        }
-    }
+async fn obtain<C: Credential>(provider: &Provider<C>) -> Result<C, SourceError> {
+    provider.get().await.map_err(|error| match error.retry_after() {
+        _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
+        Some(time) => SourceError::transient(error).with_retry_after(time),
+        None => SourceError::transient(error),
+    })
 }
 
 /// Encodes the form into a buffer that is wiped on drop.

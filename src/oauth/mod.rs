@@ -57,7 +57,6 @@ mod auth;
 mod client;
 mod endpoint;
 mod exchange;
-mod grant;
 mod response;
 mod rotation;
 mod source;
@@ -67,8 +66,7 @@ pub(crate) use self::client::TokenClient;
 pub use self::{
     auth::ClientAuth,
     endpoint::TokenEndpoint,
-    grant::TokenType,
     response::OAuthError,
-    source::OAuthSource,
+    source::{OAuthSource, TokenType},
     store::{MemoryStore, RefreshToken, RefreshTokenStore},
 };

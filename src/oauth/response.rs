@@ -48,7 +48,7 @@ const NOT_BEARER: &str = "the `token_type` is not `Bearer`";
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct OAuthError(Box<Inner>);
 
 #[derive(Clone, Debug)]
@@ -105,6 +105,11 @@ impl OAuthError {
             && matches!(self.code(), Some("invalid_grant" | "invalid_client" | "unauthorized_client"))
     }
 
+    /// Returns the endpoint's answer, if that is what made a source fail.
+    pub(super) fn of(error: &SourceError) -> Option<&Self> {
+        error.cause().downcast_ref()
+    }
+
     /// Returns whether the endpoint rejected the client authentication, rather than the grant.
     pub(super) fn blames_client(&self) -> bool {
         self.code() == Some("invalid_client")
@@ -143,19 +148,6 @@ impl fmt::Display for OAuthError {
             write_excerpt(description.trim_end_matches('.'), f)?;
         }
         Ok(())
-    }
-}
-
-impl fmt::Debug for OAuthError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { status, fields, detail, retry_after } = &*self.0;
-        f.debug_struct("OAuthError")
-            .field("status", status)
-            .field("code", &fields.code())
-            .field("description", &fields.message())
-            .field("detail", detail)
-            .field("retry_after", retry_after)
-            .finish()
     }
 }
 

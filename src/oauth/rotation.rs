@@ -8,17 +8,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    RefreshToken, RefreshTokenStore,
-    exchange::{Exchange, ExchangeError},
-    response::Granted,
-    store::DynStore,
-};
+use super::{OAuthError, RefreshToken, RefreshTokenStore, exchange::Exchange, response::Granted};
 use crate::{
     credential::{Fingerprint, Token},
     error::BoxError,
     refresh::on_behalf,
-    source::{Fetched, SourceError},
+    source::{Fetched, Fetching, SourceError},
     telemetry::event,
     util::clock::{Clock, Time},
 };
@@ -37,8 +32,8 @@ const TIMED_OUT: &str = "the token endpoint or the refresh token store did not r
 const SAVE_ABORTED: &str = "the store panicked, or its runtime was shut down";
 
 /// The refresh token of one login.
-pub(super) struct Rotation {
-    store: Box<dyn DynStore>,
+pub(super) struct Rotation<S> {
+    store: S,
     /// Locked for the whole of an exchange, so exchanges run one at a time.
     state: Mutex<State>,
 }
@@ -69,24 +64,32 @@ struct Current {
     version: u64,
 }
 
-impl Rotation {
-    pub(super) fn new(store: impl RefreshTokenStore) -> Self {
-        Self { store: Box::new(store), state: Mutex::default() }
-    }
+/// [`Rotation`] as a trait object.
+pub(super) trait Rotate: Send + Sync {
+    fn version(&self) -> u64;
 
-    pub(super) fn version(&self) -> u64 {
+    /// Exchanges the refresh token on a new task, so that the rotated token is kept even if the caller is dropped.
+    fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token>;
+}
+
+impl<S: RefreshTokenStore> Rotate for Rotation<S> {
+    fn version(&self) -> u64 {
         self.store.version()
     }
 
-    /// Exchanges the refresh token on a new task, so that the rotated token is kept even if the caller is dropped.
-    pub(super) async fn fetch(
-        self: Arc<Self>,
-        exchange: Arc<Exchange>,
-    ) -> Result<Fetched<Token>, SourceError> {
-        let Ok(runtime) = Handle::try_current() else { return Err(SourceError::transient(NO_RUNTIME)) };
-        let (sender, receiver) = oneshot::channel();
-        runtime.spawn(on_behalf(async move { self.run(&exchange, sender).await }));
-        receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
+    fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token> {
+        Box::pin(async move {
+            let Ok(runtime) = Handle::try_current() else { return Err(SourceError::transient(NO_RUNTIME)) };
+            let (sender, receiver) = oneshot::channel();
+            runtime.spawn(on_behalf(async move { self.run(&exchange, sender).await }));
+            receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
+        })
+    }
+}
+
+impl<S: RefreshTokenStore> Rotation<S> {
+    pub(super) fn new(store: S) -> Self {
+        Self { store, state: Mutex::default() }
     }
 
     async fn run(&self, exchange: &Exchange, caller: oneshot::Sender<Result<Fetched<Token>, SourceError>>) {
@@ -99,10 +102,10 @@ impl Rotation {
             Some(fetched) => Ok(fetched),
             None => timeout(TIME_LIMIT, self.exchange(&mut state, exchange))
                 .await
-                .unwrap_or_else(|_| Err(ExchangeError::Failed(SourceError::transient(TIMED_OUT)))),
+                .unwrap_or_else(|_| Err(SourceError::transient(TIMED_OUT))),
         };
         let version = state.current.as_ref().map_or(0, |current| current.version);
-        if let Err(Ok(fetched)) = caller.send(fetched.map_err(Into::into)) {
+        if let Err(Ok(fetched)) = caller.send(fetched) {
             state.unclaimed = Some(Unclaimed { fetched, since: Clock::default().now(), version });
         }
         // The caller does not wait for the store, but the next exchange does: the lock is still held.
@@ -115,37 +118,33 @@ impl Rotation {
 
     /// Spends the newest token. If another login replaces it meanwhile, discards the result and tries once more with
     /// the new login.
-    async fn exchange(
-        &self,
-        state: &mut State,
-        exchange: &Exchange,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    async fn exchange(&self, state: &mut State, exchange: &Exchange) -> Result<Fetched<Token>, SourceError> {
         for _ in 0..2 {
             let fetched = self.exchange_once(state, exchange).await;
             if state.current.as_ref().is_none_or(|current| current.version == self.store.version()) {
                 return fetched;
             }
         }
-        Err(ExchangeError::Failed(SourceError::transient(LOGIN_REPLACED)))
+        Err(SourceError::transient(LOGIN_REPLACED))
     }
 
     async fn exchange_once(
         &self,
         state: &mut State,
         exchange: &Exchange,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    ) -> Result<Fetched<Token>, SourceError> {
         let version = self.store.version();
         let current = match &state.current {
             Some(current) if current.version == version => current.clone(),
             _ => match self.load().await {
                 Ok(Some(loaded)) => loaded,
-                Ok(None) => return Err(ExchangeError::Failed(SourceError::permanent(NOT_LOGGED_IN))),
-                Err(error) => return Err(ExchangeError::Failed(SourceError::transient(error))),
+                Ok(None) => return Err(SourceError::permanent(NOT_LOGGED_IN)),
+                Err(error) => return Err(SourceError::transient(error)),
             },
         };
         let fetched = self.spend(state, exchange, &current).await;
-        if let Err(ExchangeError::Rejected(error)) = &fetched
-            && error.code() == Some("invalid_grant")
+        if let Err(error) = &fetched
+            && OAuthError::of(error).is_some_and(|error| error.code() == Some("invalid_grant"))
             // Another program may have spent the token and stored its successor.
             && let Ok(Some(loaded)) = self.load().await
             && loaded.token.expose_secret() != current.token.expose_secret()
@@ -166,7 +165,7 @@ impl Rotation {
         state: &mut State,
         exchange: &Exchange,
         current: &Current,
-    ) -> Result<Fetched<Token>, ExchangeError> {
+    ) -> Result<Fetched<Token>, SourceError> {
         state.current = Some(current.clone());
         state.unsaved = None;
         let Granted { fetched, refresh_token } = exchange.run(Some(&current.token)).await?;
@@ -178,7 +177,7 @@ impl Rotation {
             state.current = Some(Current { token: token.clone(), version: current.version });
             state.unsaved = Some(token);
         }
-        fetched.map_err(ExchangeError::Rejected)
+        Ok(fetched?)
     }
 
     async fn save(&self, token: &RefreshToken) {

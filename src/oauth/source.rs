@@ -1,11 +1,13 @@
-//! [`OAuthSource`]: tokens from a token endpoint, by any of four grants.
+//! [`OAuthSource`]: tokens from a token endpoint, by any of four grants; and [`TokenType`].
 
 use std::{borrow::Cow, fmt, sync::Arc};
 
 use secrecy::SecretString;
 
 use super::{
-    RefreshTokenStore, TokenEndpoint, TokenType, exchange::Exchange, grant::Grant, rotation::Rotation,
+    RefreshTokenStore, TokenEndpoint,
+    exchange::{Exchange, GrantToken},
+    rotation::{Rotate, Rotation},
 };
 use crate::{
     credential::Token,
@@ -14,21 +16,24 @@ use crate::{
     source::{Fetched, Reason, Source, SourceError},
 };
 
+const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+
 /// A [`Source`] of tokens from an OAuth 2.0 token endpoint. See the [module docs](super).
 ///
-/// Cheap to clone. Clones share the state of the refresh token.
+/// Cheap to clone. Clones share the state of the refresh token. Fetching needs a tokio runtime with its timers enabled, as
+/// every refresh does.
 #[derive(Clone)]
 pub struct OAuthSource {
     exchange: Arc<Exchange>,
     /// With the refresh token grant alone.
-    rotation: Option<Arc<Rotation>>,
+    rotation: Option<Arc<dyn Rotate>>,
 }
 
 impl OAuthSource {
     /// Requests tokens for the program itself.
     #[must_use]
     pub fn client_credentials(endpoint: TokenEndpoint) -> Self {
-        Self::new(endpoint, Grant::ClientCredentials)
+        Self::new(endpoint, "client_credentials", None)
     }
 
     /// Requests tokens for a user who has logged in, with the refresh token in `store`. When the endpoint returns a
@@ -55,8 +60,8 @@ impl OAuthSource {
     /// ```
     #[must_use]
     pub fn refresh_token(endpoint: TokenEndpoint, store: impl RefreshTokenStore) -> Self {
-        let rotation = Some(Arc::new(Rotation::new(store)));
-        Self { rotation, ..Self::new(endpoint, Grant::RefreshToken) }
+        let rotation: Arc<dyn Rotate> = Arc::new(Rotation::new(store));
+        Self { rotation: Some(rotation), ..Self::new(endpoint, "refresh_token", None) }
     }
 
     /// Exchanges the token of `subject`, which another service issued
@@ -69,7 +74,9 @@ impl OAuthSource {
         subject: impl Into<Provider<Token>>,
         subject_type: TokenType,
     ) -> Self {
-        Self::new(endpoint, Grant::TokenExchange { subject: (subject.into(), subject_type), actor: None })
+        let kind = Some(("subject_token_type", subject_type));
+        let subject = GrantToken { provider: subject.into(), name: "subject_token", kind };
+        Self::new(endpoint, TOKEN_EXCHANGE, Some(subject))
     }
 
     /// Exchanges a JWT, the assertion
@@ -77,19 +84,26 @@ impl OAuthSource {
     /// [`Refreshing`](crate::Refreshing) over a signing source can supply.
     #[must_use]
     pub fn jwt_bearer(endpoint: TokenEndpoint, assertion: impl Into<Provider<Token>>) -> Self {
-        Self::new(endpoint, Grant::JwtBearer { assertion: assertion.into() })
+        let assertion = GrantToken { provider: assertion.into(), name: "assertion", kind: None };
+        Self::new(endpoint, "urn:ietf:params:oauth:grant-type:jwt-bearer", Some(assertion))
     }
 
-    fn new(endpoint: TokenEndpoint, grant: Grant) -> Self {
-        Self { exchange: Arc::new(Exchange { endpoint, grant, parameters: Vec::new() }), rotation: None }
+    fn new(endpoint: TokenEndpoint, grant_type: &'static str, token: Option<GrantToken>) -> Self {
+        let tokens = token.into_iter().collect();
+        let exchange = Exchange { endpoint, grant_type, tokens, parameters: Vec::new() };
+        Self { exchange: Arc::new(exchange), rotation: None }
     }
 
     /// Sets the party that acts for the subject of a [token exchange](Self::token_exchange). Other grants ignore
     /// it.
     #[must_use]
     pub fn with_actor(mut self, actor: impl Into<Provider<Token>>, actor_type: TokenType) -> Self {
-        if let Grant::TokenExchange { actor: slot, .. } = &mut Arc::make_mut(&mut self.exchange).grant {
-            *slot = Some((actor.into(), actor_type));
+        if self.exchange.grant_type == TOKEN_EXCHANGE {
+            let kind = Some(("actor_token_type", actor_type));
+            let actor = GrantToken { provider: actor.into(), name: "actor_token", kind };
+            let tokens = &mut Arc::make_mut(&mut self.exchange).tokens;
+            tokens.truncate(1);
+            tokens.push(actor);
         }
         self
     }
@@ -164,8 +178,45 @@ impl Source<Token> for OAuthSource {
 
 impl fmt::Debug for OAuthSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Exchange { endpoint, grant, .. } = &*self.exchange;
+        let Exchange { endpoint, grant_type, .. } = &*self.exchange;
         let mut debug = f.debug_struct("OAuthSource");
-        debug.field("endpoint", endpoint).field("grant_type", &grant.name()).finish_non_exhaustive()
+        debug.field("endpoint", endpoint).field("grant_type", grant_type).finish_non_exhaustive()
+    }
+}
+
+/// The type of a token in a token exchange
+/// ([RFC 8693 section 3](https://www.rfc-editor.org/rfc/rfc8693#section-3)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TokenType {
+    /// An OAuth 2.0 access token.
+    AccessToken,
+    /// An OAuth 2.0 refresh token.
+    RefreshToken,
+    /// An OpenID Connect ID token.
+    IdToken,
+    /// A Base64url-encoded SAML 1.1 assertion.
+    Saml1,
+    /// A Base64url-encoded SAML 2.0 assertion.
+    Saml2,
+    /// A JWT.
+    Jwt,
+    /// Any other type, by its URI.
+    Other(Cow<'static, str>),
+}
+
+impl TokenType {
+    /// Returns the URI that identifies the type.
+    #[must_use]
+    pub fn uri(&self) -> &str {
+        match self {
+            Self::AccessToken => "urn:ietf:params:oauth:token-type:access_token",
+            Self::RefreshToken => "urn:ietf:params:oauth:token-type:refresh_token",
+            Self::IdToken => "urn:ietf:params:oauth:token-type:id_token",
+            Self::Saml1 => "urn:ietf:params:oauth:token-type:saml1",
+            Self::Saml2 => "urn:ietf:params:oauth:token-type:saml2",
+            Self::Jwt => "urn:ietf:params:oauth:token-type:jwt",
+            Self::Other(uri) => uri,
+        }
     }
 }

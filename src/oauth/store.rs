@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -28,10 +27,8 @@ impl RefreshToken {
     /// token.
     pub fn new(token: impl Into<SecretString>) -> Result<Self, ConfigError> {
         let token = token.into();
-        match text(token.expose_secret()) {
-            Ok(token) => Ok(Self(token.into())),
-            Err(kind) => Err(ConfigError::new(Setting::RefreshToken, Place::Argument, kind)),
-        }
+        let refuse = |kind| ConfigError::new(Setting::RefreshToken, Place::Argument, kind);
+        text(token.expose_secret()).map(|token| Self(token.into())).map_err(refuse)
     }
 
     /// Makes a refresh token that the endpoint issued. Accepts any text, because rejecting it would lose the login.
@@ -181,30 +178,5 @@ impl RefreshTokenStore for MemoryStore {
 
     fn version(&self) -> u64 {
         self.stored().version
-    }
-}
-
-/// [`RefreshTokenStore`] as a trait object.
-pub(super) trait DynStore: Send + Sync {
-    fn load(&self) -> Boxed<'_, Option<RefreshToken>>;
-
-    fn save<'a>(&'a self, token: &'a RefreshToken) -> Boxed<'a, ()>;
-
-    fn version(&self) -> u64;
-}
-
-type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send + 'a>>;
-
-impl<S: RefreshTokenStore> DynStore for S {
-    fn load(&self) -> Boxed<'_, Option<RefreshToken>> {
-        Box::pin(RefreshTokenStore::load(self))
-    }
-
-    fn save<'a>(&'a self, token: &'a RefreshToken) -> Boxed<'a, ()> {
-        Box::pin(RefreshTokenStore::save(self, token))
-    }
-
-    fn version(&self) -> u64 {
-        RefreshTokenStore::version(self)
     }
 }

@@ -73,13 +73,12 @@ impl BaseUrl {
 
     fn parse(url: &str, place: Place, allow_insecure_loopback: bool) -> Result<Self, ConfigError> {
         let parse = || {
-            let uri = parse_url(url)?;
-            let origin = Origin::of_uri(&uri)?;
+            let (uri, origin) = parse_url(url)?;
             origin.check(allow_insecure_loopback)?;
-            if uri.query().is_some() || url.contains('#') {
-                return Err(ConfigErrorKind::UnexpectedPart);
+            match uri.query() {
+                None => Ok(Self { origin, path: uri.path().trim_end_matches('/').to_owned() }),
+                Some(_) => Err(ConfigErrorKind::UnexpectedPart),
             }
-            Ok(Self { origin, path: uri.path().trim_end_matches('/').to_owned() })
         };
         parse().map_err(|kind| ConfigError::new(Setting::BaseUrl, place, kind))
     }

@@ -8,9 +8,8 @@ use std::borrow::Cow;
 use http::{HeaderMap, HeaderValue, Uri, header::HOST};
 
 pub use self::base_url::BaseUrl;
-use self::canonical::Scheme;
 pub(crate) use self::canonical::{Origin, parse_url};
-use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind, Place, Setting};
+use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind};
 
 /// The origins that credentials may be sent to: exact scheme, host and port.
 ///
@@ -65,7 +64,7 @@ impl Origins {
     ///
     /// If `origin` is not of the form `https://host` or `https://host:port`.
     pub fn new(origin: &str) -> Result<Self, ConfigError> {
-        Origin::parse_https(origin).map(Self::of)
+        Origin::parse(origin, |origin| origin.check(false)).map(Self::of)
     }
 
     pub(crate) fn of(origin: Origin) -> Self {
@@ -78,7 +77,7 @@ impl Origins {
     ///
     /// As for [`new`](Self::new).
     pub fn with_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::parse_https(origin)?);
+        self.allowed.push(Origin::parse(origin, |origin| origin.check(false))?);
         Ok(self)
     }
 
@@ -88,7 +87,7 @@ impl Origins {
     ///
     /// If the host is neither a literal loopback address (`127.0.0.0/8`, `[::1]`) nor exactly `localhost`.
     pub fn allow_insecure_loopback(mut self, origin: &str) -> Result<Self, ConfigError> {
-        self.allowed.push(Origin::parse_loopback(origin)?);
+        self.allowed.push(Origin::parse(origin, Origin::check_loopback)?);
         Ok(self)
     }
 
@@ -111,9 +110,10 @@ impl Origins {
     ///
     /// If `origin` is not an allowed origin.
     pub fn with_relative_uri_origin(mut self, origin: &str) -> Result<Self, ConfigError> {
-        if !self.contains(&Origin::parse(origin)?) {
-            return Err(ConfigError::new(Setting::Origin, Place::Argument, ConfigErrorKind::NotAllowed));
-        }
+        Origin::parse(origin, |origin| match self.contains(origin) {
+            true => Ok(()),
+            false => Err(ConfigErrorKind::NotAllowed),
+        })?;
         self.allow_relative_uris = true;
         Ok(self)
     }
@@ -184,15 +184,14 @@ impl Origins {
 
     #[cold]
     fn admit_other(&self, scheme: &str, authority: &str) -> Result<Admission, AuthError> {
-        let origin = Scheme::parse(scheme).and_then(|scheme| Origin::from_parts(scheme, authority).ok());
-        match origin {
-            Some(origin) if self.contains(&origin) => Ok(Admission::Write),
+        match Origin::from_parts(scheme, authority) {
+            Ok(origin) if self.contains(&origin) => Ok(Admission::Write),
             _ if self.strip_for_other_origins => Ok(Admission::Strip),
-            Some(origin) if origin.scheme == Scheme::Http => {
+            Ok(origin) if !origin.is_https => {
                 Err(not_allowed(format!("credentials are not sent over plain http: {origin}")))
             }
-            Some(origin) => Err(not_allowed(format!("credentials are not sent to {origin}"))),
-            None => Err(not_allowed(
+            Ok(origin) => Err(not_allowed(format!("credentials are not sent to {origin}"))),
+            Err(_) => Err(not_allowed(
                 "the URI has an unsupported scheme, user information, or an invalid host or port",
             )),
         }

@@ -7,12 +7,11 @@ use http::{
 };
 use http_body::Body;
 use http_body_util::BodyExt;
-use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
 use super::{
     Access, Fault, Received, Simulator, SimulatorBody, State,
-    quota::{Quota, set_if_absent},
+    quota::set_if_absent,
     refusal::{self, Refusal},
     replies, token,
 };
@@ -45,24 +44,22 @@ where
         return token::answer(simulator, received, body).await;
     }
 
-    let (fault, answer, quota, number) = {
+    let (fault, answer, window, number) = {
         let mut state = simulator.state();
         state.record(received.clone());
         let fault = state.faults.pop_front();
-        let quota = state.window.count();
-        let answer = match (&fault, &quota) {
-            (Some(Fault::Html(status)), _) => replies::html(*status),
-            (Some(Fault::RateLimited { retry_after }), _) => {
+        let window = state.window.count();
+        let answer = match &fault {
+            Some(Fault::Html(status)) => replies::html(*status),
+            Some(Fault::RateLimited { retry_after }) => {
                 refusal::RATE_LIMITED.answer_with_retry_after(*retry_after)
             }
-            (Some(Fault::Unavailable), _) => refusal::UNAVAILABLE.answer(),
-            (Some(Fault::Answer(answer)), _) => answer.clone().map(SimulatorBody::whole),
-            (_, Quota { allowed: false, reset_after, .. }) => {
-                refusal::RATE_LIMITED.answer_with_retry_after(*reset_after)
-            }
-            _ => route(&state, &received, &body),
+            Some(Fault::Unavailable) => refusal::UNAVAILABLE.answer(),
+            Some(Fault::Answer(answer)) => answer.clone().map(SimulatorBody::whole),
+            _ if window.is_exceeded() => refusal::RATE_LIMITED.answer_with_retry_after(window.reset_after()),
+            _ => route(&state, &received, &body).unwrap_or_else(Refusal::answer),
         };
-        (fault, answer, quota, state.requests)
+        (fault, answer, window, state.requests)
     };
     if let Some(Fault::Stall) = fault {
         std::future::pending::<()>().await;
@@ -71,7 +68,7 @@ where
         Some(fault) => answer.map(|body| body.with_fault(fault)),
         None => answer,
     };
-    quota.write(answer.headers_mut());
+    window.write(answer.headers_mut());
     set_if_absent(answer.headers_mut(), "x-request-id", &format!("req_{number}"));
     answer
 }
@@ -90,21 +87,21 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
     (kept.freeze(), length)
 }
 
-fn route(state: &State, request: &Received, body: &[u8]) -> Answer {
-    let path = request.uri.path();
-    let answer = match path {
-        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => handshake(state, request),
-        "/v1/chat/completions"
-        | "/v1/chat/completions/batch"
-        | "/v1/images/generations"
-        | "/v1/audio/speech"
-        | "/v1/audio/agent/sessions" => call(state, request, body),
-        _ => Err(refusal::NOT_FOUND),
+fn route(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
+    let reply = match request.uri.path() {
+        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => return handshake(state, request),
+        "/v1/chat/completions" => replies::chat,
+        "/v1/chat/completions/batch" => replies::batch,
+        "/v1/images/generations" => |_: &Value| replies::image(),
+        "/v1/audio/speech" => |_: &Value| replies::speech(),
+        "/v1/audio/agent/sessions" => replies::session,
+        _ => return Err(refusal::NOT_FOUND),
     };
-    answer.unwrap_or_else(Refusal::answer)
+    call(state, request, body).map(|body| reply(&body))
 }
 
-fn call(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
+/// Checks a call, and returns its body.
+fn call(state: &State, request: &Received, body: &[u8]) -> Result<Value, Refusal> {
     let path = request.uri.path();
     if request.method != Method::POST {
         return Err(refusal::METHOD_NOT_ALLOWED);
@@ -119,14 +116,7 @@ fn call(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusa
     if request.body_length > body.len() as u64 {
         return Err(refusal::TOO_LARGE);
     }
-    let body: Value = serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)?;
-    Ok(match path {
-        "/v1/chat/completions" => replies::chat(&body),
-        "/v1/chat/completions/batch" => replies::batch(&body),
-        "/v1/images/generations" => replies::image(),
-        "/v1/audio/speech" => replies::speech(),
-        _ => replies::session(&body),
-    })
+    serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)
 }
 
 struct Caller {
@@ -138,11 +128,8 @@ struct Caller {
 fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
     let authorization = only(headers, &AUTHORIZATION)?;
     let x_api_key = only(headers, &HeaderName::from_static("x-api-key"))?;
-    let bearer = match authorization {
-        Some(value) => Some(value.strip_prefix("Bearer ").ok_or(refusal::MISSING_API_KEY)?),
-        None => None,
-    };
-    match (bearer, x_api_key) {
+    let bearer = authorization.map(|value| value.strip_prefix("Bearer ").ok_or(refusal::MISSING_API_KEY));
+    match (bearer.transpose()?, x_api_key) {
         // A bearer with two dots is a JWT whose key is missing. Any other bearer is taken as a key.
         (Some(jwt), None) if jwt.matches('.').count() == 2 => Err(refusal::MISSING_API_KEY),
         (Some(key), None) => check(state, None, key),
@@ -186,8 +173,8 @@ fn handshake(state: &State, request: &Received) -> Result<Answer, Refusal> {
 
 /// Returns the value of a query parameter that occurs exactly once.
 fn param(request: &Received, name: &str) -> Option<String> {
-    let params = request.uri.query()?.split('&').filter_map(|param| param.split_once('='));
-    let mut values = params.filter(|(found, _)| *found == name).map(|(_, value)| value);
-    let value = percent_decode_str(values.next()?).decode_utf8().ok()?.into_owned();
+    let params = form_urlencoded::parse(request.uri.query()?.as_bytes());
+    let mut values = params.filter(|(found, _)| found == name).map(|(_, value)| value);
+    let value = values.next()?.into_owned();
     values.next().is_none().then_some(value)
 }

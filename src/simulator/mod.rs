@@ -22,7 +22,7 @@
 //! # Ok::<(), tower_selam::BoxError>(())
 //! # }).unwrap();
 //! ```
-
+//!
 //! # Endpoints
 //!
 //! | Request | Needs | Response |
@@ -83,7 +83,7 @@
 //!
 //! # Signing
 //!
-//! JWTs are signed and verified by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
+//! JWTs are signed by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
 //! backends too, `jsonwebtoken` asks you to choose: call `CryptoProvider::install_default`.
 
 mod api;
@@ -91,7 +91,6 @@ mod body;
 mod fault;
 mod jwt;
 mod quota;
-mod received;
 mod refusal;
 mod replies;
 #[cfg(feature = "test-server")]
@@ -108,14 +107,19 @@ use std::{
     time::Duration,
 };
 
-use http::{Request, Response};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, Method, Request, Response, Uri, Version};
 use http_body::Body;
 use p256::elliptic_curve::rand_core::{OsRng, RngCore};
-use tower_service::Service;
+use tower::Service;
 
 #[cfg(feature = "test-server")]
 pub use self::server::Server;
-pub use self::{body::SimulatorBody, fault::Fault, jwt::JwtAlgorithm, received::Received, token::TokenFault};
+pub use self::{
+    body::SimulatorBody,
+    fault::{Fault, TokenFault},
+    jwt::JwtAlgorithm,
+};
 use self::{
     jwt::{Issuer, SUBJECT},
     quota::Window,
@@ -130,11 +134,12 @@ use crate::{
 const RECORDED_REQUESTS: usize = 10_000;
 
 /// Simulates SelamAPI in process. Clones share their state. See the [module docs](self).
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Simulator {
     state: Arc<Mutex<State>>,
 }
 
+#[derive(Default)]
 struct State {
     clock: Clock,
     keys: HashMap<String, Access>,
@@ -159,18 +164,7 @@ impl Simulator {
     /// Creates a simulator without keys, clients or faults, and with a limit of 600 requests per minute.
     #[must_use]
     pub fn new() -> Self {
-        let state = State {
-            clock: Clock::default(),
-            keys: HashMap::new(),
-            issuer: Issuer::new(),
-            reject_jwts: false,
-            tokens: TokenEndpoint::new(),
-            faults: VecDeque::new(),
-            window: Window::new(600),
-            received: VecDeque::new(),
-            requests: 0,
-        };
-        Self { state: Arc::new(Mutex::new(state)) }
+        Self::default()
     }
 
     /// Issues and expires JWTs by `clock` instead of the system clock, for every clone.
@@ -263,12 +257,6 @@ impl State {
     }
 }
 
-impl Default for Simulator {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl fmt::Debug for Simulator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = self.state();
@@ -277,6 +265,38 @@ impl fmt::Debug for Simulator {
             .field("faults", &state.faults.len())
             .field("requests", &state.requests)
             .finish_non_exhaustive()
+    }
+}
+
+/// A request as it arrived, credentials included.
+///
+/// `Debug` omits header values, query and body, which may hold secrets.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Received {
+    /// The method.
+    pub method: Method,
+    /// The URI: complete in process and over HTTP/2, only path and query over HTTP/1.1.
+    pub uri: Uri,
+    /// The HTTP version.
+    pub version: Version,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The first 64 KiB of the body.
+    pub body: Bytes,
+    /// The length of the whole body, in bytes.
+    pub body_length: u64,
+}
+
+impl fmt::Debug for Received {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Received")
+            .field("method", &self.method)
+            .field("path", &self.uri.path())
+            .field("version", &self.version)
+            .field("headers", &self.headers.keys().map(HeaderName::as_str).collect::<Vec<_>>())
+            .field("body_length", &self.body_length)
+            .finish()
     }
 }
 
@@ -295,26 +315,13 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> ResponseFuture {
-        ResponseFuture(Box::pin(api::answer(self.clone(), request)))
+        let simulator = self.clone();
+        Box::pin(async { Ok(api::answer(simulator, request).await) })
     }
 }
 
 /// Response future of [`Simulator`].
-pub struct ResponseFuture(Pin<Box<dyn Future<Output = Response<SimulatorBody>> + Send>>);
-
-impl Future for ResponseFuture {
-    type Output = Result<Response<SimulatorBody>, Infallible>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(cx).map(Ok)
-    }
-}
-
-impl fmt::Debug for ResponseFuture {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
+pub type ResponseFuture = Pin<Box<dyn Future<Output = Result<Response<SimulatorBody>, Infallible>> + Send>>;
 
 fn random_bytes() -> [u8; 16] {
     let mut bytes = [0; 16];

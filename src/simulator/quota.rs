@@ -11,18 +11,11 @@ use crate::util::clock;
 const MINUTE: Duration = Duration::from_secs(60);
 
 /// Counts requests in fixed windows of one minute.
+#[derive(Clone, Copy)]
 pub(super) struct Window {
     limit: u64,
     used: u64,
     ends: Instant,
-}
-
-/// The state of the limit as of one request.
-pub(super) struct Quota {
-    pub(super) allowed: bool,
-    limit: u64,
-    remaining: u64,
-    pub(super) reset_after: Duration,
 }
 
 impl Window {
@@ -30,34 +23,40 @@ impl Window {
         Self { limit, used: 0, ends: Instant::now() + MINUTE }
     }
 
-    pub(super) fn count(&mut self) -> Quota {
-        let now = Instant::now();
-        if now >= self.ends {
-            self.used = 0;
-            self.ends = now + MINUTE;
+    /// Counts a request and returns the window as of that request.
+    pub(super) fn count(&mut self) -> Self {
+        if Instant::now() >= self.ends {
+            *self = Self::new(self.limit);
         }
         self.used += 1;
-        Quota {
-            allowed: self.used <= self.limit,
-            limit: self.limit,
-            remaining: self.limit.saturating_sub(self.used),
-            reset_after: self.ends - now,
-        }
+        *self
     }
-}
 
-impl Quota {
+    pub(super) fn is_exceeded(&self) -> bool {
+        self.used > self.limit
+    }
+
+    pub(super) fn reset_after(&self) -> Duration {
+        self.ends.saturating_duration_since(Instant::now())
+    }
+
     /// Adds the headers that an injected response does not already have.
     pub(super) fn write(&self, headers: &mut HeaderMap) {
-        let after = whole_seconds(self.reset_after);
+        let after = whole_seconds(self.reset_after());
         for (name, value) in [
             ("x-ratelimit-limit", self.limit),
-            ("x-ratelimit-remaining", self.remaining),
+            ("x-ratelimit-remaining", self.limit.saturating_sub(self.used)),
             ("x-ratelimit-reset", epoch_seconds(clock::now()) + after),
             ("x-ratelimit-reset-after", after),
         ] {
             set_if_absent(headers, name, &value.to_string());
         }
+    }
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self::new(600)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The error responses of the API, and the type they share with those of the token endpoint.
+//! The error responses of the API and of the token endpoint.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use super::{
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refusal {
-    status: StatusCode,
+    status: u16,
     format: Format,
     code: &'static str,
     message: &'static str,
@@ -29,86 +29,54 @@ pub(super) struct Refusal {
 #[derive(Clone, Copy, Debug)]
 enum Format {
     /// That of SelamAPI's authentication page.
-    Api { error_type: &'static str },
+    Api,
     /// [RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2).
     OAuth,
 }
 
 // The three errors that SelamAPI's authentication page documents.
-pub(super) const INVALID_API_KEY: Refusal = Refusal::api(
-    StatusCode::UNAUTHORIZED,
-    "authentication_error",
-    "invalid_api_key",
-    "Invalid API key provided.",
-);
-pub(super) const MISSING_API_KEY: Refusal =
-    Refusal::api(StatusCode::UNAUTHORIZED, "authentication_error", "missing_api_key", "No API key provided.");
-pub(super) const INSUFFICIENT_PERMISSIONS: Refusal = Refusal::api(
-    StatusCode::FORBIDDEN,
-    "authorization_error",
-    "insufficient_permissions",
-    "Your account does not have access to this feature.",
-);
+pub(super) const INVALID_API_KEY: Refusal = Refusal::api(401, "invalid_api_key", "Invalid API key provided.");
+pub(super) const MISSING_API_KEY: Refusal = Refusal::api(401, "missing_api_key", "No API key provided.");
+pub(super) const INSUFFICIENT_PERMISSIONS: Refusal =
+    Refusal::api(403, "insufficient_permissions", "Your account does not have access to this feature.");
 
 // The response to a bad JWT is not documented; these follow RFC 6750 section 3.1.
-pub(super) const INVALID_JWT: Refusal = Refusal::api(
-    StatusCode::UNAUTHORIZED,
-    "authentication_error",
-    "invalid_token",
-    "The token is not valid.",
-)
-.with_challenge(r#"Bearer error="invalid_token", error_description="The token is not valid""#);
-pub(super) const MISSING_JWT: Refusal = Refusal::api(
-    StatusCode::UNAUTHORIZED,
-    "authentication_error",
-    "missing_token",
-    "This feature needs a JWT.",
-)
-.with_challenge("Bearer");
+pub(super) const INVALID_JWT: Refusal = Refusal::api(401, "invalid_token", "The token is not valid.")
+    .with_challenge(r#"Bearer error="invalid_token", error_description="The token is not valid""#);
+pub(super) const MISSING_JWT: Refusal =
+    Refusal::api(401, "missing_token", "This feature needs a JWT.").with_challenge("Bearer");
 
 pub(super) const DUPLICATE_HEADER: Refusal =
-    Refusal::bad_request(StatusCode::BAD_REQUEST, "duplicate_header", "A header came more than once.");
-pub(super) const BAD_JSON: Refusal =
-    Refusal::bad_request(StatusCode::BAD_REQUEST, "invalid_json", "The body is not valid JSON.");
-pub(super) const TOO_LARGE: Refusal =
-    Refusal::bad_request(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", "The body is too large.");
-pub(super) const NOT_FOUND: Refusal =
-    Refusal::bad_request(StatusCode::NOT_FOUND, "not_found", "There is nothing at this path.");
-pub(super) const METHOD_NOT_ALLOWED: Refusal = Refusal::bad_request(
-    StatusCode::METHOD_NOT_ALLOWED,
-    "method_not_allowed",
-    "This path does not have that method.",
-);
-pub(super) const NO_WEBSOCKET: Refusal = Refusal::bad_request(
-    StatusCode::UPGRADE_REQUIRED,
-    "upgrade_required",
-    "This path is for WebSocket connections.",
-);
+    Refusal::api(400, "duplicate_header", "A header came more than once.");
+pub(super) const BAD_JSON: Refusal = Refusal::api(400, "invalid_json", "The body is not valid JSON.");
+pub(super) const TOO_LARGE: Refusal = Refusal::api(413, "request_too_large", "The body is too large.");
+pub(super) const NOT_FOUND: Refusal = Refusal::api(404, "not_found", "There is nothing at this path.");
+pub(super) const METHOD_NOT_ALLOWED: Refusal =
+    Refusal::api(405, "method_not_allowed", "This path does not have that method.");
+pub(super) const NO_WEBSOCKET: Refusal =
+    Refusal::api(426, "upgrade_required", "This path is for WebSocket connections.");
 
-pub(super) const UNAVAILABLE: Refusal =
-    Refusal::api(StatusCode::SERVICE_UNAVAILABLE, "server_error", "unavailable", "Try again later.");
-pub(super) const RATE_LIMITED: Refusal = Refusal::api(
-    StatusCode::TOO_MANY_REQUESTS,
-    "rate_limit_error",
-    "rate_limit_exceeded",
-    "Rate limit exceeded.",
-);
+pub(super) const UNAVAILABLE: Refusal = Refusal::api(503, "unavailable", "Try again later.");
+pub(super) const RATE_LIMITED: Refusal = Refusal::api(429, "rate_limit_exceeded", "Rate limit exceeded.");
+
+// Those of the token endpoint.
+pub(super) const INVALID_CLIENT: Refusal =
+    Refusal::oauth(401, "invalid_client", "The client is not authenticated.");
+
+pub(super) const fn invalid_request(description: &'static str) -> Refusal {
+    Refusal::oauth(400, "invalid_request", description)
+}
+
+pub(super) const fn invalid_grant(description: &'static str) -> Refusal {
+    Refusal::oauth(400, "invalid_grant", description)
+}
 
 impl Refusal {
-    const fn api(
-        status: StatusCode,
-        error_type: &'static str,
-        code: &'static str,
-        message: &'static str,
-    ) -> Self {
-        Self { status, format: Format::Api { error_type }, code, message, challenge: None }
+    const fn api(status: u16, code: &'static str, message: &'static str) -> Self {
+        Self { status, format: Format::Api, code, message, challenge: None }
     }
 
-    const fn bad_request(status: StatusCode, code: &'static str, message: &'static str) -> Self {
-        Self::api(status, "invalid_request_error", code, message)
-    }
-
-    pub(super) const fn oauth(status: StatusCode, code: &'static str, message: &'static str) -> Self {
+    pub(super) const fn oauth(status: u16, code: &'static str, message: &'static str) -> Self {
         Self { status, format: Format::OAuth, code, message, challenge: None }
     }
 
@@ -118,8 +86,16 @@ impl Refusal {
 
     pub(super) fn answer(self) -> Answer {
         let Self { status, format, code, message, challenge } = self;
+        let error_type = match status {
+            401 => "authentication_error",
+            403 => "authorization_error",
+            429 => "rate_limit_error",
+            500.. => "server_error",
+            _ => "invalid_request_error",
+        };
+        let status = StatusCode::from_u16(status).unwrap_or_default();
         let mut answer = match format {
-            Format::Api { error_type } => {
+            Format::Api => {
                 // Byte for byte as documented, so not the compact form of `serde_json`.
                 let [message, error_type, code] = [message, error_type, code].map(Value::from);
                 let body = format!(

@@ -26,7 +26,7 @@ use tokio_rustls::{
         pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
     },
 };
-use tower_service::Service;
+use tower::Service;
 
 use super::{Simulator, SimulatorBody};
 use crate::BoxError;

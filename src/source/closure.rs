@@ -16,13 +16,9 @@ pub struct SourceFn<F, C> {
 /// The closure returns an [`ApiKey`](crate::ApiKey), a [`Token`](crate::Token), or a [`Fetched`] that also
 /// carries a lifetime. Its error is a [`SourceError`], or a [`BoxError`](crate::BoxError), which counts as
 /// transient.
-pub fn source_fn<C, F, R, T, E>(fetch: F) -> SourceFn<F, C>
+pub fn source_fn<C, F, R>(fetch: F) -> SourceFn<F, C>
 where
-    C: Credential,
-    F: Fn(Reason<C>) -> R + Send + Sync + 'static,
-    R: Future<Output = Result<T, E>> + Send + 'static,
-    T: Into<Fetched<C>>,
-    E: Into<SourceError>,
+    F: Fn(Reason<C>) -> R,
 {
     SourceFn { fetch, credential: PhantomData }
 }

@@ -179,6 +179,10 @@ impl SourceError {
         self.retry_after
     }
 
+    pub(crate) fn cause(&self) -> &(dyn StdError + 'static) {
+        &*self.error
+    }
+
     pub(crate) fn into_cause(self) -> BoxError {
         self.error
     }

@@ -2,11 +2,10 @@
 
 use std::{
     fmt,
-    future::poll_fn,
     sync::{Mutex, PoisonError},
 };
 
-use tower_service::Service;
+use tower::{Service, ServiceExt};
 
 use super::{Fetched, Reason, Source, SourceError};
 use crate::{credential::Credential, error::BoxError};
@@ -47,10 +46,8 @@ where
         + 'static,
 {
     async fn fetch(&self, reason: Reason<C>) -> Result<Fetched<C>, SourceError> {
-        let mut service = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let error = |error: S::Error| SourceError::from(error.into());
-        poll_fn(|cx| service.poll_ready(cx)).await.map_err(error)?;
-        service.call(reason).await.map(Into::into).map_err(error)
+        let service = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        service.oneshot(reason).await.map(Into::into).map_err(|error| error.into().into())
     }
 }
 

@@ -1,20 +1,20 @@
-//! The grants of the token endpoint: [RFC 6749 section
-//! 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1).
+//! The grants of the token endpoint ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) and
+//! its refresh tokens.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, UNIX_EPOCH},
+};
 
 use http::HeaderMap;
 use serde_json::{Value, json};
 
-use super::{
-    client::{self, Caller},
-    form::Form,
-    refusal::{INVALID_CLIENT, UNSUPPORTED_GRANT_TYPE, invalid_grant},
-};
+use super::request::{Caller, Form, authenticate};
 use crate::simulator::{
     State,
     jwt::{JwtAlgorithm, SUBJECT},
-    refusal::Refusal,
+    random_hex,
+    refusal::{INVALID_CLIENT, Refusal, invalid_grant},
 };
 
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
@@ -22,24 +22,18 @@ const JWT_BEARER: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
 const JWT_TYPE: &str = "urn:ietf:params:oauth:token-type:jwt";
 
 const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
 
-/// The validity of the access token that a grant returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Validity {
-    Configured,
-    /// Expired a minute ago.
-    Expired,
-}
-
-/// Carries out the request and returns the JSON of the response.
+/// Carries out the request and returns the JSON of the response. With `is_expired`, its access token expired a minute
+/// ago.
 pub(super) fn carry_out(
     state: &mut State,
     headers: &HeaderMap,
     body: &[u8],
-    validity: Validity,
+    is_expired: bool,
 ) -> Result<Value, Refusal> {
     let form = Form::read(headers, body)?;
-    let caller = client::authenticate(state, headers, &form)?;
+    let caller = authenticate(state, headers, &form)?;
     let grant_type = form.require("grant_type")?;
     if caller == Caller::Public && grant_type != "refresh_token" {
         return Err(INVALID_CLIENT);
@@ -66,15 +60,15 @@ pub(super) fn carry_out(
                 return Err(invalid_grant("The assertion is not a JWT."));
             }
         }
-        _ => return Err(UNSUPPORTED_GRANT_TYPE),
+        _ => return Err(Refusal::oauth(400, "unsupported_grant_type", "There is no such grant type.")),
     }
     if let Some(scope) = form.get("scope") {
         granted["scope"] = scope.into();
     }
     let now = state.clock.now().wall;
-    let (issued, lifetime) = match validity {
-        Validity::Configured => (now, state.tokens.lifetime),
-        Validity::Expired => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
+    let (issued, lifetime) = match is_expired {
+        false => (now, state.tokens.lifetime.unwrap_or(HOUR)),
+        true => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
     };
     granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, subject, issued, lifetime).into();
     granted["expires_in"] = seconds(lifetime);
@@ -93,4 +87,67 @@ fn has_three_parts(assertion: &str) -> bool {
 /// An integer where possible, because some clients accept nothing else.
 fn seconds(time: Duration) -> Value {
     if time.subsec_nanos() == 0 { time.as_secs().into() } else { time.as_secs_f64().into() }
+}
+
+/// Single-use refresh tokens ([RFC 9700 section 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)).
+#[derive(Default)]
+pub(super) struct RefreshTokens {
+    /// Every token ever issued.
+    tokens: HashMap<String, RefreshToken>,
+    /// The families that are not revoked.
+    families: HashSet<u64>,
+    families_started: u64,
+    /// Whether a token can be used again, and is not rotated.
+    pub(super) reusable: bool,
+    pub(super) reused: u64,
+}
+
+struct RefreshToken {
+    /// Shared by all tokens that descend from the same first one.
+    family: u64,
+    spent: bool,
+}
+
+impl RefreshTokens {
+    /// Issues the first token of a new family.
+    pub(super) fn issue(&mut self) -> String {
+        self.families_started += 1;
+        self.families.insert(self.families_started);
+        self.issue_into(self.families_started)
+    }
+
+    fn issue_into(&mut self, family: u64) -> String {
+        let token = format!("refresh-{}", random_hex());
+        self.tokens.insert(token.clone(), RefreshToken { family, spent: false });
+        token
+    }
+
+    /// Spends `token` and returns the next one, if tokens rotate.
+    ///
+    /// Reuse of a spent token revokes its family: the token was copied, and either holder may be the thief.
+    pub(super) fn redeem(&mut self, token: &str) -> Result<Option<String>, Refusal> {
+        let found = self.tokens.get_mut(token).ok_or(invalid_grant("Unknown refresh token."))?;
+        let family = found.family;
+        if found.spent {
+            self.reused += 1;
+            self.families.remove(&family);
+            return Err(invalid_grant("The refresh token was used before."));
+        }
+        if !self.families.contains(&family) {
+            return Err(invalid_grant("The refresh token was revoked."));
+        }
+        if self.reusable {
+            return Ok(None);
+        }
+        found.spent = true;
+        Ok(Some(self.issue_into(family)))
+    }
+
+    pub(super) fn is_valid(&self, token: &str) -> bool {
+        self.tokens.get(token).is_some_and(|found| !found.spent && self.families.contains(&found.family))
+    }
+
+    pub(super) fn revoke_all(&mut self) {
+        self.families.clear();
+    }
 }

@@ -1,11 +1,7 @@
 //! The OAuth 2.0 token endpoint, which has its own faults and request count.
 
-mod client;
-mod fault;
-mod form;
 mod grant;
-mod refresh;
-mod refusal;
+mod request;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,40 +12,32 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
-pub use self::fault::TokenFault;
-use self::{grant::Validity, refresh::RefreshTokens};
+use self::grant::RefreshTokens;
 use super::{
-    Received, Simulator, SimulatorBody, State, api::Answer, quota::set_if_absent, random_hex,
-    refusal::Refusal, replies,
+    Received, Simulator, SimulatorBody, State, TokenFault,
+    api::Answer,
+    quota::set_if_absent,
+    random_hex,
+    refusal::{Refusal, invalid_grant, invalid_request},
+    replies,
 };
 
 pub(super) const PATH: &str = "/oauth/token";
 
-const HOUR: Duration = Duration::from_secs(60 * 60);
-
 /// The state of the token endpoint.
+#[derive(Default)]
 pub(super) struct TokenEndpoint {
     /// Client secrets by client id.
     clients: HashMap<String, String>,
     refresh: RefreshTokens,
-    lifetime: Duration,
+    /// One hour by default.
+    lifetime: Option<Duration>,
     faults: VecDeque<TokenFault>,
     outage: bool,
     requests: u64,
 }
 
 impl TokenEndpoint {
-    pub(super) fn new() -> Self {
-        Self {
-            clients: HashMap::new(),
-            refresh: RefreshTokens::new(),
-            lifetime: HOUR,
-            faults: VecDeque::new(),
-            outage: false,
-            requests: 0,
-        }
-    }
-
     /// Counts a request and returns the fault it gets.
     fn next_fault(&mut self) -> Option<TokenFault> {
         self.requests += 1;
@@ -92,7 +80,7 @@ impl Simulator {
     ///
     /// If off, responses contain no `refresh_token`, and the one used stays valid.
     pub fn rotate_refresh_tokens(&self, rotate: bool) {
-        self.state().tokens.refresh.rotate = rotate;
+        self.state().tokens.refresh.reusable = !rotate;
     }
 
     /// Revokes every refresh token issued so far.
@@ -102,7 +90,7 @@ impl Simulator {
 
     /// Sets the lifetime of access tokens issued from now on. The default is one hour.
     pub fn set_token_lifetime(&self, lifetime: Duration) {
-        self.state().tokens.lifetime = lifetime;
+        self.state().tokens.lifetime = Some(lifetime);
     }
 
     /// Starts or ends an outage, during which the endpoint answers every request with 503.
@@ -130,23 +118,28 @@ pub(super) async fn answer(simulator: Simulator, request: Received, body: Bytes)
         state.record(request.clone());
         (state.tokens.next_fault(), state.requests)
     };
-    let carry_out = |validity| exchange(&mut simulator.state(), &request, &body, validity);
+    let carry_out = |is_expired| exchange(&mut simulator.state(), &request, &body, is_expired);
     let mut answer = match fault {
-        None => carry_out(Validity::Configured),
+        None => carry_out(false),
         Some(TokenFault::Slow(wait)) => {
-            let answer = carry_out(Validity::Configured);
+            let answer = carry_out(false);
             tokio::time::sleep(wait).await;
             answer
         }
         Some(TokenFault::Hang) => future::pending().await,
-        Some(TokenFault::Expired) => carry_out(Validity::Expired),
-        Some(TokenFault::CutOff) => carry_out(Validity::Configured).map(SimulatorBody::cut_in_half),
-        Some(TokenFault::ServerError) => refusal::SERVER_ERROR.answer(),
-        Some(TokenFault::Unavailable) => refusal::UNAVAILABLE.answer(),
-        Some(TokenFault::RateLimited { retry_after }) => {
-            refusal::RATE_LIMITED.answer_with_retry_after(retry_after)
+        Some(TokenFault::Expired) => carry_out(true),
+        Some(TokenFault::CutOff) => carry_out(false).map(SimulatorBody::cut_in_half),
+        Some(TokenFault::ServerError) => {
+            Refusal::oauth(500, "server_error", "Something went wrong.").answer()
         }
-        Some(TokenFault::InvalidGrant) => refusal::invalid_grant("The grant is not valid.").answer(),
+        Some(TokenFault::Unavailable) => {
+            Refusal::oauth(503, "temporarily_unavailable", "Try again later.").answer()
+        }
+        Some(TokenFault::RateLimited { retry_after }) => {
+            Refusal::oauth(429, "rate_limit_exceeded", "Rate limit exceeded.")
+                .answer_with_retry_after(retry_after)
+        }
+        Some(TokenFault::InvalidGrant) => invalid_grant("The grant is not valid.").answer(),
         Some(TokenFault::Garbage) => {
             replies::answered(StatusCode::OK, "application/json", SimulatorBody::whole(r#"{"access_token":"#))
         }
@@ -158,16 +151,17 @@ pub(super) async fn answer(simulator: Simulator, request: Received, body: Bytes)
     answer
 }
 
-fn exchange(state: &mut State, request: &Received, body: &[u8], validity: Validity) -> Answer {
+fn exchange(state: &mut State, request: &Received, body: &[u8], is_expired: bool) -> Answer {
     if request.method != Method::POST {
-        let mut answer = refusal::METHOD_NOT_ALLOWED.answer();
+        // The RFC defines no code for this.
+        let mut answer = Refusal::oauth(405, "invalid_request", "Tokens are requested with POST.").answer();
         answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
         return answer;
     }
     let granted = if request.body_length > body.len() as u64 {
-        Err(refusal::invalid_request("The body is too large."))
+        Err(invalid_request("The body is too large."))
     } else {
-        grant::carry_out(state, &request.headers, body, validity)
+        grant::carry_out(state, &request.headers, body, is_expired)
     };
     granted.map_or_else(Refusal::answer, |granted| replies::uncached_json(StatusCode::OK, &granted))
 }

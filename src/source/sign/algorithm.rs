@@ -38,21 +38,44 @@ pub enum SigningAlgorithm {
     EdDsa,
 }
 
+/// The kind of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Hmac,
+    Rsa,
+    P256,
+    P384,
+    Ed25519,
+}
+
 impl SigningAlgorithm {
-    pub(super) fn jws(self) -> Algorithm {
+    /// Returns the algorithm of `jsonwebtoken`, the kind of key that it needs, and the key's minimum length in bits.
+    pub(super) fn parts(self) -> (Algorithm, Kind, usize) {
         match self {
-            Self::Hs256 => Algorithm::HS256,
-            Self::Hs384 => Algorithm::HS384,
-            Self::Hs512 => Algorithm::HS512,
-            Self::Rs256 => Algorithm::RS256,
-            Self::Rs384 => Algorithm::RS384,
-            Self::Rs512 => Algorithm::RS512,
-            Self::Ps256 => Algorithm::PS256,
-            Self::Ps384 => Algorithm::PS384,
-            Self::Ps512 => Algorithm::PS512,
-            Self::Es256 => Algorithm::ES256,
-            Self::Es384 => Algorithm::ES384,
-            Self::EdDsa => Algorithm::EdDSA,
+            Self::Hs256 => (Algorithm::HS256, Kind::Hmac, 256),
+            Self::Hs384 => (Algorithm::HS384, Kind::Hmac, 384),
+            Self::Hs512 => (Algorithm::HS512, Kind::Hmac, 512),
+            Self::Rs256 => (Algorithm::RS256, Kind::Rsa, 2048),
+            Self::Rs384 => (Algorithm::RS384, Kind::Rsa, 2048),
+            Self::Rs512 => (Algorithm::RS512, Kind::Rsa, 2048),
+            Self::Ps256 => (Algorithm::PS256, Kind::Rsa, 2048),
+            Self::Ps384 => (Algorithm::PS384, Kind::Rsa, 2048),
+            Self::Ps512 => (Algorithm::PS512, Kind::Rsa, 2048),
+            Self::Es256 => (Algorithm::ES256, Kind::P256, 256),
+            Self::Es384 => (Algorithm::ES384, Kind::P384, 384),
+            Self::EdDsa => (Algorithm::EdDSA, Kind::Ed25519, 256),
+        }
+    }
+}
+
+impl Kind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Hmac => "an HMAC secret",
+            Self::Rsa => "an RSA key",
+            Self::P256 => "an EC key on P-256",
+            Self::P384 => "an EC key on P-384",
+            Self::Ed25519 => "an Ed25519 key",
         }
     }
 }

@@ -16,7 +16,7 @@ use sec1::{
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use zeroize::Zeroizing;
 
-use super::SigningAlgorithm;
+use super::{SigningAlgorithm, algorithm::Kind};
 use crate::{
     error::{BoxError, ConfigError, ConfigErrorKind, Place, Setting},
     source::file,
@@ -32,7 +32,7 @@ use crate::{
 /// assert_eq!(format!("{:?}", SigningKey::hmac("a secret")), "SigningKey([redacted] an HMAC secret)");
 ///
 /// let error = SigningKey::from_pem("-----BEGIN PUBLIC KEY-----").unwrap_err();
-/// assert_eq!(error.kind(), ConfigErrorKind::InvalidKey);
+/// assert_eq!(error.kind(), &ConfigErrorKind::InvalidKey);
 /// ```
 #[derive(Clone)]
 pub struct SigningKey {
@@ -86,7 +86,7 @@ impl SigningKey {
 
     /// Checks that the key is of the kind and length that `algorithm` needs.
     pub(super) fn check(&self, algorithm: SigningAlgorithm) -> Result<(), ConfigError> {
-        let (kind, (needed, least)) = (self.key.kind, Kind::of(algorithm));
+        let (kind, (_, needed, least)) = (self.key.kind, algorithm.parts());
         let error = if kind != needed {
             ConfigErrorKind::WrongAlgorithm { key: kind.name(), needed: needed.name() }
         } else if self.key.bits < least {
@@ -122,87 +122,25 @@ impl fmt::Debug for SigningKey {
 #[derive(Clone, Debug)]
 pub struct HmacSecret(SecretSlice<u8>);
 
-impl From<SecretSlice<u8>> for HmacSecret {
-    fn from(secret: SecretSlice<u8>) -> Self {
-        Self(secret)
-    }
-}
-
-impl From<Vec<u8>> for HmacSecret {
-    fn from(secret: Vec<u8>) -> Self {
-        Self(secret.into())
-    }
-}
-
-impl From<&[u8]> for HmacSecret {
-    fn from(secret: &[u8]) -> Self {
-        secret.to_vec().into()
-    }
-}
-
-impl<const N: usize> From<[u8; N]> for HmacSecret {
-    fn from(secret: [u8; N]) -> Self {
-        Zeroizing::new(secret).as_slice().into()
-    }
-}
-
-impl<const N: usize> From<&[u8; N]> for HmacSecret {
-    fn from(secret: &[u8; N]) -> Self {
-        secret.as_slice().into()
-    }
-}
-
-impl From<SecretString> for HmacSecret {
-    fn from(secret: SecretString) -> Self {
-        secret.expose_secret().into()
-    }
-}
-
-impl From<String> for HmacSecret {
-    fn from(secret: String) -> Self {
-        secret.into_bytes().into()
-    }
-}
-
-impl From<&str> for HmacSecret {
-    fn from(secret: &str) -> Self {
-        secret.as_bytes().into()
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Hmac,
-    Rsa,
-    P256,
-    P384,
-    Ed25519,
-}
-
-impl Kind {
-    /// Returns the kind of key that `algorithm` needs, and its minimum length in bits.
-    fn of(algorithm: SigningAlgorithm) -> (Self, usize) {
-        use SigningAlgorithm::*;
-        match algorithm {
-            Hs256 => (Self::Hmac, 256),
-            Hs384 => (Self::Hmac, 384),
-            Hs512 => (Self::Hmac, 512),
-            Rs256 | Rs384 | Rs512 | Ps256 | Ps384 | Ps512 => (Self::Rsa, 2048),
-            Es256 => (Self::P256, 256),
-            Es384 => (Self::P384, 384),
-            EdDsa => (Self::Ed25519, 256),
+macro_rules! impl_from {
+    ($([$($parameter:tt)*] $source:ty, $secret:ident => $bytes:expr;)*) => {$(
+        impl<$($parameter)*> From<$source> for HmacSecret {
+            fn from($secret: $source) -> Self {
+                Self($bytes.into())
+            }
         }
-    }
+    )*};
+}
 
-    fn name(self) -> &'static str {
-        match self {
-            Self::Hmac => "an HMAC secret",
-            Self::Rsa => "an RSA key",
-            Self::P256 => "an EC key on P-256",
-            Self::P384 => "an EC key on P-384",
-            Self::Ed25519 => "an Ed25519 key",
-        }
-    }
+impl_from! {
+    [] SecretSlice<u8>, secret => secret;
+    [] SecretString, secret => secret.expose_secret().as_bytes().to_vec();
+    [] Vec<u8>, secret => secret;
+    [] String, secret => secret.into_bytes();
+    [] &[u8], secret => secret.to_vec();
+    [] &str, secret => secret.as_bytes().to_vec();
+    [const N: usize] [u8; N], secret => Zeroizing::new(secret).to_vec();
+    [const N: usize] &[u8; N], secret => secret.to_vec();
 }
 
 /// Finds the first private key among the blocks of `pem` and returns its label and DER. Other blocks may precede

@@ -83,8 +83,8 @@ impl JwtSigner {
     /// use tower_selam::{ConfigErrorKind, source::{JwtSigner, SigningAlgorithm, SigningKey}};
     ///
     /// let error = JwtSigner::new(SigningAlgorithm::Hs256, SigningKey::hmac("secret")).unwrap_err();
-    /// assert_eq!(error.kind(), ConfigErrorKind::TooShort { least: 256 });
-    /// assert_eq!(error.to_string(), "signing key is shorter than the 256 bits its algorithm asks for");
+    /// assert!(matches!(error.kind(), ConfigErrorKind::TooShort { min_bits: 256, .. }));
+    /// assert_eq!(error.to_string(), "signing key is shorter than the 256 bits that its algorithm requires");
     /// ```
     pub fn new(algorithm: SigningAlgorithm, key: SigningKey) -> Result<Self, ConfigError> {
         key.check(algorithm)?;
@@ -203,7 +203,8 @@ impl JwtSigner {
         let encode = |json: serde_json::Result<Vec<u8>>| {
             json.map(|json| BASE64_URL_SAFE_NO_PAD.encode(json)).map_err(SourceError::permanent)
         };
-        let mut header = Header::new(self.shared.algorithm.jws());
+        let (algorithm, ..) = self.shared.algorithm.parts();
+        let mut header = Header::new(algorithm);
         header.kid.clone_from(&self.shared.key_id);
 
         let mut jwt = Zeroizing::new(encode(serde_json::to_vec(&header))?);

@@ -1,14 +1,63 @@
-//! Client authentication at the token endpoint:
-//! [RFC 6749 section 2.3](https://www.rfc-editor.org/rfc/rfc6749#section-2.3).
+//! Reads a token request: its form parameters, and the client that sent it.
+
+use std::{borrow::Cow, collections::HashMap};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use http::{HeaderMap, HeaderValue, header::AUTHORIZATION};
-
-use super::{
-    form::{self, Form},
-    refusal::{INVALID_CLIENT, invalid_request},
+use http::{
+    HeaderMap, HeaderValue,
+    header::{AUTHORIZATION, CONTENT_TYPE},
 };
-use crate::simulator::{State, refusal::Refusal};
+use percent_encoding::percent_decode_str;
+
+use crate::simulator::{
+    State,
+    refusal::{INVALID_CLIENT, Refusal, invalid_request},
+};
+
+/// [RFC 8693 section 2.1](https://www.rfc-editor.org/rfc/rfc8693#section-2.1) allows these more than once.
+const REPEATABLE: [&str; 2] = ["audience", "resource"];
+
+/// Parameters read by the rules of [RFC 6749 section
+/// 3.2](https://www.rfc-editor.org/rfc/rfc6749#section-3.2): each at most once, empty ones ignored.
+pub(super) struct Form(HashMap<String, String>);
+
+impl Form {
+    pub(super) fn read(headers: &HeaderMap, body: &[u8]) -> Result<Self, Refusal> {
+        let content_type =
+            headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let media_type = content_type.split(';').next().unwrap_or_default().trim();
+        if !media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
+            return Err(invalid_request("The body is not a form."));
+        }
+        let not_utf8 = invalid_request("The body is not UTF-8.");
+        let body = std::str::from_utf8(body).map_err(|_| not_utf8)?;
+        let mut params = HashMap::new();
+        for param in body.split('&') {
+            let (name, value) = param.split_once('=').unwrap_or((param, ""));
+            let (name, value) = decode(name).zip(decode(value)).ok_or(not_utf8)?;
+            let may_repeat = name.is_empty() || REPEATABLE.contains(&name.as_str());
+            if params.insert(name, value).is_some() && !may_repeat {
+                return Err(invalid_request("A parameter came more than once."));
+            }
+        }
+        params.retain(|_, value| !value.is_empty());
+        Ok(Self(params))
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    pub(super) fn require(&self, name: &str) -> Result<&str, Refusal> {
+        self.get(name).ok_or(invalid_request("A required parameter is missing."))
+    }
+}
+
+/// `None` if the decoded text is not UTF-8.
+fn decode(text: &str) -> Option<String> {
+    let text = text.replace('+', " ");
+    percent_decode_str(&text).decode_utf8().ok().map(Cow::into_owned)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Caller {
@@ -17,6 +66,8 @@ pub(super) enum Caller {
     Public,
 }
 
+/// Authenticates the client
+/// ([RFC 6749 section 2.3](https://www.rfc-editor.org/rfc/rfc6749#section-2.3)).
 pub(super) fn authenticate(state: &State, headers: &HeaderMap, form: &Form) -> Result<Caller, Refusal> {
     let mut authorization = headers.get_all(AUTHORIZATION).iter();
     let (first, second) = (authorization.next(), authorization.next());
@@ -61,7 +112,7 @@ fn by_header(state: &State, authorization: &HeaderValue, form_id: Option<&str>) 
 fn basic(credentials: &str) -> Option<(String, String)> {
     let decoded = BASE64_STANDARD.decode(credentials).ok()?;
     let (id, secret) = std::str::from_utf8(&decoded).ok()?.split_once(':')?;
-    form::decode(id).zip(form::decode(secret))
+    decode(id).zip(decode(secret))
 }
 
 fn is_client(state: &State, id: &str, secret: &str) -> bool {
