@@ -271,11 +271,7 @@ where
     }
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
+opaque_debug!(ResponseFuture<F>);
 
 pin_project! {
     /// A request that was sent, or that reqwest cannot build.
@@ -375,12 +371,8 @@ impl<B: Into<Body>> Service<Request<B>> for HttpService {
     }
 }
 
-impl fmt::Debug for HttpService {
-    /// Omits the client, whose `Debug` shows its default headers.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HttpService").finish_non_exhaustive()
-    }
-}
+// The client's `Debug` shows its default headers.
+opaque_debug!(HttpService);
 
 pin_project! {
     /// Response future of [`HttpService`].
@@ -401,11 +393,7 @@ impl Future for HttpFuture {
     }
 }
 
-impl fmt::Debug for HttpFuture {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HttpFuture").finish_non_exhaustive()
-    }
-}
+opaque_debug!(HttpFuture);
 
 /// Whether the query holds credentials, as that of a voice agent's handshake does, and must not be shown.
 pub(super) fn has_secret_query<B>(request: &Request<B>) -> bool {

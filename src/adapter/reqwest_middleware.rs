@@ -61,7 +61,7 @@
 
 use std::{
     convert::Infallible,
-    fmt, io, mem,
+    io, mem,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -216,11 +216,7 @@ fn redact_middleware_error(query: Option<&Zeroizing<String>>, error: Error) -> E
     Error::middleware(io::Error::other(redactor.text(with_causes(&error))))
 }
 
-impl fmt::Debug for NextService<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NextService").finish_non_exhaustive()
-    }
-}
+opaque_debug!(NextService<'a>);
 
 /// Response future of [`NextService`].
 pub type NextFuture<'a> = Pin<Box<dyn Future<Output = Result<Response<Body>, Error>> + Send + 'a>>;

@@ -1,7 +1,6 @@
 //! [`TokenClient`]: the HTTP client of a token endpoint, and the bounded reader of its responses.
 
 use std::{
-    fmt,
     future::poll_fn,
     pin::{Pin, pin},
     sync::{Arc, Mutex, PoisonError},
@@ -38,11 +37,7 @@ pub(super) struct TokenResponse {
     pub(super) body: Zeroizing<Vec<u8>>,
 }
 
-impl fmt::Debug for TokenClient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TokenClient").finish_non_exhaustive()
-    }
-}
+opaque_debug!(TokenClient);
 
 impl TokenClient {
     pub(crate) fn new<S, B, R>(client: S) -> Self

@@ -1,6 +1,6 @@
 //! [`source_fn`]: an async closure as a [`Source`].
 
-use std::{fmt, marker::PhantomData};
+use std::marker::PhantomData;
 
 use super::{Fetched, Reason, Source, SourceError};
 use crate::credential::Credential;
@@ -36,8 +36,4 @@ where
     }
 }
 
-impl<F, C> fmt::Debug for SourceFn<F, C> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SourceFn").finish_non_exhaustive()
-    }
-}
+opaque_debug!(SourceFn<F, C>);

@@ -1,9 +1,6 @@
 //! [`ServiceSource`]: a Tower service as a [`Source`].
 
-use std::{
-    fmt,
-    sync::{Mutex, PoisonError},
-};
+use std::sync::{Mutex, PoisonError};
 
 use tower::{Service, ServiceExt};
 
@@ -51,8 +48,4 @@ where
     }
 }
 
-impl<S> fmt::Debug for ServiceSource<S> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServiceSource").finish_non_exhaustive()
-    }
-}
+opaque_debug!(ServiceSource<S>);

@@ -1,4 +1,4 @@
-//! Methods that every service of this crate has.
+//! Methods that every service of this crate has, and `Debug` for opaque types.
 
 /// Access to the inner service, in the field `inner`.
 macro_rules! inner_accessors {
@@ -16,6 +16,17 @@ macro_rules! inner_accessors {
         /// Returns the inner service and discards this one.
         pub fn into_inner(self) -> S {
             self.inner
+        }
+    };
+}
+
+/// Implements `Debug` to show the type's name alone, for types whose fields are opaque or may hold secrets.
+macro_rules! opaque_debug {
+    ($type:ident $(<$($parameter:tt),+>)? $(where $($bounds:tt)+)?) => {
+        impl $(<$($parameter),+>)? std::fmt::Debug for $type $(<$($parameter),+>)? $(where $($bounds)+)? {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct(stringify!($type)).finish_non_exhaustive()
+            }
         }
     };
 }
