@@ -213,7 +213,7 @@ where
     fn restore(&mut self) -> Option<(S, Request<R::Body>)> {
         let Captured { head, body, spare } = self.captured.take()?;
         let body = self.replay.restore(body)?;
-        Some((spare.service(), head.into_request(body)))
+        Some((spare.service(), head.into_request(body)?))
     }
 }
 

@@ -1,32 +1,49 @@
-//! A copy of a request's head, cheaper than `Parts::clone`.
+//! A copy of a request's head as text, cheaper than `Parts::clone`.
 //!
-//! Each request under way keeps one, so copies are reused per thread, and the hash table of the headers is rebuilt only for a
-//! replay. See "Mechanisms kept for speed" in `benches/README.md` for the gain.
+//! Each request under way keeps one. Cloning the head would count a reference to each part of the URI and each header value,
+//! and allocate a hash table; the text goes into a buffer that the thread uses again. "Mechanisms kept for speed" in
+//! `benches/README.md` has the gain.
 
 use std::{cell::RefCell, mem};
 
-use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
+use bytes::Bytes;
+use http::{
+    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
+    uri::{self, Authority, PathAndQuery, Scheme},
+};
 
 /// How many unused copies a thread keeps, and the largest that it keeps.
 const MAX_SPARES: usize = 32;
-const MAX_SPARE_HEADERS: usize = 64;
+const MAX_SPARE_TEXT: usize = 8 * 1024;
 
 thread_local! {
     #[expect(clippy::vec_box, reason = "the boxes are moved to and from requests")]
     static SPARES: RefCell<Vec<Box<Copied>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A copied head. It is boxed to keep the response future small, and given back when it is dropped.
+/// A copied head. Boxed to keep the response future small, and given back to the thread on drop.
 #[derive(Debug)]
 pub(super) struct Head(Option<Box<Copied>>);
 
 #[derive(Debug, Default)]
 struct Copied {
     method: Method,
-    uri: Uri,
     version: Version,
     extensions: Extensions,
-    headers: Vec<(HeaderName, HeaderValue)>,
+    scheme: Option<Scheme>,
+    /// The authority, the path and the header values, one after the other.
+    text: Vec<u8>,
+    authority: usize,
+    path: usize,
+    headers: Vec<(HeaderName, Value)>,
+}
+
+#[derive(Debug)]
+enum Value {
+    /// The length of its text.
+    Text(usize),
+    /// Its bytes are its owner's to wipe, so they are not copied.
+    Sensitive(HeaderValue),
 }
 
 impl Head {
@@ -35,28 +52,65 @@ impl Head {
         let spare = SPARES.try_with(|spares| spares.try_borrow_mut().ok()?.pop());
         let mut copied = spare.ok().flatten().unwrap_or_default();
         copied.method.clone_from(request.method());
-        copied.uri.clone_from(request.uri());
         copied.version = request.version();
         if !request.extensions().is_empty() {
             copied.extensions.clone_from(request.extensions());
         }
-        copied.headers.extend(request.headers().iter().map(|(name, value)| (name.clone(), value.clone())));
+        copied.scheme = request.uri().scheme().cloned();
+        copied.authority = copied.push(request.uri().authority().map_or("", Authority::as_str).as_bytes());
+        copied.path = copied.push(request.uri().path_and_query().map_or("", PathAndQuery::as_str).as_bytes());
+        for (name, value) in request.headers() {
+            let value = match value.is_sensitive() {
+                true => Value::Sensitive(value.clone()),
+                false => Value::Text(copied.push(value.as_bytes())),
+            };
+            copied.headers.push((name.clone(), value));
+        }
         Self(Some(copied))
     }
 
     /// The request as it was, with `body`.
-    pub(super) fn into_request<B>(mut self, body: B) -> Request<B> {
+    pub(super) fn into_request<B>(mut self, body: B) -> Option<Request<B>> {
+        let copied = self.0.as_mut()?;
+        let mut text = Bytes::copy_from_slice(&copied.text);
         let mut request = Request::new(body);
-        if let Some(copied) = &mut self.0 {
-            *request.method_mut() = mem::take(&mut copied.method);
-            *request.uri_mut() = mem::take(&mut copied.uri);
-            *request.version_mut() = copied.version;
-            *request.extensions_mut() = mem::take(&mut copied.extensions);
-            let headers = request.headers_mut();
-            *headers = HeaderMap::with_capacity(copied.headers.len());
-            copied.headers.drain(..).for_each(|(name, value)| _ = headers.append(name, value));
+        *request.method_mut() = mem::take(&mut copied.method);
+        *request.version_mut() = copied.version;
+        *request.extensions_mut() = mem::take(&mut copied.extensions);
+        let mut parts = uri::Parts::default();
+        parts.scheme = copied.scheme.take();
+        let (authority, path) = (text.split_to(copied.authority), text.split_to(copied.path));
+        if !authority.is_empty() {
+            parts.authority = Some(Authority::from_maybe_shared(authority).ok()?);
         }
-        request
+        if !path.is_empty() {
+            parts.path_and_query = Some(PathAndQuery::from_maybe_shared(path).ok()?);
+        }
+        *request.uri_mut() = Uri::from_parts(parts).ok()?;
+        let mut headers = HeaderMap::with_capacity(copied.headers.len());
+        for (name, value) in copied.headers.drain(..) {
+            let value = match value {
+                Value::Text(length) => HeaderValue::from_maybe_shared(text.split_to(length)).ok()?,
+                Value::Sensitive(value) => value,
+            };
+            headers.append(name, value);
+        }
+        *request.headers_mut() = headers;
+        Some(request)
+    }
+}
+
+impl Copied {
+    #[inline]
+    fn push(&mut self, text: &[u8]) -> usize {
+        // Growing would leave an unwiped copy behind.
+        if self.text.capacity() - self.text.len() < text.len() {
+            let mut larger = Vec::with_capacity((self.text.len() + text.len()).next_power_of_two().max(512));
+            larger.extend_from_slice(&self.text);
+            mem::replace(&mut self.text, larger).fill(0);
+        }
+        self.text.extend_from_slice(text);
+        text.len()
     }
 }
 
@@ -64,11 +118,12 @@ impl Drop for Head {
     #[inline]
     fn drop(&mut self) {
         let Some(mut copied) = self.0.take() else { return };
-        // It may hold a caller's secrets, which must not outlive the request. The rest does not.
-        copied.uri = Uri::default();
-        copied.extensions.clear();
+        // A caller's own secrets must not outlive the request.
+        copied.text.fill(0);
+        copied.text.clear();
         copied.headers.clear();
-        if copied.headers.capacity() <= MAX_SPARE_HEADERS {
+        copied.extensions.clear();
+        if copied.text.capacity() <= MAX_SPARE_TEXT {
             let _ = SPARES.try_with(|spares| {
                 if let Ok(mut spares) = spares.try_borrow_mut()
                     && spares.len() < MAX_SPARES
@@ -102,7 +157,7 @@ mod tests {
                 request.headers_mut().append(name, value);
             }
             for _ in 0..2 {
-                let restored = Head::copy(&request).into_request(());
+                let restored = Head::copy(&request).into_request(()).unwrap();
                 prop_assert_eq!(restored.method(), request.method());
                 prop_assert_eq!(restored.uri(), request.uri());
                 prop_assert_eq!(restored.version(), request.version());
