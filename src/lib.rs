@@ -1,18 +1,7 @@
-//! Tower layers that authenticate an HTTP client to SelamAPI: API keys, JWTs, an origin check, typed errors.
+//! Tower layers that authenticate HTTP clients to SelamAPI: API keys, JWTs, an origin check and typed errors.
 //!
-//! # A request's way
-//!
-//! ```text
-//!            AuthErrorLayer           RefreshLayer             ApiKeyLayer, JwtLayer
-//! request ─▶ 401 and 403 become a  ─▶ 401: renew, and send  ─▶ write Authorization and   ─▶ your client
-//!            typed error              once more                X-API-Key, for allowed
-//!                                          │                   https origins only
-//!                                          └──▶ Refreshing ◀──┘
-//!                                                  ▲ source: file, OAuth 2.0, signed here,
-//!                                                    closure, service
-//! ```
-//!
-//! [`SelamLayer`] is that stack, ready-made, from the environment or a builder, over any client:
+//! [`SelamLayer`] is the complete stack. It takes its settings from the environment or a builder, and fits any client
+//! that is a Tower service:
 //!
 //! ```
 //! use http::{Request, StatusCode};
@@ -20,7 +9,7 @@
 //! use tower_selam::{ApiKey, AuthErrorKind, SelamLayer, simulator::Simulator};
 //!
 //! # tokio_test::block_on(async {
-//! let client = Simulator::new(); // or hyper-util, or anything that is a Tower service
+//! let client = Simulator::new(); // or hyper-util, or any other Tower service
 //! let layer = SelamLayer::builder().with_api_key(ApiKey::new(client.issue_key())?).build()?;
 //! let selam = layer.layer(client);
 //!
@@ -36,45 +25,58 @@
 //! # }).unwrap();
 //! ```
 //!
-//! # What is here
+//! It composes the other layers, which also work alone:
 //!
-//! | | |
+//! ```text
+//!            AuthErrorLayer         RefreshLayer              ApiKeyLayer, JwtLayer
+//! request ─▶ turns 401 and 403  ─▶  after a 401: refreshes ─▶ write Authorization and ─▶ your client
+//!            into typed errors      and replays once          X-API-Key, for allowed
+//!                                         │                   https origins only
+//!                                         │                        │
+//!                                         └────▶ Refreshing ◀──────┘
+//!                                                asks a source for the next key or token
+//! ```
+//!
+//! [`guide::layers`] explains their order, and [`guide::composition`] where the layers of Tower and tower-http go.
+//!
+//! # Contents
+//!
+//! | To | Use |
 //! |---|---|
-//! | [`SelamLayer`], [`Selam`] | the stack, in annotate mode too; see [`selam`] |
-//! | [`ApiKeyLayer`], [`JwtLayer`] | write credentials; see [`authorize`] |
-//! | [`Refreshing`], [`RefreshPolicy`], [`Provider`] | credentials that renew themselves; see [how renewal works](engine) |
-//! | [`PerSubject`], [`Subject`], [`JwtProvider`] | a JWT for each user, and the name of one |
-//! | [`mod@source`] | where they come from |
-//! | [`oauth`] | from an OAuth 2.0 token endpoint |
-//! | [`RefreshLayer`] | renews after a 401 and sends once more; see [`refresh`] |
-//! | [`AuthErrorLayer`], [`AnnotateAuthErrorLayer`] | read 401 and 403; see [`auth_error`] |
-//! | [`ChooseAuthLayer`] | chooses credentials by what a request is; see [`choose_auth`] |
-//! | [`inbound`] | for proxies: takes off what their callers sent |
-//! | [`ApiKey`], [`Token`], [`Credential`], [`KeyId`] | secrets, what they have in common, and the name of one in logs |
-//! | [`Credentials`], [`RequestAuth`] | what is written, and a request's own choice of it |
-//! | [`Origins`], [`BaseUrl`] | where credentials may go, and where the API is |
-//! | [`AuthError`], [`AuthErrorKind`], [`Error`] | why a request was not authenticated |
-//! | [`ErrorBody`], [`RateLimit`] | readers of what the API says |
-//! | [`ConfigError`], [`ConfigErrorKind`] | why a key, token, URL or origin was refused |
-//! | `adapter` | the layers and clients that have types of their own: reqwest, reqwest-middleware, tonic |
-//! | [`bounds`] | what the layers ask of a client |
-//! | [`composition`] | where other Tower layers go |
-//! | [`telemetry`] | what can be watched, and by which names |
-//! | [`mod@env`] | the names of the environment variables |
-//! | `simulator`, `TestClock` | SelamAPI for tests, and their time |
+//! | do everything at once | [`SelamLayer`], built by [`SelamLayerBuilder`]; its service is [`Selam`] ([`stack`]) |
+//! | write credentials into requests | [`ApiKeyLayer`], [`JwtLayer`] ([`authorize`]); without Tower, [`Credentials::apply`] |
+//! | override the credentials of one request | [`RequestAuth`], [`Credentials`], and [`Subject`] for one of many users |
+//! | override them by path or method | [`ChooseAuthLayer`] ([`choose_auth`]) |
+//! | name the origins that may receive credentials | [`Origins`], [`BaseUrl`] |
+//! | refresh a JWT, or re-read a rotated key | [`Refreshing`], [`RefreshPolicy`] ([`refresh`], [`guide::refreshing`]) |
+//! | keep a JWT for each subject | [`PerSubject`]; [`Provider`] and [`JwtProvider`] are what the layers accept |
+//! | fetch credentials from files, variables, closures, services, or sign them | [`mod@source`] |
+//! | fetch tokens from an OAuth 2.0 token endpoint | [`oauth`] |
+//! | replay a request after a 401 | [`RefreshLayer`] ([`replay`]) |
+//! | read 401 and 403 as typed errors | [`AuthErrorLayer`] ([`auth_error`]) |
+//! | handle those errors | [`AuthError`], [`AuthErrorKind`], [`Error`]; [`ErrorBody`] and [`RateLimit`] read any response |
+//! | handle invalid settings | [`ConfigError`], [`ConfigErrorKind`] |
+//! | hold secrets | [`ApiKey`], [`Token`], their trait [`Credential`], and [`KeyId`], which names one in logs |
+//! | read settings from the environment | [`mod@env`] |
+//! | forward requests in a proxy | [`inbound`] removes what the caller must not send upstream |
+//! | use reqwest, reqwest-middleware or tonic | [`adapter`] |
+//! | watch events and metrics | [`telemetry`], [`guide::telemetry`] |
+//! | test without a server | [`simulator`], [`TestClock`] |
 //!
 //! # Features
 //!
-//! None is on by default, and each only adds.
+//! All features are additive and off by default.
 //!
-//! - `tonic`: `adapter::tonic::SelamGrpcLayer`, for gRPC.
-//! - `tracing`: events of renewals, refusals and replays, through the `tracing` crate; see [`telemetry`].
-//! - `metrics`: the same counted, and the id of the key in use, through the `metrics` crate.
-//! - `sign`: `source::JwtSigner`, which signs JWTs itself.
-//! - `reqwest`: `adapter::reqwest`, the layers over a `reqwest::Client`, with its requests and responses.
-//! - `reqwest-middleware`: `adapter::reqwest_middleware`, the layers as a middleware of that crate.
-//! - `test-util`: `simulator::Simulator`, SelamAPI in process.
-//! - `test-server`: `simulator::Server`, the same on a loopback port over http or TLS, HTTP/1.1 and HTTP/2.
+//! | Feature | Adds |
+//! |---|---|
+//! | `reqwest` | `adapter::reqwest`: the layers over a `reqwest::Client`, with reqwest's requests and responses |
+//! | `reqwest-middleware` | `adapter::reqwest_middleware`: the layers as a middleware of that crate |
+//! | `tonic` | `adapter::tonic`: the stack over tonic's `Channel`, for gRPC |
+//! | `tracing` | events for refreshes, rejections and replays, through the `tracing` crate |
+//! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
+//! | `sign` | `source::JwtSigner`, which signs JWTs in the program |
+//! | `test-util` | `simulator::Simulator`: SelamAPI in process |
+//! | `test-server` | `simulator::Server`: the simulator on a loopback port, over http or TLS, HTTP/1.1 and HTTP/2 |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -117,7 +119,7 @@ pub use self::{
     stack::{Selam, SelamLayer, SelamLayerBuilder},
 };
 
-/// The README's example compiles.
+/// Runs the README's examples as doctests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -163,8 +163,8 @@ impl PerSubject {
         Self::build(Arc::clone(source_of), Arc::clone(policy), subjects, *idle)
     }
 
-    /// Sets how long an idle subject is remembered; 15 minutes by default, plus up to a quarter, because idle subjects are
-    /// searched for when others are fetched. Call it before the set is used: it starts an empty one.
+    /// Sets how long an idle subject is remembered; 15 minutes by default, plus up to a quarter, because requests search for
+    /// idle subjects four times in that period. Call it before the set is used: it starts an empty one.
     #[must_use]
     pub fn with_idle_time(self, time: Duration) -> Self {
         let Subjects { source_of, policy, capacity, .. } = &*self.0;

@@ -10,6 +10,7 @@
 
 mod annotate;
 mod api;
+mod architecture;
 mod behaviours;
 mod choose_auth;
 mod clocks;
