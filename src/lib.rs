@@ -59,9 +59,9 @@
 //! | hold secrets | [`ApiKey`], [`Token`], their trait [`Credential`], and [`KeyId`], which names one in logs |
 //! | read settings from the environment | [`mod@env`] |
 //! | forward requests in a proxy | [`inbound`] removes what the caller must not send upstream |
-//! | use reqwest, reqwest-middleware or tonic | [`adapter`] |
+//! | use reqwest, reqwest-middleware or tonic | `adapter` |
 //! | watch events and metrics | [`telemetry`], [`guide::telemetry`] |
-//! | test without a server | [`simulator`], [`TestClock`] |
+//! | test without a server | `simulator`, `TestClock` |
 //!
 //! # Features
 //!

@@ -21,7 +21,7 @@ use crate::error::{ConfigError, Place, Setting};
 /// assert_eq!(ApiKey::new(SecretString::from("sk-selam-example"))?.id(), key.id());
 ///
 /// let error = ApiKey::new("Bearer sk-selam-example").unwrap_err();
-/// assert_eq!(error.kind(), ConfigErrorKind::BearerPrefix);
+/// assert_eq!(*error.kind(), ConfigErrorKind::BearerPrefix);
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
 #[derive(Clone)]
