@@ -39,7 +39,7 @@ async fn unsent_calls_end_with_a_typed_status() {
     let status = greet(&mut client(&server, failing(false))).await.unwrap_err();
     assert_found(&status, Code::Unauthenticated, AuthErrorKind::RefreshFailed);
     assert!(AuthError::find(&status).unwrap().retry_after().is_some());
-    assert!(status.message().starts_with("credential not renewed"), "{status}");
+    assert!(status.message().starts_with("credential refresh failed"), "{status}");
 
     let status = greet(&mut client(&server, failing(true))).await.unwrap_err();
     assert_found(&status, Code::Unauthenticated, AuthErrorKind::RefreshRejected);
