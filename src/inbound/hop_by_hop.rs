@@ -1,7 +1,6 @@
 //! [`StripHopByHopLayer`]: removes headers that concern one connection only.
 
 use std::{
-    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -132,11 +131,7 @@ where
     }
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").field("upgrade", &self.upgrade).finish_non_exhaustive()
-    }
-}
+opaque_debug!(ResponseFuture<F>);
 
 /// Strips a request, and returns whether it asks for an upgrade that is forwarded.
 fn strip_request(headers: &mut HeaderMap, http1: bool) -> bool {

@@ -82,10 +82,6 @@ pub(super) fn describe(failure: RefreshFailure, delay: Duration, cause: Option<S
     if !permanent {
         let _ = write!(detail, "; next attempt in {delay:.1?} at the earliest");
     }
-    AuthError::refresh_failure(
-        kind,
-        detail,
-        (!permanent).then_some(delay),
-        cause.map(SourceError::into_cause),
-    )
+    let retry_after = (!permanent).then_some(delay);
+    AuthError::refresh_failure(kind, detail, retry_after, cause.map(SourceError::into_cause))
 }

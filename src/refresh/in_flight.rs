@@ -63,13 +63,8 @@ impl InFlight {
         });
     }
 
-    fn result(&self) -> Option<Result<(), AuthError>> {
+    pub(super) fn result(&self) -> Option<Result<(), AuthError>> {
         self.0.results.borrow().clone()
-    }
-
-    #[cfg(all(test, model))]
-    pub(super) fn completed(&self) -> Option<Result<(), AuthError>> {
-        self.result()
     }
 
     #[cfg(all(test, model))]

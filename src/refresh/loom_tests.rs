@@ -12,7 +12,10 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use loom::sync::atomic::{AtomicBool, AtomicUsize};
+use loom::{
+    sync::atomic::{AtomicBool, AtomicUsize},
+    thread::JoinHandle,
+};
 use tokio::runtime;
 
 use super::*;
@@ -135,6 +138,14 @@ fn fresh(engine: &Refreshing<Token>) -> Option<usize> {
     engine.fresh().map(|lease| lease.credential.number())
 }
 
+fn spawn_with<T: Send + 'static>(
+    engine: &Refreshing<Token>,
+    run: impl FnOnce(Refreshing<Token>) -> T + Send + 'static,
+) -> JoinHandle<T> {
+    let engine = engine.clone();
+    spawn(move || run(engine))
+}
+
 /// Asks for the token in every way, one after the other.
 fn ask_in_every_way(engine: &Refreshing<Token>) -> Vec<usize> {
     let demanded = || match engine.demand(&OnceCell::new()) {
@@ -189,7 +200,7 @@ impl Waiter {
         }
         waiters.map(|waiter| {
             let Some(waiter) = waiter else { return Not };
-            assert!(matches!(waiter.in_flight.completed(), Some(Ok(()))));
+            assert!(matches!(waiter.in_flight.result(), Some(Ok(()))));
             assert!(waiter.wait.is_none() || waiter.woken.0.load(Ordering::Acquire));
             if waiter.wait.is_some() { ForRefresh } else { Completed }
         })
@@ -209,10 +220,7 @@ fn concurrent_callers_share_one_refresh() {
     let outcomes = explore(move || {
         let script = Script::new(&[0]);
         let engine = engine::<Token>(Arc::clone(&script), &clock());
-        let other = spawn({
-            let engine = engine.clone();
-            move || ask(&engine)
-        });
+        let other = spawn_with(&engine, move |engine| ask(&engine));
         let waiters = [ask(&engine), other.join().unwrap()];
         Tasks::join();
 
@@ -236,10 +244,7 @@ fn a_runtime_that_drops_its_tasks_strands_no_waiter() {
             let polled = Tasks::Dropped.during(|| call.as_mut().poll(&mut Context::from_waker(&waker)));
             (polled.is_pending().then_some(call), woken)
         };
-        let other = spawn({
-            let engine = engine.clone();
-            move || ask(engine)
-        });
+        let other = spawn_with(&engine, ask);
         [ask(engine), other.join().unwrap()].map(|(call, woken)| {
             let Some(mut call) = call else { return Completed };
             assert!(woken.0.load(Ordering::Acquire));
@@ -270,7 +275,7 @@ fn the_last_handle_may_be_dropped_during_a_refresh() {
         assert_eq!(Arc::strong_count(&script), 1, "a part of the engine is left");
         let waiter = Waiter::new(in_flight);
         assert!(waiter.wait.is_none());
-        assert!(matches!(waiter.in_flight.completed(), Some(Ok(()))));
+        assert!(matches!(waiter.in_flight.result(), Some(Ok(()))));
         script.asked()
     });
     assert_eq!(outcomes, [0, 1].into());
@@ -288,10 +293,7 @@ fn concurrent_rejections_share_one_refresh() {
     let outcomes = explore(move || {
         let script = Script::new(&[0, 1]);
         let engine = prefetched::<Token>(Arc::clone(&script), &clock());
-        let other = spawn({
-            let engine = engine.clone();
-            move || refuse(&engine)
-        });
+        let other = spawn_with(&engine, move |engine| refuse(&engine));
         let waiters = [refuse(&engine), other.join().unwrap()];
         Tasks::join();
 
@@ -378,10 +380,7 @@ fn tokens_are_seen_in_order() {
         clock.jump(INTO_THE_ADVISORY_WINDOW);
         // Starts the refresh.
         assert!(engine.demand(&OnceCell::new()).is_ok());
-        let other = spawn({
-            let engine = engine.clone();
-            move || drop(engine.demand(&OnceCell::new()))
-        });
+        let other = spawn_with(&engine, |engine| drop(engine.demand(&OnceCell::new())));
         let tokens = ask_in_every_way(&engine);
         assert!(tokens.is_sorted(), "{tokens:?}");
         other.join().unwrap();

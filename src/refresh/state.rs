@@ -201,7 +201,7 @@ impl<V: Value, E: Clone> State<V, E> {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
         let lives_long_enough =
             min_validity.is_zero() || held.schedule.expires_at().remaining(now) >= min_validity;
-        if !lives_long_enough && held.schedule.lifetime() < min_validity.saturating_add(DELIVERY_MARGIN) {
+        if !lives_long_enough && held.schedule.lifetime < min_validity.saturating_add(DELIVERY_MARGIN) {
             return (Answer::TooShort, None);
         }
         // After a failed refresh nobody waits for the next one while there is a credential to serve.
@@ -389,8 +389,8 @@ impl<V: Value, E: Clone> State<V, E> {
         if let Some(held) = self.usable(now)
             && fresh.recheck.is_none()
             && !is_same(held)
-            && held.schedule.expires()
-            && schedule.expires()
+            && held.schedule.expires
+            && schedule.expires
             && schedule.expires_at().remaining(now) < held.schedule.expires_at().remaining(now)
         {
             return Err(RefreshFailure::Older);
@@ -453,7 +453,7 @@ impl<V: Value, E: Clone> State<V, E> {
     /// The current credential and when it expires, if it does.
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
         let Held { value, schedule, .. } = self.usable(now)?;
-        Some((value, schedule.expires().then(|| schedule.expires_at())))
+        Some((value, schedule.expires.then(|| schedule.expires_at())))
     }
 
     /// The current credential or, while there is none, the last one that was rejected.

@@ -152,12 +152,17 @@ pub struct SourceError {
 impl SourceError {
     /// Reports a failure that a later attempt may not meet. Any other error type converts to this.
     pub fn transient(error: impl Into<BoxError>) -> Self {
-        Self { error: error.into(), permanent: false, retry_after: None }
+        Self::of(false, None, error)
     }
 
     /// Reports a failure that lasts until the input of the source [changes](Source::version).
     pub fn permanent(error: impl Into<BoxError>) -> Self {
-        Self { error: error.into(), permanent: true, retry_after: None }
+        Self::of(true, None, error)
+    }
+
+    /// Reports a failure about which both are known.
+    pub(crate) fn of(permanent: bool, retry_after: Option<Duration>, error: impl Into<BoxError>) -> Self {
+        Self { error: error.into(), permanent, retry_after }
     }
 
     /// Sets how long to wait before the next attempt, as `Retry-After` does. Without it the engine backs off.

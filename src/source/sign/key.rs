@@ -122,25 +122,15 @@ impl fmt::Debug for SigningKey {
 #[derive(Clone, Debug)]
 pub struct HmacSecret(SecretSlice<u8>);
 
-macro_rules! impl_from {
-    ($([$($parameter:tt)*] $source:ty, $secret:ident => $bytes:expr;)*) => {$(
-        impl<$($parameter)*> From<$source> for HmacSecret {
-            fn from($secret: $source) -> Self {
-                Self($bytes.into())
-            }
-        }
-    )*};
-}
-
 impl_from! {
-    [] SecretSlice<u8>, secret => secret;
-    [] SecretString, secret => secret.expose_secret().as_bytes().to_vec();
-    [] Vec<u8>, secret => secret;
-    [] String, secret => secret.into_bytes();
-    [] &[u8], secret => secret.to_vec();
-    [] &str, secret => secret.as_bytes().to_vec();
-    [const N: usize] [u8; N], secret => Zeroizing::new(secret).to_vec();
-    [const N: usize] &[u8; N], secret => secret.to_vec();
+    HmacSecret: [] SecretSlice<u8>, secret => Self(secret);
+    HmacSecret: [] SecretString, secret => Self(secret.expose_secret().as_bytes().to_vec().into());
+    HmacSecret: [] Vec<u8>, secret => Self(secret.into());
+    HmacSecret: [] String, secret => Self(secret.into_bytes().into());
+    HmacSecret: [] &[u8], secret => Self(secret.to_vec().into());
+    HmacSecret: [] &str, secret => Self(secret.as_bytes().to_vec().into());
+    HmacSecret: [const N: usize] [u8; N], secret => Self(Zeroizing::new(secret).to_vec().into());
+    HmacSecret: [const N: usize] &[u8; N], secret => Self(secret.to_vec().into());
 }
 
 /// Finds the first private key among the blocks of `pem` and returns its label and DER. Other blocks may precede
