@@ -37,11 +37,8 @@ impl Secret {
     }
 
     pub(crate) fn from_env_var(name: &str, setting: Setting) -> Result<Self, ConfigError> {
-        let place = Place::EnvVar(name.to_owned());
-        match super::env::var(name) {
-            Ok(value) => Self::new(&Zeroizing::new(value), setting, place),
-            Err(kind) => Err(ConfigError::new(setting, place, kind)),
-        }
+        let secret = super::env::var(name).and_then(|value| Self::parse(&Zeroizing::new(value), setting));
+        secret.map_err(|kind| ConfigError::new(setting, Place::EnvVar(name.to_owned()), kind))
     }
 
     fn parse(value: &str, setting: Setting) -> Result<Self, ConfigErrorKind> {

@@ -45,6 +45,15 @@ pub(crate) const CODES: [(&str, AuthErrorKind); 9] = [
     ("jwt_expired", AuthErrorKind::TokenRejected),
 ];
 
+/// The kinds of requests that were not sent.
+pub(crate) const UNSENT: [AuthErrorKind; 5] = [
+    AuthErrorKind::OriginNotAllowed,
+    AuthErrorKind::CredentialUnavailable,
+    AuthErrorKind::RefreshFailed,
+    AuthErrorKind::RefreshRejected,
+    AuthErrorKind::InvalidRequest,
+];
+
 impl AuthErrorKind {
     /// The kind's name in metrics and events.
     pub(crate) fn label(self) -> &'static str {
@@ -85,14 +94,7 @@ impl AuthErrorKind {
     }
 
     pub(super) fn is_auth(self) -> bool {
-        !matches!(
-            self,
-            Self::OriginNotAllowed
-                | Self::CredentialUnavailable
-                | Self::RefreshFailed
-                | Self::RefreshRejected
-                | Self::InvalidRequest
-        )
+        !UNSENT.contains(&self)
     }
 
     pub(super) fn is_permanent(self) -> bool {

@@ -183,13 +183,9 @@ fn keep_upgrades(headers: &mut HeaderMap) -> bool {
     if hidden.is_empty() || kept.is_empty() {
         return !kept.is_empty();
     }
-    match HeaderValue::from_bytes(&kept.join(&b", "[..])) {
-        Ok(kept) => {
-            headers.insert(UPGRADE, kept);
-            true
-        }
-        Err(_) => false,
-    }
+    let Ok(kept) = HeaderValue::from_bytes(&kept.join(&b", "[..])) else { return false };
+    headers.insert(UPGRADE, kept);
+    true
 }
 
 /// Iterates over the items of a comma-separated header, across all its lines.

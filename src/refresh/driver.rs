@@ -210,14 +210,15 @@ impl<C: Credential> Driver<C> {
     /// Spawns the task of a refresh. Not under the lock: a runtime that is shutting down drops the task at once.
     fn spawn(self: &Arc<Self>, launch: Launch<C>) {
         let Launch { start: Start { id, reason }, in_flight, task } = launch;
-        let completion = Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
+        let mut completion =
+            Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
         let Ok(runtime) = Handle::try_current() else {
-            return completion.finish(Err(SourceError::transient(NO_RUNTIME).into()));
+            return completion.complete(Some(Err(SourceError::transient(NO_RUNTIME).into())));
         };
         let (source, timeout) = (Arc::clone(&self.source), self.policy.timeout);
         let refresh = async move {
             let fetched = fetch(&*source, reason, timeout).await;
-            completion.finish(fetched);
+            completion.complete(Some(fetched));
         };
         let spawned = runtime.spawn(refresh_of(self.address(), refresh));
         let _ = task.set(spawned.abort_handle());
@@ -415,10 +416,6 @@ struct Completion<C: Credential> {
 }
 
 impl<C: Credential> Completion<C> {
-    fn finish(mut self, fetched: Result<Fetched<C>, Failed>) {
-        self.complete(Some(fetched));
-    }
-
     fn complete(&mut self, ended: Option<Result<Fetched<C>, Failed>>) {
         match (self.in_flight.take(), self.engine.upgrade()) {
             (Some(in_flight), Some(engine)) => engine.complete(self.id, ended, in_flight),

@@ -207,6 +207,26 @@ impl Waiter {
     }
 }
 
+/// Has two threads `call` an engine, which fetches the credentials up to the last one of the script in one refresh.
+fn share_one_refresh(
+    credentials: &'static [usize],
+    engine: fn(Arc<Script>) -> Refreshing<Token>,
+    call: fn(&Refreshing<Token>) -> Option<Waiter>,
+) {
+    let outcomes = explore(move || {
+        let script = Script::new(credentials);
+        let engine = engine(Arc::clone(&script));
+        let other = spawn_with(&engine, move |engine| call(&engine));
+        let waiters = [call(&engine), other.join().unwrap()];
+        Tasks::join();
+
+        assert_eq!(script.asked(), credentials.len());
+        assert_eq!(fresh(&engine), credentials.last().copied());
+        Waiter::check(waiters)
+    });
+    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
+}
+
 /// F1
 #[test]
 fn concurrent_callers_share_one_refresh() {
@@ -217,18 +237,7 @@ fn concurrent_callers_share_one_refresh() {
             None
         }
     };
-    let outcomes = explore(move || {
-        let script = Script::new(&[0]);
-        let engine = engine::<Token>(Arc::clone(&script), &clock());
-        let other = spawn_with(&engine, move |engine| ask(&engine));
-        let waiters = [ask(&engine), other.join().unwrap()];
-        Tasks::join();
-
-        assert_eq!(script.asked(), 1);
-        assert_eq!(fresh(&engine), Some(0));
-        Waiter::check(waiters)
-    });
-    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
+    share_one_refresh(&[0], |script| engine(script, &clock()), ask);
 }
 
 /// F5
@@ -290,18 +299,7 @@ fn concurrent_rejections_share_one_refresh() {
         assert_eq!(rejection, expected);
         in_flight.map(Waiter::new)
     };
-    let outcomes = explore(move || {
-        let script = Script::new(&[0, 1]);
-        let engine = prefetched::<Token>(Arc::clone(&script), &clock());
-        let other = spawn_with(&engine, move |engine| refuse(&engine));
-        let waiters = [refuse(&engine), other.join().unwrap()];
-        Tasks::join();
-
-        assert_eq!(script.asked(), 2);
-        assert_eq!(fresh(&engine), Some(1));
-        Waiter::check(waiters)
-    });
-    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
+    share_one_refresh(&[0, 1], |script| prefetched(script, &clock()), refuse);
 }
 
 /// J3

@@ -125,10 +125,9 @@ impl<C> Fetched<C> {
     }
 }
 
-impl<C> From<C> for Fetched<C> {
-    fn from(credential: C) -> Self {
-        Self::new(credential)
-    }
+impl_from! {
+    Fetched<C>: [C] C, credential => Self::new(credential);
+    SourceError: [] ConfigError, error => Self::transient(error);
 }
 
 /// Why a source could not fetch a credential, and whether a retry can help.
@@ -199,12 +198,6 @@ impl From<BoxError> for SourceError {
             Ok(error) => *error,
             Err(error) => Self::transient(error),
         }
-    }
-}
-
-impl From<ConfigError> for SourceError {
-    fn from(error: ConfigError) -> Self {
-        Self::transient(error)
     }
 }
 

@@ -228,14 +228,11 @@ impl<T> TaskLocal<T> {
         Scoped { slot: self.0, value: Some(value), task }
     }
 
-    pub(crate) fn try_with<R>(&self, read: impl FnOnce(&T) -> R) -> Result<R, Unset> {
+    pub(crate) fn try_with<R>(&self, read: impl FnOnce(&T) -> R) -> Result<R, ()> {
         let value = self.0.try_with(|slot| slot.borrow().as_ref().map(read));
-        value.ok().flatten().ok_or(Unset)
+        value.ok().flatten().ok_or(())
     }
 }
-
-#[derive(Debug)]
-pub(crate) struct Unset;
 
 pin_project! {
     pub(crate) struct Scoped<T: 'static, F> {
