@@ -7,7 +7,7 @@ use crate::error::{ConfigError, Place, Setting};
 
 /// A SelamAPI key, shaped `sk-selam-…`.
 ///
-/// Cheap to clone. `Debug` prints its [id](KeyId) only, and there is no `Display`. The bytes are wiped when the last
+/// Cheap to clone. `Debug` prints its [id](Self::id) only, and there is no `Display`. The bytes are wiped when the last
 /// clone, and the last header value made from it, is dropped.
 ///
 /// ```

@@ -137,12 +137,10 @@ opaque_debug!(ResponseFuture<F>);
 fn strip_request(headers: &mut HeaderMap, http1: bool) -> bool {
     let upgrade = http1 && items(headers, CONNECTION).any(is("upgrade")) && keep_upgrades(headers);
     strip(headers, upgrade);
-    if headers.contains_key(TE) {
-        if items(headers, TE).any(is("trailers")) {
-            headers.insert(TE, HeaderValue::from_static("trailers"));
-        } else {
-            headers.remove(TE);
-        }
+    let takes_trailers = items(headers, TE).any(is("trailers"));
+    headers.remove(TE);
+    if takes_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
     }
     upgrade
 }
@@ -162,9 +160,8 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
     if headers.remove(TRANSFER_ENCODING).is_some() {
         headers.remove(CONTENT_LENGTH);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION] {
-        headers.remove(name);
-    }
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
     if upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     } else {

@@ -56,9 +56,7 @@ impl InFlight {
     pub(super) fn complete(&self, result: Result<(), AuthError>) {
         self.0.results.send_if_modified(|current| {
             let is_first = current.is_none();
-            if is_first {
-                *current = Some(result);
-            }
+            current.get_or_insert(result);
             is_first
         });
     }

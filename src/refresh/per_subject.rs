@@ -231,10 +231,8 @@ impl PerSubject {
             return Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, FULL, retry_after, None));
         }
         let create = || Ok(self.0.create(subject));
-        match self.0.engines.get_or_insert_with::<_, Infallible>(subject, create) {
-            Ok(entry) => Ok(entry),
-            Err(never) => match never {},
-        }
+        let Ok(entry) = self.0.engines.get_or_insert_with::<_, Infallible>(subject, create);
+        Ok(entry)
     }
 
     /// Evicts idle subjects, if it is time to; on a task if there is a runtime, because there may be many.

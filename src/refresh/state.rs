@@ -322,7 +322,7 @@ impl<V: Value, E: Clone> State<V, E> {
     ) -> Finish<V> {
         let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
         let was_aborted = self.setbacks.as_mut().is_some_and(|past| mem::take(&mut past.was_aborted));
-        let (failure, retry_after) = match outcome {
+        let (failure, permanent, retry_after) = match outcome {
             Outcome::Fetched(mut fresh) => {
                 let recheck = fresh.recheck;
                 self.last_duration = now.since(running.began);
@@ -355,22 +355,20 @@ impl<V: Value, E: Clone> State<V, E> {
                     {
                         return self.repeat(now, version, Err(failure));
                     }
-                    Err(failure) => (failure, recheck),
+                    Err(failure) => (failure, None, recheck),
                 }
             }
             Outcome::Failed { permanent, retry_after } => {
-                let failure = RefreshFailure::Source;
-                self.fail(now, failure, permanent.then_some(version), retry_after, error);
-                return Finish::Done(Err(failure));
+                (RefreshFailure::Source, permanent.then_some(version), retry_after)
             }
             // The next caller's runtime may do better, once.
             Outcome::Aborted if !was_aborted => {
                 self.setbacks_mut().was_aborted = true;
                 return Finish::Done(Err(RefreshFailure::Aborted));
             }
-            Outcome::Aborted => (RefreshFailure::Aborted, None),
+            Outcome::Aborted => (RefreshFailure::Aborted, None, None),
         };
-        self.fail(now, failure, None, retry_after, error);
+        self.fail(now, failure, permanent, retry_after, error);
         Finish::Done(Err(failure))
     }
 
