@@ -14,23 +14,12 @@
 //! use tonic::body::Body;
 //! use tower::Layer;
 //! use tower_selam::{SelamLayer, adapter::tonic::SelamGrpcLayer};
-//! # #[derive(Clone)] struct Channel;
-//! # impl tower::Service<http::Request<Body>> for Channel {
-//! #     type Response = http::Response<Body>;
-//! #     type Error = tonic::Status;
-//! #     type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
-//! #     fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
-//! #         Ok(()).into()
-//! #     }
-//! #     fn call(&mut self, _: http::Request<Body>) -> Self::Future {
-//! #         std::future::ready(Ok(http::Response::default()))
-//! #     }
-//! # }
+//! # type Channel = tower::util::BoxCloneService<http::Request<Body>, http::Response<Body>, tonic::Status>;
 //! # struct Endpoint(http::Uri);
 //! # impl Endpoint {
 //! #     fn from_shared(uri: String) -> Result<Self, http::uri::InvalidUri> { Ok(Self(uri.parse()?)) }
 //! #     fn uri(&self) -> &http::Uri { &self.0 }
-//! #     fn connect_lazy(&self) -> Channel { Channel }
+//! #     fn connect_lazy(&self) -> Channel { unimplemented!() }
 //! # }
 //! # struct GreeterClient<T>(T);
 //! # impl<T: tonic::client::GrpcService<Body>> GreeterClient<T> { fn new(inner: T) -> Self { Self(inner) } }
@@ -94,7 +83,7 @@
 //!
 //! | The server sent | in | Effect |
 //! |---|---|---|
-//! | `grpc-status` 16, or HTTP 401 | headers | the credential is refreshed and the request replayed once, [as after any 401](crate::refresh) |
+//! | `grpc-status` 16, or HTTP 401 | headers | the credential is refreshed and the request replayed once, [as after any 401](crate::replay) |
 //! | `grpc-status` 16 | trailers | the credential is refreshed for the next call; the status is returned to the caller |
 //! | `grpc-status` 7, or HTTP 403 | either | the status is returned to the caller |
 //! | anything else | either | passes through unchanged |
@@ -137,7 +126,6 @@
 
 use std::{
     borrow::Cow,
-    fmt,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
@@ -152,8 +140,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Ur
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::{Code, Status, body::Body, metadata::MetadataMap};
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service};
 
 use crate::{
     AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, RefreshLayer, SelamLayer,
@@ -349,16 +336,11 @@ where
     }
 }
 
-impl<S, B> fmt::Debug for ResponseFuture<S, B>
-where
+opaque_debug!(ResponseFuture<S, B> where
     S: Service<Request<Body>, Response = Response<B>> + CloneClient,
     S::Error: Into<BoxError>,
     B: http_body::Body,
-{
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
+);
 
 pin_project! {
     /// The body of a response. Its frames pass unchanged, unless the trailers say that the credentials were rejected.
@@ -401,11 +383,7 @@ where
     }
 }
 
-impl<B> fmt::Debug for ResponseBody<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseBody").finish_non_exhaustive()
-    }
-}
+opaque_debug!(ResponseBody<B>);
 
 /// Gives `Unauthenticated` or `PermissionDenied`, never `Unknown`, with the error as the source.
 ///

@@ -38,7 +38,6 @@
 mod paths;
 
 use std::{
-    fmt,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -60,11 +59,7 @@ struct Choice(Arc<ChooseFn>);
 
 type ChooseFn = dyn Fn(&Parts) -> Option<RequestAuth> + Send + Sync;
 
-impl fmt::Debug for Choice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Choice").finish_non_exhaustive()
-    }
-}
+opaque_debug!(Choice);
 
 impl ChooseAuthLayer {
     /// Chooses by calling `choice`. If it returns `None`, the request gets the layers' default credentials.

@@ -1,15 +1,13 @@
 //! A SelamAPI key.
 
-use std::fmt;
-
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{KeyId, Secret, env};
+use super::{Secret, env};
 use crate::error::{ConfigError, Place, Setting};
 
 /// A SelamAPI key, shaped `sk-selam-…`.
 ///
-/// Cheap to clone. `Debug` prints its [id](KeyId) only, and there is no `Display`. The bytes are wiped when the last
+/// Cheap to clone. `Debug` prints its [id](Self::id) only, and there is no `Display`. The bytes are wiped when the last
 /// clone, and the last header value made from it, is dropped.
 ///
 /// ```
@@ -48,38 +46,5 @@ impl ApiKey {
     /// When the variable is not set, or as for [`new`](Self::new); the error names the variable.
     pub fn from_env() -> Result<Self, ConfigError> {
         Self::from_env_var(env::SELAM_API_KEY)
-    }
-
-    /// Reads the key from the environment variable `name`.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_env`](Self::from_env).
-    pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
-        Secret::from_env_var(name, Setting::ApiKey).map(Self)
-    }
-
-    /// Returns a short, non-reversible name for logs and metrics.
-    #[must_use]
-    pub fn id(&self) -> KeyId {
-        self.0.id()
-    }
-
-    /// Returns the key itself, for an API that takes nothing else. Do not print it.
-    #[must_use]
-    pub fn expose_secret(&self) -> &str {
-        self.0.expose()
-    }
-}
-
-impl ExposeSecret<str> for ApiKey {
-    fn expose_secret(&self) -> &str {
-        self.0.expose()
-    }
-}
-
-impl fmt::Debug for ApiKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.debug("ApiKey", f)
     }
 }

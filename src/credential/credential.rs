@@ -2,9 +2,11 @@
 
 #![expect(private_interfaces, private_bounds, reason = "the trait is sealed")]
 
-use std::time::{Duration, SystemTime};
+use std::fmt;
 
-use super::{ApiKey, Secret, Token};
+use secrecy::ExposeSecret;
+
+use super::{ApiKey, KeyId, Secret, Token};
 use crate::{
     error::{ConfigError, ConfigErrorKind, Place, Setting},
     util::per_thread::Unshare,
@@ -12,9 +14,6 @@ use crate::{
 
 /// A credential that can be refreshed: an [`ApiKey`] or a [`Token`]. Sealed.
 pub trait Credential: Sealed {}
-
-impl Credential for ApiKey {}
-impl Credential for Token {}
 
 /// What the engine and the sources need to know of a [`Credential`].
 #[expect(unnameable_types, reason = "the trait is sealed")]
@@ -30,12 +29,6 @@ pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
 
     fn secret(&self) -> &Secret;
 
-    /// When it expires by its own claims.
-    fn expiry(&self) -> Option<SystemTime>;
-
-    /// The time from issue to expiry by its own claims.
-    fn lifetime(&self) -> Option<Duration>;
-
     fn parse(value: &str, place: Place) -> Result<Self, ConfigError> {
         Secret::new(value, Self::SETTING, place).map(Self::from_secret)
     }
@@ -45,56 +38,66 @@ pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
     }
 }
 
-impl Sealed for ApiKey {
-    const SETTING: Setting = Setting::ApiKey;
-    const OUTLIVES_REJECTION: bool = true;
+/// Implements what [`ApiKey`] and [`Token`] have in common.
+macro_rules! credential {
+    ($type:ident, outlives_rejection: $outlives_rejection:literal) => {
+        impl $type {
+            /// Reads the credential from the environment variable `name`.
+            ///
+            /// # Errors
+            ///
+            /// As [`from_env`](Self::from_env).
+            pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
+                Secret::from_env_var(name, Self::SETTING).map(Self)
+            }
 
-    fn from_secret(secret: Secret) -> Self {
-        Self(secret)
-    }
+            /// Returns a short, non-reversible name for logs and metrics.
+            #[must_use]
+            pub fn id(&self) -> KeyId {
+                self.0.id()
+            }
 
-    fn secret(&self) -> &Secret {
-        &self.0
-    }
+            /// Returns the credential itself, for an API that takes nothing else. Do not print it.
+            #[must_use]
+            pub fn expose_secret(&self) -> &str {
+                self.0.expose()
+            }
+        }
 
-    fn expiry(&self) -> Option<SystemTime> {
-        None
-    }
+        impl ExposeSecret<str> for $type {
+            fn expose_secret(&self) -> &str {
+                self.0.expose()
+            }
+        }
 
-    fn lifetime(&self) -> Option<Duration> {
-        None
-    }
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}([redacted] id={})", stringify!($type), self.id())
+            }
+        }
+
+        impl Unshare for $type {
+            fn unshare(&self) -> Self {
+                Self(self.0.unshare())
+            }
+        }
+
+        impl Credential for $type {}
+
+        impl Sealed for $type {
+            const SETTING: Setting = Setting::$type;
+            const OUTLIVES_REJECTION: bool = $outlives_rejection;
+
+            fn from_secret(secret: Secret) -> Self {
+                Self(secret)
+            }
+
+            fn secret(&self) -> &Secret {
+                &self.0
+            }
+        }
+    };
 }
 
-impl Sealed for Token {
-    const SETTING: Setting = Setting::Token;
-    const OUTLIVES_REJECTION: bool = false;
-
-    fn from_secret(secret: Secret) -> Self {
-        Self(secret)
-    }
-
-    fn secret(&self) -> &Secret {
-        &self.0
-    }
-
-    fn expiry(&self) -> Option<SystemTime> {
-        self.expires_at()
-    }
-
-    fn lifetime(&self) -> Option<Duration> {
-        self.lifetime()
-    }
-}
-
-impl Unshare for ApiKey {
-    fn unshare(&self) -> Self {
-        Self(self.0.unshare())
-    }
-}
-
-impl Unshare for Token {
-    fn unshare(&self) -> Self {
-        Self(self.0.unshare())
-    }
-}
+credential!(ApiKey, outlives_rejection: true);
+credential!(Token, outlives_rejection: false);

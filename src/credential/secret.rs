@@ -1,6 +1,10 @@
 //! The bytes behind an API key or a token: one wiped buffer and the header values that share it.
 
-use std::{fmt, mem, sync::Arc, time::SystemTime};
+use std::{
+    mem,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -33,11 +37,8 @@ impl Secret {
     }
 
     pub(crate) fn from_env_var(name: &str, setting: Setting) -> Result<Self, ConfigError> {
-        let place = Place::EnvVar(name.to_owned());
-        match super::env::var(name) {
-            Ok(value) => Self::new(&Zeroizing::new(value), setting, place),
-            Err(kind) => Err(ConfigError::new(setting, place, kind)),
-        }
+        let secret = super::env::var(name).and_then(|value| Self::parse(&Zeroizing::new(value), setting));
+        secret.map_err(|kind| ConfigError::new(setting, Place::EnvVar(name.to_owned()), kind))
     }
 
     fn parse(value: &str, setting: Setting) -> Result<Self, ConfigErrorKind> {
@@ -79,8 +80,13 @@ impl Secret {
     }
 
     /// When a token expires by its `exp` claim.
-    pub(super) fn expires_at(&self) -> Option<SystemTime> {
+    pub(crate) fn expires_at(&self) -> Option<SystemTime> {
         self.0.expires_at
+    }
+
+    /// The time from `iat` to `exp`, if it is a JWT with both claims.
+    pub(crate) fn lifetime(&self) -> Option<Duration> {
+        self.0.expires_at.and_then(|_| token::lifetime(self.expose()))
     }
 
     /// The secret alone. It is ASCII: `parse` checked it.
@@ -95,10 +101,6 @@ impl Secret {
 
     pub(crate) fn fingerprint(&self) -> Fingerprint {
         self.0.fingerprint
-    }
-
-    pub(super) fn debug(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{name}([redacted] id={})", self.id())
     }
 }
 
@@ -122,13 +124,7 @@ fn trim(value: &str) -> &str {
 /// returns it without surrounding blanks and one line end.
 pub(crate) fn text(value: &str) -> Result<&str, ConfigErrorKind> {
     let text = trim(value);
-    for (at, byte) in text.bytes().enumerate() {
-        match byte {
-            0..0x20 | 0x7f => return Err(ConfigErrorKind::ControlCharacter { at }),
-            0x80.. => return Err(ConfigErrorKind::NonAscii { at }),
-            _ => {}
-        }
-    }
+    check_bytes(text, true)?;
     if text.is_empty() { Err(ConfigErrorKind::Empty) } else { Ok(text) }
 }
 
@@ -143,16 +139,21 @@ fn check(secret: &str) -> Result<(), ConfigErrorKind> {
     if secret.is_empty() {
         return Err(ConfigErrorKind::Empty);
     }
-    for (at, byte) in secret.bytes().enumerate() {
-        match byte {
-            b' ' | b'\t' => return Err(ConfigErrorKind::WhiteSpace { at }),
-            0..0x20 | 0x7f => return Err(ConfigErrorKind::ControlCharacter { at }),
-            0x80.. => return Err(ConfigErrorKind::NonAscii { at }),
-            _ => {}
-        }
-    }
+    check_bytes(secret, false)?;
     if secret.starts_with(['"', '\'']) || secret.ends_with(['"', '\'']) {
         return Err(ConfigErrorKind::Quoted);
+    }
+    Ok(())
+}
+
+fn check_bytes(text: &str, may_have_spaces: bool) -> Result<(), ConfigErrorKind> {
+    for (at, byte) in text.bytes().enumerate() {
+        return Err(match byte {
+            b' ' | b'\t' if !may_have_spaces => ConfigErrorKind::WhiteSpace { at },
+            0..0x20 | 0x7f => ConfigErrorKind::ControlCharacter { at },
+            0x80.. => ConfigErrorKind::NonAscii { at },
+            _ => continue,
+        });
     }
     Ok(())
 }

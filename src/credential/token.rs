@@ -1,15 +1,12 @@
 //! A bearer token, usually a JWT.
 
-use std::{
-    fmt,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::dangerous::insecure_decode_claims;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 
-use super::{KeyId, Secret, env};
+use super::{Secret, env};
 use crate::error::{ConfigError, Place, Setting};
 
 /// A bearer token: the JWT that some features of SelamAPI need in addition to the key.
@@ -53,15 +50,6 @@ impl Token {
         Self::from_env_var(env::SELAM_JWT)
     }
 
-    /// Reads the token from the environment variable `name`.
-    ///
-    /// # Errors
-    ///
-    /// As [`from_env`](Self::from_env).
-    pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
-        Secret::from_env_var(name, Setting::Token).map(Self)
-    }
-
     /// Returns when the token expires by its `exp` claim
     /// ([RFC 7519 section 4.1.4](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.4)).
     ///
@@ -71,35 +59,6 @@ impl Token {
     pub fn expires_at(&self) -> Option<SystemTime> {
         self.0.expires_at()
     }
-
-    /// The time from `iat` to `exp`, if the token is a JWT with both claims.
-    pub(crate) fn lifetime(&self) -> Option<Duration> {
-        self.expires_at().and_then(|_| lifetime(self.0.expose()))
-    }
-
-    /// Returns a short, non-reversible name for logs and metrics.
-    #[must_use]
-    pub fn id(&self) -> KeyId {
-        self.0.id()
-    }
-
-    /// Returns the token itself, for an API that takes nothing else. Do not print it.
-    #[must_use]
-    pub fn expose_secret(&self) -> &str {
-        self.0.expose()
-    }
-}
-
-impl ExposeSecret<str> for Token {
-    fn expose_secret(&self) -> &str {
-        self.0.expose()
-    }
-}
-
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.debug("Token", f)
-    }
 }
 
 /// When a JWT expires.
@@ -108,7 +67,7 @@ pub(super) fn expires_at(token: &str) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(since_epoch)
 }
 
-fn lifetime(token: &str) -> Option<Duration> {
+pub(super) fn lifetime(token: &str) -> Option<Duration> {
     let (Expiry { exp }, Issue { iat }) = (claims(token)?, claims(token)?);
     Duration::try_from_secs_f64(exp - iat).ok()
 }

@@ -45,21 +45,35 @@ pub(crate) const CODES: [(&str, AuthErrorKind); 9] = [
     ("jwt_expired", AuthErrorKind::TokenRejected),
 ];
 
+/// The kinds of requests that were not sent.
+pub(crate) const UNSENT: [AuthErrorKind; 5] = [
+    AuthErrorKind::OriginNotAllowed,
+    AuthErrorKind::CredentialUnavailable,
+    AuthErrorKind::RefreshFailed,
+    AuthErrorKind::RefreshRejected,
+    AuthErrorKind::InvalidRequest,
+];
+
 impl AuthErrorKind {
-    /// The kind's name in metrics and events. Stable: dashboards depend on it.
+    /// The kind's name in metrics and events.
     pub(crate) fn label(self) -> &'static str {
+        self.names().0
+    }
+
+    /// The label, which is stable because dashboards depend on it, and the text of `Display`.
+    fn names(self) -> (&'static str, &'static str) {
         match self {
-            Self::InvalidApiKey => "invalid_api_key",
-            Self::MissingApiKey => "missing_api_key",
-            Self::InsufficientPermissions => "insufficient_permissions",
-            Self::TokenRejected => "token_rejected",
-            Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
-            Self::OriginNotAllowed => "origin_not_allowed",
-            Self::CredentialUnavailable => "credential_unavailable",
-            Self::RefreshFailed => "renewal_failed",
-            Self::RefreshRejected => "renewal_refused",
-            Self::InvalidRequest => "invalid_request",
+            Self::InvalidApiKey => ("invalid_api_key", "invalid API key"),
+            Self::MissingApiKey => ("missing_api_key", "missing API key"),
+            Self::InsufficientPermissions => ("insufficient_permissions", "insufficient permissions"),
+            Self::TokenRejected => ("token_rejected", "token rejected"),
+            Self::Unauthorized => ("unauthorized", "unauthorized"),
+            Self::Forbidden => ("forbidden", "forbidden"),
+            Self::OriginNotAllowed => ("origin_not_allowed", "origin not allowed"),
+            Self::CredentialUnavailable => ("credential_unavailable", "no credential available"),
+            Self::RefreshFailed => ("renewal_failed", "credential refresh failed"),
+            Self::RefreshRejected => ("renewal_refused", "credential refresh rejected"),
+            Self::InvalidRequest => ("invalid_request", "invalid request"),
         }
     }
 
@@ -80,14 +94,7 @@ impl AuthErrorKind {
     }
 
     pub(super) fn is_auth(self) -> bool {
-        !matches!(
-            self,
-            Self::OriginNotAllowed
-                | Self::CredentialUnavailable
-                | Self::RefreshFailed
-                | Self::RefreshRejected
-                | Self::InvalidRequest
-        )
+        !UNSENT.contains(&self)
     }
 
     pub(super) fn is_permanent(self) -> bool {
@@ -116,18 +123,6 @@ impl AuthErrorKind {
 
 impl fmt::Display for AuthErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::InvalidApiKey => "invalid API key",
-            Self::MissingApiKey => "missing API key",
-            Self::InsufficientPermissions => "insufficient permissions",
-            Self::TokenRejected => "token rejected",
-            Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
-            Self::OriginNotAllowed => "origin not allowed",
-            Self::CredentialUnavailable => "no credential available",
-            Self::RefreshFailed => "credential refresh failed",
-            Self::RefreshRejected => "credential refresh rejected",
-            Self::InvalidRequest => "invalid request",
-        })
+        f.write_str(self.names().1)
     }
 }

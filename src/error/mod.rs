@@ -18,6 +18,8 @@ use http::StatusCode;
 
 #[cfg(feature = "tonic")]
 pub(crate) use self::auth::grpc_message;
+#[cfg(feature = "metrics")]
+pub(crate) use self::kind::UNSENT;
 pub use self::{
     auth::AuthError,
     body::ErrorBody,

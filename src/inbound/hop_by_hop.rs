@@ -1,7 +1,6 @@
 //! [`StripHopByHopLayer`]: removes headers that concern one connection only.
 
 use std::{
-    fmt,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -132,22 +131,16 @@ where
     }
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").field("upgrade", &self.upgrade).finish_non_exhaustive()
-    }
-}
+opaque_debug!(ResponseFuture<F>);
 
 /// Strips a request, and returns whether it asks for an upgrade that is forwarded.
 fn strip_request(headers: &mut HeaderMap, http1: bool) -> bool {
     let upgrade = http1 && items(headers, CONNECTION).any(is("upgrade")) && keep_upgrades(headers);
     strip(headers, upgrade);
-    if headers.contains_key(TE) {
-        if items(headers, TE).any(is("trailers")) {
-            headers.insert(TE, HeaderValue::from_static("trailers"));
-        } else {
-            headers.remove(TE);
-        }
+    let takes_trailers = items(headers, TE).any(is("trailers"));
+    headers.remove(TE);
+    if takes_trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
     }
     upgrade
 }
@@ -167,9 +160,8 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
     if headers.remove(TRANSFER_ENCODING).is_some() {
         headers.remove(CONTENT_LENGTH);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION] {
-        headers.remove(name);
-    }
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
     if upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
     } else {
@@ -188,13 +180,9 @@ fn keep_upgrades(headers: &mut HeaderMap) -> bool {
     if hidden.is_empty() || kept.is_empty() {
         return !kept.is_empty();
     }
-    match HeaderValue::from_bytes(&kept.join(&b", "[..])) {
-        Ok(kept) => {
-            headers.insert(UPGRADE, kept);
-            true
-        }
-        Err(_) => false,
-    }
+    let Ok(kept) = HeaderValue::from_bytes(&kept.join(&b", "[..])) else { return false };
+    headers.insert(UPGRADE, kept);
+    true
 }
 
 /// Iterates over the items of a comma-separated header, across all its lines.

@@ -42,10 +42,8 @@ opaque_debug!(TokenClient);
 impl TokenClient {
     pub(crate) fn new<S, B, R>(client: S) -> Self
     where
-        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
-            + Clone
-            + Send
-            + 'static,
+        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
+        S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
         R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
     {

@@ -38,10 +38,8 @@ impl TokenEndpoint {
     /// contains the URL.
     pub fn new<S, B, R>(url: &str, client: S) -> Result<Self, ConfigError>
     where
-        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
-            + Clone
-            + Send
-            + 'static,
+        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
+        S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
         R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
     {
@@ -56,10 +54,8 @@ impl TokenEndpoint {
     /// As [`new`](Self::new), and if an `http` URL points to any other host.
     pub fn allow_insecure_loopback<S, B, R>(url: &str, client: S) -> Result<Self, ConfigError>
     where
-        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>
-            + Clone
-            + Send
-            + 'static,
+        S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
+        S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
         R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
     {

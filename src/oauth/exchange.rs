@@ -1,5 +1,5 @@
-//! One exchange with the token endpoint: builds the request, sends it, and sends it again with refreshed
-//! credentials if the endpoint rejected the first ones.
+//! One exchange with the token endpoint: builds the request, sends it, and replays it with refreshed credentials if the
+//! endpoint rejected the first ones.
 
 use std::{
     borrow::Cow,
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     credential::{ApiKey, Credential, Token},
-    error::AuthErrorKind,
+    error::{AuthError, AuthErrorKind},
     refresh::Provider,
     source::SourceError,
 };
@@ -55,7 +55,7 @@ struct Sent<'a> {
 
 impl Exchange {
     /// Requests a token. If the endpoint rejects a credential that is refreshing, refreshes it and, if that brings
-    /// another, sends the request once more.
+    /// another, replays the request.
     pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
         let sent = self.credentials(refresh_token).await?;
         let result = self.send(&sent).await;
@@ -160,11 +160,11 @@ impl Exchange {
 }
 
 async fn obtain<C: Credential>(provider: &Provider<C>) -> Result<C, SourceError> {
-    provider.get().await.map_err(|error| match error.retry_after() {
-        _ if error.kind() == AuthErrorKind::RefreshRejected => SourceError::permanent(error),
-        Some(time) => SourceError::transient(error).with_retry_after(time),
-        None => SourceError::transient(error),
-    })
+    let failed = |error: AuthError| {
+        let permanent = error.kind() == AuthErrorKind::RefreshRejected;
+        SourceError::of(permanent, error.retry_after(), error)
+    };
+    provider.get().await.map_err(failed)
 }
 
 /// Encodes the form into a buffer that is wiped on drop.

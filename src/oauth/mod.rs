@@ -36,7 +36,7 @@
 //! | The endpoint answers | Effect |
 //! |---|---|
 //! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | It is used for `expires_in` from its arrival. If that is missing or not a number, the expiry in the JWT counts, and otherwise the [policy](crate::RefreshPolicy::with_assumed_lifetime). |
-//! | `invalid_grant`, `invalid_client` or `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | If the rejected credential is a refreshing one, it is refreshed and the request is sent once more. Otherwise the failure is permanent until one of the credentials changes. |
+//! | `invalid_grant`, `invalid_client` or `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | If the rejected credential is a refreshing one, it is refreshed and the request is replayed. Otherwise the failure is permanent until one of the credentials changes. |
 //! | another error, 429, 5xx, or nothing | The failure is transient and is retried after `Retry-After`, if given, or a back-off. |
 //! | a redirect | Likewise. It is not followed, because that would send the client secret to another URL. |
 //! | more than 64 KiB, a body that is not JSON, or a token that is not a bearer token | Likewise. |

@@ -125,11 +125,7 @@ impl OAuthError {
 
 impl From<OAuthError> for SourceError {
     fn from(error: OAuthError) -> Self {
-        match error.0.retry_after {
-            _ if error.is_permanent() => Self::permanent(error),
-            Some(time) => Self::transient(error).with_retry_after(time),
-            None => Self::transient(error),
-        }
+        Self::of(error.is_permanent(), error.0.retry_after, error)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::{collections::VecDeque, error::Error, sync::Arc, time::Duration};
 
 use tokio::{
-    runtime::Handle,
     sync::{Mutex, oneshot},
     time::timeout,
 };
@@ -26,7 +25,6 @@ const MAX_SPENT: usize = 16;
 
 const NOT_LOGGED_IN: &str = "there is no refresh token: log in";
 const LOGIN_REPLACED: &str = "the login was replaced repeatedly during the exchange";
-const NO_RUNTIME: &str = "exchanging a refresh token requires a tokio runtime";
 const ABORTED: &str = "the refresh token exchange panicked, or its runtime was shut down";
 const TIMED_OUT: &str = "the token endpoint or the refresh token store did not respond in time";
 const SAVE_ABORTED: &str = "the store panicked, or its runtime was shut down";
@@ -68,7 +66,7 @@ struct Current {
 pub(super) trait Rotate: Send + Sync {
     fn version(&self) -> u64;
 
-    /// Exchanges the refresh token on a new task, so that the rotated token is kept even if the caller is dropped.
+    /// Exchanges the refresh token on a new task of the current runtime, so that the rotated token is kept even if the caller is dropped.
     fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token>;
 }
 
@@ -79,9 +77,8 @@ impl<S: RefreshTokenStore> Rotate for Rotation<S> {
 
     fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token> {
         Box::pin(async move {
-            let Ok(runtime) = Handle::try_current() else { return Err(SourceError::transient(NO_RUNTIME)) };
             let (sender, receiver) = oneshot::channel();
-            runtime.spawn(on_behalf(async move { self.run(&exchange, sender).await }));
+            tokio::spawn(on_behalf(async move { self.run(&exchange, sender).await }));
             receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
         })
     }

@@ -14,8 +14,10 @@ use crate::{
     error::{ConfigError, ConfigErrorKind, Place, Setting},
     refresh::Provider,
     source::{Fetched, Reason, Source, SourceError},
+    util::timer::has_timers,
 };
 
+const NO_TIMERS: &str = "fetching a token requires a tokio runtime with its timers enabled";
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 
 /// A [`Source`] of tokens from an OAuth 2.0 token endpoint. See the [module docs](super).
@@ -164,6 +166,9 @@ impl OAuthSource {
 
 impl Source<Token> for OAuthSource {
     async fn fetch(&self, _: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        if !has_timers() {
+            return Err(SourceError::transient(NO_TIMERS));
+        }
         match &self.rotation {
             Some(rotation) => Arc::clone(rotation).fetch(Arc::clone(&self.exchange)).await,
             None => Ok(self.exchange.run(None).await?.fetched?),

@@ -37,8 +37,6 @@ impl RefreshToken {
     }
 
     /// Returns the token itself, for storage. Do not print it.
-    ///
-    /// The same as [`ExposeSecret::expose_secret`], without an import.
     #[must_use]
     pub fn expose_secret(&self) -> &str {
         self.0.expose_secret()

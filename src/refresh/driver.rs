@@ -7,7 +7,6 @@ pub(crate) mod loom_tests;
 
 use std::{
     cell::OnceCell,
-    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, OnceLock, PoisonError, Weak},
     time::{Duration, SystemTime},
@@ -16,7 +15,7 @@ use std::{
 use tokio::runtime::{Handle as Runtime, RuntimeFlavor};
 
 use super::{
-    RefreshPolicy,
+    Engine, RefreshPolicy,
     fetch::{Failed, describe, fetch},
     in_flight::{InFlight, WaitForRefresh},
     lease::{Lease, Publication},
@@ -102,25 +101,17 @@ impl<C: Credential> Driver<C> {
         self: &Arc<Self>,
         min_validity: Duration,
     ) -> Result<Demand<Arc<Lease<C>>>, AuthError> {
-        let (mut locked, version) = self.lock_with_version();
-        let now = self.policy.now();
-        let (answer, start) = locked.state.demand(now, min_validity, version);
-        let launch = start.map(|start| self.prepare(&mut locked, start, None));
-        let demand = match answer {
+        let (answer, in_flight) = self.decide(|state, now, version| state.demand(now, min_validity, version));
+        match answer {
             Answer::Serve(credential) => Ok(Demand::Ready(self.lease(credential))),
             Answer::Fail(error) => Err(error),
             Answer::TooShort => Err(AuthError::local(AuthErrorKind::CredentialUnavailable, TOO_SHORT)),
             Answer::Wait if is_own_refresh(self.address()) => Err(own_source()),
-            Answer::Wait => match &locked.running {
-                Some(running) => Ok(Demand::Wait(running.in_flight.clone())),
+            Answer::Wait => match in_flight {
+                Some(in_flight) => Ok(Demand::Wait(in_flight)),
                 None => Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, "", None, None)),
             },
-        };
-        self.publish(locked, now);
-        if let Some(launch) = launch {
-            self.spawn(launch);
         }
-        demand
     }
 
     /// As [`demand`](Self::demand), but waits.
@@ -146,33 +137,34 @@ impl<C: Credential> Driver<C> {
         fingerprint: Fingerprint,
         insist: bool,
     ) -> (Rejection, Option<InFlight>) {
+        let (rejection, in_flight) =
+            self.decide(|state, now, version| state.reject(now, fingerprint, insist, version));
+        let waits = rejection == Rejection::Refreshing && !is_own_refresh(self.address());
+        (rejection, in_flight.filter(|_| waits))
+    }
+
+    /// Asks the state machine for a decision and starts the refresh that it orders. Returns the refresh that is running.
+    fn decide<D>(
+        self: &Arc<Self>,
+        decide: impl FnOnce(&mut State<C, AuthError>, Time, u64) -> (D, Option<Start<C>>),
+    ) -> (D, Option<InFlight>) {
         let (mut locked, version) = self.lock_with_version();
         let now = self.policy.now();
-        let (rejection, start) = locked.state.reject(now, fingerprint, insist, version);
+        let (decision, start) = decide(&mut locked.state, now, version);
         let launch = start.map(|start| self.prepare(&mut locked, start, None));
-        let in_flight = match rejection {
-            Rejection::Refreshing if !is_own_refresh(self.address()) => {
-                locked.running.as_ref().map(|running| running.in_flight.clone())
-            }
-            _ => None,
-        };
+        let in_flight = locked.running.as_ref().map(|running| running.in_flight.clone());
         self.publish(locked, now);
         if let Some(launch) = launch {
             self.spawn(launch);
         }
-        (rejection, in_flight)
-    }
-
-    /// Records that the API accepted the credential that replaced `rejected`.
-    pub(super) fn accept(&self, rejected: Fingerprint) {
-        self.lock().state.accept(rejected);
+        (decision, in_flight)
     }
 
     /// The current credential, fresh or not, and when it expires.
     pub(super) fn current(&self) -> Option<(C, Option<SystemTime>)> {
         let locked = self.lock();
         let (credential, expires_at) = locked.state.current(self.policy.now())?;
-        Some((credential.clone(), expires_at.map(|at| at.wall())))
+        Some((credential.clone(), expires_at.map(|at| at.wall)))
     }
 
     /// Whether the credential with this fingerprint is the current one.
@@ -218,14 +210,15 @@ impl<C: Credential> Driver<C> {
     /// Spawns the task of a refresh. Not under the lock: a runtime that is shutting down drops the task at once.
     fn spawn(self: &Arc<Self>, launch: Launch<C>) {
         let Launch { start: Start { id, reason }, in_flight, task } = launch;
-        let completion = Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
+        let mut completion =
+            Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
         let Ok(runtime) = Handle::try_current() else {
-            return completion.finish(Err(SourceError::transient(NO_RUNTIME).into()));
+            return completion.complete(Some(Err(SourceError::transient(NO_RUNTIME).into())));
         };
         let (source, timeout) = (Arc::clone(&self.source), self.policy.timeout);
         let refresh = async move {
             let fetched = fetch(&*source, reason, timeout).await;
-            completion.finish(fetched);
+            completion.complete(Some(fetched));
         };
         let spawned = runtime.spawn(refresh_of(self.address(), refresh));
         let _ = task.set(spawned.abort_handle());
@@ -367,11 +360,21 @@ impl<C: Credential> Drop for Driver<C> {
     }
 }
 
-impl<C: Credential> fmt::Debug for Driver<C> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Driver").finish_non_exhaustive()
+impl<C: Credential> Engine for Driver<C> {
+    fn report_rejected(self: Arc<Self>, rejected: Fingerprint) -> (Rejection, Option<InFlight>) {
+        self.reject(rejected, false)
+    }
+
+    fn report_accepted(&self, rejected: Fingerprint) {
+        self.lock().state.accept(rejected);
+    }
+
+    fn has_replaced(&self, rejected: Fingerprint) -> bool {
+        self.current().is_some_and(|(current, _)| current.secret().fingerprint() != rejected)
     }
 }
+
+opaque_debug!(Driver<C> where C: Credential);
 
 impl<C: Credential> Value for C {
     fn fingerprint(&self) -> Fingerprint {
@@ -413,10 +416,6 @@ struct Completion<C: Credential> {
 }
 
 impl<C: Credential> Completion<C> {
-    fn finish(mut self, fetched: Result<Fetched<C>, Failed>) {
-        self.complete(Some(fetched));
-    }
-
     fn complete(&mut self, ended: Option<Result<Fetched<C>, Failed>>) {
         match (self.in_flight.take(), self.engine.upgrade()) {
             (Some(in_flight), Some(engine)) => engine.complete(self.id, ended, in_flight),
@@ -436,8 +435,8 @@ impl<C: Credential> Drop for Completion<C> {
 fn fresh<C: Credential>(fetched: Fetched<C>) -> Fresh<C> {
     let Fetched { credential, lifetime, recheck } = fetched;
     Fresh {
-        expiry: credential.expiry(),
-        claimed_lifetime: credential.lifetime(),
+        expiry: credential.secret().expires_at(),
+        claimed_lifetime: credential.secret().lifetime(),
         stated_lifetime: lifetime,
         recheck,
         outlives_rejection: C::OUTLIVES_REJECTION,

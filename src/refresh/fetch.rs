@@ -43,15 +43,12 @@ pub(super) async fn fetch<C: Credential>(
     let fetching = async { source.fetch(reason).await };
     let mut fetching = pin!(fetching);
     let guarded = poll_fn(|cx| {
-        let polled = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx)));
-        polled.map_or_else(
+        let Ok(polled) = catch_unwind(AssertUnwindSafe(|| fetching.as_mut().poll(cx))) else {
             // The panic's payload may contain a secret.
-            |_| {
-                let error = SourceError::transient("the source panicked");
-                Poll::Ready(Err(Failed { how: RefreshOutcome::Panicked, error }))
-            },
-            |polled| polled.map_err(Failed::from),
-        )
+            let error = SourceError::transient("the source panicked");
+            return Poll::Ready(Err(Failed { how: RefreshOutcome::Panicked, error }));
+        };
+        polled.map_err(Failed::from)
     });
     // A runtime cannot be asked whether it has timers: `timeout` panics if it has none.
     let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
@@ -82,10 +79,6 @@ pub(super) fn describe(failure: RefreshFailure, delay: Duration, cause: Option<S
     if !permanent {
         let _ = write!(detail, "; next attempt in {delay:.1?} at the earliest");
     }
-    AuthError::refresh_failure(
-        kind,
-        detail,
-        (!permanent).then_some(delay),
-        cause.map(SourceError::into_cause),
-    )
+    let retry_after = (!permanent).then_some(delay);
+    AuthError::refresh_failure(kind, detail, retry_after, cause.map(SourceError::into_cause))
 }

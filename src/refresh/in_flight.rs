@@ -56,20 +56,13 @@ impl InFlight {
     pub(super) fn complete(&self, result: Result<(), AuthError>) {
         self.0.results.send_if_modified(|current| {
             let is_first = current.is_none();
-            if is_first {
-                *current = Some(result);
-            }
+            current.get_or_insert(result);
             is_first
         });
     }
 
-    fn result(&self) -> Option<Result<(), AuthError>> {
+    pub(super) fn result(&self) -> Option<Result<(), AuthError>> {
         self.0.results.borrow().clone()
-    }
-
-    #[cfg(all(test, model))]
-    pub(super) fn completed(&self) -> Option<Result<(), AuthError>> {
-        self.result()
     }
 
     #[cfg(all(test, model))]

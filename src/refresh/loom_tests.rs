@@ -12,7 +12,10 @@ use std::{
     time::UNIX_EPOCH,
 };
 
-use loom::sync::atomic::{AtomicBool, AtomicUsize};
+use loom::{
+    sync::atomic::{AtomicBool, AtomicUsize},
+    thread::JoinHandle,
+};
 use tokio::runtime;
 
 use super::*;
@@ -135,6 +138,14 @@ fn fresh(engine: &Refreshing<Token>) -> Option<usize> {
     engine.fresh().map(|lease| lease.credential.number())
 }
 
+fn spawn_with<T: Send + 'static>(
+    engine: &Refreshing<Token>,
+    run: impl FnOnce(Refreshing<Token>) -> T + Send + 'static,
+) -> JoinHandle<T> {
+    let engine = engine.clone();
+    spawn(move || run(engine))
+}
+
 /// Asks for the token in every way, one after the other.
 fn ask_in_every_way(engine: &Refreshing<Token>) -> Vec<usize> {
     let demanded = || match engine.demand(&OnceCell::new()) {
@@ -189,11 +200,31 @@ impl Waiter {
         }
         waiters.map(|waiter| {
             let Some(waiter) = waiter else { return Not };
-            assert!(matches!(waiter.in_flight.completed(), Some(Ok(()))));
+            assert!(matches!(waiter.in_flight.result(), Some(Ok(()))));
             assert!(waiter.wait.is_none() || waiter.woken.0.load(Ordering::Acquire));
             if waiter.wait.is_some() { ForRefresh } else { Completed }
         })
     }
+}
+
+/// Has two threads `call` an engine, which fetches the credentials up to the last one of the script in one refresh.
+fn share_one_refresh(
+    credentials: &'static [usize],
+    engine: fn(Arc<Script>) -> Refreshing<Token>,
+    call: fn(&Refreshing<Token>) -> Option<Waiter>,
+) {
+    let outcomes = explore(move || {
+        let script = Script::new(credentials);
+        let engine = engine(Arc::clone(&script));
+        let other = spawn_with(&engine, move |engine| call(&engine));
+        let waiters = [call(&engine), other.join().unwrap()];
+        Tasks::join();
+
+        assert_eq!(script.asked(), credentials.len());
+        assert_eq!(fresh(&engine), credentials.last().copied());
+        Waiter::check(waiters)
+    });
+    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
 }
 
 /// F1
@@ -206,21 +237,7 @@ fn concurrent_callers_share_one_refresh() {
             None
         }
     };
-    let outcomes = explore(move || {
-        let script = Script::new(&[0]);
-        let engine = engine::<Token>(Arc::clone(&script), &clock());
-        let other = spawn({
-            let engine = engine.clone();
-            move || ask(&engine)
-        });
-        let waiters = [ask(&engine), other.join().unwrap()];
-        Tasks::join();
-
-        assert_eq!(script.asked(), 1);
-        assert_eq!(fresh(&engine), Some(0));
-        Waiter::check(waiters)
-    });
-    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
+    share_one_refresh(&[0], |script| engine(script, &clock()), ask);
 }
 
 /// F5
@@ -236,10 +253,7 @@ fn a_runtime_that_drops_its_tasks_strands_no_waiter() {
             let polled = Tasks::Dropped.during(|| call.as_mut().poll(&mut Context::from_waker(&waker)));
             (polled.is_pending().then_some(call), woken)
         };
-        let other = spawn({
-            let engine = engine.clone();
-            move || ask(engine)
-        });
+        let other = spawn_with(&engine, ask);
         [ask(engine), other.join().unwrap()].map(|(call, woken)| {
             let Some(mut call) = call else { return Completed };
             assert!(woken.0.load(Ordering::Acquire));
@@ -270,7 +284,7 @@ fn the_last_handle_may_be_dropped_during_a_refresh() {
         assert_eq!(Arc::strong_count(&script), 1, "a part of the engine is left");
         let waiter = Waiter::new(in_flight);
         assert!(waiter.wait.is_none());
-        assert!(matches!(waiter.in_flight.completed(), Some(Ok(()))));
+        assert!(matches!(waiter.in_flight.result(), Some(Ok(()))));
         script.asked()
     });
     assert_eq!(outcomes, [0, 1].into());
@@ -285,21 +299,7 @@ fn concurrent_rejections_share_one_refresh() {
         assert_eq!(rejection, expected);
         in_flight.map(Waiter::new)
     };
-    let outcomes = explore(move || {
-        let script = Script::new(&[0, 1]);
-        let engine = prefetched::<Token>(Arc::clone(&script), &clock());
-        let other = spawn({
-            let engine = engine.clone();
-            move || refuse(&engine)
-        });
-        let waiters = [refuse(&engine), other.join().unwrap()];
-        Tasks::join();
-
-        assert_eq!(script.asked(), 2);
-        assert_eq!(fresh(&engine), Some(1));
-        Waiter::check(waiters)
-    });
-    assert!(outcomes.is_superset(&[[ForRefresh, ForRefresh], [ForRefresh, Not], [Not, ForRefresh]].into()));
+    share_one_refresh(&[0, 1], |script| prefetched(script, &clock()), refuse);
 }
 
 /// J3
@@ -378,10 +378,7 @@ fn tokens_are_seen_in_order() {
         clock.jump(INTO_THE_ADVISORY_WINDOW);
         // Starts the refresh.
         assert!(engine.demand(&OnceCell::new()).is_ok());
-        let other = spawn({
-            let engine = engine.clone();
-            move || drop(engine.demand(&OnceCell::new()))
-        });
+        let other = spawn_with(&engine, |engine| drop(engine.demand(&OnceCell::new())));
         let tokens = ask_in_every_way(&engine);
         assert!(tokens.is_sorted(), "{tokens:?}");
         other.join().unwrap();

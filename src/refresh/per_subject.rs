@@ -126,7 +126,7 @@ impl Lifecycle<Subject, Arc<Entry>> for KeepRefreshing {
     type RequestState = ();
 
     fn is_pinned(&self, _: &Subject, entry: &Arc<Entry>) -> bool {
-        Arc::strong_count(entry) > 1 || entry.engine.is_refreshing()
+        Arc::strong_count(entry) > 1 || entry.engine.0.is_refreshing()
     }
 }
 
@@ -202,8 +202,7 @@ impl PerSubject {
     /// The engine of a subject; creates it if the subject is new. Evicts idle subjects, if it is time to.
     #[inline]
     pub(crate) fn engine(&self, subject: &Subject, now: &OnceCell<Time>) -> Result<SubjectEngine, AuthError> {
-        let now = now.get_or_init(|| self.0.policy.now()).since(self.0.created);
-        let now = millis(now);
+        let now = millis(now.get_or_init(|| self.0.policy.now()).since(self.0.created));
         self.sweep(now);
         match self.find(subject, now) {
             Some(entry) => Ok(SubjectEngine(entry)),
@@ -228,18 +227,12 @@ impl PerSubject {
     #[cold]
     fn insert(&self, subject: &Subject) -> Result<Arc<Entry>, AuthError> {
         if self.0.is_full() {
-            return Err(AuthError::refresh_failure(
-                AuthErrorKind::RefreshFailed,
-                FULL,
-                Some(RETRY_WHEN_FULL),
-                None,
-            ));
+            let retry_after = Some(RETRY_WHEN_FULL);
+            return Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, FULL, retry_after, None));
         }
         let create = || Ok(self.0.create(subject));
-        match self.0.engines.get_or_insert_with::<_, Infallible>(subject, create) {
-            Ok(entry) => Ok(entry),
-            Err(never) => match never {},
-        }
+        let Ok(entry) = self.0.engines.get_or_insert_with::<_, Infallible>(subject, create);
+        Ok(entry)
     }
 
     /// Evicts idle subjects, if it is time to; on a task if there is a runtime, because there may be many.
@@ -288,7 +281,7 @@ impl Subjects {
 
     /// Evicts down to the capacity, as far as subjects can be evicted.
     fn evict_least_recently_used(&self) {
-        let evictable = self.engines.iter().filter(|(_, entry)| !entry.engine.is_refreshing());
+        let evictable = self.engines.iter().filter(|(_, entry)| !entry.engine.0.is_refreshing());
         let mut used: Vec<_> = evictable.map(|(_, entry)| entry.used.load(Relaxed)).collect();
         let excess = self.engines.len().saturating_sub(self.capacity).min(used.len());
         let Some(at) = excess.checked_sub(1) else { return };
@@ -297,7 +290,7 @@ impl Subjects {
         let left = Cell::new(excess);
         self.engines.retain(|_, entry| {
             let is_kept =
-                left.get() == 0 || entry.used.load(Relaxed) > latest || entry.engine.is_refreshing();
+                left.get() == 0 || entry.used.load(Relaxed) > latest || entry.engine.0.is_refreshing();
             if !is_kept {
                 left.set(left.get() - 1);
             }
@@ -308,7 +301,7 @@ impl Subjects {
     fn evict_idle(&self) {
         let (now, idle) = (self.millis(), millis(self.idle));
         let is_idle = |entry: &Entry| now.saturating_sub(entry.used.load(Relaxed)) >= idle;
-        self.engines.retain(|_, entry| !is_idle(entry) || entry.engine.is_refreshing());
+        self.engines.retain(|_, entry| !is_idle(entry) || entry.engine.0.is_refreshing());
     }
 
     #[inline]

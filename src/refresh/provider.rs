@@ -20,11 +20,7 @@ pub enum Provider<C: Credential> {
 impl<C: Credential> Provider<C> {
     /// Returns the credential, after a refresh if one is due.
     ///
-    /// # Errors
-    ///
-    /// As [`Refreshing::token`].
-    ///
-    /// # Cancel safety
+    /// # Errors and cancel safety
     ///
     /// As [`Refreshing::token`].
     pub async fn get(&self) -> Result<C, AuthError> {
@@ -66,24 +62,6 @@ impl<C: Credential> Provider<C> {
     }
 }
 
-impl<C: Credential> From<C> for Provider<C> {
-    fn from(credential: C) -> Self {
-        Self::Fixed(credential)
-    }
-}
-
-impl<C: Credential> From<Refreshing<C>> for Provider<C> {
-    fn from(refreshing: Refreshing<C>) -> Self {
-        Self::Refreshing(refreshing)
-    }
-}
-
-impl<C: Credential> From<&Refreshing<C>> for Provider<C> {
-    fn from(refreshing: &Refreshing<C>) -> Self {
-        Self::Refreshing(refreshing.clone())
-    }
-}
-
 /// The JWTs of a layer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -94,38 +72,15 @@ pub enum JwtProvider {
     PerSubject(PerSubject),
 }
 
-impl From<Token> for JwtProvider {
-    fn from(jwt: Token) -> Self {
-        Self::Shared(jwt.into())
-    }
-}
+impl_from! {
+    Provider<C>: [C: Credential] C, credential => Self::Fixed(credential);
+    Provider<C>: [C: Credential] Refreshing<C>, refreshing => Self::Refreshing(refreshing);
+    Provider<C>: [C: Credential] &Refreshing<C>, refreshing => Self::Refreshing(refreshing.clone());
 
-impl From<Refreshing<Token>> for JwtProvider {
-    fn from(jwt: Refreshing<Token>) -> Self {
-        Self::Shared(jwt.into())
-    }
-}
-
-impl From<&Refreshing<Token>> for JwtProvider {
-    fn from(jwt: &Refreshing<Token>) -> Self {
-        Self::Shared(jwt.into())
-    }
-}
-
-impl From<Provider<Token>> for JwtProvider {
-    fn from(jwt: Provider<Token>) -> Self {
-        Self::Shared(jwt)
-    }
-}
-
-impl From<PerSubject> for JwtProvider {
-    fn from(jwts: PerSubject) -> Self {
-        Self::PerSubject(jwts)
-    }
-}
-
-impl From<&PerSubject> for JwtProvider {
-    fn from(jwts: &PerSubject) -> Self {
-        Self::PerSubject(jwts.clone())
-    }
+    JwtProvider: [] Token, jwt => Self::Shared(jwt.into());
+    JwtProvider: [] Refreshing<Token>, jwt => Self::Shared(jwt.into());
+    JwtProvider: [] &Refreshing<Token>, jwt => Self::Shared(jwt.into());
+    JwtProvider: [] Provider<Token>, jwt => Self::Shared(jwt);
+    JwtProvider: [] PerSubject, jwts => Self::PerSubject(jwts);
+    JwtProvider: [] &PerSubject, jwts => Self::PerSubject(jwts.clone());
 }

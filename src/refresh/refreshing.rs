@@ -117,10 +117,6 @@ impl<C: Credential> Refreshing<C> {
         self.0.holds(fingerprint)
     }
 
-    pub(super) fn is_refreshing(&self) -> bool {
-        self.0.is_refreshing()
-    }
-
     /// The fingerprints of credentials that were replaced lately.
     pub(crate) fn recently_replaced(&self) -> Vec<Fingerprint> {
         self.0.recently_replaced()
@@ -161,11 +157,7 @@ impl Refreshing<Token> {
 impl Refreshing<ApiKey> {
     /// Returns the key: at once while there is one, otherwise after the refresh.
     ///
-    /// # Errors
-    ///
-    /// As [`token`](Refreshing::token).
-    ///
-    /// # Cancel safety
+    /// # Errors and cancel safety
     ///
     /// As [`token`](Refreshing::token).
     pub async fn api_key(&self) -> Result<ApiKey, AuthError> {
@@ -195,20 +187,6 @@ pub(crate) trait Engine: Send + Sync {
 
     /// Whether there is another credential than `rejected`.
     fn has_replaced(&self, rejected: Fingerprint) -> bool;
-}
-
-impl<C: Credential> Engine for Driver<C> {
-    fn report_rejected(self: Arc<Self>, rejected: Fingerprint) -> (Rejection, Option<InFlight>) {
-        self.reject(rejected, false)
-    }
-
-    fn report_accepted(&self, rejected: Fingerprint) {
-        self.accept(rejected);
-    }
-
-    fn has_replaced(&self, rejected: Fingerprint) -> bool {
-        self.current().is_some_and(|(current, _)| current.secret().fingerprint() != rejected)
-    }
 }
 
 impl<C: Credential> super::Issued<C> {

@@ -36,8 +36,10 @@ pub(super) struct Schedule {
     fetched: Time,
     advisory: Duration,
     mandatory: Duration,
-    lifetime: Duration,
-    expires: bool,
+    /// How long the credential lived when it was fetched.
+    pub(super) lifetime: Duration,
+    /// Whether the credential or its source said when it expires.
+    pub(super) expires: bool,
 }
 
 /// Why a credential cannot be used.
@@ -99,16 +101,6 @@ impl Schedule {
     /// From here on the credential is not handed out.
     pub(super) fn expires_at(&self) -> Deadline {
         self.fetched.after(self.lifetime)
-    }
-
-    /// Whether the credential or its source said when it expires.
-    pub(super) fn expires(&self) -> bool {
-        self.expires
-    }
-
-    /// How long the credential lived when it was fetched.
-    pub(super) fn lifetime(&self) -> Duration {
-        self.lifetime
     }
 }
 

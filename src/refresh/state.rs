@@ -201,7 +201,7 @@ impl<V: Value, E: Clone> State<V, E> {
         let Some(held) = self.usable(now) else { return self.wait_or_fail(now, version) };
         let lives_long_enough =
             min_validity.is_zero() || held.schedule.expires_at().remaining(now) >= min_validity;
-        if !lives_long_enough && held.schedule.lifetime() < min_validity.saturating_add(DELIVERY_MARGIN) {
+        if !lives_long_enough && held.schedule.lifetime < min_validity.saturating_add(DELIVERY_MARGIN) {
             return (Answer::TooShort, None);
         }
         // After a failed refresh nobody waits for the next one while there is a credential to serve.
@@ -322,7 +322,7 @@ impl<V: Value, E: Clone> State<V, E> {
     ) -> Finish<V> {
         let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
         let was_aborted = self.setbacks.as_mut().is_some_and(|past| mem::take(&mut past.was_aborted));
-        let (failure, retry_after) = match outcome {
+        let (failure, permanent, retry_after) = match outcome {
             Outcome::Fetched(mut fresh) => {
                 let recheck = fresh.recheck;
                 self.last_duration = now.since(running.began);
@@ -355,22 +355,20 @@ impl<V: Value, E: Clone> State<V, E> {
                     {
                         return self.repeat(now, version, Err(failure));
                     }
-                    Err(failure) => (failure, recheck),
+                    Err(failure) => (failure, None, recheck),
                 }
             }
             Outcome::Failed { permanent, retry_after } => {
-                let failure = RefreshFailure::Source;
-                self.fail(now, failure, permanent.then_some(version), retry_after, error);
-                return Finish::Done(Err(failure));
+                (RefreshFailure::Source, permanent.then_some(version), retry_after)
             }
             // The next caller's runtime may do better, once.
             Outcome::Aborted if !was_aborted => {
                 self.setbacks_mut().was_aborted = true;
                 return Finish::Done(Err(RefreshFailure::Aborted));
             }
-            Outcome::Aborted => (RefreshFailure::Aborted, None),
+            Outcome::Aborted => (RefreshFailure::Aborted, None, None),
         };
-        self.fail(now, failure, None, retry_after, error);
+        self.fail(now, failure, permanent, retry_after, error);
         Finish::Done(Err(failure))
     }
 
@@ -389,8 +387,8 @@ impl<V: Value, E: Clone> State<V, E> {
         if let Some(held) = self.usable(now)
             && fresh.recheck.is_none()
             && !is_same(held)
-            && held.schedule.expires()
-            && schedule.expires()
+            && held.schedule.expires
+            && schedule.expires
             && schedule.expires_at().remaining(now) < held.schedule.expires_at().remaining(now)
         {
             return Err(RefreshFailure::Older);
@@ -453,7 +451,7 @@ impl<V: Value, E: Clone> State<V, E> {
     /// The current credential and when it expires, if it does.
     pub(super) fn current(&self, now: Time) -> Option<(&V, Option<Deadline>)> {
         let Held { value, schedule, .. } = self.usable(now)?;
-        Some((value, schedule.expires().then(|| schedule.expires_at())))
+        Some((value, schedule.expires.then(|| schedule.expires_at())))
     }
 
     /// The current credential or, while there is none, the last one that was rejected.

@@ -2,13 +2,8 @@
 
 use std::marker::PhantomData;
 
-use zeroize::Zeroizing;
-
 use super::{Fetched, Reason, Source, SourceError};
-use crate::{
-    credential::{ApiKey, Credential, Token, env},
-    error::Place,
-};
+use crate::credential::{ApiKey, Credential, Secret, Token, env};
 
 /// A [`Source`] that reads an environment variable: for the first credential, and again when the API rejects
 /// it.
@@ -47,8 +42,7 @@ impl<C> EnvSource<C> {
 
 impl<C: Credential> Source<C> for EnvSource<C> {
     async fn fetch(&self, _: Reason<C>) -> Result<Fetched<C>, SourceError> {
-        let place = || Place::EnvVar(self.name.clone());
-        let value = env::var(&self.name).map_err(|kind| C::refuse(place(), kind))?;
-        Ok(Fetched::new(C::parse(&Zeroizing::new(value), place())?))
+        let secret = Secret::from_env_var(&self.name, C::SETTING)?;
+        Ok(Fetched::new(C::from_secret(secret)))
     }
 }

@@ -125,10 +125,9 @@ impl<C> Fetched<C> {
     }
 }
 
-impl<C> From<C> for Fetched<C> {
-    fn from(credential: C) -> Self {
-        Self::new(credential)
-    }
+impl_from! {
+    Fetched<C>: [C] C, credential => Self::new(credential);
+    SourceError: [] ConfigError, error => Self::transient(error);
 }
 
 /// Why a source could not fetch a credential, and whether a retry can help.
@@ -152,12 +151,17 @@ pub struct SourceError {
 impl SourceError {
     /// Reports a failure that a later attempt may not meet. Any other error type converts to this.
     pub fn transient(error: impl Into<BoxError>) -> Self {
-        Self { error: error.into(), permanent: false, retry_after: None }
+        Self::of(false, None, error)
     }
 
     /// Reports a failure that lasts until the input of the source [changes](Source::version).
     pub fn permanent(error: impl Into<BoxError>) -> Self {
-        Self { error: error.into(), permanent: true, retry_after: None }
+        Self::of(true, None, error)
+    }
+
+    /// Reports a failure about which both are known.
+    pub(crate) fn of(permanent: bool, retry_after: Option<Duration>, error: impl Into<BoxError>) -> Self {
+        Self { error: error.into(), permanent, retry_after }
     }
 
     /// Sets how long to wait before the next attempt, as `Retry-After` does. Without it the engine backs off.
@@ -194,12 +198,6 @@ impl From<BoxError> for SourceError {
             Ok(error) => *error,
             Err(error) => Self::transient(error),
         }
-    }
-}
-
-impl From<ConfigError> for SourceError {
-    fn from(error: ConfigError) -> Self {
-        Self::transient(error)
     }
 }
 

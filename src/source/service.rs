@@ -37,10 +37,8 @@ impl<S> ServiceSource<S> {
 impl<C, S> Source<C> for ServiceSource<S>
 where
     C: Credential,
-    S: Service<Reason<C>, Response: Into<Fetched<C>>, Error: Into<BoxError>, Future: Send>
-        + Clone
-        + Send
-        + 'static,
+    S: Service<Reason<C>, Response: Into<Fetched<C>>, Error: Into<BoxError>, Future: Send>,
+    S: Clone + Send + 'static,
 {
     async fn fetch(&self, reason: Reason<C>) -> Result<Fetched<C>, SourceError> {
         let service = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -214,7 +214,7 @@ fn show_key(_: KeyId, _: bool) {}
 pub(crate) fn describe_metrics() {
     use metrics::{Unit, counter, describe_counter, describe_gauge};
 
-    use crate::AuthErrorKind as Kind;
+    use crate::{AuthErrorKind as Kind, error::UNSENT};
 
     describe_counter!(telemetry::RENEWALS, Unit::Count, "Refreshes of a credential, by outcome.");
     describe_counter!(telemetry::AUTH_ERRORS, Unit::Count, "Requests that the API refused with 401 or 403.");
@@ -245,13 +245,7 @@ pub(crate) fn describe_metrics() {
     for outcome in ["accepted", "refused", "failed"] {
         counter!(telemetry::REPLAYS, "outcome" => outcome).increment(0);
     }
-    for kind in [
-        Kind::OriginNotAllowed,
-        Kind::CredentialUnavailable,
-        Kind::RefreshFailed,
-        Kind::RefreshRejected,
-        Kind::InvalidRequest,
-    ] {
+    for kind in UNSENT {
         counter!(telemetry::UNSENT_REQUESTS, "kind" => kind.label()).increment(0);
     }
     counter!(telemetry::UNSAVED_REFRESH_TOKENS).increment(0);

@@ -34,7 +34,7 @@ pub(crate) struct Time {
 /// A point in time, which has come when either clock has reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadline {
-    wall: SystemTime,
+    pub(crate) wall: SystemTime,
     mono: Instant,
 }
 
@@ -75,10 +75,6 @@ impl Deadline {
     pub(crate) fn remaining(&self, now: Time) -> Duration {
         let wall = self.wall.duration_since(now.wall).unwrap_or_default();
         wall.min(self.mono.saturating_duration_since(now.mono))
-    }
-
-    pub(crate) fn wall(&self) -> SystemTime {
-        self.wall
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    fmt, mem,
+    mem,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker, ready},
@@ -56,22 +56,17 @@ impl<T> ArcSwapOption<T> {
     }
 }
 
-impl<T> fmt::Debug for ArcSwapOption<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ArcSwapOption").finish_non_exhaustive()
-    }
-}
+opaque_debug!(ArcSwapOption<T>);
 
 /// The part of `tokio::sync::watch` that the engine uses.
 pub(crate) mod watch {
     use std::{
         future::poll_fn,
-        ops::Deref,
         sync::Arc,
         task::{Poll, Waker},
     };
 
-    use ::loom::sync::{Mutex, MutexGuard};
+    use ::loom::sync::Mutex;
 
     pub(crate) struct Sender<T>(Arc<Mutex<Watched<T>>>);
 
@@ -81,8 +76,6 @@ pub(crate) mod watch {
     }
 
     pub(crate) struct Receiver<T>(Arc<Mutex<Watched<T>>>);
-
-    pub(crate) struct Ref<'a, T>(MutexGuard<'a, Watched<T>>);
 
     impl<T> Sender<T> {
         pub(crate) fn new(value: T) -> Self {
@@ -98,8 +91,12 @@ pub(crate) mod watch {
             is_modified
         }
 
-        pub(crate) fn borrow(&self) -> Ref<'_, T> {
-            Ref(self.0.lock().unwrap())
+        /// A copy, where tokio's returns a guard.
+        pub(crate) fn borrow(&self) -> T
+        where
+            T: Clone,
+        {
+            self.0.lock().unwrap().value.clone()
         }
 
         pub(crate) fn subscribe(&self) -> Receiver<T> {
@@ -118,14 +115,6 @@ pub(crate) mod watch {
                 Poll::Pending
             })
             .await;
-        }
-    }
-
-    impl<T> Deref for Ref<'_, T> {
-        type Target = T;
-
-        fn deref(&self) -> &T {
-            &self.0.value
         }
     }
 }
@@ -176,7 +165,7 @@ impl Handle {
         Ok(Self)
     }
 
-    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> Spawned {
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
         let aborted = Arc::new(AtomicBool::new(false));
         let abort = AbortHandle(Arc::clone(&aborted));
         let run = move || {
@@ -194,7 +183,7 @@ impl Handle {
             Tasks::AtOnce => run(),
             Tasks::Dropped => drop(run),
         }
-        Spawned(abort)
+        abort
     }
 }
 
@@ -204,18 +193,15 @@ pub(crate) fn spawn<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static)
     ::loom::thread::Builder::new().stack_size(WORDS).spawn(run).unwrap()
 }
 
-pub(crate) struct Spawned(AbortHandle);
-
-impl Spawned {
-    pub(crate) fn abort_handle(self) -> AbortHandle {
-        self.0
-    }
-}
-
 /// Drops a task that has not begun. A task that has begun never waits, so it cannot be dropped midway.
 pub(crate) struct AbortHandle(Arc<AtomicBool>);
 
 impl AbortHandle {
+    /// For the caller of `spawn`, which returns a `JoinHandle` in tokio.
+    pub(crate) fn abort_handle(self) -> Self {
+        self
+    }
+
     pub(crate) fn abort(&self) {
         self.0.store(true, Ordering::Release);
     }
@@ -242,14 +228,11 @@ impl<T> TaskLocal<T> {
         Scoped { slot: self.0, value: Some(value), task }
     }
 
-    pub(crate) fn try_with<R>(&self, read: impl FnOnce(&T) -> R) -> Result<R, Unset> {
+    pub(crate) fn try_with<R>(&self, read: impl FnOnce(&T) -> R) -> Result<R, ()> {
         let value = self.0.try_with(|slot| slot.borrow().as_ref().map(read));
-        value.ok().flatten().ok_or(Unset)
+        value.ok().flatten().ok_or(())
     }
 }
-
-#[derive(Debug)]
-pub(crate) struct Unset;
 
 pin_project! {
     pub(crate) struct Scoped<T: 'static, F> {

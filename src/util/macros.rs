@@ -1,4 +1,4 @@
-//! Methods that every service of this crate has, and `Debug` for opaque types.
+//! Methods that every service of this crate has, `Debug` for opaque types, and lists of conversions.
 
 /// Access to the inner service, in the field `inner`.
 macro_rules! inner_accessors {
@@ -29,4 +29,15 @@ macro_rules! opaque_debug {
             }
         }
     };
+}
+
+/// Implements `From` for a list of types.
+macro_rules! impl_from {
+    ($($target:ty: [$($parameter:tt)*] $source:ty, $value:ident => $made:expr;)*) => {$(
+        impl<$($parameter)*> From<$source> for $target {
+            fn from($value: $source) -> Self {
+                $made
+            }
+        }
+    )*};
 }

@@ -61,6 +61,11 @@ impl Timer {
     }
 }
 
+/// Whether this thread is on a runtime with timers. A runtime cannot be asked: making a timer panics if it has none.
+pub(crate) fn has_timers() -> bool {
+    Handle::try_current().is_ok() && catch_unwind(|| drop(sleep_until(monotonic()))).is_ok()
+}
+
 fn after(limit: Duration) -> Instant {
     let now = monotonic();
     now.checked_add(limit).unwrap_or(now)

@@ -33,7 +33,7 @@ use tower_selam::{
         TokenType,
     },
     simulator::{Server, Simulator, TokenFault},
-    source::{FileSource, Reason, source_fn},
+    source::{FileSource, Reason, Source, source_fn},
 };
 
 use crate::{
@@ -751,6 +751,32 @@ fn failed_save_raises_a_redacted_event() {
         settle().await;
     });
     tell(&log.text().replace('\n', " "));
+}
+
+/// F5: a source that is called directly, without a runtime or without its timers, returns an error.
+#[test]
+fn fetching_without_timers_is_an_error() {
+    let simulator = Simulator::new();
+    let store = MemoryStore::new(RefreshToken::new(simulator.issue_refresh_token()).unwrap());
+    for source in [
+        OAuthSource::client_credentials(public(&simulator)),
+        OAuthSource::refresh_token(public(&simulator), store.clone()),
+    ] {
+        let fetch = || source.fetch(Reason::First);
+        let without_timers = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for fetched in [
+            tokio_test::task::spawn(fetch()).poll(),
+            without_timers.block_on(async { Poll::Ready(fetch().await) }),
+        ] {
+            let Poll::Ready(Err(error)) = fetched else { panic!("{fetched:?}") };
+            assert_eq!(
+                error.to_string(),
+                "fetching a token requires a tokio runtime with its timers enabled"
+            );
+            assert!(!error.is_permanent());
+        }
+    }
+    assert_eq!(simulator.token_requests(), 0);
 }
 
 /// K2: a request does not wait for `save`; the next exchange does.

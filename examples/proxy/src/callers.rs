@@ -224,7 +224,7 @@ impl Display for BadLine {
             }
             Fault::SameName(name, first) => write!(f, "the name {name:?} is that of line {first}"),
             Fault::SameToken(name, first) => write!(f, "the token of {name:?} is that of line {first}"),
-            Fault::NoCallers => f.write_str("there is no name:token in it, so nobody could call"),
+            Fault::NoCallers => f.write_str("it has no name:token line, so nobody could call"),
         }
     }
 }
@@ -307,8 +307,8 @@ mod tests {
     #[test]
     fn an_invalid_line_is_named_but_never_shown() {
         for (content, expected) in [
-            ("", "there is no name:token in it, so nobody could call"),
-            ("# web:s3cr3t\n\n", "there is no name:token in it, so nobody could call"),
+            ("", "it has no name:token line, so nobody could call"),
+            ("# web:s3cr3t\n\n", "it has no name:token line, so nobody could call"),
             ("# tokens\ns3cr3t", "line 2: is not name:token"),
             ("web:a\nweb:s3cr3t", "line 2: the name \"web\" is that of line 1"),
             ("web:s3cr3t\n\napp:s3cr3t", "line 3: the token of \"app\" is that of line 1"),

@@ -210,7 +210,7 @@ impl Command {
                 "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
                     return Err(Error::for_flag(
                         &flag,
-                        "a secret is no argument, as every user of the machine sees those; see --help",
+                        "secrets are not accepted as arguments, which every user of the machine can see; see --help",
                     ));
                 }
                 _ => return Err(Error::new(format!("{flag} is not a flag; see --help"))),
@@ -348,7 +348,7 @@ fn address(value: &str) -> Result<SocketAddr, Error> {
 fn set_once(slot: &mut Option<CredentialSource>, flag: &str, source: CredentialSource) -> Result<(), Error> {
     match slot.replace(source) {
         None => Ok(()),
-        Some(_) => Err(Error::for_flag(flag, "is seen beside another flag of the same meaning")),
+        Some(_) => Err(Error::for_flag(flag, "conflicts with another flag that sets the same thing")),
     }
 }
 
@@ -435,17 +435,17 @@ mod tests {
             ("--ca a --ca b", "--ca: is seen twice"),
             (
                 "--api-key-file a --api-key-env B",
-                "--api-key-env: is seen beside another flag of the same meaning",
+                "--api-key-env: conflicts with another flag that sets the same thing",
             ),
             (
                 "--jwt-file a --token-url https://s3cr3t",
-                "--token-url: is seen beside another flag of the same meaning",
+                "--token-url: conflicts with another flag that sets the same thing",
             ),
             (
                 "--allow /v1/models",
                 "--allow: \"/v1/models\" is not METHOD:PATH, as POST:/v1/chat/completions is",
             ),
-            ("--jwt-path /audio", "--jwt-path: \"/audio\" is not below /v1, where all is that can be called"),
+            ("--jwt-path /audio", "--jwt-path: \"/audio\" is not below /v1, the only path that is forwarded"),
             (
                 "--jwt-path /v1/audio",
                 "--jwt-path: there is no JWT: set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
@@ -453,7 +453,7 @@ mod tests {
             ("--log loud", "--log: is none of off, error, warn, info, debug"),
             (
                 "--api-key sk-selam-s3cr3t",
-                "--api-key: a secret is no argument, as every user of the machine sees those; see --help",
+                "--api-key: secrets are not accepted as arguments, which every user of the machine can see; see --help",
             ),
         ] {
             let error = parse(arguments, &[]).unwrap_err().to_string();

@@ -157,7 +157,7 @@ pub fn check_prefix(prefix: &str) -> Result<(), String> {
         }
         Ok(_) => Ok(()),
         Err(BadPath::OutsideApi) => {
-            Err(format!("{prefix:?} is not below /v1, where all is that can be called"))
+            Err(format!("{prefix:?} is not below /v1, the only path that is forwarded"))
         }
         Err(BadPath::Ambiguous) => Err(format!("{prefix:?} is a path that no request can have")),
     }

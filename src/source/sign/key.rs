@@ -58,7 +58,7 @@ impl SigningKey {
     ///
     /// Fails if `pem` holds no such key. The error never contains the key.
     pub fn from_pem(pem: impl Into<SecretString>) -> Result<Self, ConfigError> {
-        Self::parse(pem.into().expose_secret(), Place::Argument)
+        Self::new(Key::from_pem(pem.into().expose_secret()), Place::Argument)
     }
 
     /// Reads a private key from a PEM file, once. See [`from_pem`](Self::from_pem).
@@ -68,17 +68,12 @@ impl SigningKey {
     /// Fails if the file cannot be read or holds no such key. The error names the file.
     pub fn from_pem_file(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
-        let place = Place::File(path.to_owned());
-        match file::read(path) {
-            Ok(pem) => Self::parse(&Zeroizing::new(pem), place),
-            Err(kind) => Err(ConfigError::new(Setting::SigningKey, place, kind)),
-        }
+        let key = file::read(path).and_then(|pem| Key::from_pem(&Zeroizing::new(pem)));
+        Self::new(key, Place::File(path.to_owned()))
     }
 
-    fn parse(pem: &str, place: Place) -> Result<Self, ConfigError> {
-        let parsed = private_key(pem)
-            .and_then(|(label, der)| Key::parse(label, &der).ok_or(ConfigErrorKind::InvalidKey));
-        match parsed {
+    fn new(key: Result<Key, ConfigErrorKind>, place: Place) -> Result<Self, ConfigError> {
+        match key {
             Ok(key) => Ok(Self { key: Arc::new(key), place }),
             Err(kind) => Err(ConfigError::new(Setting::SigningKey, place, kind)),
         }
@@ -122,25 +117,15 @@ impl fmt::Debug for SigningKey {
 #[derive(Clone, Debug)]
 pub struct HmacSecret(SecretSlice<u8>);
 
-macro_rules! impl_from {
-    ($([$($parameter:tt)*] $source:ty, $secret:ident => $bytes:expr;)*) => {$(
-        impl<$($parameter)*> From<$source> for HmacSecret {
-            fn from($secret: $source) -> Self {
-                Self($bytes.into())
-            }
-        }
-    )*};
-}
-
 impl_from! {
-    [] SecretSlice<u8>, secret => secret;
-    [] SecretString, secret => secret.expose_secret().as_bytes().to_vec();
-    [] Vec<u8>, secret => secret;
-    [] String, secret => secret.into_bytes();
-    [] &[u8], secret => secret.to_vec();
-    [] &str, secret => secret.as_bytes().to_vec();
-    [const N: usize] [u8; N], secret => Zeroizing::new(secret).to_vec();
-    [const N: usize] &[u8; N], secret => secret.to_vec();
+    HmacSecret: [] SecretSlice<u8>, secret => Self(secret);
+    HmacSecret: [] SecretString, secret => Self(secret.expose_secret().as_bytes().to_vec().into());
+    HmacSecret: [] Vec<u8>, secret => Self(secret.into());
+    HmacSecret: [] String, secret => Self(secret.into_bytes().into());
+    HmacSecret: [] &[u8], secret => Self(secret.to_vec().into());
+    HmacSecret: [] &str, secret => Self(secret.as_bytes().to_vec().into());
+    HmacSecret: [const N: usize] [u8; N], secret => Self(Zeroizing::new(secret).to_vec().into());
+    HmacSecret: [const N: usize] &[u8; N], secret => Self(secret.to_vec().into());
 }
 
 /// Finds the first private key among the blocks of `pem` and returns its label and DER. Other blocks may precede
@@ -194,14 +179,16 @@ struct Key {
 }
 
 impl Key {
-    fn parse(label: &str, der: &[u8]) -> Option<Self> {
-        match label {
-            "PRIVATE KEY" => Self::from_pkcs8_der(der).ok(),
-            "RSA PRIVATE KEY" => Self::rsa(der),
+    fn from_pem(pem: &str) -> Result<Self, ConfigErrorKind> {
+        let (label, der) = private_key(pem)?;
+        let key = match label {
+            "PRIVATE KEY" => Self::from_pkcs8_der(&der).ok(),
+            "RSA PRIVATE KEY" => Self::rsa(&der),
             // `sec1` converts it to PKCS#8.
-            "EC PRIVATE KEY" => Self::from_sec1_der(der).ok(),
+            "EC PRIVATE KEY" => Self::from_sec1_der(&der).ok(),
             _ => None,
-        }
+        };
+        key.ok_or(ConfigErrorKind::InvalidKey)
     }
 
     fn rsa(der: &[u8]) -> Option<Self> {
