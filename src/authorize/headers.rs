@@ -68,6 +68,8 @@ impl<'a> HeaderPlan<'a> {
     /// When the map is full. Then nothing is written.
     #[inline]
     pub(super) fn write(self, headers: &mut HeaderMap) -> Result<(), AuthError> {
+        // As in `Origins::admit`, comparing names beats a look-up.
+        let has_connection = headers.keys().any(|name| *name == CONNECTION);
         self.authorization.apply(headers, AUTHORIZATION)?;
         if let Err(error) = self.x_api_key.apply(headers, X_API_KEY) {
             if let HeaderEdit::Replace(_) = self.authorization {
@@ -75,8 +77,7 @@ impl<'a> HeaderPlan<'a> {
             }
             return Err(error);
         }
-        // As in `Origins::admit`, comparing names beats a look-up.
-        if headers.keys().any(|name| *name == CONNECTION) {
+        if has_connection {
             self.remove_from_connection(headers);
         }
         Ok(())
