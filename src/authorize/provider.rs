@@ -16,7 +16,7 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, JwtProvider, PerSubject, Provider, Refreshing, Subject,
     Token,
     credential::Credential,
-    refresh::{Demand, Issued, Lease, SubjectEngine, WaitForRefresh},
+    refresh::{Demand, Lease, SubjectEngine, WaitForRefresh},
     telemetry::event,
     util::{clock::Time, per_thread::Unshared},
 };
@@ -33,7 +33,7 @@ pub(crate) struct CredentialProvider {
 
 #[derive(Debug)]
 enum Slot<C: Credential> {
-    Fixed(Unshared<C>),
+    Fixed(Unshared<Arc<Lease<C>>>),
     Refreshing(Refreshing<C>),
 }
 
@@ -77,8 +77,9 @@ impl CredentialProvider {
 
     /// Credentials that are used once.
     pub(super) fn fixed(credentials: &Credentials) -> Self {
-        let api_key = Slot::Fixed(Unshared::single(credentials.api_key().clone()));
-        let jwt = credentials.jwt().map(|jwt| JwtSlot::Shared(Slot::Fixed(Unshared::single(jwt.clone()))));
+        let api_key = Slot::Fixed(Unshared::single(Lease::fixed(credentials.api_key().clone())));
+        let jwt = credentials.jwt().map(|jwt| Unshared::single(Lease::fixed(jwt.clone())));
+        let jwt = jwt.map(|jwt| JwtSlot::Shared(Slot::Fixed(jwt)));
         Self { api_key: Some(api_key), jwt }
     }
 
@@ -172,16 +173,16 @@ impl CredentialProvider {
 
 impl<C: Credential> Slot<C> {
     #[inline]
-    fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Option<Issued<C>>>, AuthError> {
+    fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Option<Arc<Lease<C>>>>, AuthError> {
         match self {
-            Self::Fixed(credential) => Ok(Demand::Ready(Some(Issued::Fixed(credential.local().clone())))),
+            Self::Fixed(lease) => Ok(Demand::Ready(Some(Arc::clone(lease.local())))),
             Self::Refreshing(refreshing) => refreshing.demand(now).map(leased),
         }
     }
 
     fn add_to(&self, secrets: &mut Secrets) {
         match self {
-            Self::Fixed(credential) => secrets.extend_current([credential.original().secret().clone()]),
+            Self::Fixed(lease) => secrets.extend_current([lease.original().credential.secret().clone()]),
             Self::Refreshing(refreshing) => {
                 secrets.extend_current(refreshing.current().map(|credential| credential.secret().clone()));
                 secrets.extend_replaced(refreshing.recently_replaced());
@@ -193,7 +194,7 @@ impl<C: Credential> Slot<C> {
 impl<C: Credential> From<Provider<C>> for Slot<C> {
     fn from(provider: Provider<C>) -> Self {
         match provider {
-            Provider::Fixed(credential) => Self::Fixed(Unshared::per_thread(credential)),
+            Provider::Fixed(credential) => Self::Fixed(Unshared::per_thread(Lease::fixed(credential))),
             Provider::Refreshing(refreshing) => Self::Refreshing(refreshing),
         }
     }
@@ -213,9 +214,9 @@ impl PendingCredentials {
 }
 
 #[inline]
-fn leased<C: Credential>(demand: Demand<Arc<Lease<C>>>) -> Demand<Option<Issued<C>>> {
+fn leased<C: Credential>(demand: Demand<Arc<Lease<C>>>) -> Demand<Option<Arc<Lease<C>>>> {
     match demand {
-        Demand::Ready(lease) => Demand::Ready(Some(Issued::Leased(lease))),
+        Demand::Ready(lease) => Demand::Ready(Some(lease)),
         Demand::Wait(in_flight) => Demand::Wait(in_flight),
     }
 }
