@@ -56,7 +56,8 @@ pub(super) enum Lookup {
     Wait(Box<PendingCredentials>),
 }
 
-/// The refreshes that a request waits for.
+/// The refreshes that a request waits for before it looks up credentials again; none if it can do so at once.
+#[derive(Default)]
 pub(super) struct PendingCredentials {
     refreshes: [Option<WaitForRefresh>; 2],
     /// Keeps the subject from being evicted meanwhile.
@@ -101,34 +102,33 @@ impl CredentialProvider {
     /// refreshes that are due.
     #[inline]
     pub(super) fn lookup(&self, scope: Scope, subject: Option<&Subject>) -> Result<Lookup, AuthError> {
-        loop {
-            let now = OnceCell::new();
-            // The token first: then the key is no older than the one that the token was issued with.
-            let (jwt, engine) = match (&self.jwt, scope) {
-                (None, _) | (_, Scope::KeyOnly) => (Demand::Ready(None), None),
-                (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand(&now)?, None),
-                (Some(JwtSlot::PerSubject(jwts)), Scope::All) => {
-                    let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?, &now)?;
-                    (leased(engine.demand(&now)?), Some(engine))
-                }
-            };
-            let api_key = match &self.api_key {
-                None => Demand::Ready(None),
-                Some(slot) => slot.demand(&now)?,
-            };
-            match (api_key, jwt) {
-                (Demand::Ready(api_key), Demand::Ready(jwt)) => {
-                    let sent = Sent { api_key, jwt, subject: engine };
-                    if self.is_snapshot(&sent) {
-                        return Ok(Lookup::Ready(sent));
-                    }
-                }
-                (api_key, jwt) => {
-                    let refreshes = [wait_for(api_key), wait_for(jwt)];
-                    return Ok(Lookup::Wait(Box::new(PendingCredentials { refreshes, _subject: engine })));
-                }
+        let now = OnceCell::new();
+        // The token first: then the key is no older than the one that the token was issued with.
+        let (jwt, subject) = match (&self.jwt, scope) {
+            (None, _) | (_, Scope::KeyOnly) => (Demand::Ready(None), None),
+            (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand(&now)?, None),
+            (Some(JwtSlot::PerSubject(jwts)), Scope::All) => {
+                let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?, &now)?;
+                (leased(engine.demand(&now)?), Some(engine))
             }
-        }
+        };
+        let api_key = match &self.api_key {
+            None => Demand::Ready(None),
+            Some(slot) => slot.demand(&now)?,
+        };
+        let pending = match (api_key, jwt) {
+            (Demand::Ready(api_key), Demand::Ready(jwt)) => {
+                let sent = Sent { api_key, jwt, subject };
+                if self.is_snapshot(&sent) {
+                    return Ok(Lookup::Ready(sent));
+                }
+                PendingCredentials::default()
+            }
+            (api_key, jwt) => {
+                PendingCredentials { refreshes: [wait_for(api_key), wait_for(jwt)], _subject: subject }
+            }
+        };
+        Ok(Lookup::Wait(Box::new(pending)))
     }
 
     /// Whether key and token were current at the same time: the token has to be current still, after the key was read.
