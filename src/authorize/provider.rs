@@ -57,7 +57,6 @@ pub(super) enum Lookup {
 }
 
 /// The refreshes that a request waits for before it looks up credentials again; none if it can do so at once.
-#[derive(Default)]
 pub(super) struct PendingCredentials {
     refreshes: [Option<WaitForRefresh>; 2],
     /// Keeps the subject from being evicted meanwhile.
@@ -116,30 +115,28 @@ impl CredentialProvider {
             None => Demand::Ready(None),
             Some(slot) => slot.demand(&now)?,
         };
-        let pending = match (api_key, jwt) {
-            (Demand::Ready(api_key), Demand::Ready(jwt)) => {
-                let sent = Sent { api_key, jwt, subject };
-                if self.is_snapshot(&sent) {
-                    return Ok(Lookup::Ready(sent));
-                }
-                PendingCredentials::default()
+        match (api_key, jwt) {
+            (Demand::Ready(api_key), Demand::Ready(jwt))
+                if self.is_snapshot(jwt.as_deref(), subject.as_deref()) =>
+            {
+                Ok(Lookup::Ready(Sent { api_key, jwt, subject }))
             }
             (api_key, jwt) => {
-                PendingCredentials { refreshes: [wait_for(api_key), wait_for(jwt)], _subject: subject }
+                let refreshes = [wait_for(api_key), wait_for(jwt)];
+                Ok(Lookup::Wait(Box::new(PendingCredentials { refreshes, _subject: subject })))
             }
-        };
-        Ok(Lookup::Wait(Box::new(pending)))
+        }
     }
 
     /// Whether key and token were current at the same time: the token has to be current still, after the key was read.
     /// Otherwise the token may have been replaced before the key, and the API may never have known the two together.
     #[inline]
-    fn is_snapshot(&self, sent: &Sent) -> bool {
+    fn is_snapshot(&self, jwt: Option<&Lease<Token>>, subject: Option<&Refreshing<Token>>) -> bool {
         let engine = match &self.jwt {
             Some(JwtSlot::Shared(Slot::Refreshing(engine))) => Some(engine),
-            _ => sent.subject.as_deref(),
+            _ => subject,
         };
-        match (&self.api_key, engine, &sent.jwt) {
+        match (&self.api_key, engine, jwt) {
             (Some(Slot::Refreshing(_)), Some(engine), Some(jwt)) => engine.holds(jwt.fingerprint()),
             _ => true,
         }
