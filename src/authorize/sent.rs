@@ -23,9 +23,9 @@ pub(crate) struct Sent {
 impl Sent {
     /// Adds the credentials to a response. If two layers wrote credentials, the inner one has added its own before.
     #[cold]
-    pub(super) fn add_to<B>(self, mut response: Response<B>) -> Response<B> {
+    pub(super) fn add_to<B>(self, response: &mut Response<B>) {
         if self.api_key.is_none() && self.jwt.is_none() {
-            return response;
+            return;
         }
         let inner = response.extensions_mut().remove::<Self>().unwrap_or_default();
         let sent = Self {
@@ -34,7 +34,6 @@ impl Sent {
             subject: inner.subject.or(self.subject),
         };
         response.extensions_mut().insert(sent);
-        response
     }
 
     /// The secrets, to mask them in what the API answers.
