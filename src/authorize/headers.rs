@@ -28,8 +28,8 @@ impl<'a> HeaderPlan<'a> {
     /// The plan for a layer's own credentials.
     #[inline]
     pub(super) fn new(owner: Owner, sent: &'a Sent) -> Self {
-        let key = sent.api_key.as_ref().map(|key| &key.credential().0);
-        let jwt = sent.jwt.as_ref().map(|jwt| jwt.credential().0.bearer());
+        let key = sent.api_key.as_ref().map(|key| &key.credential.0);
+        let jwt = sent.jwt.as_ref().map(|jwt| jwt.credential.0.bearer());
         let (authorization, x_api_key) = match owner {
             Owner::Both if jwt.is_some() => (jwt, key.map(|key| key.bare())),
             Owner::Both | Owner::KeyAsBearer => (key.map(|key| key.bearer()), None),
@@ -68,6 +68,8 @@ impl<'a> HeaderPlan<'a> {
     /// When the map is full. Then nothing is written.
     #[inline]
     pub(super) fn write(self, headers: &mut HeaderMap) -> Result<(), AuthError> {
+        // As in `Origins::admit`, comparing names beats a look-up.
+        let has_connection = headers.keys().any(|name| *name == CONNECTION);
         self.authorization.apply(headers, AUTHORIZATION)?;
         if let Err(error) = self.x_api_key.apply(headers, X_API_KEY) {
             if let HeaderEdit::Replace(_) = self.authorization {
@@ -75,8 +77,7 @@ impl<'a> HeaderPlan<'a> {
             }
             return Err(error);
         }
-        // As in `Origins::admit`, comparing names beats a look-up.
-        if headers.keys().any(|name| *name == CONNECTION) {
+        if has_connection {
             self.remove_from_connection(headers);
         }
         Ok(())
@@ -139,13 +140,13 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::select};
 
     use super::*;
-    use crate::{ApiKey, Token, refresh::Issued};
+    use crate::{ApiKey, Token, refresh::Lease};
 
     const OWNERS: [Owner; 4] = [Owner::KeyAsBearer, Owner::KeyAsXApiKey, Owner::Jwt, Owner::Both];
 
     fn sent(api_key: bool, jwt: bool) -> Sent {
-        let key = || Issued::Fixed(ApiKey::new("sk-selam-example").unwrap());
-        let token = || Issued::Fixed(Token::new("a.b.c").unwrap());
+        let key = || Lease::fixed(ApiKey::new("sk-selam-example").unwrap());
+        let token = || Lease::fixed(Token::new("a.b.c").unwrap());
         Sent { api_key: api_key.then(key), jwt: jwt.then(token), subject: None }
     }
 

@@ -67,8 +67,7 @@ fn look_up_during_rotation(first: impl FnOnce(&Refreshing<Token>)) -> Option<(us
     let sent = Tasks::AtOnce.during(|| lookup(&provider));
     rotation.join().unwrap();
     sent.map(|sent| {
-        let (key, jwt) =
-            (sent.api_key.unwrap().credential().number(), sent.jwt.unwrap().credential().number());
+        let (key, jwt) = (sent.api_key.unwrap().credential.number(), sent.jwt.unwrap().credential.number());
         assert!(key >= jwt / 4, "token {jwt} with key {key}");
         (key, jwt)
     })

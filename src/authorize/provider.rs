@@ -16,7 +16,7 @@ use crate::{
     ApiKey, AuthError, AuthErrorKind, Credentials, JwtProvider, PerSubject, Provider, Refreshing, Subject,
     Token,
     credential::Credential,
-    refresh::{Demand, Issued, Lease, SubjectEngine, WaitForRefresh},
+    refresh::{Demand, Lease, SubjectEngine, WaitForRefresh},
     telemetry::event,
     util::{clock::Time, per_thread::Unshared},
 };
@@ -33,7 +33,7 @@ pub(crate) struct CredentialProvider {
 
 #[derive(Debug)]
 enum Slot<C: Credential> {
-    Fixed(Unshared<C>),
+    Fixed(Unshared<Arc<Lease<C>>>),
     Refreshing(Refreshing<C>),
 }
 
@@ -56,7 +56,7 @@ pub(super) enum Lookup {
     Wait(Box<PendingCredentials>),
 }
 
-/// The refreshes that a request waits for.
+/// The refreshes that a request waits for before it looks up credentials again; none if it can do so at once.
 pub(super) struct PendingCredentials {
     refreshes: [Option<WaitForRefresh>; 2],
     /// Keeps the subject from being evicted meanwhile.
@@ -77,8 +77,9 @@ impl CredentialProvider {
 
     /// Credentials that are used once.
     pub(super) fn fixed(credentials: &Credentials) -> Self {
-        let api_key = Slot::Fixed(Unshared::single(credentials.api_key().clone()));
-        let jwt = credentials.jwt().map(|jwt| JwtSlot::Shared(Slot::Fixed(Unshared::single(jwt.clone()))));
+        let api_key = Slot::Fixed(Unshared::single(Lease::fixed(credentials.api_key().clone())));
+        let jwt = credentials.jwt().map(|jwt| Unshared::single(Lease::fixed(jwt.clone())));
+        let jwt = jwt.map(|jwt| JwtSlot::Shared(Slot::Fixed(jwt)));
         Self { api_key: Some(api_key), jwt }
     }
 
@@ -100,32 +101,29 @@ impl CredentialProvider {
     /// refreshes that are due.
     #[inline]
     pub(super) fn lookup(&self, scope: Scope, subject: Option<&Subject>) -> Result<Lookup, AuthError> {
-        loop {
-            let now = OnceCell::new();
-            // The token first: then the key is no older than the one that the token was issued with.
-            let (jwt, engine) = match (&self.jwt, scope) {
-                (None, _) | (_, Scope::KeyOnly) => (Demand::Ready(None), None),
-                (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand(&now)?, None),
-                (Some(JwtSlot::PerSubject(jwts)), Scope::All) => {
-                    let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?, &now)?;
-                    (leased(engine.demand(&now)?), Some(engine))
-                }
-            };
-            let api_key = match &self.api_key {
-                None => Demand::Ready(None),
-                Some(slot) => slot.demand(&now)?,
-            };
-            match (api_key, jwt) {
-                (Demand::Ready(api_key), Demand::Ready(jwt)) => {
-                    let sent = Sent { api_key, jwt, subject: engine };
-                    if self.is_snapshot(&sent) {
-                        return Ok(Lookup::Ready(sent));
-                    }
-                }
-                (api_key, jwt) => {
-                    let refreshes = [wait_for(api_key), wait_for(jwt)];
-                    return Ok(Lookup::Wait(Box::new(PendingCredentials { refreshes, _subject: engine })));
-                }
+        let now = OnceCell::new();
+        // The token first: then the key is no older than the one that the token was issued with.
+        let (jwt, subject) = match (&self.jwt, scope) {
+            (None, _) | (_, Scope::KeyOnly) => (Demand::Ready(None), None),
+            (Some(JwtSlot::Shared(slot)), Scope::All) => (slot.demand(&now)?, None),
+            (Some(JwtSlot::PerSubject(jwts)), Scope::All) => {
+                let engine = jwts.engine(subject.ok_or_else(|| unavailable(NO_SUBJECT))?, &now)?;
+                (leased(engine.demand(&now)?), Some(engine))
+            }
+        };
+        let api_key = match &self.api_key {
+            None => Demand::Ready(None),
+            Some(slot) => slot.demand(&now)?,
+        };
+        match (api_key, jwt) {
+            (Demand::Ready(api_key), Demand::Ready(jwt))
+                if self.is_snapshot(jwt.as_deref(), subject.as_deref()) =>
+            {
+                Ok(Lookup::Ready(Sent { api_key, jwt, subject }))
+            }
+            (api_key, jwt) => {
+                let refreshes = [wait_for(api_key), wait_for(jwt)];
+                Ok(Lookup::Wait(Box::new(PendingCredentials { refreshes, _subject: subject })))
             }
         }
     }
@@ -133,12 +131,12 @@ impl CredentialProvider {
     /// Whether key and token were current at the same time: the token has to be current still, after the key was read.
     /// Otherwise the token may have been replaced before the key, and the API may never have known the two together.
     #[inline]
-    fn is_snapshot(&self, sent: &Sent) -> bool {
+    fn is_snapshot(&self, jwt: Option<&Lease<Token>>, subject: Option<&Refreshing<Token>>) -> bool {
         let engine = match &self.jwt {
             Some(JwtSlot::Shared(Slot::Refreshing(engine))) => Some(engine),
-            _ => sent.subject.as_deref(),
+            _ => subject,
         };
-        match (&self.api_key, engine, &sent.jwt) {
+        match (&self.api_key, engine, jwt) {
             (Some(Slot::Refreshing(_)), Some(engine), Some(jwt)) => engine.holds(jwt.fingerprint()),
             _ => true,
         }
@@ -172,16 +170,16 @@ impl CredentialProvider {
 
 impl<C: Credential> Slot<C> {
     #[inline]
-    fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Option<Issued<C>>>, AuthError> {
+    fn demand(&self, now: &OnceCell<Time>) -> Result<Demand<Option<Arc<Lease<C>>>>, AuthError> {
         match self {
-            Self::Fixed(credential) => Ok(Demand::Ready(Some(Issued::Fixed(credential.local().clone())))),
+            Self::Fixed(lease) => Ok(Demand::Ready(Some(Arc::clone(lease.local())))),
             Self::Refreshing(refreshing) => refreshing.demand(now).map(leased),
         }
     }
 
     fn add_to(&self, secrets: &mut Secrets) {
         match self {
-            Self::Fixed(credential) => secrets.extend_current([credential.original().secret().clone()]),
+            Self::Fixed(lease) => secrets.extend_current([lease.original().credential.secret().clone()]),
             Self::Refreshing(refreshing) => {
                 secrets.extend_current(refreshing.current().map(|credential| credential.secret().clone()));
                 secrets.extend_replaced(refreshing.recently_replaced());
@@ -193,7 +191,7 @@ impl<C: Credential> Slot<C> {
 impl<C: Credential> From<Provider<C>> for Slot<C> {
     fn from(provider: Provider<C>) -> Self {
         match provider {
-            Provider::Fixed(credential) => Self::Fixed(Unshared::per_thread(credential)),
+            Provider::Fixed(credential) => Self::Fixed(Unshared::per_thread(Lease::fixed(credential))),
             Provider::Refreshing(refreshing) => Self::Refreshing(refreshing),
         }
     }
@@ -213,9 +211,9 @@ impl PendingCredentials {
 }
 
 #[inline]
-fn leased<C: Credential>(demand: Demand<Arc<Lease<C>>>) -> Demand<Option<Issued<C>>> {
+fn leased<C: Credential>(demand: Demand<Arc<Lease<C>>>) -> Demand<Option<Arc<Lease<C>>>> {
     match demand {
-        Demand::Ready(lease) => Demand::Ready(Some(Issued::Leased(lease))),
+        Demand::Ready(lease) => Demand::Ready(Some(lease)),
         Demand::Wait(in_flight) => Demand::Wait(in_flight),
     }
 }

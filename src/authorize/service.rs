@@ -125,12 +125,13 @@ where
         loop {
             match state.as_mut().project() {
                 StateProj::Sent { response, sent } => {
-                    return match response.poll(cx) {
-                        Poll::Ready(Ok(response)) if may_be_rejected(&response) => {
-                            Poll::Ready(Ok(mem::take(sent).add_to(response)))
-                        }
-                        polled => polled,
-                    };
+                    let mut polled = response.poll(cx);
+                    if let Poll::Ready(Ok(response)) = &mut polled
+                        && may_be_rejected(response)
+                    {
+                        mem::take(sent).add_to(response);
+                    }
+                    return polled;
                 }
                 StateProj::Waiting { waiting: slot } => {
                     let Some(waiting) = slot else { return Poll::Pending };

@@ -20,8 +20,8 @@ pub(super) fn with_query<B>(request: &Request<B>, sent: &Sent) -> Result<Uri, Au
         ));
     }
     let uri = request.uri();
-    let token = sent.jwt.as_ref().map(|jwt| ("token", jwt.credential().expose_secret()));
-    let api_key = sent.api_key.as_ref().map(|key| ("api_key", key.credential().expose_secret()));
+    let token = sent.jwt.as_ref().map(|jwt| ("token", jwt.credential.expose_secret()));
+    let api_key = sent.api_key.as_ref().map(|key| ("api_key", key.credential.expose_secret()));
     let credentials = || token.into_iter().chain(api_key);
 
     let kept = params(uri).filter(|param| {

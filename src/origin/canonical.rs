@@ -87,9 +87,14 @@ impl Origin {
     }
 
     /// Whether `uri` spells this origin in its canonical form. If not, it may still be the same origin.
+    #[inline]
     pub(super) fn matches_exactly(&self, uri: &Uri) -> bool {
-        uri.scheme_str() == Some(self.scheme())
-            && uri.authority().is_some_and(|authority| authority.as_str() == self.authority)
+        let has_scheme = match uri.scheme_str() {
+            Some("https") => self.is_https,
+            Some("http") => !self.is_https,
+            _ => false,
+        };
+        has_scheme && uri.authority().is_some_and(|authority| authority.as_str() == self.authority)
     }
 
     /// Whether a `Host` header names this origin. The header has no scheme, so the origin's own is assumed.

@@ -131,6 +131,7 @@ impl Origins {
 
     /// Whether `uri` spells an allowed origin in its canonical form, which is the fast path. If not, it may still be
     /// allowed: [`admit`](Self::admit) decides.
+    #[inline]
     pub(crate) fn matches_exactly(&self, uri: &Uri) -> bool {
         self.allowed.iter().any(|origin| origin.matches_exactly(uri))
     }
@@ -162,13 +163,13 @@ impl Origins {
 
     #[inline]
     fn admit_uri(&self, uri: &Uri) -> Result<Admission, AuthError> {
-        let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
-            return self.admit_relative(uri);
-        };
         if self.matches_exactly(uri) {
             return Ok(Admission::Write);
         }
-        self.admit_other(scheme, authority.as_str())
+        match (uri.scheme_str(), uri.authority()) {
+            (Some(scheme), Some(authority)) => self.admit_other(scheme, authority.as_str()),
+            _ => self.admit_relative(uri),
+        }
     }
 
     fn admit_relative(&self, uri: &Uri) -> Result<Admission, AuthError> {

@@ -12,39 +12,28 @@ use crate::{
     },
 };
 
-/// A credential and the engine that it came from, to be told when the API rejects it.
+/// A credential that requests are sent with, and the engine to be told when the API rejects it.
 #[derive(Debug)]
 pub(crate) struct Lease<C: Credential> {
     pub(crate) credential: C,
-    /// Weak: an engine ends with its last handle, whatever requests are under way.
+    /// Weak: an engine ends with its last handle, whatever requests are under way. A fixed credential has no engine.
     pub(super) engine: Weak<Driver<C>>,
+}
+
+impl<C: Credential> Lease<C> {
+    pub(crate) fn fixed(credential: C) -> Arc<Self> {
+        Arc::new(Self { credential, engine: Weak::new() })
+    }
+
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        self.credential.secret().fingerprint()
+    }
 }
 
 impl<C: Credential> Unshare for Arc<Lease<C>> {
     fn unshare(&self) -> Self {
         let Lease { credential, engine } = &**self;
         Self::new(Lease { credential: credential.unshare(), engine: Weak::clone(engine) })
-    }
-}
-
-/// A credential that a request is sent with.
-#[derive(Clone, Debug)]
-pub(crate) enum Issued<C: Credential> {
-    Fixed(C),
-    Leased(Arc<Lease<C>>),
-}
-
-impl<C: Credential> Issued<C> {
-    #[inline]
-    pub(crate) fn credential(&self) -> &C {
-        match self {
-            Self::Fixed(credential) => credential,
-            Self::Leased(lease) => &lease.credential,
-        }
-    }
-
-    pub(crate) fn fingerprint(&self) -> Fingerprint {
-        self.credential().secret().fingerprint()
     }
 }
 
@@ -58,7 +47,7 @@ struct Published<C: Credential> {
 
 impl<C: Credential> Published<C> {
     fn fingerprint(&self) -> Fingerprint {
-        self.lease.original().credential.secret().fingerprint()
+        self.lease.original().fingerprint()
     }
 }
 

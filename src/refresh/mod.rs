@@ -28,7 +28,7 @@ pub(crate) use self::driver::loom_tests;
 pub(crate) use self::{
     driver::Demand,
     in_flight::{InFlight, WaitForRefresh},
-    lease::{Issued, Lease},
+    lease::Lease,
     per_subject::SubjectEngine,
     reentrancy::on_behalf,
     refreshing::Engine,

@@ -189,12 +189,9 @@ pub(crate) trait Engine: Send + Sync {
     fn has_replaced(&self, rejected: Fingerprint) -> bool;
 }
 
-impl<C: Credential> super::Issued<C> {
+impl<C: Credential> Lease<C> {
     /// The engine to report to; `None` for a fixed credential, or after the last handle was dropped.
     pub(crate) fn engine(&self) -> Option<Arc<dyn Engine>> {
-        match self {
-            Self::Fixed(_) => None,
-            Self::Leased(lease) => lease.engine.upgrade().map(|engine| engine as Arc<dyn Engine>),
-        }
+        self.engine.upgrade().map(|engine| engine as Arc<dyn Engine>)
     }
 }

@@ -68,12 +68,11 @@ where
     #[inline]
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let replay = self.replay.clone();
-        if self.is_disabled {
-            let request = request.map(|body| replay.pass_through(body));
-            return ResponseFuture::new(self.inner.call(request), Attempt::new(replay, None));
-        }
         let mut captured = None;
         let request = request.map(|body| {
+            if self.is_disabled {
+                return replay.pass_through(body);
+            }
             let (body, kept) = replay.capture(body);
             captured = kept;
             body
