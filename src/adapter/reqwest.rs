@@ -72,7 +72,7 @@
 //! whether it gets credentials.
 //!
 //! The policy of a `reqwest::Client` that is already built cannot be inspected. [`HttpService::dangerous_with_client`]
-//! accepts such a client on your responsibility.
+//! accepts such a client at your own risk.
 //!
 //! # Caveats
 //!

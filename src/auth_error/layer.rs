@@ -10,8 +10,7 @@ use std::{
 use http::{Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service};
 
 use super::inspect::{BodyLimits, InspectedBody, Inspection};
 use crate::{AuthError, BoxError, FromAuthError, authorize::Sent, error::is_auth_status, telemetry::event};

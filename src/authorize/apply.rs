@@ -5,7 +5,8 @@ use std::mem;
 use http::{Request, request::Parts};
 
 use super::{
-    policy::{Decision, Owner, Policy, Settings},
+    headers::Owner,
+    policy::{Decision, Policy, Settings},
     provider::CredentialProvider,
 };
 use crate::{AuthError, Credentials, Origins, RequestAuth};

@@ -5,10 +5,38 @@ use http::{
     header::{AUTHORIZATION, CONNECTION},
 };
 
-use super::{policy::Owner, sent::Sent};
+use super::sent::Sent;
 use crate::{AuthError, AuthErrorKind, Credentials};
 
 pub(crate) const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// Which headers a layer owns, and what it writes into them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// `Authorization`: the key.
+    KeyAsBearer,
+    /// `X-API-Key`: the key.
+    KeyAsXApiKey,
+    /// `Authorization`: the JWT.
+    Jwt,
+    /// Both headers: the key as bearer, or the JWT as bearer and the key as `X-API-Key`.
+    Both,
+}
+
+impl Owner {
+    pub(super) fn owns_authorization(self) -> bool {
+        self != Self::KeyAsXApiKey
+    }
+
+    pub(super) fn owns_x_api_key(self) -> bool {
+        matches!(self, Self::KeyAsXApiKey | Self::Both)
+    }
+
+    pub(super) fn is_present(self, headers: &HeaderMap) -> bool {
+        (self.owns_authorization() && headers.contains_key(AUTHORIZATION))
+            || (self.owns_x_api_key() && headers.contains_key(X_API_KEY))
+    }
+}
 
 /// What to do with the two headers that carry credentials.
 pub(super) struct HeaderPlan<'a> {
@@ -61,11 +89,11 @@ impl<'a> HeaderPlan<'a> {
         }
     }
 
-    /// Carries the plan out.
+    /// Applies the plan.
     ///
     /// # Errors
     ///
-    /// When the map is full. Then nothing is written.
+    /// When the map is full. Then neither header is written.
     #[inline]
     pub(super) fn write(self, headers: &mut HeaderMap) -> Result<(), AuthError> {
         // As in `Origins::admit`, comparing names beats a look-up.

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use tower_layer::Layer;
+use tower::Layer;
 
 use super::{
     Authorize,
-    policy::{Owner, Policy, Settings},
+    headers::Owner,
+    policy::{Policy, Settings},
     provider::CredentialProvider,
 };
 use crate::{ApiKey, JwtProvider, Origins, Provider};

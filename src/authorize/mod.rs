@@ -76,13 +76,14 @@ mod service;
 mod strip;
 mod voice_agent;
 
-pub use self::{
-    layer::{ApiKeyLayer, JwtLayer},
-    service::{Authorize, ResponseFuture},
-};
 pub(crate) use self::{
-    policy::{Owner, Policy, Settings},
+    headers::Owner,
+    policy::{Policy, Settings},
     provider::CredentialProvider,
     sent::Sent,
     service::Undecided,
+};
+pub use self::{
+    layer::{ApiKeyLayer, JwtLayer},
+    service::{Authorize, ResponseFuture},
 };

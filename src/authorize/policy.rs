@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, Method, Request, header::AUTHORIZATION};
+use http::{Method, Request};
 
 use super::{
-    headers::{HeaderPlan, X_API_KEY},
+    headers::{HeaderPlan, Owner},
     provider::{CredentialProvider, Lookup, PendingCredentials, Scope, unavailable},
     sent::Sent,
     strip, voice_agent,
 };
 use crate::{AuthError, AuthErrorKind, Credentials, Origins, RequestAuth, Subject, origin::Admission};
 
-const NO_CREDENTIALS: &str = "every request has to bring `RequestAuth::Custom`, and this one does not";
+const NO_CREDENTIALS: &str = "this layer requires `RequestAuth::Custom` on every request";
 const NO_JWT: &str = "the request asks for a JWT in addition to the key, and this layer has none";
 const NO_REQUEST_AUTH: &str = "the request has no `RequestAuth` extension, and this layer requires one";
 const OTHER_HEADER: &str = "the request's credentials go into a header that this layer does not own";
@@ -33,19 +33,6 @@ pub(crate) struct Settings {
     pub(crate) require_request_auth: bool,
 }
 
-/// Which headers a layer owns, and what it writes into them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
-    /// `Authorization`: the key.
-    KeyAsBearer,
-    /// `X-API-Key`: the key.
-    KeyAsXApiKey,
-    /// `Authorization`: the JWT.
-    Jwt,
-    /// Both headers: the key as bearer, or the JWT as bearer and the key as `X-API-Key`.
-    Both,
-}
-
 /// What to do with a request.
 pub(super) enum Decision {
     /// Send it. It carries these credentials, if any.
@@ -54,27 +41,12 @@ pub(super) enum Decision {
     Wait(Box<PendingCredentials>),
 }
 
-impl Owner {
-    pub(super) fn owns_authorization(self) -> bool {
-        self != Self::KeyAsXApiKey
-    }
-
-    pub(super) fn owns_x_api_key(self) -> bool {
-        matches!(self, Self::KeyAsXApiKey | Self::Both)
-    }
-
-    fn is_present(self, headers: &HeaderMap) -> bool {
-        (self.owns_authorization() && headers.contains_key(AUTHORIZATION))
-            || (self.owns_x_api_key() && headers.contains_key(X_API_KEY))
-    }
-}
-
 impl Policy {
     /// Decides what `request` gets and writes it.
     ///
     /// # Errors
     ///
-    /// When the request may not be sent; it is unchanged then.
+    /// When the request may not be sent. It carries no credential of this layer then.
     #[inline]
     pub(super) fn authorize<B>(&self, request: &mut Request<B>) -> Result<Decision, AuthError> {
         let Settings { origins, if_not_present, require_request_auth } = &self.settings;
@@ -156,7 +128,7 @@ impl Policy {
         }))
     }
 
-    /// Removes everything of ours from a request to an origin that may not have it.
+    /// Strips this layer's credentials from a request to an origin that is not allowed.
     #[cold]
     fn strip<B>(&self, request: &mut Request<B>) -> Result<(), AuthError> {
         let extensions = request.extensions();

@@ -21,8 +21,9 @@ use crate::{
     util::{clock::Time, per_thread::Unshared},
 };
 
-const NO_SUBJECT: &str = "the request names no `Subject`, and this layer has a JWT for each";
-const ONE_FOR_ALL: &str = "the request names a `Subject`, and this layer sends the same credentials for all";
+const NO_SUBJECT: &str = "the request has no `Subject` extension, and this layer sends one JWT per subject";
+const ONE_FOR_ALL: &str =
+    "the request has a `Subject` extension, and this layer sends the same credentials for all";
 
 /// The credentials of one layer.
 #[derive(Debug, Default)]

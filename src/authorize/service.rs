@@ -9,7 +9,7 @@ use std::{
 
 use http::{Request, Response};
 use pin_project_lite::pin_project;
-use tower_service::Service;
+use tower::Service;
 
 use super::{
     policy::{Decision, Policy},
@@ -179,7 +179,7 @@ impl<S, ReqBody> Waiting<S, ReqBody> {
     }
 }
 
-/// On a response whose trailers may still say that the credentials were rejected, as those of gRPC.
+/// Marks a response whose trailers may still report a rejection, as in gRPC.
 #[derive(Clone, Copy)]
 pub(crate) struct Undecided;
 

@@ -1,4 +1,4 @@
-//! Removes credentials from a request to an origin that may not have them.
+//! Removes credentials from a request to an origin that is not allowed to receive them.
 
 use std::iter::successors;
 
@@ -9,7 +9,7 @@ use http::{
 use percent_encoding::percent_decode;
 use zeroize::Zeroizing;
 
-use super::{headers::X_API_KEY, policy::Owner};
+use super::headers::{Owner, X_API_KEY};
 use crate::{
     AuthError, AuthErrorKind,
     credential::{Fingerprint, Secret},
@@ -58,7 +58,7 @@ impl Secrets {
     /// When the path contains a secret, which cannot be removed.
     pub(super) fn uri_without(&self, uri: &Uri) -> Result<Option<Uri>, AuthError> {
         let refused = || {
-            let detail = "the URI contains a credential, and its origin may not have it";
+            let detail = "the URI contains a credential, and its origin is not allowed to receive it";
             AuthError::local(AuthErrorKind::OriginNotAllowed, detail)
         };
         if self.are_in(uri.path().as_bytes()) {

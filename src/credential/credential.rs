@@ -22,7 +22,7 @@ pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
 
     /// Whether it stays in use when the API rejected it and its source has no other.
     ///
-    /// A key does: the API's answer says more than an error of ours could. A token does not: it has expired.
+    /// A key does: the API's response says more than an error of ours could. A token does not: it may have been revoked.
     const OUTLIVES_REJECTION: bool;
 
     fn from_secret(secret: Secret) -> Self;

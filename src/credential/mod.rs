@@ -1,6 +1,7 @@
 //! Credentials as values: validated on construction, redacted when printed, wiped on drop.
 
 mod api_key;
+mod claims;
 #[expect(clippy::module_inception, reason = "it holds the trait of that name")]
 mod credential;
 mod credentials;

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-use super::{Fingerprint, KeyId, token};
+use super::{Fingerprint, KeyId, claims};
 use crate::{
     error::{ConfigError, ConfigErrorKind, Place, Setting},
     util::per_thread::{CacheAligned, Unshare},
@@ -53,7 +53,7 @@ impl Secret {
         let buffer = Bytes::from_owner(Zeroizing::new(mem::take(&mut *buffer).into_boxed_slice()));
 
         let is_token = setting == Setting::Token;
-        let expires_at = if is_token { token::expires_at(secret) } else { None };
+        let expires_at = if is_token { claims::expires_at(secret) } else { None };
         Self::from_buffer(buffer, !is_token, Fingerprint::of(secret.as_bytes()), expires_at)
     }
 
@@ -86,7 +86,7 @@ impl Secret {
 
     /// The time from `iat` to `exp`, if it is a JWT with both claims.
     pub(crate) fn lifetime(&self) -> Option<Duration> {
-        self.0.expires_at.and_then(|_| token::lifetime(self.expose()))
+        self.0.expires_at.and_then(|_| claims::lifetime(self.expose()))
     }
 
     /// The secret alone. It is ASCII: `parse` checked it.

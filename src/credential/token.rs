@@ -1,10 +1,8 @@
 //! A bearer token, usually a JWT.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-use jsonwebtoken::dangerous::insecure_decode_claims;
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{Secret, env};
 use crate::error::{ConfigError, Place, Setting};
@@ -61,34 +59,10 @@ impl Token {
     }
 }
 
-/// When a JWT expires.
-pub(super) fn expires_at(token: &str) -> Option<SystemTime> {
-    let since_epoch = Duration::try_from_secs_f64(claims::<Expiry>(token)?.exp).ok()?;
-    UNIX_EPOCH.checked_add(since_epoch)
-}
-
-pub(super) fn lifetime(token: &str) -> Option<Duration> {
-    let (Expiry { exp }, Issue { iat }) = (claims(token)?, claims(token)?);
-    Duration::try_from_secs_f64(exp - iat).ok()
-}
-
-// A NumericDate may have a fraction (RFC 7519 section 2).
-#[derive(Deserialize)]
-struct Expiry {
-    exp: f64,
-}
-
-#[derive(Deserialize)]
-struct Issue {
-    iat: f64,
-}
-
-fn claims<T: DeserializeOwned>(token: &str) -> Option<T> {
-    insecure_decode_claims(token).ok()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
     use proptest::prelude::*;
 

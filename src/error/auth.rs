@@ -244,7 +244,7 @@ impl AuthError {
         self.0.kind.is_permanent()
     }
 
-    /// Returns what to do about the error, as SelamAPI's authentication page documents it where it does.
+    /// Returns what to do about the error, in the words of SelamAPI's documentation where it has one.
     #[must_use]
     pub fn remedy(&self) -> Option<&'static str> {
         self.0.kind.remedy()

@@ -71,8 +71,8 @@ impl AuthErrorKind {
             Self::Forbidden => ("forbidden", "forbidden"),
             Self::OriginNotAllowed => ("origin_not_allowed", "origin not allowed"),
             Self::CredentialUnavailable => ("credential_unavailable", "no credential available"),
-            Self::RefreshFailed => ("renewal_failed", "credential refresh failed"),
-            Self::RefreshRejected => ("renewal_refused", "credential refresh rejected"),
+            Self::RefreshFailed => ("refresh_failed", "credential refresh failed"),
+            Self::RefreshRejected => ("refresh_rejected", "credential refresh rejected"),
             Self::InvalidRequest => ("invalid_request", "invalid request"),
         }
     }

@@ -61,12 +61,14 @@ mod response;
 mod rotation;
 mod source;
 mod store;
+mod token_type;
 
 pub(crate) use self::client::TokenClient;
 pub use self::{
     auth::ClientAuth,
     endpoint::TokenEndpoint,
     response::OAuthError,
-    source::{OAuthSource, TokenType},
+    source::OAuthSource,
     store::{MemoryStore, RefreshToken, RefreshTokenStore},
+    token_type::TokenType,
 };

@@ -105,7 +105,7 @@ impl OAuthError {
             && matches!(self.code(), Some("invalid_grant" | "invalid_client" | "unauthorized_client"))
     }
 
-    /// Returns the endpoint's answer, if that is what made a source fail.
+    /// Returns the endpoint's answer, if it caused the source's failure.
     pub(super) fn of(error: &SourceError) -> Option<&Self> {
         error.cause().downcast_ref()
     }

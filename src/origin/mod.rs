@@ -93,8 +93,8 @@ impl Origins {
 
     /// Forwards requests to other origins without credentials, instead of refusing them.
     ///
-    /// For use under a layer that follows redirects. Such a request loses `Authorization` and `X-API-Key` whoever wrote
-    /// them, and any of our credentials in its query or `Referer`.
+    /// For use under a layer that follows redirects. Such a request loses the headers that the layer owns, regardless of who
+    /// set them, and any of the layer's credentials in its query or `Referer`.
     #[must_use]
     pub fn strip_for_other_origins(mut self) -> Self {
         self.strip_for_other_origins = true;

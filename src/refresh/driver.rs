@@ -35,7 +35,7 @@ use crate::{
 };
 
 const NO_RUNTIME: &str = "a refresh needs a tokio runtime, and there is none here";
-const TOO_SHORT: &str = "the source's tokens do not live as long as was asked for";
+const TOO_SHORT: &str = "the source issues tokens with a shorter lifetime than requested";
 
 /// How many replaced credentials are remembered, to recognise them in URLs.
 const REMEMBERED_REPLACEMENTS: usize = 16;
@@ -184,7 +184,7 @@ impl<C: Credential> Driver<C> {
     }
 
     fn lease(self: &Arc<Self>, credential: C) -> Arc<Lease<C>> {
-        Arc::new(Lease { credential, engine: Arc::downgrade(self) })
+        Lease::of_engine(credential, Arc::downgrade(self) as Weak<dyn Engine>)
     }
 
     /// Registers a refresh as running. `repeated` is the refresh whose waiters it takes over.
@@ -294,7 +294,7 @@ impl<C: Credential> Driver<C> {
         }
     }
 
-    /// Emits the event and the metrics of a refresh. Not under the lock: subscribers and recorders are other people's code.
+    /// Emits the event and the metrics of a refresh. Not under the lock: subscribers and recorders are third-party code.
     fn report(&self, report: &Report<C>) {
         let Report { outcome, last, error } = report;
         let secret = last.as_ref().map(|last| last.secret());
@@ -309,7 +309,7 @@ impl<C: Credential> Driver<C> {
     }
 
     /// Locks the state. Asks for the source's version first if a decision may depend on it, which is after a permanent
-    /// failure: the source is other people's code and is not called under the lock.
+    /// failure: the source is third-party code and is not called under the lock.
     fn lock_with_version(&self) -> (MutexGuard<'_, Locked<C>>, u64) {
         let locked = self.lock();
         if !locked.state.has_failed_permanently() {
@@ -350,7 +350,7 @@ impl<C: Credential> Driver<C> {
     }
 }
 
-/// Aborts the refresh that nobody waits for any more.
+/// Aborts the running refresh when the last handle is dropped.
 impl<C: Credential> Drop for Driver<C> {
     fn drop(&mut self) {
         let locked = self.locked.get_mut().unwrap_or_else(PoisonError::into_inner);

@@ -34,7 +34,7 @@ impl From<SourceError> for Failed {
     }
 }
 
-/// Asks the source, for `limit` at most and whatever it does.
+/// Asks the source, for at most `limit`, and catches panics.
 pub(super) async fn fetch<C: Credential>(
     source: &dyn DynSource<C>,
     reason: Reason<C>,

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use super::driver::Driver;
+use super::{Rejection, in_flight::InFlight};
 use crate::{
     credential::{Credential, Fingerprint},
     util::{
@@ -16,13 +16,34 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Lease<C: Credential> {
     pub(crate) credential: C,
-    /// Weak: an engine ends with its last handle, whatever requests are under way. A fixed credential has no engine.
-    pub(super) engine: Weak<Driver<C>>,
+    /// `None` for a fixed credential. Weak: requests under way do not keep an engine alive.
+    engine: Option<Weak<dyn Engine>>,
+}
+
+/// An engine, whichever credential it holds: what a 401 or an accepted replay is reported to.
+pub(crate) trait Engine: Send + Sync {
+    /// Records that the API rejected a credential. Returns the refresh to wait for, if there is one.
+    fn report_rejected(self: Arc<Self>, rejected: Fingerprint) -> (Rejection, Option<InFlight>);
+
+    /// Records that the API accepted the credential that replaced `rejected`.
+    fn report_accepted(&self, rejected: Fingerprint);
+
+    /// Whether there is another credential than `rejected`.
+    fn has_replaced(&self, rejected: Fingerprint) -> bool;
 }
 
 impl<C: Credential> Lease<C> {
     pub(crate) fn fixed(credential: C) -> Arc<Self> {
-        Arc::new(Self { credential, engine: Weak::new() })
+        Arc::new(Self { credential, engine: None })
+    }
+
+    pub(super) fn of_engine(credential: C, engine: Weak<dyn Engine>) -> Arc<Self> {
+        Arc::new(Self { credential, engine: Some(engine) })
+    }
+
+    /// The engine to report to; `None` for a fixed credential, or after the engine's last handle was dropped.
+    pub(crate) fn engine(&self) -> Option<Arc<dyn Engine>> {
+        self.engine.as_ref()?.upgrade()
     }
 
     pub(crate) fn fingerprint(&self) -> Fingerprint {
@@ -33,7 +54,7 @@ impl<C: Credential> Lease<C> {
 impl<C: Credential> Unshare for Arc<Lease<C>> {
     fn unshare(&self) -> Self {
         let Lease { credential, engine } = &**self;
-        Self::new(Lease { credential: credential.unshare(), engine: Weak::clone(engine) })
+        Self::new(Lease { credential: credential.unshare(), engine: engine.clone() })
     }
 }
 

@@ -28,10 +28,9 @@ pub(crate) use self::driver::loom_tests;
 pub(crate) use self::{
     driver::Demand,
     in_flight::{InFlight, WaitForRefresh},
-    lease::Lease,
+    lease::{Engine, Lease},
     per_subject::SubjectEngine,
     reentrancy::on_behalf,
-    refreshing::Engine,
     state::Rejection,
 };
 pub use self::{

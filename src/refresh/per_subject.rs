@@ -38,7 +38,7 @@ const EVICTION_INTERVAL: u64 = 1_000;
 /// How many times per idle time the cache is searched for idle subjects.
 const SWEEPS_PER_IDLE_TIME: u32 = 4;
 
-const FULL: &str = "the tokens of as many subjects as the capacity allows are being fetched";
+const FULL: &str = "too many subjects are waiting for a token: retry later or raise the capacity";
 const RETRY_WHEN_FULL: Duration = Duration::from_secs(1);
 
 /// One token for each of many subjects, each with a [`Refreshing`] engine. Clones are handles of one set.

@@ -1,4 +1,4 @@
-//! What the layers take: fixed and refreshing credentials, for everybody or per subject.
+//! What the layers take: fixed and refreshing credentials, shared or per subject.
 
 use std::cell::OnceCell;
 

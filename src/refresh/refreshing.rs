@@ -8,9 +8,8 @@ use std::{
 };
 
 use super::{
-    RefreshPolicy, Rejection,
+    RefreshPolicy,
     driver::{Demand, Driver},
-    in_flight::InFlight,
     lease::Lease,
 };
 use crate::{
@@ -174,24 +173,5 @@ impl<C: Credential> Clone for Refreshing<C> {
 impl<C: Credential + fmt::Debug> fmt::Debug for Refreshing<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Refreshing").field("current", &self.current()).finish_non_exhaustive()
-    }
-}
-
-/// An engine, whichever credential it holds: what a 401 or an accepted replay is reported to.
-pub(crate) trait Engine: Send + Sync {
-    /// Records that the API rejected a credential. Returns the refresh to wait for, if there is one.
-    fn report_rejected(self: Arc<Self>, rejected: Fingerprint) -> (Rejection, Option<InFlight>);
-
-    /// Records that the API accepted the credential that replaced `rejected`.
-    fn report_accepted(&self, rejected: Fingerprint);
-
-    /// Whether there is another credential than `rejected`.
-    fn has_replaced(&self, rejected: Fingerprint) -> bool;
-}
-
-impl<C: Credential> Lease<C> {
-    /// The engine to report to; `None` for a fixed credential, or after the last handle was dropped.
-    pub(crate) fn engine(&self) -> Option<Arc<dyn Engine>> {
-        self.engine.upgrade().map(|engine| engine as Arc<dyn Engine>)
     }
 }

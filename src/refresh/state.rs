@@ -36,7 +36,7 @@ const MAX_CLOCK_DRIFT: Duration = Duration::from_secs(1);
 /// How often to re-check `Source::version` after a permanent failure.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
 
-/// The part of a lifetime that is promised to nobody, because it may pass before a caller has the credential.
+/// Safety margin for delivering the credential to the caller.
 const DELIVERY_MARGIN: Duration = Duration::from_secs(1);
 
 /// A credential as the state machine sees it. Equal credentials have equal fingerprints.

@@ -159,7 +159,7 @@ enum Kept<B> {
         /// Waits to restore the body.
         waiting: Option<Waker>,
     },
-    /// The client has let go of the body; `rest` is what it did not send.
+    /// The client has dropped the body; `rest` is what it did not send.
     Done {
         frames: VecDeque<Piece>,
         rest: Option<Pin<Box<B>>>,
@@ -272,7 +272,7 @@ impl<B: Body> Body for ReplayBody<B> {
     }
 }
 
-/// The client has let go of the body: what it did not send can be restored.
+/// The client has dropped the body, so the unsent rest can be replayed.
 impl<B> Drop for ReplayBody<B> {
     fn drop(&mut self) {
         let Some(kept) = self.kept.take() else { return };

@@ -10,7 +10,7 @@ use std::{
 use http::{Request, Response, StatusCode};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tower_service::Service;
+use tower::Service;
 
 use super::{Replay, blame::Blame, captured::Captured};
 use crate::{

@@ -1,6 +1,6 @@
 //! The layer: [`RefreshLayer`].
 
-use tower_layer::Layer;
+use tower::Layer;
 
 use super::{BufferBody, CloneBody, NoReplay, Refresh};
 

@@ -46,7 +46,7 @@
 //! The rejected credential is compared with the current one first: a late 401 for an older credential leaves the newer one
 //! in place, and the request is replayed with that. Concurrent 401s share one refresh. A request is sent at most twice; a
 //! 403 is never replayed. If replacements keep being rejected, refreshes are spaced like failed ones and the 401s are
-//! returned meanwhile; an accepted replacement ends that.
+//! returned meanwhile; an accepted replacement resets the spacing.
 //!
 //! A 401 that is returned has its body intact. To know what it says, up to 64 KiB of it are read, for at most 5 seconds.
 //!

@@ -8,7 +8,7 @@ use std::{
 
 use http::{Request, Response};
 use http_body::Body;
-use tower_service::Service;
+use tower::Service;
 
 use super::{
     CloneBody, Replay, ResponseFuture,
@@ -32,19 +32,19 @@ impl<S, R> Refresh<S, R> {
         Self { inner, replay, spares: Arc::new(PerThread::new()), is_disabled }
     }
 
-    /// The inner service.
+    /// Returns a reference to the inner service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 
-    /// The inner service, to be changed.
+    /// Returns a mutable reference to the inner service.
     pub fn get_mut(&mut self) -> &mut S {
         // Spares made so far are clones of the unchanged service.
         self.spares = Arc::new(PerThread::new());
         &mut self.inner
     }
 
-    /// The inner service, without this one.
+    /// Returns the inner service without this one.
     pub fn into_inner(self) -> S {
         self.inner
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tower_layer::Layer;
+use tower::Layer;
 
 use super::{Selam, SelamLayerBuilder};
 use crate::{

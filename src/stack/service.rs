@@ -9,9 +9,7 @@ use std::{
 use http::{Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tower::ServiceExt;
-use tower_layer::Layer;
-use tower_service::Service;
+use tower::{Layer, Service, ServiceExt};
 
 use super::SelamLayer;
 use crate::{
@@ -43,17 +41,17 @@ impl<S, R: Clone> Selam<S, R> {
 }
 
 impl<S, R> Selam<S, R> {
-    /// The inner client.
+    /// Returns a reference to the inner client.
     pub fn get_ref(&self) -> &S {
         &self.inner.get_ref().get_ref().get_ref().0
     }
 
-    /// The inner client, to be changed.
+    /// Returns a mutable reference to the inner client.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.inner.get_mut().get_mut().get_mut().0
     }
 
-    /// The inner client, without the layers.
+    /// Returns the inner client without the layers.
     pub fn into_inner(self) -> S {
         self.inner.into_inner().into_inner().into_inner().0
     }
@@ -79,7 +77,7 @@ impl<S, R> Selam<S, R> {
     ///
     /// # Errors
     ///
-    /// [`Error::Auth`] when the API refused the request or nothing was sent; [`Error::Inner`] when the client failed.
+    /// [`Error::Auth`] when the API rejected the request or nothing was sent; [`Error::Inner`] when the client failed.
     ///
     /// # Cancel safety
     ///

@@ -65,11 +65,11 @@ impl RefreshOutcome {
             Self::Refreshed => "renewed",
             Self::Unchanged => "unchanged",
             Self::Failed => "failed",
-            Self::Rejected => "refused",
+            Self::Rejected => "rejected",
             Self::TimedOut => "timed_out",
             Self::Panicked => "panicked",
             Self::Aborted => "aborted",
-            Self::Unusable => "unfit",
+            Self::Unusable => "unusable",
         }
     }
 }
@@ -84,7 +84,7 @@ pub(crate) fn refresh_ended(
     secret: Option<&str>,
 ) {
     let (credential, label) = (name(credential), outcome.label());
-    count!(telemetry::RENEWALS, "credential" => credential, "outcome" => label);
+    count!(telemetry::REFRESHES, "credential" => credential, "outcome" => label);
     let (id, error) = (Id(id), error.map(|error| Redacted { error, secret }));
     match (outcome, error) {
         (RefreshOutcome::Refreshed, _) => {
@@ -117,7 +117,7 @@ pub(crate) fn request_rejected(error: &AuthError, [api_key, token]: [Option<KeyI
         token = %Id(token),
         request_id = error.request_id(),
         error = %error,
-        "the API refused a request",
+        "request rejected by the API",
     );
 }
 
@@ -216,8 +216,8 @@ pub(crate) fn describe_metrics() {
 
     use crate::{AuthErrorKind as Kind, error::UNSENT};
 
-    describe_counter!(telemetry::RENEWALS, Unit::Count, "Refreshes of a credential, by outcome.");
-    describe_counter!(telemetry::AUTH_ERRORS, Unit::Count, "Requests that the API refused with 401 or 403.");
+    describe_counter!(telemetry::REFRESHES, Unit::Count, "Refreshes of a credential, by outcome.");
+    describe_counter!(telemetry::AUTH_ERRORS, Unit::Count, "Requests that the API rejected with 401 or 403.");
     describe_counter!(telemetry::REPLAYS, Unit::Count, "Requests replayed after a 401, by outcome.");
     describe_counter!(telemetry::UNSENT_REQUESTS, Unit::Count, "Requests that a layer refused to send.");
     describe_counter!(
@@ -225,12 +225,16 @@ pub(crate) fn describe_metrics() {
         Unit::Count,
         "Refresh tokens that their store failed to save."
     );
-    describe_gauge!(telemetry::CREDENTIAL_INFO, Unit::Count, "1 for the API key in use, 0 for a former one.");
+    describe_gauge!(
+        telemetry::CREDENTIAL_INFO,
+        Unit::Count,
+        "1 for the API key in use, 0 for a replaced one."
+    );
 
     use RefreshOutcome::{Aborted, Failed, Panicked, Refreshed, Rejected, TimedOut, Unchanged, Unusable};
     for credential in [Setting::ApiKey, Setting::Token].map(name) {
         for outcome in [Refreshed, Unchanged, Failed, Rejected, TimedOut, Panicked, Aborted, Unusable] {
-            counter!(telemetry::RENEWALS, "credential" => credential, "outcome" => outcome.label())
+            counter!(telemetry::REFRESHES, "credential" => credential, "outcome" => outcome.label())
                 .increment(0);
         }
     }

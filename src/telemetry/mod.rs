@@ -6,9 +6,9 @@ pub(crate) mod event;
 pub const TARGET: &str = "tower_selam";
 
 /// Counter: completed refreshes, by `credential` and `outcome`.
-pub const RENEWALS: &str = "tower_selam_renewals_total";
+pub const REFRESHES: &str = "tower_selam_renewals_total";
 
-/// Counter: requests that the API refused with 401 or 403, by `kind` and `code`.
+/// Counter: requests that the API rejected with 401 or 403, by `kind` and `code`.
 pub const AUTH_ERRORS: &str = "tower_selam_auth_errors_total";
 
 /// Counter: requests that were replayed after a 401, by `outcome`.
@@ -20,7 +20,7 @@ pub const UNSENT_REQUESTS: &str = "tower_selam_unsent_requests_total";
 /// Counter: refresh tokens that their store failed to save.
 pub const UNSAVED_REFRESH_TOKENS: &str = "tower_selam_unsaved_refresh_tokens_total";
 
-/// Gauge: 1 for the API key in use, 0 for a former one, by `credential` and `id`.
+/// Gauge: 1 for the API key in use, 0 for a replaced one, by `credential` and `id`.
 pub const CREDENTIAL_INFO: &str = "tower_selam_credential_info";
 
 /// Describes the metrics to the installed recorder and registers every counter series at zero, because a counter that

@@ -104,7 +104,7 @@ async fn each_request_gets_its_subjects_jwt() {
     // A request without a subject does not get the JWT of the previous one.
     let refused = send(&layer, get(MODELS)).await.unwrap_err();
     assert_eq!(refused.kind(), AuthErrorKind::CredentialUnavailable);
-    assert!(refused.to_string().contains("names no `Subject`"), "{refused}");
+    assert!(refused.to_string().contains("has no `Subject`"), "{refused}");
 }
 
 /// H4: a subject combines with `ApiKeyAndJwt`, `ApiKey`, `Anonymous` and `VoiceAgent`.

@@ -16,7 +16,7 @@ const GUIDE: &str = include_str!("../../src/guide/telemetry.md");
 #[test]
 fn guide_lists_every_name() {
     for name in [
-        telemetry::RENEWALS,
+        telemetry::REFRESHES,
         telemetry::AUTH_ERRORS,
         telemetry::REPLAYS,
         telemetry::UNSENT_REQUESTS,

@@ -24,7 +24,7 @@ fn events_are_stable_and_hold_no_secret() {
             "credential refreshed",
             "credential refresh failed",
             "credential refresh rejected",
-            "the API refused a request",
+            "request rejected by the API",
             "request replayed",
             "request not sent",
             "refresh token not saved; it is kept in memory only",

@@ -49,10 +49,10 @@ async fn refreshes_are_counted_by_outcome() {
         (Answer::Same("token-1", 2 * MINUTE), "unchanged"),
         (Answer::Fails(None), "failed"),
         (Answer::Fails(Some(SECOND)), "failed"),
-        (Answer::Refused, "refused"),
+        (Answer::Refused, "rejected"),
         (Answer::Panics, "panicked"),
         (Answer::Hangs, "timed_out"),
-        (Answer::Same("token-0", SECOND), "unfit"),
+        (Answer::Same("token-0", SECOND), "unusable"),
     ] {
         let recorder = Recorder::default();
         let _guard = ::metrics::set_default_local_recorder(&recorder);
@@ -268,8 +268,8 @@ async fn unsent_requests_are_counted_by_kind() {
         (None, get("http://api.selamgpt.com/v1"), "origin_not_allowed"),
         (None, key_and_jwt, "credential_unavailable"),
         (Some(endless_jwts()), voice, "invalid_request"),
-        (Some(failing(false)), get(MODELS), "renewal_failed"),
-        (Some(failing(true)), get(MODELS), "renewal_refused"),
+        (Some(failing(false)), get(MODELS), "refresh_failed"),
+        (Some(failing(true)), get(MODELS), "refresh_rejected"),
     ] {
         let recorder = Recorder::default();
         let _guard = ::metrics::set_default_local_recorder(&recorder);
