@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fmt,
+    fmt, io,
     net::{SocketAddr, ToSocketAddrs},
     path::PathBuf,
 };
@@ -339,7 +339,10 @@ fn address(value: &str) -> Result<SocketAddr, Error> {
     let invalid = |reason: &str| Error::for_flag("--listen", format!("{value:?} {reason}"));
     match value.to_socket_addrs() {
         Ok(mut addresses) => addresses.next().ok_or_else(|| invalid("does not resolve to an address")),
-        Err(_) => Err(invalid("must be ADDRESS:PORT, for example 127.0.0.1:8080")),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            Err(invalid("must be ADDRESS:PORT, for example 127.0.0.1:8080"))
+        }
+        Err(_) => Err(invalid("does not resolve to an address")),
     }
 }
 
