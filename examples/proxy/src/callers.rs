@@ -214,17 +214,19 @@ impl Display for BadLine {
             write!(f, "line {number}: ")?;
         }
         match &self.fault {
-            Fault::NoColon => f.write_str("is not name:token"),
+            Fault::NoColon => f.write_str("expected name:token"),
             Fault::BadName => {
-                write!(f, "the name is not 1 to {MAX_NAME_LENGTH} letters, digits, '-', '_' or '.'")
+                write!(f, "the name must be 1 to {MAX_NAME_LENGTH} letters, digits, '-', '_' or '.'")
             }
             Fault::NoToken(name) => write!(f, "the token of {name:?} is empty"),
             Fault::BadToken(name) => {
-                write!(f, "the token of {name:?} has blanks or characters that are not ASCII")
+                write!(f, "the token of {name:?} must consist of visible ASCII characters")
             }
-            Fault::SameName(name, first) => write!(f, "the name {name:?} is that of line {first}"),
-            Fault::SameToken(name, first) => write!(f, "the token of {name:?} is that of line {first}"),
-            Fault::NoCallers => f.write_str("it has no name:token line, so nobody could call"),
+            Fault::SameName(name, first) => write!(f, "{name:?} duplicates the name on line {first}"),
+            Fault::SameToken(name, first) => {
+                write!(f, "the token of {name:?} duplicates the token on line {first}")
+            }
+            Fault::NoCallers => f.write_str("contains no name:token line, so nobody could call"),
         }
     }
 }
@@ -307,17 +309,17 @@ mod tests {
     #[test]
     fn an_invalid_line_is_named_but_never_shown() {
         for (content, expected) in [
-            ("", "it has no name:token line, so nobody could call"),
-            ("# web:s3cr3t\n\n", "it has no name:token line, so nobody could call"),
-            ("# tokens\ns3cr3t", "line 2: is not name:token"),
-            ("web:a\nweb:s3cr3t", "line 2: the name \"web\" is that of line 1"),
-            ("web:s3cr3t\n\napp:s3cr3t", "line 3: the token of \"app\" is that of line 1"),
+            ("", "contains no name:token line, so nobody could call"),
+            ("# web:s3cr3t\n\n", "contains no name:token line, so nobody could call"),
+            ("# tokens\ns3cr3t", "line 2: expected name:token"),
+            ("web:a\nweb:s3cr3t", "line 2: \"web\" duplicates the name on line 1"),
+            ("web:s3cr3t\n\napp:s3cr3t", "line 3: the token of \"app\" duplicates the token on line 1"),
             ("web:\n", "line 1: the token of \"web\" is empty"),
             ("web: \r\n", "line 1: the token of \"web\" is empty"),
-            ("web:s3cr3t more", "line 1: the token of \"web\" has blanks or characters that are not ASCII"),
-            ("web:s3cr3té", "line 1: the token of \"web\" has blanks or characters that are not ASCII"),
-            (":s3cr3t", "line 1: the name is not 1 to 64 letters, digits, '-', '_' or '.'"),
-            ("s3cr3t/x:web", "line 1: the name is not 1 to 64 letters, digits, '-', '_' or '.'"),
+            ("web:s3cr3t more", "line 1: the token of \"web\" must consist of visible ASCII characters"),
+            ("web:s3cr3té", "line 1: the token of \"web\" must consist of visible ASCII characters"),
+            (":s3cr3t", "line 1: the name must be 1 to 64 letters, digits, '-', '_' or '.'"),
+            ("s3cr3t/x:web", "line 1: the name must be 1 to 64 letters, digits, '-', '_' or '.'"),
         ] {
             let error = table(content).unwrap_err();
             assert_eq!(error, expected);

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fmt,
+    fmt, io,
     net::{SocketAddr, ToSocketAddrs},
     path::PathBuf,
 };
@@ -161,19 +161,20 @@ impl Command {
                 Arg::Long(name) => format!("--{name}"),
                 Arg::Short(_) => return Err(Error::new(format!("{}; see --help", argument.unexpected()))),
                 // The value is not shown: it may be a secret whose flag is missing.
-                Arg::Value(_) => return Err(Error::new("an argument belongs to no flag; see --help")),
+                Arg::Value(_) => return Err(Error::new("unexpected argument; see --help")),
             };
             let repeats = matches!(&*flag, "--allow" | "--jwt-path");
             if !repeats && seen.contains(&flag) {
-                return Err(Error::for_flag(&flag, "is seen twice"));
+                return Err(Error::for_flag(&flag, "is given twice"));
             }
             let mut value = || match parser.value() {
-                Ok(value) if value.is_empty() => Err(Error::for_flag(&flag, "is empty")),
+                Ok(value) if value.is_empty() => Err(Error::for_flag(&flag, "the value is empty")),
                 Ok(value) => Ok(value),
                 Err(_) => Err(Error::for_flag(&flag, "needs a value")),
             };
-            let text =
-                |value: OsString| value.string().map_err(|_| Error::for_flag(&flag, "is not valid Unicode"));
+            let text = |value: OsString| {
+                value.string().map_err(|_| Error::for_flag(&flag, "the value is not valid Unicode"))
+            };
             match &*flag {
                 "--help" => return Ok(Self::Help),
                 "--listen" => config.listen = address(&text(value()?)?)?,
@@ -205,15 +206,15 @@ impl Command {
                 "--log" => {
                     config.log = text(value()?)?
                         .parse()
-                        .map_err(|_| Error::for_flag(&flag, "is none of off, error, warn, info, debug"))?;
+                        .map_err(|_| Error::for_flag(&flag, "must be off, error, warn, info or debug"))?;
                 }
                 "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
                     return Err(Error::for_flag(
                         &flag,
-                        "secrets are not accepted as arguments, which every user of the machine can see; see --help",
+                        "secrets are not accepted as arguments, which every user of this machine can read; see --help",
                     ));
                 }
-                _ => return Err(Error::new(format!("{flag} is not a flag; see --help"))),
+                _ => return Err(Error::new(format!("unknown flag {flag}; see --help"))),
             }
             seen.push(flag);
         }
@@ -230,17 +231,14 @@ impl Config {
         if self.client_token_file.is_none() && !self.is_local() {
             return Err(Error::for_flag(
                 "--listen",
-                format!(
-                    "{} is not a loopback address: name the file with the client tokens by --client-token-file FILE",
-                    self.listen
-                ),
+                format!("{} is not a loopback address, so --client-token-file FILE is required", self.listen),
             ));
         }
         if !self.jwt_paths.is_empty() && !self.has_jwt {
             return Err(Error::for_flag(
                 "--jwt-path",
                 format!(
-                    "there is no JWT: set {}, {} or {}",
+                    "no JWT is configured; set {}, {} or {}",
                     env::SELAM_JWT,
                     env::SELAM_JWT_FILE,
                     env::SELAM_TOKEN_URL
@@ -299,9 +297,9 @@ impl Config {
 fn from_library(flag: Option<&str>, error: &ConfigError) -> Error {
     let hint = match (error.kind(), error.env_var()) {
         (ConfigErrorKind::Missing, Some(env::SELAM_API_KEY)) => {
-            "; or name a file with the key by SELAM_API_KEY_FILE or --api-key-file"
+            "; set it, SELAM_API_KEY_FILE or --api-key-file"
         }
-        (ConfigErrorKind::NotHttps, _) => "; --allow-insecure-loopback lets it be http on this machine",
+        (ConfigErrorKind::NotHttps, _) => "; --allow-insecure-loopback allows http on a loopback address",
         _ => "",
     };
     let message = format!("{error}{hint}");
@@ -333,22 +331,25 @@ fn load<C: Credential>(
 fn unexpected(error: lexopt::Error) -> Error {
     match error {
         lexopt::Error::UnexpectedValue { option, .. } => Error::for_flag(&option, "takes no value"),
-        _ => Error::new("an argument cannot be parsed; see --help"),
+        _ => Error::new("invalid argument; see --help"),
     }
 }
 
 fn address(value: &str) -> Result<SocketAddr, Error> {
     let invalid = |reason: &str| Error::for_flag("--listen", format!("{value:?} {reason}"));
     match value.to_socket_addrs() {
-        Ok(mut addresses) => addresses.next().ok_or_else(|| invalid("has no address")),
-        Err(_) => Err(invalid("is not ADDRESS:PORT, as 127.0.0.1:8080 is")),
+        Ok(mut addresses) => addresses.next().ok_or_else(|| invalid("does not resolve to an address")),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            Err(invalid("must be ADDRESS:PORT, for example 127.0.0.1:8080"))
+        }
+        Err(_) => Err(invalid("does not resolve to an address")),
     }
 }
 
 fn set_once(slot: &mut Option<CredentialSource>, flag: &str, source: CredentialSource) -> Result<(), Error> {
     match slot.replace(source) {
         None => Ok(()),
-        Some(_) => Err(Error::for_flag(flag, "conflicts with another flag that sets the same thing")),
+        Some(_) => Err(Error::for_flag(flag, "cannot be combined with another flag for the same credential")),
     }
 }
 
@@ -425,35 +426,35 @@ mod tests {
     #[test]
     fn invalid_arguments_are_named_without_their_values() {
         for (arguments, expected) in [
-            ("--nonsense", "--nonsense is not a flag; see --help"),
+            ("--nonsense", "unknown flag --nonsense; see --help"),
             ("-x", "invalid option '-x'; see --help"),
-            ("sk-selam-s3cr3t", "an argument belongs to no flag; see --help"),
+            ("sk-selam-s3cr3t", "unexpected argument; see --help"),
             ("--allow-insecure-loopback=s3cr3t", "--allow-insecure-loopback: takes no value"),
             ("--listen", "--listen: needs a value"),
-            ("--api-key-file=", "--api-key-file: is empty"),
-            ("--listen nowhere", "--listen: \"nowhere\" is not ADDRESS:PORT, as 127.0.0.1:8080 is"),
-            ("--ca a --ca b", "--ca: is seen twice"),
+            ("--api-key-file=", "--api-key-file: the value is empty"),
+            ("--listen nowhere", "--listen: \"nowhere\" must be ADDRESS:PORT, for example 127.0.0.1:8080"),
+            ("--ca a --ca b", "--ca: is given twice"),
             (
                 "--api-key-file a --api-key-env B",
-                "--api-key-env: conflicts with another flag that sets the same thing",
+                "--api-key-env: cannot be combined with another flag for the same credential",
             ),
             (
                 "--jwt-file a --token-url https://s3cr3t",
-                "--token-url: conflicts with another flag that sets the same thing",
+                "--token-url: cannot be combined with another flag for the same credential",
             ),
             (
                 "--allow /v1/models",
-                "--allow: \"/v1/models\" is not METHOD:PATH, as POST:/v1/chat/completions is",
+                "--allow: \"/v1/models\" must be METHOD:PATH, for example POST:/v1/chat/completions",
             ),
-            ("--jwt-path /audio", "--jwt-path: \"/audio\" is not below /v1, the only path that is forwarded"),
+            ("--jwt-path /audio", "--jwt-path: \"/audio\" must start with /v1/"),
             (
                 "--jwt-path /v1/audio",
-                "--jwt-path: there is no JWT: set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
+                "--jwt-path: no JWT is configured; set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
             ),
-            ("--log loud", "--log: is none of off, error, warn, info, debug"),
+            ("--log loud", "--log: must be off, error, warn, info or debug"),
             (
                 "--api-key sk-selam-s3cr3t",
-                "--api-key: secrets are not accepted as arguments, which every user of the machine can see; see --help",
+                "--api-key: secrets are not accepted as arguments, which every user of this machine can read; see --help",
             ),
         ] {
             let error = parse(arguments, &[]).unwrap_err().to_string();
@@ -467,7 +468,7 @@ mod tests {
         let layer = |flags: &str| config(flags, &[]).layer(SelamLayer::builder()).unwrap_err().to_string();
         assert_eq!(
             layer("--base-url http://127.0.0.1:1/v1 --api-key-file x"),
-            "--base-url: base URL is not https; --allow-insecure-loopback lets it be http on this machine"
+            "--base-url: base URL is not https; --allow-insecure-loopback allows http on a loopback address"
         );
         assert!(
             layer("--api-key-file /no/such/file")

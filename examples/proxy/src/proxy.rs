@@ -265,7 +265,7 @@ fn refusal(error: &Error<ClientError>) -> Refusal {
         Error::Inner(error) if is_callers_fault(error) => Refusal::BadRequest,
         Error::Inner(_) => Refusal::NoUpstream,
     };
-    tracing::warn!(refused = refusal.name(), error = chain(error), "no response from the API");
+    tracing::warn!(refused = refusal.name(), error = chain(error), "request not answered by the API");
     refusal
 }
 

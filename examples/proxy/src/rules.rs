@@ -101,30 +101,29 @@ impl Rule {
     pub fn parse(rule: &str) -> Result<Self, String> {
         let invalid = |reason: &dyn fmt::Display| format!("{rule:?} {reason}");
         let Some((method, path)) = rule.split_once(':') else {
-            return Err(invalid(&"is not METHOD:PATH, as POST:/v1/chat/completions is"));
+            return Err(invalid(&"must be METHOD:PATH, for example POST:/v1/chat/completions"));
         };
         let method = match method {
             "*" => None,
             // Methods are case-sensitive: `get` would never match.
             _ if method.bytes().any(|byte| byte.is_ascii_lowercase()) => {
-                return Err(invalid(&"has a method that is not in capitals"));
+                return Err(invalid(&"must have its method in capitals"));
             }
-            _ => Some(
-                Method::from_bytes(method.as_bytes())
-                    .map_err(|_| invalid(&"has no method, or not a valid one"))?,
-            ),
+            _ => Some(Method::from_bytes(method.as_bytes()).map_err(|_| invalid(&"has no valid method"))?),
         };
         let (path, below) = match path.strip_suffix("/*") {
             Some(path) => (path, true),
             None => (path, false),
         };
         if path.contains('*') {
-            return Err(invalid(&"has a * elsewhere than in a final /*"));
+            return Err(invalid(&"may contain * only as the method or in a final /*"));
         }
         match check(path) {
             Ok(_) => Ok(Self { method, path: path.to_owned(), below }),
-            Err(BadPath::OutsideApi) => Err(invalid(&"is not below /v1, the only path that is forwarded")),
-            Err(BadPath::Ambiguous) => Err(invalid(&"has a path that no request can have")),
+            Err(BadPath::OutsideApi) => Err(invalid(&"must have a path that starts with /v1/")),
+            Err(BadPath::Ambiguous) => {
+                Err(invalid(&"has an invalid or ambiguous path, so it would match no request"))
+            }
         }
     }
 
@@ -153,13 +152,13 @@ pub fn check_prefix(prefix: &str) -> Result<(), String> {
     match check(prefix) {
         // `/*` is the syntax of `--allow`; here it would match no path.
         Ok(_) if prefix.contains('*') => {
-            Err(format!("{prefix:?} has a *; leave it out, a prefix covers everything below it"))
+            Err(format!("{prefix:?} must not contain *; a prefix covers everything below it"))
         }
         Ok(_) => Ok(()),
-        Err(BadPath::OutsideApi) => {
-            Err(format!("{prefix:?} is not below /v1, the only path that is forwarded"))
+        Err(BadPath::OutsideApi) => Err(format!("{prefix:?} must start with /v1/")),
+        Err(BadPath::Ambiguous) => {
+            Err(format!("{prefix:?} is an invalid or ambiguous path, so it would match no request"))
         }
-        Err(BadPath::Ambiguous) => Err(format!("{prefix:?} is a path that no request can have")),
     }
 }
 
@@ -270,18 +269,18 @@ mod tests {
     #[test]
     fn rules_that_never_match_are_refused() {
         for (rule, expected) in [
-            ("/v1/models", "is not METHOD:PATH"),
-            ("post:/v1/models", "not in capitals"),
-            (":/v1/models", "has no method"),
-            ("A B:/v1/models", "has no method"),
-            ("GET:models", "is not below /v1"),
-            ("GET:/models", "is not below /v1"),
-            ("GET:", "is not below /v1"),
-            ("GET:/*", "is not below /v1"),
-            ("GET:/v1/a/../b", "no request can have"),
-            ("GET:/v1/models?limit=2", "no request can have"),
-            ("GET:/v1/*/b", "has a * elsewhere"),
-            ("GET:/v1/a*", "has a * elsewhere"),
+            ("/v1/models", "must be METHOD:PATH"),
+            ("post:/v1/models", "method in capitals"),
+            (":/v1/models", "has no valid method"),
+            ("A B:/v1/models", "has no valid method"),
+            ("GET:models", "path that starts with /v1/"),
+            ("GET:/models", "path that starts with /v1/"),
+            ("GET:", "path that starts with /v1/"),
+            ("GET:/*", "path that starts with /v1/"),
+            ("GET:/v1/a/../b", "would match no request"),
+            ("GET:/v1/models?limit=2", "would match no request"),
+            ("GET:/v1/*/b", "may contain * only"),
+            ("GET:/v1/a*", "may contain * only"),
         ] {
             let error = Rule::parse(rule).unwrap_err();
             assert!(error.contains(expected) && error.contains(&format!("{rule:?}")), "{error}");

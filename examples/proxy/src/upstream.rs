@@ -71,18 +71,16 @@ pub fn tls(ca: Option<&Path>, required: bool) -> Result<ClientConfig, config::Er
             .map_err(|error| invalid(&format_args!("cannot be read: {}", error.kind())))?;
         let mut found = false;
         for certificate in CertificateDer::pem_slice_iter(&content) {
-            let certificate = certificate.map_err(|_| invalid(&"is damaged PEM"))?;
-            roots.add(certificate).map_err(|_| invalid(&"holds a certificate that cannot be read"))?;
+            let certificate = certificate.map_err(|_| invalid(&"contains invalid PEM"))?;
+            roots.add(certificate).map_err(|_| invalid(&"contains an invalid certificate"))?;
             found = true;
         }
         if !found {
-            return Err(invalid(&"holds no certificate in PEM"));
+            return Err(invalid(&"contains no PEM certificate"));
         }
     }
     if required && roots.is_empty() {
-        return Err(config::Error::new(
-            "the system trusts no certificate authority; name a file with one by --ca FILE",
-        ));
+        return Err(config::Error::new("the system has no trusted certificate authorities; set --ca FILE"));
     }
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -397,11 +395,11 @@ mod tests {
     fn ca_files_without_certificates_are_refused() {
         let path = std::env::temp_dir().join(format!("selam-proxy-no-ca-{}", std::process::id()));
         for (content, expected) in [
-            ("", "holds no certificate in PEM"),
-            ("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n", "is damaged PEM"),
+            ("", "contains no PEM certificate"),
+            ("-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n", "contains invalid PEM"),
             (
                 "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
-                "holds a certificate that cannot be read",
+                "contains an invalid certificate",
             ),
         ] {
             std::fs::write(&path, content).unwrap();

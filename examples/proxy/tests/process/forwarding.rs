@@ -4,8 +4,8 @@ use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{
-    Api, Caller, Launch, Protocol, TlsListener, assert_ended, empty, full, random, raw, read, read_head,
-    read_to_end, response_head, secret, with_timeout,
+    Api, Caller, Launch, Protocol, TlsListener, assert_clean, assert_ended, empty, full, random, raw, read,
+    read_head, read_to_end, response_head, secret, with_timeout,
 };
 
 /// Returns the header lines of a head, sorted by name.
@@ -234,6 +234,43 @@ async fn other_and_ambiguous_paths_are_refused() {
         let answer = String::from_utf8(read_to_end(&mut caller).await).unwrap();
         assert!(answer.starts_with("HTTP/1.1 400 "), "{path}: {answer}");
     }
+    api.assert_silent();
+}
+
+/// H6: such a request is refused even with a valid token, and the API receives nothing.
+#[tokio::test]
+async fn trace_and_connect_are_refused() {
+    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
+    let token = secret(random());
+    let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
+    for (target, headers, status, code) in [
+        ("TRACE /v1/models", "", 400, "invalid_request"),
+        ("TRACE /v1/models", "Upgrade: websocket\r\nConnection: upgrade\r\n", 400, "invalid_request"),
+        ("CONNECT /v1/models", "", 400, "invalid_request"),
+        // The usual form of CONNECT has no path.
+        ("CONNECT api.example:443", "", 404, "not_found"),
+    ] {
+        let mut caller = raw(&proxy).await;
+        let request = format!(
+            "{target} HTTP/1.1\r\nHost: the.proxy\r\nAuthorization: Bearer {token}\r\n{headers}Connection: close\r\n\r\n"
+        );
+        caller.write_all(request.as_bytes()).await.unwrap();
+        let answer = read_to_end(&mut caller).await;
+        assert_clean("an answer", &answer);
+        let answer = String::from_utf8(answer).unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{target}: {answer}");
+        assert!(answer.contains(&format!(r#""code":"{code}""#)), "{target}: {answer}");
+    }
+    let http2 = Caller::http2(&proxy).with_token(&token);
+    let answer =
+        read(http2.send(http2.request(Method::TRACE, "/v1/models").body(empty()).unwrap()).await).await;
+    answer.assert_error(400, "invalid_request_error", "invalid_request");
+
+    // The first request that the API receives is one with another method.
+    let sending = tokio::spawn(async move { http2.get("/v1/models").await });
+    let received = api.next().await.respond(200, empty());
+    assert_eq!(received.method, Method::GET);
+    assert_eq!(sending.await.unwrap().status, 200);
     api.assert_silent();
 }
 
