@@ -443,3 +443,51 @@ fn fresh<C: Credential>(fetched: Fetched<C>) -> Fresh<C> {
         value: credential,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        pin::pin,
+        sync::mpsc::channel,
+        task::{Context, Poll, Waker},
+        thread,
+    };
+
+    use http::{Request, Response};
+    use tokio::runtime::Builder;
+    use tower::{Layer, Service, service_fn};
+
+    use crate::{
+        BoxError, JwtLayer, Refreshing, Token,
+        source::{Reason, source_fn},
+    };
+
+    use super::*;
+
+    /// R1, F8: while another thread holds the lock, a fresh token is demanded, read and sent.
+    #[test]
+    fn fresh_credential_is_read_without_the_lock() {
+        let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async {
+            Ok::<_, BoxError>(Token::new("a-token")?)
+        }));
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(jwts.prefetch()).unwrap();
+        let api = service_fn(|_: Request<()>| std::future::ready(Ok::<_, BoxError>(Response::new(()))));
+        let mut service = JwtLayer::new(&jwts).layer(api);
+
+        let locked = jwts.0.lock();
+        let (results, received) = channel();
+        let reader = jwts.clone();
+        thread::spawn(move || {
+            let mut context = Context::from_waker(Waker::noop());
+            let demanded = matches!(reader.demand(&OnceCell::new()), Ok(Demand::Ready(_)));
+            let read = pin!(reader.token()).poll(&mut context).is_ready();
+            let request = Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap();
+            let sent = matches!(pin!(service.call(request)).poll(&mut context), Poll::Ready(Ok(_)));
+            results.send((demanded, read, sent)).unwrap();
+        });
+        let received = received.recv_timeout(Duration::from_secs(10));
+        drop(locked);
+        assert_eq!(received.expect("nothing waits for the lock"), (true, true, true));
+    }
+}

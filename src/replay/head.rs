@@ -1,8 +1,8 @@
 //! A copy of a request's head as text, cheaper than `Parts::clone`.
 //!
 //! Each request under way keeps one. Cloning the head would count a reference to each part of the URI and each header value,
-//! and allocate a hash table; the text goes into a buffer that the thread uses again. "Mechanisms kept for speed" in
-//! `benches/README.md` has the gain.
+//! and allocate a hash table; the text goes into a buffer that the thread uses again. The refreshing stack takes 560 ns per
+//! request with it and 700 ns with `Parts::clone` (`benches/overhead.rs`).
 
 use std::{cell::RefCell, mem};
 
@@ -11,6 +11,7 @@ use http::{
     Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
     uri::{self, Authority, PathAndQuery, Scheme},
 };
+use zeroize::Zeroizing;
 
 /// How many unused copies a thread keeps, and the largest that it keeps.
 const MAX_SPARES: usize = 32;
@@ -31,8 +32,9 @@ struct Copied {
     version: Version,
     extensions: Extensions,
     scheme: Option<Scheme>,
-    /// The authority, the path and the header values, one after the other.
-    text: Vec<u8>,
+    /// The authority, the path and the header values, one after the other. A caller's own secrets must not outlive the
+    /// request.
+    text: Zeroizing<Vec<u8>>,
     authority: usize,
     path: usize,
     headers: Vec<(HeaderName, Value)>,
@@ -107,7 +109,7 @@ impl Copied {
         if self.text.capacity() - self.text.len() < text.len() {
             let mut larger = Vec::with_capacity((self.text.len() + text.len()).next_power_of_two().max(512));
             larger.extend_from_slice(&self.text);
-            mem::replace(&mut self.text, larger).fill(0);
+            self.text = Zeroizing::new(larger);
         }
         self.text.extend_from_slice(text);
         text.len()
@@ -118,9 +120,6 @@ impl Drop for Head {
     #[inline]
     fn drop(&mut self) {
         let Some(mut copied) = self.0.take() else { return };
-        // A caller's own secrets must not outlive the request.
-        copied.text.fill(0);
-        copied.text.clear();
         copied.headers.clear();
         copied.extensions.clear();
         if copied.text.capacity() <= MAX_SPARE_TEXT {
@@ -128,6 +127,9 @@ impl Drop for Head {
                 if let Ok(mut spares) = spares.try_borrow_mut()
                     && spares.len() < MAX_SPARES
                 {
+                    // Cheaper than `zeroize`; the compiler cannot omit it, because the buffer is not freed.
+                    copied.text.fill(0);
+                    copied.text.clear();
                     spares.push(copied);
                 }
             });

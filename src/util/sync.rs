@@ -1,7 +1,7 @@
 //! The primitives that threads share state through, in one place, so that loom can replace them.
 //!
-//! With `--cfg model`, for `refresh/loom_tests.rs`, they are stand-ins that let [loom](https://docs.rs/loom) choose which
-//! thread runs next and which value a load sees.
+//! With `--cfg model`, for the `loom_tests.rs` of `refresh` and `authorize`, they are stand-ins that let
+//! [loom](https://docs.rs/loom) choose which thread runs next and which value a load sees.
 
 #[cfg(not(all(test, model)))]
 pub(crate) use {

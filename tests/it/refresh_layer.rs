@@ -462,9 +462,9 @@ async fn selam_layer_follows_a_rotation() {
     assert_eq!(without_replay.oneshot(request()).await.unwrap().status(), StatusCode::OK);
 }
 
-/// R1: a request allocates nothing while its refreshing token is fresh.
+/// R1: while the refreshing token is fresh, a request without extensions allocates nothing, except the first of each service.
 #[tokio::test(start_paused = true)]
-async fn fresh_token_costs_what_the_kept_head_costs() {
+async fn fresh_token_costs_no_allocation() {
     let (jwts, _) = counting();
     jwts.prefetch().await.unwrap();
     let api = service_fn(|request: Request<Body>| {
@@ -477,23 +477,19 @@ async fn fresh_token_costs_what_the_kept_head_costs() {
     let mut services = [layer().layer(api), layer().layer(api)];
     for turn in 0..6 {
         let service = &mut services[turn % 2];
-        let mut request = Some(Request::get(MODELS).body(Body::default()).unwrap());
-        // The first clone of a URI allocates, so it is made before the measurement.
-        let uri_clone = request.as_ref().map(|request| request.uri().clone());
-        for name in ["accept", "content-type", "user-agent"] {
-            let value = http::HeaderValue::from_static("x");
-            request.as_mut().unwrap().headers_mut().insert(name, value);
-        }
-        let (parts, body) = request.take().unwrap().into_parts();
-        let kept = allocation_counter::measure(|| drop(parts.clone()));
-        request = Some(Request::from_parts(parts, body));
+        let request = Request::get(MODELS)
+            .header("accept", "x")
+            .header("content-type", "x")
+            .header("user-agent", "x")
+            .body(Body::default())
+            .unwrap();
         let counted = allocation_counter::measure(|| {
-            let mut call = std::pin::pin!(service.call(request.take().unwrap()));
+            let mut call = std::pin::pin!(service.call(request));
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
             assert!(call.as_mut().poll(&mut context).is_ready());
         });
-        drop(uri_clone);
-        // The first request of each service makes the spare clone of its client.
-        assert!(turn < 2 || counted.count_total <= kept.count_total, "{counted:?}");
+        // The first request of each service makes the spare clone of its client, and that of the thread the buffers that
+        // keep a head.
+        assert!(turn < 2 || counted.count_total == 0, "{counted:?}");
     }
 }
