@@ -1,5 +1,4 @@
-//! Refreshes two-second tokens under a steady load, while the key is rotated and the token endpoint fails; no request
-//! is affected.
+//! Refreshes two-second tokens under load, while the key is rotated and the token endpoint fails.
 //!
 //! ```console
 //! $ cargo run --release --example refresh

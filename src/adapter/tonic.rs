@@ -1,5 +1,4 @@
-//! Authenticates gRPC clients of [tonic](https://docs.rs/tonic): [`SelamGrpcLayer`], between a generated client and a
-//! `Channel`.
+//! Authenticates gRPC clients of [tonic](https://docs.rs/tonic): [`SelamGrpcLayer`], around a `Channel`.
 //!
 //! ```text
 //! GreeterClient ─▶ SelamGrpc ─────────▶ Refresh ─────────▶ Authorize ─▶ Channel

@@ -1,5 +1,4 @@
-//! One exchange with the token endpoint: builds the request, sends it, and replays it with refreshed credentials if the
-//! endpoint rejected the first ones.
+//! One exchange with the token endpoint, replayed once if the endpoint rejects the client's credentials.
 
 use std::{
     borrow::Cow,

@@ -1,5 +1,4 @@
-//! The driver: carries out what the state machine decides. One lock around the state, one task per refresh, and a
-//! publication that requests read without either.
+//! The driver: carries out what the state machine decides, with one lock and one task per refresh.
 
 #[cfg(all(test, model))]
 #[path = "loom_tests.rs"]

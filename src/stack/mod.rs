@@ -1,11 +1,5 @@
 //! The ready-made stack: [`SelamLayer`].
 //!
-//! ```text
-//!  request ─▶ AuthErrorLayer ─▶ RefreshLayer ──────▶ key, or JWT ─▶ your client
-//!             401 and 403 as    401: refresh and     and key
-//!             typed errors      replay once
-//! ```
-//!
 //! It is the composition of the public layers, with one that owns both `Authorization` and `X-API-Key` and sends a
 //! consistent pair of key and JWT. It fits any client: its error is [`Error`](crate::Error), either the client's or an
 //! [`AuthError`](crate::AuthError).

@@ -1,5 +1,4 @@
-//! Stand-ins, in the terms of loom, for what loom lacks: a swappable pointer, a watch channel, a runtime's tasks and task
-//! locals.
+//! Stand-ins for what loom lacks: a swappable pointer, a watch channel, a runtime's tasks and task locals.
 //!
 //! State that is not of loom's types is never held while another thread may run.
 

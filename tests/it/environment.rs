@@ -1,5 +1,4 @@
-//! Configuration from environment variables. Each case runs in a separate process, because variables are
-//! process-wide.
+//! Configuration from environment variables, which are process-wide: each case runs in a process of its own.
 
 use std::{env, process::Command};
 

@@ -1,5 +1,4 @@
-//! Lets async-openai's client talk to SelamAPI through the layers: a completion, a stream, a token that is refreshed,
-//! and typed errors.
+//! Runs async-openai through the layers: a completion, a stream, a refreshed token and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-async-openai

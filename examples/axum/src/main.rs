@@ -1,5 +1,4 @@
-//! Calls SelamAPI from axum handlers: the client is in the `State`, and an `AuthError` becomes the response that the
-//! handler's caller should get.
+//! Calls SelamAPI from axum handlers, which turn an `AuthError` into a response for their caller.
 //!
 //! ```console
 //! $ cargo run -p example-axum

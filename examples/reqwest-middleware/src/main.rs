@@ -1,5 +1,4 @@
-//! Uses reqwest-middleware with `AuthMiddleware` under `reqwest-retry`: the one refreshes JWTs, the other retries
-//! outages.
+//! Uses `AuthMiddleware` with reqwest-middleware: it refreshes JWTs, and `reqwest-retry` retries outages.
 //!
 //! ```console
 //! $ cargo run -p example-reqwest-middleware

@@ -1,5 +1,4 @@
-//! Uses reqwest through the layers with `adapter::reqwest::Client`: a completion, a stream, an expired JWT, typed
-//! errors, and a redirect that is not followed.
+//! Uses reqwest through the layers: a completion, a stream, an expired JWT, typed errors and a redirect.
 //!
 //! ```console
 //! $ cargo run -p example-reqwest

@@ -1,5 +1,4 @@
-//! Authenticates gRPC calls over tonic with a JWT that is refreshed: unary and streaming calls, a replay after an
-//! `Unauthenticated` status, and typed errors.
+//! Authenticates gRPC calls over tonic: unary and streaming calls, a refresh, a replay and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-tonic

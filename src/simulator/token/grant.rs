@@ -1,5 +1,4 @@
-//! The grants of the token endpoint ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) and
-//! its refresh tokens.
+//! The grants of the token endpoint (RFC 6749 section 5.1) and its refresh tokens.
 
 use std::{
     collections::{HashMap, HashSet},
