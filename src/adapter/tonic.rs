@@ -229,17 +229,17 @@ pub struct SelamGrpc<S> {
 type Inner<S> = Refresh<Authorize<HttpStatus<S>>, ReplayRequests>;
 
 impl<S> SelamGrpc<S> {
-    /// The inner channel.
+    /// Returns a reference to the inner channel.
     pub fn get_ref(&self) -> &S {
         &self.inner.get_ref().get_ref().0
     }
 
-    /// The inner channel, to be changed.
+    /// Returns a mutable reference to the inner channel.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.inner.get_mut().get_mut().0
     }
 
-    /// The inner channel, without the layers.
+    /// Returns the inner channel without the layers.
     pub fn into_inner(self) -> S {
         self.inner.into_inner().into_inner().0
     }

@@ -38,19 +38,19 @@ enum Placement {
 }
 
 impl Credentials {
-    /// The key as `Authorization: Bearer <key>`, which is what most operations need.
+    /// Sends the key as `Authorization: Bearer <key>`, which is what most operations need.
     #[must_use]
     pub fn bearer(key: ApiKey) -> Self {
         Self { api_key: key, placement: Placement::KeyAsBearer }
     }
 
-    /// The key as `X-API-Key: <key>`.
+    /// Sends the key as `X-API-Key: <key>`.
     #[must_use]
     pub fn x_api_key(key: ApiKey) -> Self {
         Self { api_key: key, placement: Placement::KeyAsXApiKey }
     }
 
-    /// The JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key: <key>`.
+    /// Sends the JWT as `Authorization: Bearer <jwt>` and the key as `X-API-Key: <key>`.
     #[must_use]
     pub fn key_and_jwt(key: ApiKey, jwt: Token) -> Self {
         Self { api_key: key, placement: Placement::JwtAsBearer(jwt) }

@@ -92,25 +92,25 @@ impl Server {
         Ok(Self { address, base_url, authority, accept_task, hang_up })
     }
 
-    /// The base URL to give to a client.
+    /// Returns the base URL to give to a client.
     #[must_use]
     pub fn base_url(&self) -> &str {
         &self.base_url
     }
 
-    /// The address it listens on.
+    /// Returns the address that it listens on.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// The certificate authority that clients must trust, in PEM; `None` without TLS.
+    /// Returns the certificate authority that clients must trust, in PEM; `None` without TLS.
     #[must_use]
     pub fn ca_pem(&self) -> Option<&str> {
         self.authority.as_ref().map(|authority| &*authority.pem)
     }
 
-    /// The certificate authority that clients must trust, in DER; `None` without TLS.
+    /// Returns the certificate authority that clients must trust, in DER; `None` without TLS.
     #[must_use]
     pub fn ca_der(&self) -> Option<&[u8]> {
         self.authority.as_ref().map(|authority| &*authority.der)
