@@ -8,7 +8,7 @@ use tower_selam::{ApiKeyLayer, AuthError, AuthErrorKind, JwtLayer, RefreshLayer}
 
 use crate::{
     api::{Api, request},
-    mint::{Answer, MINUTE, Mint, SECOND, engine, settle, text},
+    mint::{Answer, MINUTE, Mint, SECOND, engine, settle, spawn_callers, text},
     support::key,
 };
 
@@ -160,12 +160,7 @@ async fn requests_join_the_refresh_in_flight() {
     let (jwts, _) = engine(&mint);
     assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshFailed));
     advance(SECOND).await;
-    let callers: Vec<_> = (0..10)
-        .map(|_| {
-            let jwts = jwts.clone();
-            tokio::spawn(async move { text(&jwts).await })
-        })
-        .collect();
+    let callers = spawn_callers(&jwts, 10);
     for caller in callers {
         assert_eq!(caller.await.unwrap().unwrap(), "token-2");
     }

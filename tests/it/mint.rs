@@ -144,6 +144,15 @@ pub(crate) async fn text(jwts: &Refreshing<Token>) -> Result<String, AuthErrorKi
     jwts.token().await.map(|token| token.expose_secret().to_owned()).map_err(|error| error.kind())
 }
 
+/// Starts tasks that each ask for the token.
+pub(crate) fn spawn_callers(
+    jwts: &Refreshing<Token>,
+    count: usize,
+) -> Vec<tokio::task::JoinHandle<Result<String, AuthErrorKind>>> {
+    let call = |jwts: Refreshing<Token>| tokio::spawn(async move { text(&jwts).await });
+    (0..count).map(|_| call(jwts.clone())).collect()
+}
+
 /// Runs the tasks that are ready.
 pub(crate) async fn settle() {
     for _ in 0..20 {

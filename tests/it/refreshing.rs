@@ -15,7 +15,7 @@ use tower_selam::{
 };
 
 use crate::{
-    mint::{Answer, Busy, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    mint::{Answer, Busy, MINUTE, Mint, SECOND, clock, engine, settle, spawn_callers, text},
     support::jwt_claiming,
 };
 
@@ -147,12 +147,7 @@ async fn mandatory_window_joins_the_background_refresh() {
     assert_eq!(text(&jwts).await.unwrap(), "token-1");
     advance(Duration::from_millis(1)).await;
     let started = Instant::now();
-    let callers: Vec<_> = (0..100)
-        .map(|_| {
-            let jwts = jwts.clone();
-            tokio::spawn(async move { text(&jwts).await })
-        })
-        .collect();
+    let callers = spawn_callers(&jwts, 100);
     for caller in callers {
         assert_eq!(caller.await.unwrap().unwrap(), "token-2");
     }

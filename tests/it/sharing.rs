@@ -22,7 +22,7 @@ use tower_selam::{
 
 use crate::{
     api::{Api, request},
-    mint::{Answer, MINUTE, Mint, SECOND, clock, engine, settle, text},
+    mint::{Answer, MINUTE, Mint, SECOND, clock, engine, settle, spawn_callers, text},
     support::key,
 };
 
@@ -86,12 +86,7 @@ async fn waiters_get_the_error_without_backoff() {
     let mint = Mint::default().taking(SECOND).then_always(Answer::Fails(None));
     let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
     let jwts = Refreshing::with_policy(mint.clone(), policy);
-    let callers: Vec<_> = (0..100)
-        .map(|_| {
-            let jwts = jwts.clone();
-            tokio::spawn(async move { text(&jwts).await })
-        })
-        .collect();
+    let callers = spawn_callers(&jwts, 100);
     for caller in callers {
         assert_eq!(caller.await.unwrap(), Err(AuthErrorKind::RefreshFailed));
     }
