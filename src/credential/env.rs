@@ -1,4 +1,8 @@
 //! Names of the environment variables that this crate reads. It reads them only when asked to.
+//!
+//! A variable that is set to nothing counts as not set: a shell's or Compose's `${VAR:-}` produces it.
+
+use std::ffi::OsString;
 
 use crate::error::ConfigErrorKind;
 
@@ -26,8 +30,13 @@ pub const SELAM_CLIENT_SECRET: &str = "SELAM_CLIENT_SECRET";
 /// The base URL; [`BaseUrl::DEFAULT`](crate::BaseUrl::DEFAULT) when not set.
 pub const SELAM_BASE_URL: &str = "SELAM_BASE_URL";
 
+/// Reads the variable `name`; `None` also if it is empty.
+pub(crate) fn var_os(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
 /// Reads the variable `name`. `VarError` is not passed on because its `Debug` prints the value.
 pub(crate) fn var(name: &str) -> Result<String, ConfigErrorKind> {
-    let value = std::env::var_os(name).ok_or(ConfigErrorKind::Missing)?;
+    let value = var_os(name).ok_or(ConfigErrorKind::Missing)?;
     value.into_string().map_err(|_| ConfigErrorKind::NotUnicode)
 }

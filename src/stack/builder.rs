@@ -221,7 +221,7 @@ impl SelamLayerBuilder {
             None => read(Setting::TokenUrl, env::SELAM_TOKEN_URL)?,
         };
         let endpoint = TokenEndpoint::over(client, &url, place, self.allow_insecure_loopback)?;
-        let is_set = |name| std::env::var_os(name).is_some();
+        let is_set = |name| env::var_os(name).is_some();
         let auth = if is_set(env::SELAM_CLIENT_ID) || is_set(env::SELAM_CLIENT_SECRET) {
             let id = read(Setting::ClientId, env::SELAM_CLIENT_ID)?;
             let secret = read(Setting::ClientSecret, env::SELAM_CLIENT_SECRET)?;
@@ -248,7 +248,7 @@ impl fmt::Debug for TokenUrl {
 
 /// Which of these alternative variables is set.
 fn one_of<C: Credential>(names: &[&'static str]) -> Result<Option<&'static str>, ConfigError> {
-    let mut set = names.iter().copied().filter(|name| std::env::var_os(name).is_some());
+    let mut set = names.iter().copied().filter(|name| env::var_os(name).is_some());
     let (first, second) = (set.next(), set.next());
     match (first, second) {
         (Some(first), Some(other)) => {
@@ -260,11 +260,7 @@ fn one_of<C: Credential>(names: &[&'static str]) -> Result<Option<&'static str>,
 
 /// The credential in the file that the variable `named_by` names.
 fn from_file<C: Credential>(named_by: &'static str) -> Result<Provider<C>, ConfigError> {
-    let path = std::env::var_os(named_by).unwrap_or_default();
-    if path.is_empty() {
-        return Err(C::refuse(Place::EnvVar(named_by.to_owned()), ConfigErrorKind::Empty));
-    }
-    let source = FileSource::new(path);
+    let source = FileSource::new(env::var_os(named_by).unwrap_or_default());
     // Report an unusable file now.
     source.read()?;
     Ok(Provider::Refreshing(Refreshing::new(source)))

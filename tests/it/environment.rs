@@ -90,9 +90,26 @@ fn invalid_variable_is_named_and_not_shown() {
         ),
         ("selam", &[], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
         ("selam", &[("SELAM_API_KEY", "sk-selam-a")], "ok".to_owned()),
+        // Empty counts as not set.
+        ("key", &[("SELAM_API_KEY", "")], format!("API key from the environment variable SELAM_API_KEY is not set {key}")),
+        ("url", &[("SELAM_BASE_URL", "")], "ok".to_owned()),
         (
             "selam",
-            &[("SELAM_API_KEY", "sk-selam-a"), ("SELAM_JWT", "")],
+            &[
+                ("SELAM_API_KEY", "sk-selam-a"),
+                ("SELAM_API_KEY_FILE", ""),
+                ("SELAM_JWT", ""),
+                ("SELAM_JWT_FILE", ""),
+                ("SELAM_TOKEN_URL", ""),
+                ("SELAM_CLIENT_ID", ""),
+                ("SELAM_CLIENT_SECRET", ""),
+                ("SELAM_BASE_URL", ""),
+            ],
+            "ok".to_owned(),
+        ),
+        (
+            "selam",
+            &[("SELAM_API_KEY", "sk-selam-a"), ("SELAM_JWT", " ")],
             r#"JWT from the environment variable SELAM_JWT is empty (Some("SELAM_JWT"))"#.to_owned(),
         ),
         (
@@ -240,7 +257,7 @@ fn token_endpoint_is_read_from_the_environment() {
         (
             "",
             &[url, id, ("SELAM_CLIENT_SECRET", "")],
-            r#"client secret from the environment variable SELAM_CLIENT_SECRET is empty (Some("SELAM_CLIENT_SECRET"))"#,
+            r#"client secret from the environment variable SELAM_CLIENT_SECRET is not set (Some("SELAM_CLIENT_SECRET"))"#,
         ),
         (
             "no client",

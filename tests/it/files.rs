@@ -417,7 +417,7 @@ fn environment_variables_name_files() {
     );
     assert_eq!(
         run(NAME, "empty", &[("SELAM_API_KEY_FILE", "")]),
-        "API key from the environment variable SELAM_API_KEY_FILE is empty"
+        "API key from the environment variable SELAM_API_KEY is not set"
     );
     let missing = run(NAME, "missing", &[("SELAM_API_KEY_FILE", "/nowhere/key")]);
     assert_eq!(missing, "API key from the file /nowhere/key cannot be read: entity not found");

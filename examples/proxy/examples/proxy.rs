@@ -34,7 +34,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let arguments = std::env::args_os().skip(1);
-    let result = match Command::parse(arguments, |name| std::env::var_os(name).is_some()) {
+    let result = match Command::parse(arguments, |name| std::env::var_os(name)) {
         Ok(Command::Help) => {
             print(HELP);
             Ok(())

@@ -93,7 +93,9 @@ async fn read(source: &str) -> Result<Snapshot, BoxError> {
 async fn fetch(url: &str) -> Result<String, BoxError> {
     let client = Client::builder(TokioExecutor::new()).build_http::<Body>();
     let mut request = hyper::Request::get(url);
-    if let Ok(token) = std::env::var("SELAM_PROXY_TOKEN") {
+    if let Ok(token) = std::env::var("SELAM_PROXY_TOKEN")
+        && !token.is_empty()
+    {
         request = request.header("authorization", format!("Bearer {token}"));
     }
     let response = client.request(request.body(Body::empty())?).await?;

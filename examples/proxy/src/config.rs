@@ -4,7 +4,9 @@ use std::{
     ffi::OsString,
     fmt, io,
     net::{SocketAddr, ToSocketAddrs},
+    ops::RangeInclusive,
     path::PathBuf,
+    time::Duration,
 };
 
 use lexopt::{Arg, Parser, ValueExt};
@@ -34,6 +36,22 @@ Serving
                               with `/*` to allow everything below it:
                               POST:/v1/chat/completions, GET:/v1/*, '*:/v1/audio/*'
 
+Connections of callers
+  --keep-alive SECONDS        keep idle connections this long, up to 900; longer than the
+                              load balancer in front does
+                              [SELAM_PROXY_KEEP_ALIVE, default: 75]
+  --head-timeout SECONDS      time for the head of a request, and for the first request
+                              of a connection, up to 300
+                              [SELAM_PROXY_HEAD_TIMEOUT, default: 30]
+  --upgrade-idle SECONDS      close a WebSocket or another upgraded connection after this
+                              long without a byte in either direction, up to 86400
+                              [SELAM_PROXY_UPGRADE_IDLE, default: 900]
+  --max-connections NUMBER    accept no more connections than this. An eighth of them may
+                              be idle strangers: connections without an admitted
+                              request; beyond that, the oldest stranger is closed
+                              [SELAM_PROXY_MAX_CONNECTIONS, default: 8192, or what the
+                              limit on file descriptors allows]
+
 The API
   --base-url URL              the API; replaces `/v1` in a request's path
                               [SELAM_BASE_URL, default: https://api.selamgpt.com/v1]
@@ -57,7 +75,7 @@ Credentials (at most one flag for each; a flag overrides the environment)
                               to others; repeatable
 
   No flag takes a key or a JWT itself: every user of the machine can read a program's
-  arguments.
+  arguments. A variable that is set to nothing counts as not set.
 
 Other
   --log LEVEL                 verbosity of the log on standard error: off, error, warn,
@@ -93,9 +111,42 @@ pub struct Config {
     /// Whether a flag or a variable provides a JWT.
     pub has_jwt: bool,
     pub allow_insecure_loopback: bool,
+    pub limits: Limits,
     base_url: Option<String>,
     api_key: Option<CredentialSource>,
     jwt: Option<CredentialSource>,
+}
+
+/// Limits on the connections of callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// How long an idle connection is kept.
+    pub keep_alive: Duration,
+    /// How long the head of a request may take, and the first request of a connection.
+    pub head_timeout: Duration,
+    /// How long an upgraded connection may be without a byte in either direction.
+    pub upgrade_idle: Duration,
+    /// How many connections there may be.
+    pub max_connections: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            keep_alive: Duration::from_secs(75),
+            head_timeout: Duration::from_secs(30),
+            upgrade_idle: Duration::from_secs(900),
+            max_connections: 8192,
+        }
+    }
+}
+
+/// The flags that can be set by a variable as well.
+const WITH_VARIABLE: [&str; 4] = ["--keep-alive", "--head-timeout", "--upgrade-idle", "--max-connections"];
+
+/// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
+fn variable_of(flag: &str) -> String {
+    format!("SELAM_PROXY_{}", flag.trim_start_matches('-').replace('-', "_").to_ascii_uppercase())
 }
 
 /// Where a credential comes from, according to a flag.
@@ -131,15 +182,17 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Command {
-    /// Parses the arguments, without the program's name. `is_set` tells whether an environment variable is set.
+    /// Parses the arguments, without the program's name. `variable` reads an environment variable; an empty one counts as not
+    /// set.
     ///
     /// # Errors
     ///
     /// The first invalid argument, or an invalid combination.
     pub fn parse(
         arguments: impl IntoIterator<Item = OsString>,
-        is_set: impl Fn(&str) -> bool,
+        variable: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self, Error> {
+        let variable = |name: &str| variable(name).filter(|value| !value.is_empty());
         let mut config = Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             client_token_file: None,
@@ -149,6 +202,7 @@ impl Command {
             jwt_paths: Vec::new(),
             has_jwt: false,
             allow_insecure_loopback: false,
+            limits: Limits::default(),
             base_url: None,
             api_key: None,
             jwt: None,
@@ -167,65 +221,87 @@ impl Command {
             if !repeats && seen.contains(&flag) {
                 return Err(Error::for_flag(&flag, "is given twice"));
             }
-            let mut value = || match parser.value() {
+            if flag == "--help" {
+                return Ok(Self::Help);
+            }
+            let value = || match parser.value() {
                 Ok(value) if value.is_empty() => Err(Error::for_flag(&flag, "the value is empty")),
                 Ok(value) => Ok(value),
                 Err(_) => Err(Error::for_flag(&flag, "needs a value")),
             };
-            let text = |value: OsString| {
-                value.string().map_err(|_| Error::for_flag(&flag, "the value is not valid Unicode"))
-            };
-            match &*flag {
-                "--help" => return Ok(Self::Help),
-                "--listen" => config.listen = address(&text(value()?)?)?,
-                "--client-token-file" => config.client_token_file = Some(value()?.into()),
-                "--allow" => {
-                    let rule =
-                        Rule::parse(&text(value()?)?).map_err(|message| Error::for_flag(&flag, message))?;
-                    config.allow.push(rule);
-                }
-                "--base-url" => config.base_url = Some(text(value()?)?),
-                "--ca" => config.ca = Some(value()?.into()),
-                "--allow-insecure-loopback" => config.allow_insecure_loopback = true,
-                "--api-key-file" => {
-                    set_once(&mut config.api_key, &flag, CredentialSource::File(value()?.into()))?
-                }
-                "--api-key-env" => {
-                    set_once(&mut config.api_key, &flag, CredentialSource::Variable(text(value()?)?))?
-                }
-                "--jwt-file" => set_once(&mut config.jwt, &flag, CredentialSource::File(value()?.into()))?,
-                "--jwt-env" => set_once(&mut config.jwt, &flag, CredentialSource::Variable(text(value()?)?))?,
-                "--token-url" => {
-                    set_once(&mut config.jwt, &flag, CredentialSource::Endpoint(text(value()?)?))?
-                }
-                "--jwt-path" => {
-                    let prefix = text(value()?)?;
-                    rules::check_prefix(&prefix).map_err(|message| Error::for_flag(&flag, message))?;
-                    config.jwt_paths.push(prefix);
-                }
-                "--log" => {
-                    config.log = text(value()?)?
-                        .parse()
-                        .map_err(|_| Error::for_flag(&flag, "must be off, error, warn, info or debug"))?;
-                }
-                "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
-                    return Err(Error::for_flag(
-                        &flag,
-                        "secrets are not accepted as arguments, which every user of this machine can read; see --help",
-                    ));
-                }
-                _ => return Err(Error::new(format!("unknown flag {flag}; see --help"))),
-            }
+            config.set(&flag, &flag, value)?;
             seen.push(flag);
         }
+        for flag in WITH_VARIABLE {
+            let name = variable_of(flag);
+            if !seen.iter().any(|seen| seen == flag)
+                && let Some(value) = variable(&name)
+            {
+                config.set(flag, &name, || Ok(value))?;
+            }
+        }
         let jwts = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
-        config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(&is_set);
+        config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(|name| variable(name).is_some());
         config.check()?;
         Ok(Self::Serve(Box::new(config)))
     }
 }
 
 impl Config {
+    /// Sets what a flag stands for. `name` is the flag, or the variable that takes its place.
+    fn set(
+        &mut self,
+        flag: &str,
+        name: &str,
+        value: impl FnOnce() -> Result<OsString, Error>,
+    ) -> Result<(), Error> {
+        let text = |value: OsString| {
+            value.string().map_err(|_| Error::for_flag(name, "the value is not valid Unicode"))
+        };
+        match flag {
+            "--listen" => self.listen = address(&text(value()?)?)?,
+            "--client-token-file" => self.client_token_file = Some(value()?.into()),
+            "--allow" => {
+                let rule = Rule::parse(&text(value()?)?).map_err(|message| Error::for_flag(name, message))?;
+                self.allow.push(rule);
+            }
+            "--base-url" => self.base_url = Some(text(value()?)?),
+            "--ca" => self.ca = Some(value()?.into()),
+            "--allow-insecure-loopback" => self.allow_insecure_loopback = true,
+            "--api-key-file" => set_once(&mut self.api_key, name, CredentialSource::File(value()?.into()))?,
+            "--api-key-env" => {
+                set_once(&mut self.api_key, name, CredentialSource::Variable(text(value()?)?))?
+            }
+            "--jwt-file" => set_once(&mut self.jwt, name, CredentialSource::File(value()?.into()))?,
+            "--jwt-env" => set_once(&mut self.jwt, name, CredentialSource::Variable(text(value()?)?))?,
+            "--token-url" => set_once(&mut self.jwt, name, CredentialSource::Endpoint(text(value()?)?))?,
+            "--jwt-path" => {
+                let prefix = text(value()?)?;
+                rules::check_prefix(&prefix).map_err(|message| Error::for_flag(name, message))?;
+                self.jwt_paths.push(prefix);
+            }
+            "--log" => {
+                self.log = text(value()?)?
+                    .parse()
+                    .map_err(|_| Error::for_flag(name, "must be off, error, warn, info or debug"))?;
+            }
+            "--keep-alive" => self.limits.keep_alive = seconds(name, &text(value()?)?, 900)?,
+            "--head-timeout" => self.limits.head_timeout = seconds(name, &text(value()?)?, 300)?,
+            "--upgrade-idle" => self.limits.upgrade_idle = seconds(name, &text(value()?)?, 86_400)?,
+            "--max-connections" => {
+                self.limits.max_connections = number(name, &text(value()?)?, "", 8..=1_000_000)?;
+            }
+            "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
+                return Err(Error::for_flag(
+                    name,
+                    "secrets are not accepted as arguments, which every user of this machine can read; see --help",
+                ));
+            }
+            _ => return Err(Error::new(format!("unknown flag {flag}; see --help"))),
+        }
+        Ok(())
+    }
+
     /// Checks settings that depend on each other.
     fn check(&self) -> Result<(), Error> {
         if self.client_token_file.is_none() && !self.is_local() {
@@ -346,6 +422,20 @@ fn address(value: &str) -> Result<SocketAddr, Error> {
     }
 }
 
+fn seconds(name: &str, value: &str, most: usize) -> Result<Duration, Error> {
+    number(name, value, "of seconds ", 1..=most).map(|seconds| Duration::from_secs(seconds as u64))
+}
+
+fn number(name: &str, value: &str, of: &str, range: RangeInclusive<usize>) -> Result<usize, Error> {
+    match value.parse() {
+        Ok(number) if range.contains(&number) => Ok(number),
+        _ => {
+            let (least, most) = range.into_inner();
+            Err(Error::for_flag(name, format!("must be a whole number {of}from {least} to {most}")))
+        }
+    }
+}
+
 fn set_once(slot: &mut Option<CredentialSource>, flag: &str, source: CredentialSource) -> Result<(), Error> {
     match slot.replace(source) {
         None => Ok(()),
@@ -358,7 +448,11 @@ mod tests {
     use super::*;
 
     fn parse(arguments: &str, set: &[&str]) -> Result<Command, Error> {
-        Command::parse(arguments.split_whitespace().map(OsString::from), |name| set.contains(&name))
+        parse_with(arguments, |name| set.contains(&name).then(|| "x".into()))
+    }
+
+    fn parse_with(arguments: &str, variable: impl Fn(&str) -> Option<OsString>) -> Result<Command, Error> {
+        Command::parse(arguments.split_whitespace().map(OsString::from), variable)
     }
 
     fn config(arguments: &str, set: &[&str]) -> Config {
@@ -386,6 +480,55 @@ mod tests {
         assert!(config.has_jwt && config.allow_insecure_loopback && config.is_local());
         for help in ["-h", "--help", "--listen 127.0.0.1:1 --help"] {
             assert!(matches!(parse(help, &[]), Ok(Command::Help)), "{help}");
+        }
+    }
+
+    #[test]
+    fn limits_have_flags_and_variables() {
+        let limits = |arguments: &str, variables: &[(&str, &str)]| {
+            let variable = |name: &str| {
+                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value))
+            };
+            match parse_with(arguments, variable).unwrap() {
+                Command::Serve(config) => config.limits,
+                Command::Help => panic!("{arguments}"),
+            }
+        };
+        let wanted = Limits {
+            keep_alive: Duration::from_secs(1),
+            head_timeout: Duration::from_secs(2),
+            upgrade_idle: Duration::from_secs(3),
+            max_connections: 8,
+        };
+        let (flags, values) = (WITH_VARIABLE, ["1", "2", "3", "8"]);
+        let by_flags: Vec<_> =
+            flags.iter().zip(values).map(|(flag, value)| format!("{flag} {value}")).collect();
+        assert_eq!(limits(&by_flags.join(" "), &[]), wanted);
+        let names = flags.map(variable_of);
+        let by_variables: Vec<_> = names.iter().map(String::as_str).zip(values).collect();
+        assert_eq!(limits("", &by_variables), wanted);
+        // A flag takes precedence, even over a variable that is invalid.
+        assert_eq!(limits(&by_flags.join(" "), &[("SELAM_PROXY_KEEP_ALIVE", "x")]), wanted);
+        // Empty counts as not set.
+        let empty: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
+        assert_eq!(limits("", &empty), Limits::default());
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for (flag, range) in [
+            ("--keep-alive", "a whole number of seconds from 1 to 900"),
+            ("--head-timeout", "a whole number of seconds from 1 to 300"),
+            ("--upgrade-idle", "a whole number of seconds from 1 to 86400"),
+            ("--max-connections", "a whole number from 8 to 1000000"),
+        ] {
+            for value in ["0", "-1", "1.5", "30s", "x", "99999999999999999999", "1000001"] {
+                let error = parse(&format!("{flag} {value}"), &[]).unwrap_err().to_string();
+                assert_eq!(error, format!("{flag}: must be {range}"), "{value}");
+            }
+            let name = variable_of(flag);
+            assert_eq!(parse("", &[&name]).unwrap_err().to_string(), format!("{name}: must be {range}"));
+            assert!(HELP.contains(&format!("[{name}, ")), "{name}");
         }
     }
 
@@ -496,6 +639,10 @@ mod tests {
             "--token-url",
             "--jwt-path",
             "--log",
+            "--keep-alive",
+            "--head-timeout",
+            "--upgrade-idle",
+            "--max-connections",
             "--help",
         ] {
             assert!(HELP.contains(&format!("{flag} ")) || HELP.contains(&format!("{flag}\n")), "{flag}");
