@@ -1,15 +1,38 @@
 //! Reader for JSON error bodies of any known shape.
 
+use std::borrow::Cow;
+
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::redact::Redactor;
 
+/// How many objects, lists and strings an error may be inside of.
+const MAX_NESTING: u32 = 6;
+
+const CODES: [&str; 4] = ["code", "error_code", "errorCode", "errcode"];
+
+const MESSAGES: [&str; 11] = [
+    "message",
+    "error_description",
+    "msg",
+    "detail",
+    "error_message",
+    "errorMessage",
+    "errorSummary",
+    "errmsg",
+    "description",
+    "title",
+    "reason",
+];
+
 /// The fields of an error body, read from any known shape.
 ///
 /// SelamAPI documents `{"error":{"message":…,"type":…,"code":…}}`. Gateways, proxies and token endpoints use other
-/// shapes: the fields at the top level, under `detail`, as a string, in an array of one, or as OAuth 2.0's `error`
-/// and `error_description` ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)). A missing
-/// field is `None`, and parsing never fails.
+/// shapes: the fields at the top level, under `errors` or `detail`, first in an array, inside a string, under names such
+/// as `error_code` and `msg`, or as OAuth 2.0's `error` and `error_description`
+/// ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)). A missing field is `None`, and parsing
+/// never fails.
 ///
 /// ```
 /// use tower_selam::ErrorBody;
@@ -63,7 +86,7 @@ impl ErrorBody {
         self.request_id.as_deref()
     }
 
-    pub(super) fn redacted(self, redactor: &Redactor) -> Self {
+    pub(crate) fn redacted(self, redactor: &Redactor) -> Self {
         let redacted = |text: Option<String>| text.map(|text| redactor.text(text));
         Self {
             code: redacted(self.code),
@@ -73,51 +96,66 @@ impl ErrorBody {
         }
     }
 
-    pub(super) fn from_json(value: &Value) -> Self {
-        let value = match value {
-            Value::Array(items) => items.first().unwrap_or(&Value::Null),
-            value => value,
-        };
-        let Some(root) = value.as_object() else { return Self::default() };
+    pub(crate) fn from_json(value: &Value) -> Self {
+        let root = object(value, MAX_NESTING);
+        root.map(|root| Self::from_object(&root, MAX_NESTING)).unwrap_or_default()
+    }
 
-        let error = text(root, "error");
-        let mut body = match nested(root, "error").or_else(|| nested(root, "detail")) {
-            // A nested object may call its code `status`; at the top level, `status` is the HTTP status.
-            Some(inner) => {
-                let mut body = Self::from_fields(inner);
-                body.code = body.code.or_else(|| text(inner, "status"));
-                body
-            }
-            None => Self::from_fields(root),
-        };
-        body.message = body.message.or_else(|| text(root, "message"));
-
-        if let Some(error) = error {
-            let is_code = body.code.is_none() && (root.contains_key("error_description") || is_code(&error));
-            match is_code {
-                true => body.code = Some(error),
-                false => body.message = body.message.or(Some(error)),
-            }
+    fn from_object(fields: &Map<String, Value>, nesting: u32) -> Self {
+        let mut body = Self::from_fields(fields, nesting < MAX_NESTING);
+        let Some(nesting) = nesting.checked_sub(1) else { return body };
+        let nested = |name: &&str| object(fields.get(*name)?, nesting);
+        if let Some(inner) = ["error", "errors", "detail", "message", "status"].iter().find_map(nested) {
+            let inner = Self::from_object(&inner, nesting);
+            body.code = inner.code.or(body.code);
+            body.error_type = inner.error_type.or(body.error_type);
+            body.message = inner.message.or(body.message);
+            body.request_id = inner.request_id.or(body.request_id);
         }
-        body.request_id = body.request_id.or_else(|| text(root, "request_id"));
         body
     }
 
-    fn from_fields(fields: &Map<String, Value>) -> Self {
-        let message = text(fields, "message")
-            .or_else(|| text(fields, "error_description"))
-            .or_else(|| text(fields, "detail"))
-            // FastAPI's list of validation errors.
-            .or_else(|| text(fields.get("detail")?.get(0)?.as_object()?, "msg"));
-        Self {
-            code: text(fields, "code").or_else(|| match fields.get("code")? {
-                Value::Number(number) => Some(number.to_string()),
-                _ => None,
-            }),
-            error_type: text(fields, "type"),
-            message,
-            request_id: text(fields, "request_id"),
+    fn from_fields(fields: &Map<String, Value>, is_nested: bool) -> Self {
+        let mut error = text(fields, "error");
+        let is_oauth = fields.contains_key("error_description") || fields.contains_key("error_uri");
+        let status = || {
+            // At the top level, `status` is the HTTP status or a word such as `error`.
+            text(fields, "status").filter(|status| is_nested || status.contains('_'))
+        };
+        let exception = || {
+            // AWS: `com.amazonaws.service#TooManyRequestsException`.
+            text(fields, "__type").and_then(|name| name.rsplit('#').next().map(str::to_owned))
+        };
+        let number = |name: &&str| Some(fields.get(*name)?.as_number()?.to_string());
+        let code = (error.take_if(|_| is_oauth))
+            .or_else(|| first(fields, &CODES))
+            .or_else(|| error.take_if(|error| is_code(error)))
+            .or_else(exception)
+            .or_else(|| CODES.iter().find_map(number))
+            .or_else(status);
+        let error_type = text(fields, "type").or_else(|| error.take_if(|error| is_code(error)));
+        let message = first(fields, &MESSAGES).or(error);
+        Self { code, error_type, message, request_id: text(fields, "request_id") }
+    }
+}
+
+/// The object that `value` is, begins with, or contains as text.
+fn object(value: &Value, nesting: u32) -> Option<Cow<'_, Map<String, Value>>> {
+    let nesting = nesting.checked_sub(1)?;
+    match value {
+        Value::Object(fields) => Some(Cow::Borrowed(fields)),
+        Value::Array(items) => match items.first()? {
+            // A list of messages.
+            Value::String(text) if !is_json(text) => {
+                Some(Cow::Owned(Map::from_iter([("error".to_owned(), text.as_str().into())])))
+            }
+            item => object(item, nesting),
+        },
+        Value::String(text) if is_json(text) => {
+            let value = serde_json::from_str(text).ok()?;
+            object(&value, nesting).map(|fields| Cow::Owned(fields.into_owned()))
         }
+        _ => None,
     }
 }
 
@@ -127,18 +165,25 @@ pub(super) fn parse_json(body: &[u8]) -> Option<Value> {
     serde_json::from_str(&String::from_utf8_lossy(body)).ok()
 }
 
-fn nested<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Map<String, Value>> {
-    fields.get(name)?.as_object()
+fn first(fields: &Map<String, Value>, names: &[&str]) -> Option<String> {
+    names.iter().find_map(|name| text(fields, name))
 }
 
 fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
     let text = fields.get(name)?.as_str()?.trim();
-    (!text.is_empty()).then(|| text.to_owned())
+    (!text.is_empty() && !is_json(text)).then(|| text.to_owned())
 }
 
-/// Tells a code such as `invalid_grant` from a sentence such as `Incorrect API key`.
-fn is_code(text: &str) -> bool {
-    text.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+/// Tells JSON inside a string from a message.
+fn is_json(text: &str) -> bool {
+    text.trim_start().starts_with(['{', '[', '"']) && serde_json::from_str::<IgnoredAny>(text).is_ok()
+}
+
+/// Tells a code such as `invalid_grant` or `INVALID_SESSION_ID` from text such as `Unauthorized` or `Incorrect API key`.
+pub(crate) fn is_code(text: &str) -> bool {
+    let is_upper = text.bytes().any(|byte| byte.is_ascii_uppercase());
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    is_plain && (!is_upper || text.contains('_'))
 }
 
 #[cfg(test)]
@@ -164,6 +209,19 @@ mod tests {
             parse(r#"{"detail":[{"loc":["body"],"msg":"field required"}]}"#),
             (None, None, some("field required"), None)
         );
+        for (body, code, message) in [
+            (r#"{"code":400,"error_code":"no_session","msg":"gone"}"#, "no_session", "gone"),
+            (r#"{"errors":[{"code":"a","message":"b"},{"code":"c"}]}"#, "a", "b"),
+            (r#"{"errors":["No b"],"code":"a"}"#, "a", "No b"),
+            (r#"{"detail":{"error":{"code":"a","message":"b"}}}"#, "a", "b"),
+            (r#""{\"error\":{\"code\":\"a\",\"message\":\"b\"}}""#, "a", "b"),
+            (r#"{"error":"{\"code\":\"a\",\"message\":\"[b]\"}"}"#, "a", "[b]"),
+            (r#"{"error":{"error":{"error":"a","error_description":"b"}}}"#, "a", "b"),
+            (r#"{"errorCode":"E1","errorSummary":"b"}"#, "E1", "b"),
+            (r#"{"__type":"com.x#SlowException","message":"b"}"#, "SlowException", "b"),
+        ] {
+            assert_eq!(parse(body), (some(code), None, some(message), None), "{body}");
+        }
         assert_eq!(
             parse(r#"{"request_id":"r1","error":{"message":"m","code":null,"type":""}}"#),
             (None, None, some("m"), some("r1"))

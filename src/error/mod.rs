@@ -30,6 +30,7 @@ pub use self::{
 };
 pub(crate) use self::{
     auth::write_excerpt,
+    body::is_code,
     config::{Place, Setting},
     kind::CODES,
     rate_limit::retry_after,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use bytes::Bytes;
-use http::{Request, Response, Uri};
+use http::{HeaderValue, Request, Response, Uri};
 use http_body::Body;
 use tower::Service;
 
@@ -12,6 +12,9 @@ use crate::{
     error::{BoxError, ConfigError, Place, Setting},
     origin::{Origin, parse_url},
 };
+
+const USER_AGENT: HeaderValue =
+    HeaderValue::from_static(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")));
 
 /// Where tokens are requested, through which HTTP client, and as which OAuth client. Cheap to clone.
 ///
@@ -24,6 +27,7 @@ pub struct TokenEndpoint {
     pub(super) uri: Uri,
     pub(super) client: TokenClient,
     pub(super) auth: ClientAuth,
+    pub(super) user_agent: Option<HeaderValue>,
 }
 
 impl TokenEndpoint {
@@ -70,7 +74,7 @@ impl TokenEndpoint {
     ) -> Result<Self, ConfigError> {
         let parsed = parse_url(url).and_then(|(uri, origin)| {
             origin.check(allow_insecure_loopback)?;
-            Ok(Self { uri, client, auth: ClientAuth::none() })
+            Ok(Self { uri, client, auth: ClientAuth::none(), user_agent: Some(USER_AGENT) })
         });
         parsed.map_err(|kind| ConfigError::new(Setting::TokenUrl, place, kind))
     }
@@ -79,6 +83,15 @@ impl TokenEndpoint {
     #[must_use]
     pub fn with_client_auth(mut self, auth: ClientAuth) -> Self {
         self.auth = auth;
+        self
+    }
+
+    /// Sets the `User-Agent` of token requests; by default `tower-selam/` and the version of this crate, because some
+    /// issuers answer 403 to a request without one. `None` leaves it to the HTTP client. A client that writes the header
+    /// itself replaces it.
+    #[must_use]
+    pub fn with_user_agent(mut self, user_agent: impl Into<Option<HeaderValue>>) -> Self {
+        self.user_agent = user_agent.into();
         self
     }
 }

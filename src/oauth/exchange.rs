@@ -9,7 +9,7 @@ use bytes::Bytes;
 use form_urlencoded::{Serializer, byte_serialize};
 use http::{
     HeaderValue, Method, Request,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE},
+    header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT},
 };
 use secrecy::{ExposeSecret, SecretString};
 use zeroize::Zeroizing;
@@ -120,6 +120,7 @@ impl Exchange {
         let headers = request.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        headers.extend(self.endpoint.user_agent.clone().map(|value| (USER_AGENT, value)));
         let bearer = sent.key.as_ref().map(|key| key.0.bearer().clone());
         headers.extend(bearer.or_else(|| self.endpoint.auth.basic()).map(|value| (AUTHORIZATION, value)));
         request

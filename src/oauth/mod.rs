@@ -36,13 +36,28 @@
 //! | The endpoint answers | Effect |
 //! |---|---|
 //! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | It is used for `expires_in` from its arrival. If that is missing or not a number, the expiry in the JWT counts, and otherwise the [policy](crate::RefreshPolicy::with_assumed_lifetime). |
-//! | `invalid_grant`, `invalid_client` or `unauthorized_client` ([section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)) | If the rejected credential is a refreshing one, it is refreshed and the request is replayed. Otherwise the failure is permanent until one of the credentials changes. |
-//! | another error, 429, 5xx, or nothing | The failure is transient and is retried after `Retry-After`, if given, or a back-off. |
+//! | an error that blames the client, the grant or the user | If the rejected credential is a refreshing one, it is refreshed and the request is replayed. Otherwise the failure is [permanent](crate::AuthErrorKind::RefreshRejected) until one of the credentials changes. |
+//! | another error, 408, 429, 5xx, or nothing | The failure is transient and is retried after `Retry-After`, if given, or a back-off. |
 //! | a redirect | Likewise. It is not followed, because that would send the client secret to another URL. |
 //! | more than 64 KiB, a body that is not JSON, or a token that is not a bearer token | Likewise. |
 //!
 //! [`OAuthError`] describes the failure. It is a cause of the [`AuthError`](crate::AuthError) that requests fail
 //! with.
+//!
+//! # Errors
+//!
+//! The code decides what an error means; endpoints use many statuses, 200 among them. A response with an `access_token` is
+//! never an error. The code and the message are found in the shapes that [`ErrorBody`](crate::ErrorBody) reads, in a form,
+//! and in a body that is nothing but a code, whatever the `Content-Type`. Spellings such as `InvalidGrantException` count
+//! as well.
+//!
+//! | The error blames | Codes | Why |
+//! |---|---|---|
+//! | the client | `invalid_client`, `unauthorized_client` ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)), and those of Google, GitHub, Salesforce and Slack, such as `deleted_client` | Another attempt needs another secret, or a permission. |
+//! | the grant | `invalid_grant`, `invalid_token`, `expired_token`, and issuers' own, such as `bad_refresh_token`, `refresh_token_not_found`, `session_expired` | The token is spent, revoked or expired, and stays so. |
+//! | the user | `interaction_required`, `login_required`, `consent_required`, `account_selection_required` ([OpenID Connect Core section 3.1.2.6](https://openid.net/specs/openid-connect-core-1_0.html#AuthError)), `access_denied` ([RFC 6749 section 4.1.2.1](https://www.rfc-editor.org/rfc/rfc6749#section-4.1.2.1)), `insufficient_user_authentication` ([RFC 9470](https://www.rfc-editor.org/rfc/rfc9470)), multi-factor codes such as `mfa_required` and `insufficient_aal`, and codes of locked accounts, such as `user_disabled` | A human has to log in, consent, or open the account. |
+//! | nobody, for now | `temporarily_unavailable`, `server_error`, `slow_down`, `authorization_pending`, `too_many_requests`, and every unknown code; any code with 408, 429 or 5xx | Time may help, or the endpoint blames itself. |
+//! | the request | `invalid_request`, `invalid_scope`, `invalid_target`, `unsupported_grant_type` | It is treated like the row above: the issuer's configuration may change, which nothing here would notice. |
 //!
 //! # Refresh tokens
 //!

@@ -1,4 +1,4 @@
-//! K2, K3: tokens from an OAuth 2.0 token endpoint. Time is paused except over real connections.
+//! K2, K3, K7: tokens from an OAuth 2.0 token endpoint. Time is paused except over real connections.
 
 use std::{
     collections::VecDeque,
@@ -15,7 +15,7 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode, header::USER_AGENT};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full};
 use secrecy::{ExposeSecret, SecretString};
@@ -25,6 +25,7 @@ use tokio::{
     time::{advance, sleep},
 };
 use tower::{BoxError, Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
+use tower_http::set_header::SetRequestHeaderLayer;
 use tower_selam::{
     ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RefreshPolicy, Refreshing, SelamLayer, TestClock,
     Token,
@@ -217,6 +218,8 @@ async fn each_grant_sends_its_parameters() {
             );
             assert_eq!(request.head.headers["content-type"], "application/x-www-form-urlencoded");
             assert_eq!(request.head.headers["accept"], "application/json");
+            let user_agent = concat!("tower-selam/", env!("CARGO_PKG_VERSION"));
+            assert_eq!(request.head.headers["user-agent"], user_agent);
             assert_eq!(request.authorization(), None);
         });
     }
@@ -246,7 +249,7 @@ async fn client_authenticates_in_one_way() {
         engine(source).token().await.unwrap();
         scripted.last(|request| {
             assert_eq!(request.authorization(), authorization.as_deref());
-            assert!(request.head.headers.get("authorization").is_none_or(http::HeaderValue::is_sensitive));
+            assert!(request.head.headers.get("authorization").is_none_or(HeaderValue::is_sensitive));
             assert_eq!(request.form()[1..], form);
         });
     }
@@ -270,6 +273,81 @@ async fn tokens_arrive_over_http1_and_http2() {
             let jwt = Refreshing::new(OAuthSource::client_credentials(endpoint)).token().await.unwrap();
             assert!(jwt.expires_at().is_some(), "{http:?}");
         }
+    }
+}
+
+/// K7: an issuer's firewall answers 403 to a request without `User-Agent`; over a real connection.
+#[tokio::test]
+async fn user_agent_is_sent_unless_the_client_sets_one() {
+    let simulator = Simulator::new();
+    let server = Server::tls(&simulator).await.unwrap();
+    let url = server.base_url().replace("/v1", "/oauth/token");
+    let ours = concat!("tower-selam/", env!("CARGO_PKG_VERSION"));
+    let theirs =
+        |value: &'static str| SetRequestHeaderLayer::overriding(USER_AGENT, HeaderValue::from_static(value));
+    let if_missing = SetRequestHeaderLayer::if_not_present(USER_AGENT, HeaderValue::from_static("missing/1"));
+    for http in BOTH {
+        let client = https(&server, http);
+        let endpoint = TokenEndpoint::new(&url, client.clone()).unwrap();
+        for (endpoint, expected) in [
+            (endpoint.clone(), Some(ours)),
+            (endpoint.clone().with_user_agent(HeaderValue::from_static("my-app/2")), Some("my-app/2")),
+            (endpoint.with_user_agent(None), None),
+            (TokenEndpoint::new(&url, theirs("client/3").layer(client.clone())).unwrap(), Some("client/3")),
+            (
+                TokenEndpoint::new(&url, if_missing.layer(client)).unwrap().with_user_agent(None),
+                Some("missing/1"),
+            ),
+        ] {
+            let auth = ClientAuth::api_key(ApiKey::new(simulator.issue_key()).unwrap());
+            engine(OAuthSource::client_credentials(endpoint.with_client_auth(auth))).token().await.unwrap();
+            let received = simulator.received().pop().unwrap();
+            let sent: Vec<_> =
+                received.headers.get_all(USER_AGENT).iter().map(|value| value.to_str().unwrap()).collect();
+            assert_eq!(sent, Vec::from_iter(expected), "{http:?}");
+        }
+    }
+}
+
+/// K7: an error in a 200, and those that only a human can end.
+#[tokio::test(start_paused = true)]
+async fn errors_for_a_human_are_not_retried() {
+    for (status, body, message) in [
+        (
+            200,
+            r#"{"error":"bad_refresh_token","error_description":"It has expired."}"#,
+            "200 bad_refresh_token: It has expired",
+        ),
+        (200, "error=invalid_grant&error_description=It+has+expired.", "200 invalid_grant: It has expired"),
+        (400, r#"{"error":"interaction_required"}"#, "400 interaction_required"),
+        (400, r#"{"error":"consent_required"}"#, "400 consent_required"),
+        (403, r#"{"error":"access_denied"}"#, "403 access_denied"),
+        (
+            400,
+            r#"{"code":400,"error_code":"refresh_token_not_found","msg":"Gone."}"#,
+            "400 refresh_token_not_found: Gone",
+        ),
+    ] {
+        let scripted = Scripted::default().then(status, body);
+        let jwts = engine(OAuthSource::client_credentials(scripted.endpoint()));
+        let error = jwts.token().await.unwrap_err();
+        assert_eq!(error.kind(), AuthErrorKind::RefreshRejected, "{body}");
+        assert_eq!(cause(&error).to_string(), format!("the token endpoint answered {message}"));
+        advance(2 * MINUTE).await;
+        assert!(jwts.token().await.is_err());
+        assert_eq!(scripted.count(), 1, "{body}");
+    }
+    for (status, body) in [
+        (200, r#"{"error":"slow_down"}"#),
+        (400, r#"{"error":"temporarily_unavailable"}"#),
+        (429, r#"{"error":"access_denied"}"#),
+        (500, r#"{"error":"login_required"}"#),
+    ] {
+        let scripted = Scripted::default().then(status, body);
+        let jwts = engine(OAuthSource::client_credentials(scripted.endpoint()));
+        assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed, "{body}");
+        advance(SECOND).await;
+        jwts.token().await.unwrap();
     }
 }
 
