@@ -464,7 +464,7 @@ impl Replay<Body> for TryCloneBody {
 
 impl<B> From<ReplayBody<B>> for Body
 where
-    B: http_body::Body<Error: Into<BoxError>> + Send + Sync + 'static,
+    B: http_body::Body<Data: Send + Sync, Error: Into<BoxError>> + Send + Sync + 'static,
 {
     fn from(body: ReplayBody<B>) -> Self {
         Self::wrap(body)

@@ -1,14 +1,13 @@
 //! Reads the body of a 401 or 403 within limits, and returns it as if it had not been read.
 
 use std::{
-    collections::VecDeque,
     fmt, mem,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, Response, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
@@ -31,6 +30,12 @@ impl Default for BodyLimits {
 /// How many frames are read before other tasks get a turn: a body may always be ready, and with empty frames.
 const FRAMES_PER_POLL: usize = 128;
 
+/// The size of most error bodies, and more.
+const SHORT_BODY: usize = 1024;
+
+/// How much of the rest of a frame is copied at once, if it has to be.
+const MAX_COPY: usize = 64 * 1024;
+
 /// Marks a response whose body an inner layer has read already, for as long as it may take.
 #[derive(Clone, Copy)]
 struct WasRead;
@@ -41,20 +46,22 @@ pub(crate) struct Inspection<B: Body> {
     body: Pin<Box<B>>,
     limits: BodyLimits,
     timer: Timer,
-    chunks: VecDeque<Bytes>,
-    /// How many bytes were read.
-    read: usize,
-    end: Option<End<B::Error>>,
+    /// A copy of the data: frames may be tiny, or small parts of large buffers.
+    read: Vec<u8>,
+    end: Option<End<B>>,
 }
 
 /// Why reading ended.
-enum End<E> {
+enum End<B: Body> {
     Complete {
         trailers: Option<HeaderMap>,
     },
     /// The body broke off.
-    Failed(E),
-    LimitReached,
+    Failed(B::Error),
+    /// `unread` is the rest of a frame that was too long.
+    LimitReached {
+        unread: Option<B::Data>,
+    },
 }
 
 impl<B: Body> Inspection<B> {
@@ -65,15 +72,7 @@ impl<B: Body> Inspection<B> {
             limits.time = Duration::ZERO;
         }
         let timer = Timer::new(limits.time);
-        Box::new(Self {
-            parts,
-            body: Box::pin(body),
-            limits,
-            timer,
-            chunks: VecDeque::new(),
-            read: 0,
-            end: None,
-        })
+        Box::new(Self { parts, body: Box::pin(body), limits, timer, read: Vec::new(), end: None })
     }
 
     /// Reads until the body ends or a limit is reached.
@@ -84,12 +83,9 @@ impl<B: Body> Inspection<B> {
         Poll::Ready(())
     }
 
-    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<End<B>> {
         // Frames that are ready count even when the time is over.
         for _ in 0..FRAMES_PER_POLL {
-            if self.read > self.limits.size {
-                return Poll::Ready(End::LimitReached);
-            }
             let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
                 return self.poll_timer(cx);
             };
@@ -97,10 +93,10 @@ impl<B: Body> Inspection<B> {
                 None => return Poll::Ready(End::Complete { trailers: None }),
                 Some(Err(error)) => return Poll::Ready(End::Failed(error)),
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(mut data) => {
-                        let chunk = data.copy_to_bytes(data.remaining());
-                        self.read = self.read.saturating_add(chunk.len());
-                        self.chunks.extend(Some(chunk).filter(|chunk| !chunk.is_empty()));
+                    Ok(data) => {
+                        if let Some(unread) = self.read(data) {
+                            return Poll::Ready(End::LimitReached { unread: Some(unread) });
+                        }
                     }
                     Err(frame) => return Poll::Ready(End::Complete { trailers: frame.into_trailers().ok() }),
                 },
@@ -110,9 +106,22 @@ impl<B: Body> Inspection<B> {
         self.poll_timer(cx)
     }
 
-    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<End<B::Error>> {
+    /// Copies a frame's data up to the limit, and returns the rest if there is one.
+    fn read(&mut self, mut data: B::Data) -> Option<B::Data> {
+        let length = data.remaining().min(self.limits.size - self.read.len());
+        if length > self.read.capacity() - self.read.len() {
+            // A buffer that grows by and by would be copied while the old one exists.
+            let is_short = self.read.len() + length <= SHORT_BODY;
+            let capacity = if is_short { SHORT_BODY.min(self.limits.size) } else { self.limits.size };
+            self.read.reserve_exact(capacity - self.read.len());
+        }
+        self.read.put((&mut data).take(length));
+        data.has_remaining().then_some(data)
+    }
+
+    fn poll_timer(&mut self, cx: &mut Context<'_>) -> Poll<End<B>> {
         // Without a runtime that has timers, only what is ready at once is read.
-        self.timer.poll(cx).unwrap_or(Poll::Ready(())).map(|()| End::LimitReached)
+        self.timer.poll(cx).unwrap_or(Poll::Ready(())).map(|()| End::LimitReached { unread: None })
     }
 
     /// What the request was sent with.
@@ -129,7 +138,7 @@ impl<B: Body> Inspection<B> {
     fn error_with(&self, source: Option<BoxError>) -> AuthError {
         let Parts { status, headers, .. } = &self.parts;
         let secrets = self.sent().map(Sent::exposed).unwrap_or_default();
-        AuthError::read(*status, headers, &self.body(), secrets, source)
+        AuthError::read(*status, headers, &self.read, secrets, source)
     }
 
     pub(crate) fn error(&self) -> AuthError {
@@ -155,15 +164,16 @@ impl<B: Body> Inspection<B> {
 
     /// The response as it came. Outer layers need not wait for its body again.
     pub(crate) fn into_response(self) -> Response<InspectedBody<B>> {
-        let Self { mut parts, body, chunks, end, .. } = self;
+        let Self { mut parts, body, read, end, .. } = self;
         parts.extensions.insert(WasRead);
         let rest = match end {
             Some(End::Complete { trailers: Some(trailers) }) => Rest::Trailers(trailers),
             Some(End::Complete { trailers: None }) => Rest::Nothing,
             Some(End::Failed(error)) => Rest::Error(error),
-            Some(End::LimitReached) | None => Rest::Body(body),
+            Some(End::LimitReached { unread }) => Rest::Body { unread, body },
+            None => Rest::Body { unread: None, body },
         };
-        let content = Content::Read { read: Box::new(ReadBody { chunks, rest }) };
+        let content = Content::Read { read: Box::new(ReadBody { read: read.into(), rest }) };
         Response::from_parts(parts, InspectedBody { content })
     }
 
@@ -176,21 +186,11 @@ impl<B: Body> Inspection<B> {
         extensions.insert(error);
         response
     }
-
-    /// What was read, up to the limit.
-    fn body(&self) -> Vec<u8> {
-        let mut body = Vec::with_capacity(self.read.min(self.limits.size));
-        for chunk in &self.chunks {
-            let room = self.limits.size - body.len();
-            body.extend_from_slice(&chunk[..room.min(chunk.len())]);
-        }
-        body
-    }
 }
 
 pin_project! {
-    /// The body of a response that may have been read in part: it yields the same frames, whether they were read
-    /// before or not.
+    /// The body of a response that may have been read in part: it yields the same data and trailers. What was read is
+    /// one frame; the frames of any other response stay as they are.
     pub struct InspectedBody<B>
     where
         B: Body,
@@ -212,15 +212,19 @@ pin_project! {
 }
 
 struct ReadBody<B: Body> {
-    chunks: VecDeque<Bytes>,
+    read: Bytes,
     rest: Rest<B>,
 }
 
-/// What follows the chunks that were read.
+/// What follows the data that was read.
 enum Rest<B: Body> {
     Trailers(HeaderMap),
     Error(B::Error),
-    Body(Pin<Box<B>>),
+    /// `unread` is the rest of a frame.
+    Body {
+        unread: Option<B::Data>,
+        body: Pin<Box<B>>,
+    },
     Nothing,
 }
 
@@ -262,33 +266,47 @@ impl<B: Body> Body for InspectedBody<B> {
 
 impl<B: Body> ReadBody<B> {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        if let Some(chunk) = self.chunks.pop_front() {
-            return Poll::Ready(Some(Ok(Frame::data(chunk))));
+        if !self.read.is_empty() {
+            return Poll::Ready(Some(Ok(Frame::data(mem::take(&mut self.read)))));
         }
-        if let Rest::Body(body) = &mut self.rest {
-            return body.as_mut().poll_frame(cx).map_ok(to_bytes);
+        if let Rest::Body { unread, body } = &mut self.rest {
+            return match unread.as_mut().filter(|unread| unread.has_remaining()) {
+                Some(unread) => {
+                    let part = unread.copy_to_bytes(unread.remaining().min(MAX_COPY));
+                    Poll::Ready(Some(Ok(Frame::data(part))))
+                }
+                None => {
+                    *unread = None;
+                    body.as_mut().poll_frame(cx).map_ok(to_bytes)
+                }
+            };
         }
         Poll::Ready(match mem::replace(&mut self.rest, Rest::Nothing) {
             Rest::Trailers(trailers) => Some(Ok(Frame::trailers(trailers))),
             Rest::Error(error) => Some(Err(error)),
-            Rest::Body(_) | Rest::Nothing => None,
+            Rest::Body { .. } | Rest::Nothing => None,
         })
     }
 
     fn is_end_stream(&self) -> bool {
-        self.chunks.is_empty()
+        self.read.is_empty()
             && match &self.rest {
                 Rest::Nothing => true,
-                Rest::Body(body) => body.is_end_stream(),
+                Rest::Body { unread, body } => {
+                    unread.as_ref().is_none_or(|unread| !unread.has_remaining()) && body.is_end_stream()
+                }
                 Rest::Trailers(_) | Rest::Error(_) => false,
             }
     }
 
     fn size_hint(&self) -> SizeHint {
-        let read: u64 = self.chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let mut read = self.read.len() as u64;
         let rest = match &self.rest {
             Rest::Nothing | Rest::Trailers(_) => SizeHint::with_exact(0),
-            Rest::Body(body) => body.size_hint(),
+            Rest::Body { unread, body } => {
+                read += unread.as_ref().map_or(0, Buf::remaining) as u64;
+                body.size_hint()
+            }
             // The body broke off: its length is unknown.
             Rest::Error(_) => SizeHint::new(),
         };

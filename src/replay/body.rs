@@ -1,17 +1,21 @@
 //! How a request's body is kept while it is sent, and restored for the replay.
 
 use std::{
-    collections::VecDeque,
+    any::Any,
     convert::Infallible,
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Buf, Bytes};
-use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
+
+use super::pieces::Pieces;
+
+/// The most of a frame that is copied at once.
+const MAX_COPY: usize = 64 * 1024;
 
 /// Keeps a request's body while it is sent, and restores it for the replay.
 ///
@@ -103,7 +107,10 @@ pub struct BufferBody {
 }
 
 impl BufferBody {
-    /// Keeps up to `limit` bytes.
+    /// Keeps a copy of up to `limit` bytes of data, and up to 64 KiB of trailers.
+    ///
+    /// `limit` also bounds the memory that the copy takes, however the body is cut into frames. Trailers count with their
+    /// names, their values and 128 bytes each.
     #[must_use]
     pub fn new(limit: usize) -> Self {
         Self { limit }
@@ -111,27 +118,30 @@ impl BufferBody {
 }
 
 #[diagnostic::do_not_recommend]
-impl<B: Body> Replay<B> for BufferBody {
+impl<B: Body<Data: 'static>> Replay<B> for BufferBody {
     type Body = ReplayBody<B>;
     type Captured = CapturedBody<B>;
 
     fn capture(&self, body: B) -> (ReplayBody<B>, Option<CapturedBody<B>>) {
+        let length = body.size_hint();
         // A body that is known to exceed the limit need not be kept.
-        if usize::try_from(body.size_hint().lower()).map_or(true, |lower| lower > self.limit) {
+        if usize::try_from(length.lower()).map_or(true, |lower| lower > self.limit) {
             return (self.pass_through(body), None);
         }
-        let kept =
-            Arc::new(Mutex::new(Kept::Sending { frames: VecDeque::new(), room: self.limit, waiting: None }));
-        let body = ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), Some(Arc::clone(&kept)));
-        (body, Some(CapturedBody(kept)))
+        let kept = Arc::new(Mutex::new(Kept::Sending { pieces: Pieces::new(self.limit), waiting: None }));
+        let captured = CapturedBody { kept: Arc::clone(&kept), length };
+        let mut body = ReplayBody::unsent(body, length);
+        body.kept = Some(kept);
+        (body, Some(captured))
     }
 
     fn pass_through(&self, body: B) -> ReplayBody<B> {
-        ReplayBody::new(VecDeque::new(), Some(Box::pin(body)), None)
+        let length = body.size_hint();
+        ReplayBody::unsent(body, length)
     }
 
-    fn poll_captured(&self, kept: &mut CapturedBody<B>, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut *lock(&kept.0) {
+    fn poll_captured(&self, captured: &mut CapturedBody<B>, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut *lock(&captured.kept) {
             Kept::Sending { waiting, .. } => {
                 *waiting = Some(cx.waker().clone());
                 Poll::Pending
@@ -140,9 +150,11 @@ impl<B: Body> Replay<B> for BufferBody {
         }
     }
 
-    fn restore(&self, kept: CapturedBody<B>) -> Option<ReplayBody<B>> {
-        match std::mem::replace(&mut *lock(&kept.0), Kept::Lost) {
-            Kept::Done { frames, rest } => Some(ReplayBody::new(frames, rest, None)),
+    fn restore(&self, CapturedBody { kept, length }: CapturedBody<B>) -> Option<ReplayBody<B>> {
+        match mem::replace(&mut *lock(&kept), Kept::Lost) {
+            Kept::Done { pieces, rest } => {
+                Some(ReplayBody { before: Some(pieces), rest, kept: None, length })
+            }
             // The client is still sending it, or it was too long.
             Kept::Sending { .. } | Kept::Lost => None,
         }
@@ -150,59 +162,58 @@ impl<B: Body> Replay<B> for BufferBody {
 }
 
 /// The part of a body that [`BufferBody`] has kept.
-pub struct CapturedBody<B>(Arc<Mutex<Kept<B>>>);
+pub struct CapturedBody<B: Body> {
+    kept: Arc<Mutex<Kept<B>>>,
+    /// The hint of the whole body.
+    length: SizeHint,
+}
 
-enum Kept<B> {
+enum Kept<B: Body> {
     Sending {
-        frames: VecDeque<Piece>,
-        room: usize,
+        pieces: Pieces,
         /// Waits to restore the body.
         waiting: Option<Waker>,
     },
     /// The client has dropped the body; `rest` is what it did not send.
     Done {
-        frames: VecDeque<Piece>,
-        rest: Option<Pin<Box<B>>>,
+        pieces: Pieces,
+        rest: Option<Rest<B>>,
     },
     Lost,
 }
 
-#[derive(Clone)]
-enum Piece {
-    Data(Bytes),
-    Trailers(HeaderMap),
-}
-
 /// A request body that is kept while it is sent, made by [`BufferBody`]. It yields the same frames, with data as `Bytes`.
-pub struct ReplayBody<B> {
-    before: VecDeque<Piece>,
-    rest: Option<Pin<Box<B>>>,
+///
+/// A frame of more than 64 KiB that is not `Bytes` already is yielded in parts. A replay yields the same data and trailers in
+/// other frames, with the same size hint.
+pub struct ReplayBody<B: Body> {
+    /// What the first attempt has sent.
+    before: Option<Pieces>,
+    rest: Option<Rest<B>>,
     kept: Option<Arc<Mutex<Kept<B>>>>,
+    /// The hint of the unsent rest.
+    length: SizeHint,
 }
 
-impl<B> ReplayBody<B> {
-    fn new(before: VecDeque<Piece>, rest: Option<Pin<Box<B>>>, kept: Option<Arc<Mutex<Kept<B>>>>) -> Self {
-        Self { before, rest, kept }
+impl<B: Body> ReplayBody<B> {
+    fn unsent(body: B, length: SizeHint) -> Self {
+        let rest = Some(Rest { data: None, body: Box::pin(body) });
+        Self { before: None, rest, kept: None, length }
     }
 
-    fn keep(&mut self, piece: &Piece) {
+    fn keep(&mut self, frame: &Frame<Bytes>) {
         let Some(kept) = &self.kept else { return };
         if Arc::strong_count(kept) == 1 {
             // Nobody can restore it any more: the response has begun, and the request body is still streaming.
             self.kept = None;
             return;
         }
-        let mut state = lock(kept);
-        let length = if let Piece::Data(data) = piece { data.len() } else { 0 };
-        match &mut *state {
-            Kept::Sending { frames, room, .. } if length <= *room => {
-                *room -= length;
-                frames.push_back(piece.clone());
-            }
-            _ => {
-                drop(state);
-                self.lose();
-            }
+        let is_kept = match &mut *lock(kept) {
+            Kept::Sending { pieces, .. } => pieces.push(frame).is_some(),
+            Kept::Done { .. } | Kept::Lost => false,
+        };
+        if !is_kept {
+            self.lose();
         }
     }
 
@@ -214,7 +225,7 @@ impl<B> ReplayBody<B> {
     }
 }
 
-impl<B: Body> Body for ReplayBody<B> {
+impl<B: Body<Data: 'static>> Body for ReplayBody<B> {
     type Data = Bytes;
     type Error = B::Error;
 
@@ -222,87 +233,110 @@ impl<B: Body> Body for ReplayBody<B> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        if let Some(piece) = self.before.pop_front() {
-            return Poll::Ready(Some(Ok(piece.into_frame())));
-        }
-        let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
-        let frame = match ready!(rest.as_mut().poll_frame(cx)) {
-            Some(Ok(frame)) => frame,
-            Some(Err(error)) => {
-                self.lose();
-                return Poll::Ready(Some(Err(error)));
-            }
+        let frame = match self.before.as_mut().and_then(Pieces::pop) {
+            Some(frame) => frame,
             None => {
-                self.rest = None;
-                // Complete, even if the client does not drop it.
-                if let Some(kept) = self.kept.take() {
-                    settle(&kept, |frames| Kept::Done { frames, rest: None });
+                let Some(rest) = &mut self.rest else { return Poll::Ready(None) };
+                match ready!(rest.poll_frame(cx)) {
+                    Some(Ok(frame)) => {
+                        self.keep(&frame);
+                        frame
+                    }
+                    Some(Err(error)) => {
+                        self.lose();
+                        return Poll::Ready(Some(Err(error)));
+                    }
+                    None => {
+                        self.rest = None;
+                        // Complete, even if the client does not drop it.
+                        if let Some(kept) = self.kept.take() {
+                            settle(&kept, |pieces| Kept::Done { pieces, rest: None });
+                        }
+                        return Poll::Ready(None);
+                    }
                 }
-                return Poll::Ready(None);
             }
         };
-        let piece = match frame.into_data() {
-            Ok(mut data) => Piece::Data(data.copy_to_bytes(data.remaining())),
-            Err(frame) => match frame.into_trailers() {
-                Ok(trailers) => Piece::Trailers(trailers),
-                Err(_) => {
-                    // A kind of frame that http-body does not know yet.
-                    self.lose();
-                    return Poll::Ready(Some(Ok(Frame::data(Bytes::new()))));
-                }
-            },
-        };
-        self.keep(&piece);
-        Poll::Ready(Some(Ok(piece.into_frame())))
+        if let Some(data) = frame.data_ref() {
+            self.length = after(&self.length, data.len() as u64);
+        }
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.before.is_empty() && self.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
+        self.before.as_ref().is_none_or(Pieces::is_empty)
+            && self.rest.as_ref().is_none_or(Rest::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        let before: u64 = self.before.iter().map(Piece::len).sum();
-        let rest = self.rest.as_ref().map_or(SizeHint::with_exact(0), |rest| rest.size_hint());
-        let mut hint = SizeHint::new();
-        hint.set_lower(before.saturating_add(rest.lower()));
-        if let Some(upper) = rest.upper() {
-            hint.set_upper(before.saturating_add(upper));
-        }
-        hint
+        self.length
     }
 }
 
+/// Nothing in it is pinned in place.
+impl<B: Body> Unpin for ReplayBody<B> {}
+
 /// The client has dropped the body, so the unsent rest can be replayed.
-impl<B> Drop for ReplayBody<B> {
+impl<B: Body> Drop for ReplayBody<B> {
     fn drop(&mut self) {
         let Some(kept) = self.kept.take() else { return };
         let rest = self.rest.take();
-        settle(&kept, |frames| Kept::Done { frames, rest });
+        settle(&kept, |pieces| Kept::Done { pieces, rest });
     }
 }
 
-impl Piece {
-    fn into_frame(self) -> Frame<Bytes> {
-        match self {
-            Self::Data(data) => Frame::data(data),
-            Self::Trailers(trailers) => Frame::trailers(trailers),
+/// What is left of a body.
+struct Rest<B: Body> {
+    /// The rest of a frame.
+    data: Option<B::Data>,
+    body: Pin<Box<B>>,
+}
+
+impl<B: Body<Data: 'static>> Rest<B> {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if self.data.is_none() {
+            match ready!(self.body.as_mut().poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => self.data = Some(data),
+                    Err(frame) => return Poll::Ready(Some(Ok(frame.map_data(|_| Bytes::new())))),
+                },
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
         }
+        let part = self.data.as_mut().map(next_part).unwrap_or_default();
+        self.data.take_if(|data| !data.has_remaining());
+        Poll::Ready(Some(Ok(Frame::data(part))))
     }
 
-    fn len(&self) -> u64 {
-        match self {
-            Self::Data(data) => data.len() as u64,
-            Self::Trailers(_) => 0,
-        }
+    fn is_end_stream(&self) -> bool {
+        self.data.is_none() && self.body.is_end_stream()
     }
+}
+
+/// Takes the next part of a frame: the whole frame, unless it is long and has to be copied.
+fn next_part<D: Buf + 'static>(data: &mut D) -> Bytes {
+    let is_shared = (data as &dyn Any).is::<Bytes>();
+    let length = if is_shared { data.remaining() } else { data.remaining().min(MAX_COPY) };
+    data.copy_to_bytes(length)
+}
+
+/// The hint of a body of which `sent` bytes have been sent.
+fn after(length: &SizeHint, sent: u64) -> SizeHint {
+    let mut left = SizeHint::new();
+    left.set_lower(length.lower().saturating_sub(sent));
+    if let Some(upper) = length.upper() {
+        left.set_upper(upper.saturating_sub(sent));
+    }
+    left
 }
 
 /// Ends the capture of a body, and wakes the waiter.
-fn settle<B>(kept: &Mutex<Kept<B>>, end: impl FnOnce(VecDeque<Piece>) -> Kept<B>) {
+fn settle<B: Body>(kept: &Mutex<Kept<B>>, end: impl FnOnce(Pieces) -> Kept<B>) {
     let mut state = lock(kept);
-    let waiting = match std::mem::replace(&mut *state, Kept::Lost) {
-        Kept::Sending { frames, waiting, .. } => {
-            *state = end(frames);
+    let waiting = match mem::replace(&mut *state, Kept::Lost) {
+        Kept::Sending { pieces, waiting } => {
+            *state = end(pieces);
             waiting
         }
         settled => {
@@ -320,13 +354,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl<B> fmt::Debug for CapturedBody<B> {
+impl<B: Body> fmt::Debug for CapturedBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CapturedBody").finish_non_exhaustive()
     }
 }
 
-impl<B> fmt::Debug for ReplayBody<B> {
+impl<B: Body> fmt::Debug for ReplayBody<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ReplayBody").finish_non_exhaustive()
     }
@@ -338,25 +372,16 @@ mod tests {
 
     use super::*;
 
-    /// J7
+    /// J7, M1
     #[tokio::test]
     async fn nothing_is_kept_after_the_response() {
-        let owner = Arc::new([0; 8]);
-        let held = |owner: &Arc<[u8; 8]>| Bytes::from_owner(Owner(Arc::clone(owner)));
-        for (left, counted) in [(true, 2), (false, 1)] {
-            let (mut body, kept) = BufferBody::new(64).capture(Full::new(held(&owner)));
-            let kept = kept.filter(|_| left);
+        for is_answered in [true, false] {
+            let (mut body, captured) = BufferBody::new(64).capture(Full::new(Bytes::from_static(&[0; 8])));
+            let kept = Arc::downgrade(&captured.as_ref().unwrap().kept);
+            let captured = captured.filter(|_| !is_answered);
             drop(body.frame().await);
-            assert_eq!(Arc::strong_count(&owner), counted, "kept: {left}");
-            drop((body, kept));
-        }
-    }
-
-    struct Owner(Arc<[u8; 8]>);
-
-    impl AsRef<[u8]> for Owner {
-        fn as_ref(&self) -> &[u8] {
-            &*self.0
+            assert_eq!(kept.strong_count() == 0, is_answered);
+            drop(captured);
         }
     }
 }

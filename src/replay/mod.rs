@@ -53,7 +53,7 @@
 //! # Bodies
 //!
 //! To replay a request, its body has to be available again. [`RefreshLayer::new`] clones it, which is cheap for
-//! `Full<Bytes>`. For a streaming body, [`RefreshLayer::buffered`] keeps what was sent, up to a limit, and
+//! `Full<Bytes>`. For a streaming body, [`RefreshLayer::buffered`] keeps a copy of what was sent, up to a limit, and
 //! [`RefreshLayer::without_replay`] keeps nothing: the credential is refreshed all the same, and the 401 returned. An API
 //! may reject a request before it has received the whole body. After the refresh the client has five seconds to let go of
 //! the rest, as it does when it has sent it or when the API closes the connection or stream; otherwise the 401 is
@@ -65,6 +65,7 @@ mod captured;
 mod future;
 mod head;
 mod layer;
+mod pieces;
 mod service;
 
 #[cfg(feature = "tonic")]

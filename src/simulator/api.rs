@@ -1,6 +1,6 @@
 //! Routes requests, checks their credentials and picks the response.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, Method, Request, Response,
     header::{AUTHORIZATION, SEC_WEBSOCKET_KEY},
@@ -79,9 +79,8 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
     let (mut kept, mut length) = (BytesMut::new(), 0);
     while let Some(Ok(frame)) = body.frame().await {
         if let Ok(mut data) = frame.into_data() {
-            let data = data.copy_to_bytes(data.remaining());
-            length += data.len() as u64;
-            kept.extend_from_slice(&data[..data.len().min(PARSED_BODY - kept.len())]);
+            length += data.remaining() as u64;
+            kept.put((&mut data).take(PARSED_BODY - kept.len()));
         }
     }
     (kept.freeze(), length)

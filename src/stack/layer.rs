@@ -47,7 +47,8 @@ impl SelamLayer {
         self.with_replay(NoReplay)
     }
 
-    /// Keeps up to `limit` bytes of each request's body while it is sent, to replay it after a 401. The client gets a
+    /// Keeps up to `limit` bytes of each request's body while it is sent, to replay it after a 401: see
+    /// [`RefreshLayer::buffered`](crate::RefreshLayer::buffered). The client gets a
     /// [`ReplayBody`](crate::replay::ReplayBody).
     #[must_use]
     pub fn buffered(self, limit: usize) -> SelamLayer<BufferBody> {
