@@ -61,22 +61,48 @@
 //!
 //! # Refresh tokens
 //!
-//! Refresh tokens are assumed to be valid for one use
-//! ([RFC 9700 section 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)). Exchanges therefore run one
-//! at a time, each on a task that completes even if every waiting request is dropped: the access token is kept for
-//! the next request, and the new refresh token is saved in the [`RefreshTokenStore`]. The same refresh token is
-//! sent again only if an exchange ends without a complete response: it is then unknown whether the endpoint has
-//! spent it, and the source has no other token to try.
+//! Refresh tokens are assumed to be valid for one use, and an endpoint to end the login when one is used twice
+//! ([RFC 9700 section 4.14.2](https://www.rfc-editor.org/rfc/rfc9700#section-4.14.2)). An exchange therefore
+//!
+//! 1. runs alone: one at a time in a source, and in all programs that share the login if the [`RefreshTokenStore`] can
+//!    [lock](RefreshTokenStore::lock);
+//! 2. reads the store first, so that a token that another program stored is found. What this source has spent is not spent
+//!    again; if the store still holds it, because saving failed or the store lags, the newer token in memory is used;
+//! 3. runs on a task that completes even if every waiting request is dropped. The access token is kept for the next request;
+//! 4. saves the new refresh token before anybody is given the access token that came with it, or for 5 seconds at most. Then,
+//!    or if saving fails, saving continues in the background, and the store stays locked until it succeeds.
+//!
+//! A process that is killed between the answer of the endpoint and the saving loses the login, and one that ends in the
+//! middle of an exchange may: no client can prevent that.
+//!
+//! # When a refresh token is sent again
+//!
+//! | The exchange ended with | The refresh token | Next |
+//! |---|---|---|
+//! | a new refresh token | is spent | It is never sent again by this source. |
+//! | a token without a new refresh token ([RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6)) | is still valid | It is sent for each refresh. |
+//! | `invalid_grant` | was spent elsewhere, has expired or was revoked | The store is read again. A different token in it is sent at once. Otherwise the failure is permanent until the store's [version](RefreshTokenStore::version) changes. |
+//! | another 4xx, a redirect or 503 | is unspent | It is sent again after the back-off. |
+//! | no connection, or a refusal to send | was not sent | Likewise. |
+//! | a reset, a timeout, a 2xx without a token, another 5xx | **may be spent** | The failure is an [`UnansweredExchange`], and raises a `WARN` event. After the back-off the store is read, and if it holds no other token, this one is sent again. |
+//!
+//! A token that may be spent is sent again until the endpoint answers, because that loses the fewest logins. If the first
+//! exchange never reached the endpoint, the token is valid. If it did, its answer with the new refresh token is lost, and
+//! nobody can continue the login without the endpoint's help: one that accepts a token twice within a grace period
+//! gives it, the sooner the better. A strict one revokes the tokens of a login that was lost already; `invalid_grant` then says so
+//! ([`UnansweredExchange::is_rejected`]). To fail at once would lose the login in the first and the second case too.
 
 mod auth;
 mod client;
 mod endpoint;
 mod exchange;
+mod login;
 mod response;
 mod rotation;
 mod source;
 mod store;
 mod token_type;
+mod unanswered;
 
 pub(crate) use self::client::TokenClient;
 pub use self::{
@@ -84,6 +110,7 @@ pub use self::{
     endpoint::TokenEndpoint,
     response::OAuthError,
     source::OAuthSource,
-    store::{MemoryStore, RefreshToken, RefreshTokenStore},
+    store::{MemoryStore, RefreshToken, RefreshTokenStore, StoreLock},
     token_type::TokenType,
+    unanswered::UnansweredExchange,
 };

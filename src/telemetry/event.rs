@@ -146,7 +146,14 @@ pub(crate) fn request_not_sent(error: &AuthError) {
 pub(crate) fn refresh_token_not_saved(id: KeyId, secret: &str, error: &dyn Error) {
     count!(telemetry::UNSAVED_REFRESH_TOKENS);
     let error = Redacted { error, secret: Some(secret) };
-    emit!(warn, id = %id, error = %error, "refresh token not saved; it is kept in memory only");
+    emit!(warn, id = %id, error = %error, "refresh token not saved; it is kept in memory, and saving it is tried again");
+}
+
+/// Reports an exchange of a refresh token that ended without an answer.
+#[cold]
+pub(crate) fn refresh_token_maybe_spent(id: KeyId, secret: &str, error: &dyn Error) {
+    let error = Redacted { error, secret: Some(secret) };
+    emit!(warn, id = %id, error = %error, "no answer to a refresh token, which may be spent");
 }
 
 /// Reports the fixed key that a layer was built with. A refreshing key is reported by its engine.

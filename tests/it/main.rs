@@ -22,6 +22,7 @@ mod files;
 mod handshake;
 mod headers;
 mod inbound;
+mod logins;
 mod memory;
 mod mint;
 mod oauth;

@@ -31,7 +31,7 @@ use tower_selam::{
     Token,
     oauth::{
         ClientAuth, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint,
-        TokenType,
+        TokenType, UnansweredExchange,
     },
     simulator::{Server, Simulator, TokenFault},
     source::{FileSource, Reason, Source, source_fn},
@@ -726,6 +726,7 @@ async fn login_during_exchange_is_not_overwritten() {
 #[derive(Clone, Default)]
 struct TestStore {
     token: Arc<Mutex<Option<RefreshToken>>>,
+    unreadable: Arc<AtomicBool>,
     broken: Arc<AtomicBool>,
     version: Arc<AtomicU64>,
     loads: Arc<AtomicU64>,
@@ -745,13 +746,13 @@ impl TestStore {
 impl RefreshTokenStore for TestStore {
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
         self.loads.fetch_add(1, SeqCst);
-        if self.broken.load(SeqCst) {
+        if self.unreadable.load(SeqCst) {
             return Err("the disk is gone".into());
         }
         Ok(self.token.lock().unwrap().clone())
     }
 
-    async fn save(&self, token: &RefreshToken) -> Result<(), BoxError> {
+    async fn save(&self, token: &RefreshToken, _: &RefreshToken) -> Result<(), BoxError> {
         if self.broken.load(SeqCst) {
             return Err(format!("no room for {}", token.expose_secret()).into());
         }
@@ -786,12 +787,12 @@ async fn failing_store_loses_nothing_in_memory() {
         settle().await;
         assert_eq!(store.holds(), saved);
     }
+    // Without a further exchange.
     store.broken.store(false, SeqCst);
     advance(2 * MINUTE).await;
-    jwts.token().await.unwrap();
     settle().await;
     assert!(simulator.is_refresh_token_valid(&store.holds()), "the newest is saved");
-    assert_eq!((simulator.reused_refresh_tokens(), store.loads.load(SeqCst)), (0, 1));
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (4, 0));
 }
 
 /// K2: the event names the error and masks the token in it.
@@ -857,29 +858,43 @@ fn fetching_without_timers_is_an_error() {
     assert_eq!(simulator.token_requests(), 0);
 }
 
-/// K2: a request does not wait for `save`; the next exchange does.
+/// K6: a request waits for `save`, but not longer than 5 seconds; the next exchange waits until it ends.
 #[tokio::test(start_paused = true)]
-async fn slow_store_delays_only_the_next_exchange() {
+async fn access_token_waits_for_the_store() {
     let simulator = Simulator::new();
     simulator.set_token_lifetime(MINUTE);
     let saving = Arc::new(Notify::new());
     let store = TestStore { saving: Some(Arc::clone(&saving)), ..TestStore::default() };
     store.put(&simulator.issue_refresh_token());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
-    jwts.token().await.unwrap(); // before the token is saved
-
-    advance(61 * SECOND).await;
-    let mut next = tokio_test::task::spawn(jwts.token());
-    assert!(next.poll().is_pending());
+    let mut first = tokio_test::task::spawn(jwts.token());
+    assert!(first.poll().is_pending());
+    advance(4 * SECOND).await;
     settle().await;
-    assert_eq!(simulator.token_requests(), 1, "the exchange waits for the store");
+    assert!(first.poll().is_pending(), "the refresh token is not saved yet");
     saving.notify_one();
     settle().await;
-    assert!(next.poll().is_ready());
-    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
+    assert!(first.poll().is_ready());
+    assert!(simulator.is_refresh_token_valid(&store.holds()));
+
+    advance(61 * SECOND).await;
+    let start = tokio::time::Instant::now();
+    jwts.token().await.unwrap();
+    assert_eq!(start.elapsed(), 5 * SECOND);
+    advance(61 * SECOND).await;
+    let mut third = tokio_test::task::spawn(jwts.token());
+    assert!(third.poll().is_pending());
+    settle().await;
+    assert_eq!(simulator.token_requests(), 2, "the exchange waits for the store");
+    saving.notify_one();
+    settle().await;
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (3, 0));
+    saving.notify_one();
+    settle().await;
+    assert!(third.poll().is_ready());
 }
 
-/// K2: after `invalid_grant` the store is read again.
+/// K5: the store is read before each exchange, and again after `invalid_grant`.
 #[tokio::test(start_paused = true)]
 async fn token_from_another_program_is_used() {
     let simulator = Simulator::new();
@@ -888,15 +903,28 @@ async fn token_from_another_program_is_used() {
     store.put(&simulator.issue_refresh_token());
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     jwts.token().await.unwrap();
-    settle().await;
 
     simulator.revoke_refresh_tokens();
     store.put(&simulator.issue_refresh_token());
     advance(2 * MINUTE).await;
     jwts.token().await.unwrap();
-    settle().await;
     assert!(simulator.is_refresh_token_valid(&store.holds()));
-    assert_eq!(simulator.token_requests(), 3, "the old token is rejected, the stored one accepted");
+    assert_eq!(simulator.token_requests(), 2, "the revoked token is not sent");
+
+    // The other program saves its token two seconds after ours is rejected.
+    simulator.revoke_refresh_tokens();
+    let next = simulator.issue_refresh_token();
+    tokio::spawn({
+        let store = store.clone();
+        async move {
+            sleep(2 * MINUTE + 2 * SECOND).await;
+            store.put(&next);
+        }
+    });
+    settle().await;
+    advance(2 * MINUTE).await;
+    jwts.token().await.unwrap();
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (4, 0));
 }
 
 /// K2: an empty store is a permanent failure, an unreadable one a transient failure.
@@ -917,11 +945,11 @@ async fn missing_login_fails_until_stored() {
     jwts.token().await.unwrap();
 
     // An unreadable store is read again.
-    let store = TestStore { broken: Arc::new(AtomicBool::new(true)), ..TestStore::default() };
+    let store = TestStore { unreadable: Arc::new(AtomicBool::new(true)), ..TestStore::default() };
     let jwts = engine(OAuthSource::refresh_token(public(&simulator), store.clone()));
     assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
     store.put(&simulator.issue_refresh_token());
-    store.broken.store(false, SeqCst);
+    store.unreadable.store(false, SeqCst);
     advance(SECOND).await;
     jwts.token().await.unwrap();
 }
@@ -1040,7 +1068,7 @@ async fn panicking_client_or_store_fails_one_exchange() {
             Ok(Some(RefreshToken::new("refresh")?))
         }
 
-        async fn save(&self, _: &RefreshToken) -> Result<(), BoxError> {
+        async fn save(&self, _: &RefreshToken, _: &RefreshToken) -> Result<(), BoxError> {
             pending().await
         }
     }
@@ -1060,7 +1088,9 @@ async fn panicking_client_or_store_fails_one_exchange() {
     let store = PanickingStore(AtomicBool::new(true));
     let jwts = engine(OAuthSource::refresh_token(TokenEndpoint::new(URL, client).unwrap(), store));
     let error = jwts.token().await.unwrap_err();
-    assert!(error.source().unwrap().to_string().contains("panicked"), "{error:?}");
+    let cause = error.source().unwrap();
+    assert!(cause.is::<UnansweredExchange>(), "the client may have sent the token: {error:?}");
+    assert!(cause.source().unwrap().to_string().contains("panicked"), "{error:?}");
     panics.store(false, SeqCst);
     advance(SECOND).await;
     jwts.token().await.unwrap();

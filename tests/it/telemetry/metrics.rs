@@ -412,7 +412,7 @@ fn described_metrics_start_at_zero() {
 }
 
 /// S2: no metric holds a secret.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn metrics_hold_no_secret() {
     let recorder = Recorder::default();
     let _guard = ::metrics::set_default_local_recorder(&recorder);

@@ -50,7 +50,7 @@ impl RefreshTokenStore for FailingStore {
         Ok(Some(self.0.clone()))
     }
 
-    async fn save(&self, token: &RefreshToken) -> Result<(), BoxError> {
+    async fn save(&self, token: &RefreshToken, _: &RefreshToken) -> Result<(), BoxError> {
         Err(format!("no room for\n{}", token.expose_secret()).into())
     }
 }
