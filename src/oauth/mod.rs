@@ -81,8 +81,8 @@
 //! |---|---|---|
 //! | a new refresh token | is spent | It is never sent again by this source. |
 //! | a token without a new refresh token ([RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6)) | is still valid | It is sent for each refresh. |
-//! | `invalid_grant` | was spent elsewhere, has expired or was revoked | The store is read again. A different token in it is sent at once. Otherwise the failure is permanent until the store's [version](RefreshTokenStore::version) changes. |
-//! | another 4xx, a redirect or 503 | is unspent | It is sent again after the back-off. |
+//! | `invalid_grant`, or another code that blames [the grant](#errors) | was spent elsewhere, has expired or was revoked | The store is read again. A different token in it is sent at once. Otherwise the failure is permanent until the store's [version](RefreshTokenStore::version) changes. |
+//! | another 4xx, an error in a 200, a redirect or 503 | is unspent | It is sent again after the back-off. |
 //! | no connection, or a refusal to send | was not sent | Likewise. |
 //! | a reset, a timeout, a 2xx without a token, another 5xx | **may be spent** | The failure is an [`UnansweredExchange`], and raises a `WARN` event. After the back-off the store is read, and if it holds no other token, this one is sent again. |
 //!

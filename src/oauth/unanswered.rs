@@ -58,7 +58,7 @@ pub(super) fn may_have_spent(error: &SourceError) -> bool {
         return match answer.status() {
             StatusCode::SERVICE_UNAVAILABLE => false,
             // An error object can come with any status.
-            status if status.is_success() => answer.code().is_none(),
+            status if status.is_success() => answer.code().is_none() && !answer.is_permanent(),
             status => status.is_server_error(),
         };
     }
@@ -75,9 +75,8 @@ pub(super) fn may_have_spent(error: &SourceError) -> bool {
 
 /// Whether the endpoint rejected the refresh token.
 pub(super) fn is_rejected(error: &SourceError) -> bool {
-    causes(error).any(|cause| {
-        cause.downcast_ref::<OAuthError>().is_some_and(|answer| answer.code() == Some("invalid_grant"))
-    })
+    let is_rejected = |answer: &OAuthError| answer.is_permanent() && answer.blames_grant();
+    causes(error).any(|cause| cause.downcast_ref().is_some_and(is_rejected))
 }
 
 fn causes(error: &SourceError) -> impl Iterator<Item = &(dyn Error + 'static)> {
