@@ -20,6 +20,15 @@ const MAX_COPY: usize = 64 * 1024;
 /// Keeps a request's body while it is sent, and restores it for the replay.
 ///
 /// Implemented by [`CloneBody`], [`BufferBody`] and [`NoReplay`]. Implement it for a client with its own body type.
+///
+/// # What may be kept
+///
+/// The first attempt and the replay share nothing that one of them can use up. A restored body depends on no channel, upgrade
+/// or signal that the first attempt has taken; if it has, [`restore`](Self::restore) returns `None`. The request's head is
+/// cloned with its extensions, so the same holds for those: whatever belongs to one attempt is added by the client, below
+/// [`RefreshLayer`](super::RefreshLayer). An example is the wait for `100 Continue` after `Expect: 100-continue`: a client that
+/// holds a body back wraps the body that it is given, and drops it unread if the API answers without it. The body can then be
+/// replayed, whatever its length.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot replay a request with the body `{B}`: use `.buffered(limit)` or `.without_replay()`",
     label = "the body is not `Clone`, or not a body",
@@ -107,7 +116,8 @@ pub struct BufferBody {
 }
 
 impl BufferBody {
-    /// Keeps a copy of up to `limit` bytes of data, and up to 64 KiB of trailers.
+    /// Keeps a copy of up to `limit` bytes of data, and up to 64 KiB of trailers. A longer body is replayed if nothing of it was
+    /// sent.
     ///
     /// `limit` also bounds the memory that the copy takes, however the body is cut into frames. Trailers count with their
     /// names, their values and 128 bytes each.
@@ -124,11 +134,10 @@ impl<B: Body<Data: 'static>> Replay<B> for BufferBody {
 
     fn capture(&self, body: B) -> (ReplayBody<B>, Option<CapturedBody<B>>) {
         let length = body.size_hint();
-        // A body that is known to exceed the limit need not be kept.
-        if usize::try_from(length.lower()).map_or(true, |lower| lower > self.limit) {
-            return (self.pass_through(body), None);
-        }
-        let kept = Arc::new(Mutex::new(Kept::Sending { pieces: Pieces::new(self.limit), waiting: None }));
+        // A body that is known to exceed the limit can be replayed only if nothing of it has been sent.
+        let fits = usize::try_from(length.lower()).is_ok_and(|lower| lower <= self.limit);
+        let pieces = Pieces::new(if fits { self.limit } else { 0 });
+        let kept = Arc::new(Mutex::new(Kept::Sending { pieces, waiting: None }));
         let captured = CapturedBody { kept: Arc::clone(&kept), length };
         let mut body = ReplayBody::unsent(body, length);
         body.kept = Some(kept);

@@ -20,7 +20,8 @@ impl RefreshLayer {
 }
 
 impl RefreshLayer<BufferBody> {
-    /// Keeps up to `limit` bytes of each request's body while it is sent. A request with a longer body is not replayed.
+    /// Keeps up to `limit` bytes of each request's body while it is sent. A request with a longer body is replayed only if nothing
+    /// of the body was sent.
     ///
     /// What is kept is a copy. The memory for it stays within `limit`, however the body is cut into frames; trailers may take
     /// another 64 KiB. A replay sends the same data and trailers in other frames. The inner service gets a

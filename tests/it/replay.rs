@@ -232,6 +232,25 @@ async fn early_401_replays_the_whole_body_or_nothing() {
     }
 }
 
+/// J12, J7: a body that the client did not begin to send is replayed, whatever its length.
+#[tokio::test(start_paused = true)]
+async fn unsent_body_is_replayed_at_any_length() {
+    for (read, replayed) in [(0, true), (1, false)] {
+        let (jwts, _) = counting();
+        jwts.prefetch().await.unwrap();
+        let log = ReadLog::default();
+        let service = RefreshLayer::buffered(10).layer(
+            (JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key()))
+                .layer(rejecting_early(Rest::Dropped(read), &log)),
+        );
+        let request = Request::post(MODELS).header("expect", "100-continue");
+        let answered = service.oneshot(request.body(Body::from("longer than ten")).unwrap()).await.unwrap();
+        let log = std::mem::take(&mut *log.lock().unwrap());
+        assert_eq!((answered.status() == StatusCode::OK, log.len() == 2), (replayed, replayed));
+        assert!(!replayed || log[1].0 == "longer than ten", "{log:?}");
+    }
+}
+
 /// J7: the replayed body has the same exact size hint as the first.
 #[tokio::test(start_paused = true)]
 async fn replayed_body_keeps_its_exact_length() {
