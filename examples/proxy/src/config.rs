@@ -57,6 +57,10 @@ The API
                               [SELAM_BASE_URL, default: https://api.selamgpt.com/v1]
   --ca FILE                   trust these certificate authorities (PEM) in addition to the
                               system's
+  --api-idle SECONDS          reuse idle connections to the API for this long at most, up
+                              to 900; less if the API's Keep-Alive header says so
+                              [SELAM_PROXY_API_IDLE, default: what that header says, or 4;
+                              60 over HTTP/2]
   --allow-insecure-loopback   allow plain http for the API and the token endpoint on a
                               loopback address, for tests
 
@@ -112,6 +116,8 @@ pub struct Config {
     pub has_jwt: bool,
     pub allow_insecure_loopback: bool,
     pub limits: Limits,
+    /// How long idle connections to the API are reused; `None` for the defaults.
+    pub api_idle: Option<Duration>,
     base_url: Option<String>,
     api_key: Option<CredentialSource>,
     jwt: Option<CredentialSource>,
@@ -142,7 +148,8 @@ impl Default for Limits {
 }
 
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 4] = ["--keep-alive", "--head-timeout", "--upgrade-idle", "--max-connections"];
+const WITH_VARIABLE: [&str; 5] =
+    ["--keep-alive", "--head-timeout", "--upgrade-idle", "--max-connections", "--api-idle"];
 
 /// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
 fn variable_of(flag: &str) -> String {
@@ -203,6 +210,7 @@ impl Command {
             has_jwt: false,
             allow_insecure_loopback: false,
             limits: Limits::default(),
+            api_idle: None,
             base_url: None,
             api_key: None,
             jwt: None,
@@ -288,6 +296,7 @@ impl Config {
             "--keep-alive" => self.limits.keep_alive = seconds(name, &text(value()?)?, 900)?,
             "--head-timeout" => self.limits.head_timeout = seconds(name, &text(value()?)?, 300)?,
             "--upgrade-idle" => self.limits.upgrade_idle = seconds(name, &text(value()?)?, 86_400)?,
+            "--api-idle" => self.api_idle = Some(seconds(name, &text(value()?)?, 900)?),
             "--max-connections" => {
                 self.limits.max_connections = number(name, &text(value()?)?, "", 8..=1_000_000)?;
             }
@@ -500,7 +509,7 @@ mod tests {
             upgrade_idle: Duration::from_secs(3),
             max_connections: 8,
         };
-        let (flags, values) = (WITH_VARIABLE, ["1", "2", "3", "8"]);
+        let (flags, values) = (WITH_VARIABLE, ["1", "2", "3", "8", "4"]);
         let by_flags: Vec<_> =
             flags.iter().zip(values).map(|(flag, value)| format!("{flag} {value}")).collect();
         assert_eq!(limits(&by_flags.join(" "), &[]), wanted);
@@ -520,6 +529,7 @@ mod tests {
             ("--keep-alive", "a whole number of seconds from 1 to 900"),
             ("--head-timeout", "a whole number of seconds from 1 to 300"),
             ("--upgrade-idle", "a whole number of seconds from 1 to 86400"),
+            ("--api-idle", "a whole number of seconds from 1 to 900"),
             ("--max-connections", "a whole number from 8 to 1000000"),
         ] {
             for value in ["0", "-1", "1.5", "30s", "x", "99999999999999999999", "1000001"] {
@@ -643,6 +653,7 @@ mod tests {
             "--head-timeout",
             "--upgrade-idle",
             "--max-connections",
+            "--api-idle",
             "--help",
         ] {
             assert!(HELP.contains(&format!("{flag} ")) || HELP.contains(&format!("{flag}\n")), "{flag}");

@@ -22,7 +22,6 @@ use axum::{
 use hyper::upgrade::OnUpgrade;
 use hyper_util::{client::legacy::Error as ClientError, rt::TokioIo};
 use tokio::{io::copy_bidirectional, time};
-use tokio_rustls::rustls::ClientConfig;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer,
@@ -85,10 +84,10 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 /// A setting is invalid.
 pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
-    let token_client = upstream::client(&tls);
-    let layer = config.layer(SelamLayer::builder().with_token_client(token_client))?;
+    let settings = upstream::Settings::new(tls, config.api_idle, REPLAY_LIMIT);
+    let layer = config.layer(SelamLayer::builder().with_token_client(settings.token_client()))?;
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
-    let (stack, upgrade_stack) = stacks(config, &layer, &tls, &via)?;
+    let (stack, upgrade_stack) = stacks(config, &layer, &settings, &via)?;
     let proxy = Proxy {
         callers: match &config.client_token_file {
             Some(path) => Callers::from_file(path.clone())?,
@@ -115,7 +114,7 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
 fn stacks(
     config: &Config,
     layer: &SelamLayer,
-    tls: &ClientConfig,
+    settings: &upstream::Settings,
     via: &Arc<str>,
 ) -> Result<(Stack, Stack), config::Error> {
     let choose = match &*config.jwt_paths {
@@ -139,8 +138,8 @@ fn stacks(
         .map_request(move |request: Request| to_api(&base, &via, request))
         // Add our credentials. After a 401, refresh them and replay the request once.
         .layer(layer.clone().buffered(REPLAY_LIMIT).annotated());
-    let stack = layers.clone().service(Upstream::new(tls, Versions::All));
-    let upgrade_stack = layers.service(Upstream::new(tls, Versions::Http1));
+    let stack = layers.clone().service(Upstream::new(settings, Versions::All));
+    let upgrade_stack = layers.service(Upstream::new(settings, Versions::Http1));
     Ok((BoxCloneSyncService::new(stack), BoxCloneSyncService::new(upgrade_stack)))
 }
 
@@ -209,7 +208,8 @@ impl Proxy {
     async fn exchange(self, tracker: RequestTracker, mut request: Request) -> Response {
         // An upgrade that is not forwarded is ignored, as RFC 9110 section 7.8 allows.
         request.headers_mut().remove(UPGRADE);
-        let request = upstream::await_continue(request);
+        // Only `upgrade` may take over the caller's connection; a replay must not hold it either.
+        request.extensions_mut().remove::<OnUpgrade>();
         let mut response = self.send(self.stack.clone(), request).await;
         // The API must not switch protocols without being asked.
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {

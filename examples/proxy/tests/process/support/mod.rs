@@ -2,6 +2,7 @@
 
 mod api;
 mod caller;
+pub(crate) mod frames;
 mod program;
 mod scan;
 mod scratch;

@@ -1,0 +1,184 @@
+//! What is known of a connection to the API: whether it has answered, and how long it may be idle.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::http::{Extensions, HeaderMap, HeaderName};
+use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper_util::client::legacy::connect::{CaptureConnection, Connected, Connection};
+use tokio::{runtime::Handle, task::AbortHandle, time};
+
+/// How long an idle HTTP/1.1 connection is reused by default, if the API announces nothing: less than the five seconds of
+/// uvicorn, Node and Apache.
+const HTTP1_IDLE: Duration = Duration::from_secs(4);
+
+/// How long other idle connections are reused by default. After that, a firewall on the way may have dropped them.
+pub(super) const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// How much sooner than announced a connection is given up, so that a request does not meet the API's closing.
+const MARGIN: Duration = Duration::from_secs(1);
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+
+/// How long an HTTP/1.1 connection may be idle after a response with these headers.
+pub(super) fn idle_time(headers: &HeaderMap, configured: Option<Duration>) -> Duration {
+    match announced(headers) {
+        Some(time) => (time - MARGIN.min(time / 2)).min(configured.unwrap_or(MAX_IDLE)),
+        None => configured.unwrap_or(HTTP1_IDLE),
+    }
+}
+
+/// The `timeout` of the `Keep-Alive` header
+/// ([RFC 2068 section 19.7.1.1](https://www.rfc-editor.org/rfc/rfc2068#section-19.7.1.1)).
+fn announced(headers: &HeaderMap) -> Option<Duration> {
+    let values = headers.get_all(KEEP_ALIVE).into_iter().filter_map(|value| value.to_str().ok());
+    let parameters = values.flat_map(|value| value.split(','));
+    let timeouts = parameters.filter_map(|parameter| {
+        let (name, seconds) = parameter.split_once('=')?;
+        let is_timeout = name.trim().eq_ignore_ascii_case("timeout");
+        is_timeout.then(|| seconds.trim().trim_matches('"').parse().ok().map(Duration::from_secs))?
+    });
+    timeouts.min()
+}
+
+/// The connection that a request was sent on.
+#[derive(Debug)]
+pub(super) struct Used {
+    connection: CaptureConnection,
+    record: Record,
+}
+
+impl Used {
+    /// Returns `None` if the request was not given to a connection.
+    pub(super) fn new(connection: CaptureConnection) -> Option<Self> {
+        let mut extras = Extensions::new();
+        connection.connection_metadata().as_ref()?.get_extras(&mut extras);
+        let record = extras.remove()?;
+        Some(Self { connection, record })
+    }
+
+    /// Reports an answer.
+    pub(super) fn answered(&self) {
+        self.record.0.answered.store(true, Relaxed);
+    }
+
+    /// Whether a request has been answered on this connection.
+    pub(super) fn has_answered(&self) -> bool {
+        self.record.0.answered.load(Relaxed)
+    }
+
+    /// Keeps further requests off this connection. Those that it carries are not affected.
+    pub(super) fn retire(&self) {
+        if let Some(connected) = &*self.connection.connection_metadata() {
+            connected.poison();
+        }
+    }
+}
+
+/// Limits the idle time of an HTTP/1.1 connection, from the drop of this value on: at the end of a response.
+#[derive(Debug)]
+pub(super) struct IdleLimit {
+    pub(super) used: Option<Used>,
+    pub(super) time: Duration,
+}
+
+impl Drop for IdleLimit {
+    fn drop(&mut self) {
+        // Without a runtime, no request can follow.
+        let (Some(used), Ok(runtime)) = (self.used.take(), Handle::try_current()) else { return };
+        let record = used.record.clone();
+        let (written, time) = (record.0.writes.load(Relaxed), self.time);
+        let timer = runtime.spawn(async move {
+            time::sleep(time).await;
+            // Otherwise another request is under way, whose response sets the next limit.
+            if used.record.0.writes.load(Relaxed) == written {
+                used.retire();
+            }
+        });
+        let mut current = record.0.timer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(previous) = current.replace(timer.abort_handle()) {
+            previous.abort();
+        }
+    }
+}
+
+/// The record of a connection, which hyper-util hands out with it.
+#[derive(Clone, Debug, Default)]
+struct Record(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    answered: AtomicBool,
+    writes: AtomicUsize,
+    /// Ends the idle time.
+    timer: Mutex<Option<AbortHandle>>,
+}
+
+/// A connection that keeps a record.
+#[derive(Debug)]
+pub struct Recorded<T> {
+    stream: T,
+    record: Record,
+}
+
+impl<T> Recorded<T> {
+    pub(super) fn new(stream: T) -> Self {
+        Self { stream, record: Record::default() }
+    }
+
+    fn written(&self) {
+        self.record.0.writes.fetch_add(1, Relaxed);
+    }
+}
+
+impl<T: Connection> Connection for Recorded<T> {
+    fn connected(&self) -> Connected {
+        self.stream.connected().extra(self.record.clone())
+    }
+}
+
+impl<T: Read + Unpin> Read for Recorded<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl<T: Write + Unpin> Write for Recorded<T> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.written();
+        Pin::new(&mut self.stream).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.written();
+        Pin::new(&mut self.stream).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
