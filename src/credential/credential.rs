@@ -6,13 +6,13 @@ use std::fmt;
 
 use secrecy::ExposeSecret;
 
-use super::{ApiKey, KeyId, Secret, Token};
+use super::{ApiKey, ClientSecret, KeyId, Secret, Token};
 use crate::{
     error::{ConfigError, ConfigErrorKind, Place, Setting},
     util::per_thread::Unshare,
 };
 
-/// A credential that can be refreshed: an [`ApiKey`] or a [`Token`]. Sealed.
+/// A credential that can be refreshed: an [`ApiKey`], a [`Token`] or a [`ClientSecret`]. Sealed.
 pub trait Credential: Sealed {}
 
 /// What the engine and the sources need to know of a [`Credential`].
@@ -46,7 +46,7 @@ macro_rules! credential {
             ///
             /// # Errors
             ///
-            /// As [`from_env`](Self::from_env).
+            /// When the variable is not set, or as for [`new`](Self::new); the error names the variable.
             pub fn from_env_var(name: &str) -> Result<Self, ConfigError> {
                 Secret::from_env_var(name, Self::SETTING).map(Self)
             }
@@ -100,4 +100,5 @@ macro_rules! credential {
 }
 
 credential!(ApiKey, outlives_rejection: true);
+credential!(ClientSecret, outlives_rejection: true);
 credential!(Token, outlives_rejection: false);

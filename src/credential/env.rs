@@ -27,6 +27,24 @@ pub const SELAM_CLIENT_ID: &str = "SELAM_CLIENT_ID";
 /// The client secret that belongs to [`SELAM_CLIENT_ID`].
 pub const SELAM_CLIENT_SECRET: &str = "SELAM_CLIENT_SECRET";
 
+/// The path of a file with the client secret, re-read when it is rotated; replaces [`SELAM_CLIENT_SECRET`].
+pub const SELAM_CLIENT_SECRET_FILE: &str = "SELAM_CLIENT_SECRET_FILE";
+
+/// How the client of [`SELAM_CLIENT_ID`] authenticates, by its registered name
+/// ([RFC 7591 section 2](https://www.rfc-editor.org/rfc/rfc7591#section-2)): `client_secret_basic`, the default,
+/// `client_secret_post`, or `none` for a public client.
+pub const SELAM_CLIENT_AUTH: &str = "SELAM_CLIENT_AUTH";
+
+/// The scopes to request from [`SELAM_TOKEN_URL`], separated by spaces.
+pub const SELAM_TOKEN_SCOPE: &str = "SELAM_TOKEN_SCOPE";
+
+/// The name of the service that the JWT is for, sent to [`SELAM_TOKEN_URL`] as `audience`.
+pub const SELAM_TOKEN_AUDIENCE: &str = "SELAM_TOKEN_AUDIENCE";
+
+/// The URI of the resource that the JWT is for, sent to [`SELAM_TOKEN_URL`] as `resource`
+/// ([RFC 8707 section 2](https://www.rfc-editor.org/rfc/rfc8707#section-2)).
+pub const SELAM_TOKEN_RESOURCE: &str = "SELAM_TOKEN_RESOURCE";
+
 /// The base URL; [`BaseUrl::DEFAULT`](crate::BaseUrl::DEFAULT) when not set.
 pub const SELAM_BASE_URL: &str = "SELAM_BASE_URL";
 

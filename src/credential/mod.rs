@@ -2,6 +2,7 @@
 
 mod api_key;
 mod claims;
+mod client_secret;
 #[expect(clippy::module_inception, reason = "it holds the trait of that name")]
 mod credential;
 mod credentials;
@@ -13,8 +14,8 @@ mod subject;
 mod token;
 
 pub use self::{
-    api_key::ApiKey, credential::Credential, credentials::Credentials, key_id::KeyId,
-    request_auth::RequestAuth, subject::Subject, token::Token,
+    api_key::ApiKey, client_secret::ClientSecret, credential::Credential, credentials::Credentials,
+    key_id::KeyId, request_auth::RequestAuth, subject::Subject, token::Token,
 };
 pub(crate) use self::{
     key_id::Fingerprint,

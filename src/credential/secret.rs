@@ -25,7 +25,7 @@ pub(crate) struct Secret(Arc<Inner>);
 
 struct Inner {
     bearer: HeaderValue,
-    /// Without the scheme. Tokens are never sent this way; boxed, because there may be many tokens.
+    /// An API key without the scheme. Boxed, because there may be many tokens.
     bare: Option<Box<HeaderValue>>,
     fingerprint: Fingerprint,
     expires_at: Option<SystemTime>,
@@ -42,8 +42,10 @@ impl Secret {
     }
 
     fn parse(value: &str, setting: Setting) -> Result<Self, ConfigErrorKind> {
-        let secret = trim(value);
-        check(secret)?;
+        let secret = match setting {
+            Setting::ClientSecret => text(value)?,
+            _ => checked(value)?,
+        };
 
         // Sized up front: a buffer that grows leaves unwiped copies behind.
         let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
@@ -52,9 +54,8 @@ impl Secret {
         // The capacity equals the length, so this does not reallocate.
         let buffer = Bytes::from_owner(Zeroizing::new(mem::take(&mut *buffer).into_boxed_slice()));
 
-        let is_token = setting == Setting::Token;
-        let expires_at = if is_token { claims::expires_at(secret) } else { None };
-        Self::from_buffer(buffer, !is_token, Fingerprint::of(secret.as_bytes()), expires_at)
+        let expires_at = if setting == Setting::Token { claims::expires_at(secret) } else { None };
+        Self::from_buffer(buffer, setting == Setting::ApiKey, Fingerprint::of(secret.as_bytes()), expires_at)
     }
 
     fn from_buffer(
@@ -128,7 +129,9 @@ pub(crate) fn text(value: &str) -> Result<&str, ConfigErrorKind> {
     if text.is_empty() { Err(ConfigErrorKind::Empty) } else { Ok(text) }
 }
 
-fn check(secret: &str) -> Result<(), ConfigErrorKind> {
+/// Checks for what an `Authorization: Bearer` header can carry; returns it without surrounding blanks and one line end.
+fn checked(value: &str) -> Result<&str, ConfigErrorKind> {
+    let secret = trim(value);
     let scheme = SCHEME.trim_end();
     if let Some((head, rest)) = secret.split_at_checked(scheme.len())
         && head.eq_ignore_ascii_case(scheme)
@@ -143,7 +146,7 @@ fn check(secret: &str) -> Result<(), ConfigErrorKind> {
     if secret.starts_with(['"', '\'']) || secret.ends_with(['"', '\'']) {
         return Err(ConfigErrorKind::Quoted);
     }
-    Ok(())
+    Ok(secret)
 }
 
 fn check_bytes(text: &str, may_have_spaces: bool) -> Result<(), ConfigErrorKind> {

@@ -124,6 +124,8 @@ pub enum ConfigErrorKind {
         /// The other variable.
         other: &'static str,
     },
+    /// The value names no method of client authentication that can be chosen by name.
+    UnknownMethod,
     /// The environment variable requires an HTTP client, and none was given.
     NeedsClient,
     /// The source sets this parameter itself.
@@ -179,6 +181,7 @@ impl fmt::Display for ConfigErrorKind {
             Self::Conflict { other } => {
                 return write!(f, "is set together with {other}: set only one of them");
             }
+            Self::UnknownMethod => "is not client_secret_basic, client_secret_post or none",
             Self::NeedsClient => "needs an HTTP client: pass one to `SelamLayerBuilder::with_token_client`",
             Self::ReservedParameter => "is set by the source itself: remove it",
             Self::InvalidKey => {
@@ -208,6 +211,7 @@ pub(crate) enum Setting {
     TokenUrl,
     ClientId,
     ClientSecret,
+    ClientAuth,
     RefreshToken,
     Parameter,
     PathPrefix,
@@ -227,6 +231,7 @@ impl fmt::Display for Setting {
             Self::TokenUrl => "token endpoint's URL",
             Self::ClientId => "client id",
             Self::ClientSecret => "client secret",
+            Self::ClientAuth => "client authentication method",
             Self::RefreshToken => "refresh token",
             Self::Parameter => "token request parameter",
             Self::PathPrefix => "path prefix",

@@ -94,15 +94,17 @@ impl TokenEndpoint {
         self.user_agent = user_agent.into();
         self
     }
+
+    /// Returns the URL without its query, which may hold a secret.
+    pub(super) fn audience(&self) -> String {
+        Origin::of_uri(&self.uri).map(|origin| format!("{origin}{}", self.uri.path())).unwrap_or_default()
+    }
 }
 
 impl fmt::Debug for TokenEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("TokenEndpoint");
-        if let Ok(origin) = Origin::of_uri(&self.uri) {
-            // Without the query, which may hold a secret.
-            debug.field("uri", &format_args!("{origin}{}", self.uri.path()));
-        }
+        debug.field("uri", &format_args!("{}", self.audience()));
         debug.field("auth", &self.auth).finish_non_exhaustive()
     }
 }

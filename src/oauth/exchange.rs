@@ -16,14 +16,10 @@ use zeroize::Zeroizing;
 
 use super::{
     OAuthError, RefreshToken, TokenEndpoint, TokenType,
+    auth::{Proven, obtain},
     response::{self, Granted},
 };
-use crate::{
-    credential::{ApiKey, Credential, Token},
-    error::{AuthError, AuthErrorKind},
-    refresh::Provider,
-    source::SourceError,
-};
+use crate::{credential::Token, refresh::Provider, source::SourceError};
 
 /// What to request, where, and as whom.
 #[derive(Clone)]
@@ -48,7 +44,7 @@ pub(super) struct GrantToken {
 /// The credentials of a request, as of when it is sent.
 struct Sent<'a> {
     refresh_token: Option<&'a RefreshToken>,
-    key: Option<ApiKey>,
+    client: Proven,
     tokens: Vec<Token>,
 }
 
@@ -70,7 +66,7 @@ impl Exchange {
     /// Combines the versions of all credentials into one, which changes when any of them does.
     pub(super) fn version(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        self.endpoint.auth.key().and_then(Provider::version).hash(&mut hasher);
+        self.endpoint.auth.version().hash(&mut hasher);
         self.tokens.iter().for_each(|token| token.provider.version().hash(&mut hasher));
         hasher.finish()
     }
@@ -86,24 +82,20 @@ impl Exchange {
         &self,
         refresh_token: Option<&'a RefreshToken>,
     ) -> Result<Sent<'a>, SourceError> {
-        let key = match self.endpoint.auth.key() {
-            Some(key) => Some(obtain(key).await?),
-            None => None,
-        };
         let mut tokens = Vec::new();
         for token in &self.tokens {
             tokens.push(obtain(&token.provider).await?);
         }
-        Ok(Sent { refresh_token, key, tokens })
+        // Last, so that an assertion is not older than necessary.
+        let client = self.endpoint.auth.prove(|| self.endpoint.audience()).await?;
+        Ok(Sent { refresh_token, client, tokens })
     }
 
     /// Refreshes the credentials that `error` blames. Returns whether that brought a different one.
     async fn refresh_rejected(&self, sent: &Sent<'_>, error: &OAuthError) -> bool {
         let mut changed = false;
-        if error.blames_client()
-            && let (Some(provider), Some(key)) = (self.endpoint.auth.key(), &sent.key)
-        {
-            changed |= provider.replace(key).await;
+        if error.blames_client() {
+            changed |= self.endpoint.auth.replace(&sent.client).await;
         }
         if error.blames_grant() {
             for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
@@ -121,8 +113,7 @@ impl Exchange {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
         headers.extend(self.endpoint.user_agent.clone().map(|value| (USER_AGENT, value)));
-        let bearer = sent.key.as_ref().map(|key| key.0.bearer().clone());
-        headers.extend(bearer.or_else(|| self.endpoint.auth.basic()).map(|value| (AUTHORIZATION, value)));
+        headers.extend(self.endpoint.auth.authorization(&sent.client).map(|value| (AUTHORIZATION, value)));
         request
     }
 
@@ -134,37 +125,27 @@ impl Exchange {
             form.extend(token.kind.as_ref().map(|(name, kind)| (*name, kind.uri())));
         }
         form.extend(self.parameters.iter().map(|(name, value)| (&**name, value.expose_secret())));
-        form.extend(self.endpoint.auth.parameters());
+        form.extend(self.endpoint.auth.parameters(&sent.client));
         form
     }
 
     /// Returns the secrets of the request in every form in which it carries them, to be masked in errors.
     fn secrets(&self, sent: &Sent<'_>) -> Vec<Zeroizing<String>> {
-        let key = sent.key.iter().map(ApiKey::expose_secret);
         let tokens = sent.tokens.iter().map(Token::expose_secret);
         // Any other parameter may be a secret; these three are not.
         let parameters =
             self.parameters.iter().filter(|(name, _)| !matches!(&**name, "scope" | "audience" | "resource"));
-        let raw = (self.endpoint.auth.secret().into_iter())
-            .chain(key)
+        let raw = (sent.client.secret().into_iter())
             .chain(tokens)
             .chain(sent.refresh_token.map(RefreshToken::expose_secret))
             .chain(parameters.map(|(_, value)| value.expose_secret()));
-        let basic = self.endpoint.auth.basic();
+        let basic = self.endpoint.auth.authorization(&sent.client);
         let basic = basic.and_then(|value| Some(value.to_str().ok()?.strip_prefix("Basic ")?.to_owned()));
         raw.flat_map(|secret| [secret.to_owned(), byte_serialize(secret.as_bytes()).collect()])
             .chain(basic)
             .map(Zeroizing::new)
             .collect()
     }
-}
-
-async fn obtain<C: Credential>(provider: &Provider<C>) -> Result<C, SourceError> {
-    let failed = |error: AuthError| {
-        let permanent = error.kind() == AuthErrorKind::RefreshRejected;
-        SourceError::of(permanent, error.retry_after(), error)
-    };
-    provider.get().await.map_err(failed)
 }
 
 /// Encodes the form into a buffer that is wiped on drop.

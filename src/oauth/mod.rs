@@ -106,7 +106,7 @@ mod unanswered;
 
 pub(crate) use self::client::TokenClient;
 pub use self::{
-    auth::ClientAuth,
+    auth::{Assertion, ClientAuth},
     endpoint::TokenEndpoint,
     response::OAuthError,
     source::OAuthSource,
@@ -114,3 +114,4 @@ pub use self::{
     token_type::TokenType,
     unanswered::UnansweredExchange,
 };
+pub use crate::credential::ClientSecret;

@@ -144,10 +144,18 @@ impl OAuthSource {
         let name = name.into();
         let kind = match &*name {
             "" => ConfigErrorKind::Empty,
-            "grant_type" | "client_id" | "client_secret" | "scope" | "refresh_token" | "assertion"
-            | "subject_token" | "subject_token_type" | "actor_token" | "actor_token_type" => {
-                ConfigErrorKind::ReservedParameter
-            }
+            "grant_type"
+            | "client_id"
+            | "client_secret"
+            | "client_assertion"
+            | "client_assertion_type"
+            | "scope"
+            | "refresh_token"
+            | "assertion"
+            | "subject_token"
+            | "subject_token_type"
+            | "actor_token"
+            | "actor_token_type" => ConfigErrorKind::ReservedParameter,
             _ => return Ok(self.with(name, value)),
         };
         Err(ConfigError::new(Setting::Parameter, Place::Argument, kind))

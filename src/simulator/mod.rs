@@ -73,8 +73,8 @@
 //! # The token endpoint
 //!
 //! The token endpoint implements OAuth 2.0 ([RFC 6749](https://www.rfc-editor.org/rfc/rfc6749)). Clients from
-//! [`issue_client`](Simulator::issue_client) authenticate by `client_secret_basic` or `client_secret_post`, and an
-//! account by its API key as bearer. A public client, which sends only its `client_id`, can refresh but nothing else.
+//! [`issue_client`](Simulator::issue_client) authenticate by `client_secret_basic`, `client_secret_post` or
+//! `client_secret_jwt`, whose assertions are accepted once, and an account by its API key as bearer. A public client, which sends only its `client_id`, can refresh but nothing else.
 //!
 //! It supports the grants `client_credentials` and `refresh_token`, token exchange
 //! ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)) and JWT bearer

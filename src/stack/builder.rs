@@ -12,7 +12,7 @@ use crate::{
     ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins, Provider,
     Refreshing, Token,
     authorize::{CredentialProvider, Owner, Policy, Settings},
-    credential::Credential,
+    credential::{ClientSecret, Credential, text},
     env,
     error::{Place, Setting},
     oauth::{ClientAuth, OAuthSource, TokenClient, TokenEndpoint},
@@ -29,6 +29,10 @@ pub struct SelamLayerBuilder {
     origins: Option<Origins>,
     token_client: Option<TokenClient>,
     token_url: Option<TokenUrl>,
+    client_auth: Option<ClientAuth>,
+    token_scope: Option<String>,
+    token_audience: Option<String>,
+    token_resource: Option<String>,
     errors: AuthErrorLayer,
     if_not_present: bool,
     require_request_auth: bool,
@@ -85,6 +89,34 @@ impl SelamLayerBuilder {
     /// [`build_with_env`](Self::build_with_env), which says how the client authenticates there.
     pub fn with_token_url(mut self, url: impl Into<String>) -> Self {
         self.token_url = Some(TokenUrl(url.into()));
+        self
+    }
+
+    /// Sets how the client authenticates to the token endpoint, in place of [`SELAM_CLIENT_ID`](env::SELAM_CLIENT_ID) and
+    /// the variables that belong to it.
+    pub fn with_client_auth(mut self, auth: ClientAuth) -> Self {
+        self.client_auth = Some(auth);
+        self
+    }
+
+    /// Sets the scopes to request from the token endpoint, in place of [`SELAM_TOKEN_SCOPE`](env::SELAM_TOKEN_SCOPE). See
+    /// [`OAuthSource::with_scope`].
+    pub fn with_token_scope(mut self, scope: impl Into<String>) -> Self {
+        self.token_scope = Some(scope.into());
+        self
+    }
+
+    /// Sets the service that the JWT is for, in place of [`SELAM_TOKEN_AUDIENCE`](env::SELAM_TOKEN_AUDIENCE). See
+    /// [`OAuthSource::with_audience`].
+    pub fn with_token_audience(mut self, audience: impl Into<String>) -> Self {
+        self.token_audience = Some(audience.into());
+        self
+    }
+
+    /// Sets the resource that the JWT is for, in place of [`SELAM_TOKEN_RESOURCE`](env::SELAM_TOKEN_RESOURCE). See
+    /// [`OAuthSource::with_resource`].
+    pub fn with_token_resource(mut self, resource: impl Into<String>) -> Self {
+        self.token_resource = Some(resource.into());
         self
     }
 
@@ -161,9 +193,15 @@ impl SelamLayerBuilder {
     /// - the key from [`SELAM_API_KEY`], or from the file that [`SELAM_API_KEY_FILE`] names;
     /// - the JWT, which is optional, from [`SELAM_JWT`], from the file that [`SELAM_JWT_FILE`] names, or from the OAuth 2.0
     ///   token endpoint at [`SELAM_TOKEN_URL`], through the client given to
-    ///   [`with_token_client`](Self::with_token_client). The client authenticates with [`SELAM_CLIENT_ID`] and
-    ///   [`SELAM_CLIENT_SECRET`] if they are set, otherwise with the API key as bearer;
+    ///   [`with_token_client`](Self::with_token_client);
+    /// - the client of that endpoint from [`SELAM_CLIENT_ID`] and [`SELAM_CLIENT_SECRET`], or the file that
+    ///   [`SELAM_CLIENT_SECRET_FILE`] names, by the method that [`SELAM_CLIENT_AUTH`] names. Without them, the client
+    ///   authenticates with the API key as bearer;
+    /// - what to request there, which is optional, from [`SELAM_TOKEN_SCOPE`], [`SELAM_TOKEN_AUDIENCE`] and
+    ///   [`SELAM_TOKEN_RESOURCE`];
     /// - [`SELAM_BASE_URL`], which is optional.
+    ///
+    /// A variable that is set to nothing counts as not set.
     ///
     /// A file is read now, and again when it is replaced: see [`FileSource`]. The endpoint is asked for the first JWT when a
     /// request needs it: see [`OAuthSource::client_credentials`].
@@ -180,6 +218,11 @@ impl SelamLayerBuilder {
     /// [`SELAM_TOKEN_URL`]: env::SELAM_TOKEN_URL
     /// [`SELAM_CLIENT_ID`]: env::SELAM_CLIENT_ID
     /// [`SELAM_CLIENT_SECRET`]: env::SELAM_CLIENT_SECRET
+    /// [`SELAM_CLIENT_SECRET_FILE`]: env::SELAM_CLIENT_SECRET_FILE
+    /// [`SELAM_CLIENT_AUTH`]: env::SELAM_CLIENT_AUTH
+    /// [`SELAM_TOKEN_SCOPE`]: env::SELAM_TOKEN_SCOPE
+    /// [`SELAM_TOKEN_AUDIENCE`]: env::SELAM_TOKEN_AUDIENCE
+    /// [`SELAM_TOKEN_RESOURCE`]: env::SELAM_TOKEN_RESOURCE
     /// [`SELAM_BASE_URL`]: env::SELAM_BASE_URL
     pub fn build_with_env(mut self) -> Result<SelamLayer, ConfigError> {
         let key = match self.api_key.take() {
@@ -221,17 +264,24 @@ impl SelamLayerBuilder {
             None => read(Setting::TokenUrl, env::SELAM_TOKEN_URL)?,
         };
         let endpoint = TokenEndpoint::over(client, &url, place, self.allow_insecure_loopback)?;
-        let is_set = |name| env::var_os(name).is_some();
-        let auth = if is_set(env::SELAM_CLIENT_ID) || is_set(env::SELAM_CLIENT_SECRET) {
-            let id = read(Setting::ClientId, env::SELAM_CLIENT_ID)?;
-            let secret = read(Setting::ClientSecret, env::SELAM_CLIENT_SECRET)?;
-            let places =
-                [env::SELAM_CLIENT_ID, env::SELAM_CLIENT_SECRET].map(|name| Place::EnvVar(name.to_owned()));
-            ClientAuth::found(id, secret, &places)?
-        } else {
-            ClientAuth::api_key(key.clone())
+        let auth = match &self.client_auth {
+            Some(auth) => auth.clone(),
+            None => client_from_env()?.unwrap_or_else(|| ClientAuth::api_key(key.clone())),
         };
-        let source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
+        let mut source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
+        let given = |value: &Option<String>, name| match value {
+            Some(value) => Ok(Some(value.clone())),
+            None => parameter(name),
+        };
+        if let Some(scope) = given(&self.token_scope, env::SELAM_TOKEN_SCOPE)? {
+            source = source.with_scope(scope);
+        }
+        if let Some(audience) = given(&self.token_audience, env::SELAM_TOKEN_AUDIENCE)? {
+            source = source.with_audience(audience);
+        }
+        if let Some(resource) = given(&self.token_resource, env::SELAM_TOKEN_RESOURCE)? {
+            source = source.with_resource(resource);
+        }
         Ok(Refreshing::new(source))
     }
 }
@@ -264,6 +314,51 @@ fn from_file<C: Credential>(named_by: &'static str) -> Result<Provider<C>, Confi
     // Report an unusable file now.
     source.read()?;
     Ok(Provider::Refreshing(Refreshing::new(source)))
+}
+
+/// The client of the token endpoint, if a variable tells of one.
+fn client_from_env() -> Result<Option<ClientAuth>, ConfigError> {
+    let in_header = match env::var(env::SELAM_CLIENT_AUTH).as_deref().map(str::trim) {
+        Err(ConfigErrorKind::Missing) | Ok("client_secret_basic") => Ok(Some(true)),
+        Ok("client_secret_post") => Ok(Some(false)),
+        Ok("none") => Ok(None),
+        Ok(_) => Err(ConfigErrorKind::UnknownMethod),
+        Err(kind) => Err(kind.clone()),
+    };
+    let at = |name: &str| Place::EnvVar(name.to_owned());
+    let in_header =
+        in_header.map_err(|kind| ConfigError::new(Setting::ClientAuth, at(env::SELAM_CLIENT_AUTH), kind))?;
+    let secret = one_of::<ClientSecret>(&[env::SELAM_CLIENT_SECRET, env::SELAM_CLIENT_SECRET_FILE])?;
+    let names = [env::SELAM_CLIENT_ID, env::SELAM_CLIENT_AUTH];
+    if secret.is_none() && names.iter().all(|name| env::var_os(name).is_none()) {
+        return Ok(None);
+    }
+    let id = read(Setting::ClientId, env::SELAM_CLIENT_ID)?;
+    let secret = match (secret, in_header) {
+        (None, None) => None,
+        (Some(name), None) => {
+            let kind = ConfigErrorKind::Conflict { other: "SELAM_CLIENT_AUTH=none" };
+            return Err(ConfigError::new(Setting::ClientSecret, at(name), kind));
+        }
+        (Some(env::SELAM_CLIENT_SECRET_FILE), _) => Some(from_file(env::SELAM_CLIENT_SECRET_FILE)?),
+        _ => Some(ClientSecret::from_env_var(env::SELAM_CLIENT_SECRET)?.into()),
+    };
+    ClientAuth::found(&id, at(env::SELAM_CLIENT_ID), secret, in_header.unwrap_or_default()).map(Some)
+}
+
+/// A parameter of the token request, if the variable `name` is set.
+fn parameter(name: &str) -> Result<Option<String>, ConfigError> {
+    let value = match env::var(name) {
+        Err(ConfigErrorKind::Missing) => return Ok(None),
+        value => value.and_then(|value| text(&value).map(str::to_owned)),
+    };
+    // RFC 8707 section 2: an absolute URI without a fragment.
+    let is_uri = |value: &String| value.contains(':') && !value.contains(['#', ' ']);
+    let value = match value {
+        Ok(value) if name == env::SELAM_TOKEN_RESOURCE && !is_uri(&value) => Err(ConfigErrorKind::InvalidUrl),
+        value => value,
+    };
+    value.map(Some).map_err(|kind| ConfigError::new(Setting::Parameter, Place::EnvVar(name.to_owned()), kind))
 }
 
 fn read(setting: Setting, name: &str) -> Result<String, ConfigError> {

@@ -239,7 +239,7 @@ pub(crate) fn describe_metrics() {
     );
 
     use RefreshOutcome::{Aborted, Failed, Panicked, Refreshed, Rejected, TimedOut, Unchanged, Unusable};
-    for credential in [Setting::ApiKey, Setting::Token].map(name) {
+    for credential in [Setting::ApiKey, Setting::Token, Setting::ClientSecret].map(name) {
         for outcome in [Refreshed, Unchanged, Failed, Rejected, TimedOut, Panicked, Aborted, Unusable] {
             counter!(telemetry::REFRESHES, "credential" => credential, "outcome" => outcome.label())
                 .increment(0);
@@ -272,7 +272,11 @@ fn code_label(code: Option<&str>) -> &'static str {
 }
 
 fn name(credential: Setting) -> &'static str {
-    if credential == Setting::ApiKey { "api_key" } else { "token" }
+    match credential {
+        Setting::ApiKey => "api_key",
+        Setting::ClientSecret => "client_secret",
+        _ => "token",
+    }
 }
 
 /// Displays the id of a credential, or `none`.

@@ -1,12 +1,18 @@
 //! Configuration from environment variables, which are process-wide: each case runs in a process of its own.
 
-use std::{env, process::Command};
+use std::{
+    env,
+    process::Command,
+    sync::{Arc, Mutex},
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use http::Request;
-use tower::{ServiceExt, service_fn};
-use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token, simulator::Simulator};
+use http::{Request, Response};
+use http_body_util::BodyExt;
+use tower::{BoxError, ServiceExt, service_fn};
+use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token, oauth::ClientAuth, simulator::Simulator};
 
+use crate::files::Directory;
 use crate::support::{Body, MODELS, get, send, values};
 
 pub(crate) const CASE: &str = "TOWER_SELAM_TEST_CASE";
@@ -23,6 +29,11 @@ pub(crate) fn run(name: &str, case: &str, variables: &[(&str, &str)]) -> String 
         .env_remove("SELAM_TOKEN_URL")
         .env_remove("SELAM_CLIENT_ID")
         .env_remove("SELAM_CLIENT_SECRET")
+        .env_remove("SELAM_CLIENT_SECRET_FILE")
+        .env_remove("SELAM_CLIENT_AUTH")
+        .env_remove("SELAM_TOKEN_SCOPE")
+        .env_remove("SELAM_TOKEN_AUDIENCE")
+        .env_remove("SELAM_TOKEN_RESOURCE")
         .env_remove("SELAM_BASE_URL")
         .envs(variables.iter().copied())
         .env(CASE, case)
@@ -281,5 +292,169 @@ fn token_endpoint_is_read_from_the_environment() {
         ),
     ] {
         assert_eq!(run(NAME, case, variables), expected, "{case} {variables:?}");
+    }
+}
+
+/// K7: the client's method, its secret's file, and what is requested.
+#[test]
+fn token_request_is_read_from_the_environment() {
+    const NAME: &str = "environment::token_request_is_read_from_the_environment";
+    if let Ok(case) = env::var(CASE) {
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let client = service_fn({
+            let requests = Arc::clone(&requests);
+            move |request: Request<Body>| {
+                let requests = Arc::clone(&requests);
+                async move {
+                    let basic = request.headers().contains_key("authorization");
+                    let body = request.into_body().collect().await.unwrap().to_bytes();
+                    let form = form_urlencoded::parse(&body).skip(1);
+                    let form: Vec<_> = form.map(|(name, value)| format!("{name}={value}")).collect();
+                    requests.lock().unwrap().push(format!("{basic} {}", form.join("&")));
+                    let body = r#"{"access_token":"a","token_type":"Bearer","expires_in":60}"#;
+                    Ok::<_, BoxError>(Response::new(Body::from(body)))
+                }
+            }
+        });
+        let mut builder = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-a").unwrap());
+        builder = builder.with_token_client(client);
+        if case == "given" {
+            let auth = ClientAuth::client_secret_post("given", "secret").unwrap();
+            builder = builder.with_client_auth(auth).with_token_scope("s").with_token_audience("a");
+            builder = builder.with_token_resource("r");
+        }
+        let layer = match builder.build_with_env() {
+            Ok(layer) => layer,
+            Err(error) => return tell(&describe(Err::<(), _>(error))),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(send(&layer, get(MODELS))).unwrap();
+        return tell(&requests.lock().unwrap()[0].clone());
+    }
+    let directory = Directory::new();
+    std::fs::write(directory.file(), "from a file\n").unwrap();
+    let file = ("SELAM_CLIENT_SECRET_FILE", directory.file().to_str().unwrap().to_owned());
+    let file = (file.0, &*file.1);
+    let url = ("SELAM_TOKEN_URL", "https://login.example/oauth/token");
+    let (id, secret) = (("SELAM_CLIENT_ID", "app"), ("SELAM_CLIENT_SECRET", "s3cr3t"));
+    let method = |name| ("SELAM_CLIENT_AUTH", name);
+    let scope = ("SELAM_TOKEN_SCOPE", "audio agent\n");
+    let audience = ("SELAM_TOKEN_AUDIENCE", "selam");
+    let resource = ("SELAM_TOKEN_RESOURCE", "urn:selam:api");
+    let error = |text: &str, name: &str| format!("{text} (Some({name:?}))");
+    let requests = "token request parameter from the environment variable";
+    for (case, variables, expected) in [
+        ("", &[url, id, secret][..], "true ".to_owned()),
+        ("", &[url, id, secret, method("client_secret_basic")], "true ".to_owned()),
+        (
+            "",
+            &[url, id, secret, method("client_secret_post")],
+            "false client_id=app&client_secret=s3cr3t".to_owned(),
+        ),
+        (
+            "",
+            &[url, id, file, method("client_secret_post")],
+            "false client_id=app&client_secret=from a file".to_owned(),
+        ),
+        ("", &[url, id, method("none")], "false client_id=app".to_owned()),
+        (
+            "",
+            &[url, scope, audience, resource],
+            "true scope=audio agent&audience=selam&resource=urn:selam:api".to_owned(),
+        ),
+        (
+            "given",
+            &[url, id, secret, scope, audience, resource, method("nonsense")],
+            "false scope=s&audience=a&resource=r&client_id=given&client_secret=secret".to_owned(),
+        ),
+        // Set to nothing counts as not set.
+        (
+            "",
+            &[
+                url,
+                ("SELAM_CLIENT_ID", ""),
+                ("SELAM_CLIENT_SECRET", ""),
+                ("SELAM_CLIENT_SECRET_FILE", ""),
+                method(""),
+                ("SELAM_TOKEN_SCOPE", ""),
+                ("SELAM_TOKEN_AUDIENCE", ""),
+                ("SELAM_TOKEN_RESOURCE", ""),
+            ],
+            "true ".to_owned(),
+        ),
+        (
+            "",
+            &[url, id, secret, file],
+            error(
+                "client secret from the environment variable SELAM_CLIENT_SECRET is set together with SELAM_CLIENT_SECRET_FILE: set only one of them",
+                "SELAM_CLIENT_SECRET",
+            ),
+        ),
+        (
+            "",
+            &[url, id, secret, method("none")],
+            error(
+                "client secret from the environment variable SELAM_CLIENT_SECRET is set together with SELAM_CLIENT_AUTH=none: set only one of them",
+                "SELAM_CLIENT_SECRET",
+            ),
+        ),
+        (
+            "",
+            &[url, id, secret, method("Client_Secret_Post")],
+            error(
+                "client authentication method from the environment variable SELAM_CLIENT_AUTH is not client_secret_basic, client_secret_post or none",
+                "SELAM_CLIENT_AUTH",
+            ),
+        ),
+        (
+            "",
+            &[url, method("client_secret_post")],
+            error("client id from the environment variable SELAM_CLIENT_ID is not set", "SELAM_CLIENT_ID"),
+        ),
+        (
+            "",
+            &[url, file],
+            error("client id from the environment variable SELAM_CLIENT_ID is not set", "SELAM_CLIENT_ID"),
+        ),
+        (
+            "",
+            &[url, id, method("client_secret_post")],
+            error(
+                "client secret from the environment variable SELAM_CLIENT_SECRET is not set",
+                "SELAM_CLIENT_SECRET",
+            ),
+        ),
+        (
+            "",
+            &[url, id, ("SELAM_CLIENT_SECRET_FILE", "/no/such/file")],
+            "client secret from the file /no/such/file cannot be read: entity not found (None)".to_owned(),
+        ),
+        (
+            "",
+            &[url, ("SELAM_TOKEN_SCOPE", "a\nb")],
+            error(
+                &format!("{requests} SELAM_TOKEN_SCOPE has a control character at byte 1"),
+                "SELAM_TOKEN_SCOPE",
+            ),
+        ),
+        (
+            "",
+            &[url, ("SELAM_TOKEN_AUDIENCE", " ")],
+            error(&format!("{requests} SELAM_TOKEN_AUDIENCE is empty"), "SELAM_TOKEN_AUDIENCE"),
+        ),
+        (
+            "",
+            &[url, ("SELAM_TOKEN_RESOURCE", "selam")],
+            error(
+                &format!(
+                    "{requests} SELAM_TOKEN_RESOURCE is not an absolute URL such as https://api.selamgpt.com"
+                ),
+                "SELAM_TOKEN_RESOURCE",
+            ),
+        ),
+    ] {
+        let told = run(NAME, case, variables);
+        assert_eq!(told, expected, "{case} {variables:?}");
+        assert!(!told.contains("s3cr3t") || told.starts_with("false"));
     }
 }

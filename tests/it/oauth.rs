@@ -1,7 +1,7 @@
 //! K2, K3, K7: tokens from an OAuth 2.0 token endpoint. Time is paused except over real connections.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     error::Error as _,
     future::pending,
     pin::Pin,
@@ -13,7 +13,10 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
+use base64::{
+    Engine as _,
+    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
+};
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header::USER_AGENT};
 use http_body::Frame;
@@ -30,11 +33,11 @@ use tower_selam::{
     ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RefreshPolicy, Refreshing, SelamLayer, TestClock,
     Token,
     oauth::{
-        ClientAuth, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint,
-        TokenType, UnansweredExchange,
+        ClientAuth, ClientSecret, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore,
+        TokenEndpoint, TokenType, UnansweredExchange,
     },
     simulator::{Server, Simulator, TokenFault},
-    source::{FileSource, Reason, Source, source_fn},
+    source::{FileSource, JwtSigner, Reason, SigningAlgorithm, SigningKey, Source, SourceError, source_fn},
 };
 
 use crate::{
@@ -348,6 +351,124 @@ async fn errors_for_a_human_are_not_retried() {
         assert_eq!(jwts.token().await.unwrap_err().kind(), AuthErrorKind::RefreshFailed, "{body}");
         advance(SECOND).await;
         jwts.token().await.unwrap();
+    }
+}
+
+/// Makes a signer of assertions with the secret of a client.
+fn assertion_signer(secret: &str) -> JwtSigner {
+    JwtSigner::new(SigningAlgorithm::Hs256, SigningKey::hmac(secret)).unwrap()
+}
+
+fn claims(jwt: &str) -> serde_json::Value {
+    let claims = jwt.split('.').nth(1).unwrap();
+    serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).unwrap()).unwrap()
+}
+
+/// K7: RFC 7523 section 2.2, with a new JWT for each refresh; the simulator accepts each once.
+#[tokio::test(start_paused = true)]
+async fn client_assertion_is_new_in_each_request() {
+    let simulator = Simulator::new();
+    simulator.set_token_lifetime(MINUTE);
+    let (id, secret) = simulator.issue_client();
+    let auth = ClientAuth::private_key_jwt(&id, assertion_signer(&secret)).unwrap();
+    assert_eq!(format!("{auth:?}"), format!("ClientAssertion {{ client_id: {id:?} }}"));
+    let endpoint = TokenEndpoint::new::<_, Body, _>(&format!("{URL}?tenant=1"), simulator.clone()).unwrap();
+    let jwts = engine(OAuthSource::client_credentials(endpoint.with_client_auth(auth)));
+    for refreshes in 1..=5 {
+        jwts.token().await.unwrap();
+        assert_eq!(simulator.token_requests(), refreshes);
+        let received = simulator.received().pop().unwrap();
+        assert!(!received.headers.contains_key("authorization"));
+        let form: HashMap<_, _> = form_urlencoded::parse(&received.body).into_owned().collect();
+        assert_eq!(form["client_assertion_type"], "urn:ietf:params:oauth:client-assertion-type:jwt-bearer");
+        assert_eq!((form["client_id"].as_str(), form.get("client_secret")), (&*id, None));
+        let claims = claims(&form["client_assertion"]);
+        assert_eq!([&claims["iss"], &claims["sub"], &claims["aud"]], [&*id, &*id, URL]);
+        assert!(claims["exp"].is_u64() && claims["iat"].is_u64());
+        advance(2 * MINUTE).await;
+    }
+    // One that was used before is refused, which a closure that caches its JWT notices.
+    let cached =
+        assertion_signer(&secret).with_claims(serde_json::json!({ "iss": id, "sub": id, "aud": URL }));
+    let cached = cached.unwrap().sign().unwrap();
+    let auth = ClientAuth::client_assertion(&*id, move |_| {
+        let jwt = cached.clone();
+        async { Ok::<_, BoxError>(jwt) }
+    });
+    let jwts = engine(OAuthSource::client_credentials(endpoint_of(&simulator, auth.unwrap())));
+    jwts.token().await.unwrap();
+    advance(2 * MINUTE).await;
+    let error = jwts.token().await.unwrap_err();
+    assert!(cause(&error).to_string().contains("The assertion was used before"), "{error:?}");
+}
+
+fn endpoint_of(simulator: &Simulator, auth: ClientAuth) -> TokenEndpoint {
+    endpoint(simulator).with_client_auth(auth)
+}
+
+/// K7: a replay has another JWT, and another audience may be claimed.
+#[tokio::test(start_paused = true)]
+async fn replay_carries_a_new_assertion() {
+    let scripted = Scripted::default().then(400, r#"{"error":"invalid_grant"}"#);
+    let fetches = Arc::new(AtomicU64::new(0));
+    let subjects = Refreshing::new(source_fn(move |_: Reason<Token>| {
+        let number = fetches.fetch_add(1, SeqCst);
+        async move { Ok::<_, BoxError>(Token::new(format!("subject-{number}"))?) }
+    }));
+    let signer = assertion_signer("a secret of at least thirty-two bytes");
+    let claimed = serde_json::json!({ "aud": "https://issuer.example", "jti": "one" });
+    let auth = ClientAuth::private_key_jwt("app", signer.with_claims(claimed).unwrap()).unwrap();
+    let endpoint = scripted.endpoint().with_client_auth(auth);
+    engine(OAuthSource::token_exchange(endpoint, &subjects, TokenType::Jwt)).token().await.unwrap();
+    let requests = scripted.requests.lock().unwrap();
+    let assertions: Vec<_> = requests
+        .iter()
+        .map(|request| claims(&request.form.iter().find(|(name, _)| name == "client_assertion").unwrap().1))
+        .collect();
+    assert_eq!(assertions.len(), 2);
+    assert_ne!(assertions[0]["jti"], assertions[1]["jti"]);
+    assert_eq!(assertions[0]["aud"], "https://issuer.example");
+}
+
+/// K7: a signature that fails is transient, unless its error says otherwise, and sends nothing.
+#[tokio::test(start_paused = true)]
+async fn failed_assertion_sends_nothing() {
+    for permanent in [false, true] {
+        let scripted = Scripted::default();
+        let auth = ClientAuth::client_assertion("app", move |_| async move {
+            let error = if permanent { SourceError::permanent } else { SourceError::transient };
+            Err::<Token, _>(error("the key is locked"))
+        });
+        let endpoint = scripted.endpoint().with_client_auth(auth.unwrap());
+        let error = engine(OAuthSource::client_credentials(endpoint)).token().await.unwrap_err();
+        assert_eq!(error.kind() == AuthErrorKind::RefreshRejected, permanent);
+        assert_eq!(
+            (error.source().unwrap().to_string().as_str(), scripted.count()),
+            ("the key is locked", 0)
+        );
+    }
+}
+
+/// K7: a secret that was rotated is fetched again when the endpoint rejects the old one.
+#[tokio::test(start_paused = true)]
+async fn rotated_client_secret_is_fetched_again() {
+    let simulator = Simulator::new();
+    let (id, secret) = simulator.issue_client();
+    for method in [ClientAuth::client_secret_basic, ClientAuth::client_secret_post] {
+        let present = Arc::new(Mutex::new("old secret".to_owned()));
+        let secrets = Refreshing::new(source_fn({
+            let present = Arc::clone(&present);
+            move |_: Reason<ClientSecret>| {
+                let secret = present.lock().unwrap().clone();
+                async move { Ok::<_, BoxError>(ClientSecret::new(secret)?) }
+            }
+        }));
+        secrets.prefetch().await.unwrap();
+        present.lock().unwrap().clone_from(&secret);
+        let before = simulator.token_requests();
+        let auth = method(id.clone(), secrets).unwrap();
+        engine(OAuthSource::client_credentials(endpoint_of(&simulator, auth))).token().await.unwrap();
+        assert_eq!(simulator.token_requests() - before, 2);
     }
 }
 

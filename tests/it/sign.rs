@@ -1,4 +1,4 @@
-//! K4: JWTs signed locally, verified with `ring`, which shares no code with the signer.
+//! K4, K8: JWTs signed locally, verified with `ring`, which shares no code with the signer.
 
 use std::{
     collections::HashSet,
@@ -180,12 +180,12 @@ fn header_and_claims_are_as_configured() {
     let (header, mut claimed) = read(&sign(&signer));
     assert_eq!(header, json!({ "alg": "HS256", "typ": "JWT", "kid": "2026-01" }));
     let claimed = claimed.as_object_mut().unwrap();
-    assert_eq!(claimed.remove("iat"), Some(json!(1_900_000_000)), "whole seconds, rounded down");
-    assert_eq!(claimed.remove("exp"), Some(json!(1_900_000_300)));
+    assert_eq!(claimed.remove("iat"), Some(json!(1_899_999_995)), "whole seconds, rounded down");
+    assert_eq!(claimed.remove("exp"), Some(json!(1_900_000_295)));
     assert_eq!(Value::Object(claimed.clone()), claims);
 
     let token = signer.with_lifetime(Duration::from_secs(60)).sign().unwrap();
-    assert_eq!(token.expires_at(), Some(UNIX_EPOCH + Duration::from_secs(1_900_000_060)));
+    assert_eq!(token.expires_at(), Some(UNIX_EPOCH + Duration::from_secs(1_900_000_055)));
 }
 
 /// K4: claims that are not an object, or contain `iat` or `exp`.
@@ -208,16 +208,67 @@ fn invalid_claims_are_refused_and_not_shown() {
     assert_eq!(error.to_string(), "JWT claims set has an `iat` or `exp`, which the signer sets");
 }
 
-/// K4: JWTs signed in the same second differ by their `jti`.
+/// K8: JWTs signed in the same second differ by their `jti`, unless the program sets or omits it.
 #[test]
 fn unique_ids_distinguish_simultaneous_jwts() {
-    let signer = hs256().with_claims(json!({ "jti": "mine" })).unwrap();
-    assert_eq!(sign(&signer), sign(&signer));
-    let signer = signer.with_unique_ids();
-    let id = || read(&sign(&signer)).1["jti"].as_str().unwrap().to_owned();
-    let (first, second) = (id(), id());
-    assert_ne!(first, second);
-    assert_eq!(first.len(), 22, "128 bits");
+    let signer = hs256();
+    let id = |signer: &JwtSigner| read(&sign(signer)).1.get("jti").cloned();
+    let ids: HashSet<_> = (0..100).map(|_| id(&signer).unwrap().as_str().unwrap().to_owned()).collect();
+    assert_eq!(ids.len(), 100);
+    assert!(ids.iter().all(|id| id.len() == 22), "128 bits");
+    assert_eq!(id(&signer.clone().without_unique_ids()), None);
+    for signer in [signer.clone(), signer.without_unique_ids()] {
+        assert_eq!(id(&signer.with_claims(json!({ "jti": "mine" })).unwrap()), Some(json!("mine")));
+    }
+}
+
+/// K8: a verifier without any leeway, whose clock is behind or ahead.
+#[tokio::test(start_paused = true)]
+async fn strict_verifier_behind_accepts_a_new_jwt() {
+    let accepts = |jwt: &str, at: u64| {
+        let claims = read(jwt).1;
+        let time = |name: &str| claims[name].as_u64().unwrap();
+        verifies("HS256", jwt) && time("iat") <= at && time("nbf") <= at && at < time("exp")
+    };
+    let (now, second) = (1_900_000_000, Duration::from_secs(1));
+    for (leeway, lifetime, behind) in [
+        (None, 300, 5),
+        (Some(Duration::ZERO), 300, 0),
+        (Some(30 * second), 300, 30),
+        (Some(second * 7 / 2), 300, 3),
+        // At most half the lifetime.
+        (None, 8, 4),
+        (Some(Duration::MAX), 300, 150),
+        (None, 1, 0),
+    ] {
+        let clock = clock();
+        let mut signer = hs256().with_clock(clock.clone()).with_lifetime(lifetime * second);
+        if let Some(leeway) = leeway {
+            signer = signer.with_leeway(leeway);
+        }
+        let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock.clone()));
+        let jwt = jwts.token().await.unwrap();
+        let at = |at| accepts(jwt.expose_secret(), at);
+        assert!(at(now) && at(now - behind) && !at(now - behind - 1), "{leeway:?}");
+        let claims = read(jwt.expose_secret()).1;
+        assert_eq!(claims["exp"].as_u64().unwrap() - claims["iat"].as_u64().unwrap(), u64::from(lifetime));
+        // The engine's idea of the expiry is the verifier's.
+        assert_eq!(jwts.expires_at(), jwt.expires_at(), "{leeway:?}");
+    }
+}
+
+/// K8: each refresh brings another JWT, also within one second.
+#[tokio::test(start_paused = true)]
+async fn rejected_jwt_is_replaced_within_the_second() {
+    let clock = clock();
+    let signer = hs256().with_clock(clock.clone());
+    let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock.clone()));
+    let mut seen = HashSet::new();
+    for _ in 0..5 {
+        let jwt = jwts.token().await.unwrap();
+        assert!(seen.insert(jwt.id()), "the rejected JWT again");
+        jwts.invalidate(&jwt);
+    }
 }
 
 /// K4: every algorithm with every kind of key.
@@ -336,7 +387,7 @@ async fn debug_shows_neither_key_nor_claims() {
 /// K4: for every reason.
 #[tokio::test]
 async fn each_fetch_signs_a_new_jwt() {
-    let signer = hs256().with_unique_ids();
+    let signer = hs256();
     let token = signer.sign().unwrap();
     let mut fetched = HashSet::new();
     for reason in [Reason::First, Reason::Expiring(token.clone()), Reason::Rejected(token)] {
@@ -349,7 +400,7 @@ async fn each_fetch_signs_a_new_jwt() {
 #[tokio::test(start_paused = true)]
 async fn engine_signs_once_per_lifetime() {
     let clock = clock();
-    let signer = hs256().with_unique_ids().with_clock(clock.clone());
+    let signer = hs256().with_clock(clock.clone());
     let jwts = Refreshing::with_policy(signer, RefreshPolicy::new().with_clock(clock.clone()));
 
     let first = jwts.token().await.unwrap();
@@ -358,7 +409,7 @@ async fn engine_signs_once_per_lifetime() {
 
     clock.jump(Duration::from_secs(301));
     let second = jwts.token().await.unwrap();
-    assert_eq!(read(second.expose_secret()).1["iat"], json!(1_900_000_301));
+    assert_eq!(read(second.expose_secret()).1["iat"], json!(1_900_000_296));
 
     jwts.invalidate(&second);
     let third = jwts.token().await.unwrap();
@@ -430,10 +481,10 @@ fn subject_belongs_to_one_clone() {
     assert_eq!(subject(&somebody), "first");
     assert_eq!(read(&sign(&other)).1["iss"], "it");
 
-    let changed = other.clone().with_key_id("new").with_lifetime(Duration::from_secs(9)).with_unique_ids();
+    let changed = other.clone().with_key_id("new").with_lifetime(Duration::from_secs(9));
     assert_eq!(read(&sign(&changed)).0["kid"], "new");
     assert_eq!(read(&sign(&other)).0.get("kid"), None, "other clones are unchanged");
-    assert_eq!(sign(&other), sign(&other));
+    assert_eq!(read(&sign(&other)).1["exp"], json!(1_900_000_295));
 }
 
 /// K4: 1,000 signers share key and claims.
@@ -505,8 +556,9 @@ async fn extreme_clocks_and_lifetimes_never_panic() {
             let token = signer.sign().unwrap();
             let claims = read(token.expose_secret()).1;
             let now = start.duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-            assert_eq!(claims["iat"], now, "{start:?}: never before 1970");
-            assert_eq!(claims["exp"], now + seconds, "{start:?}");
+            let issued = now.saturating_sub((seconds / 2).min(5));
+            assert_eq!(claims["iat"], issued, "{start:?}: never before 1970");
+            assert_eq!(claims["exp"], issued + seconds, "{start:?}");
             Source::fetch(&signer, Reason::Expiring(token)).await.unwrap();
         }
     }

@@ -72,9 +72,13 @@ Credentials (at most one flag for each; a flag overrides the environment)
                               the JWT is refreshed
                               [SELAM_JWT_FILE, or SELAM_JWT: the JWT itself]
   --jwt-env VARIABLE          variable with the JWT
-  --token-url URL             OAuth 2.0 token endpoint that issues JWTs, called with
-                              SELAM_CLIENT_ID and SELAM_CLIENT_SECRET, or with the key
-                              [SELAM_TOKEN_URL]
+  --token-url URL             OAuth 2.0 token endpoint that issues JWTs, called with the
+                              key, or as the client SELAM_CLIENT_ID with the secret
+                              SELAM_CLIENT_SECRET or the file SELAM_CLIENT_SECRET_FILE,
+                              by the method SELAM_CLIENT_AUTH: client_secret_basic,
+                              client_secret_post or none. SELAM_TOKEN_SCOPE,
+                              SELAM_TOKEN_AUDIENCE and SELAM_TOKEN_RESOURCE say what
+                              to request [SELAM_TOKEN_URL]
   --jwt-path PREFIX           send the JWT only to this path and below, and the key alone
                               to others; repeatable
 
@@ -371,8 +375,9 @@ impl Config {
             None => {}
         }
         builder.build_with_env().map_err(|error| {
-            let by_flag =
-                matches!(self.jwt, Some(CredentialSource::Endpoint(_))) && error.env_var().is_none();
+            let by_flag = matches!(self.jwt, Some(CredentialSource::Endpoint(_)))
+                && error.env_var().is_none()
+                && error.file().is_none();
             from_library(by_flag.then_some("--token-url"), &error)
         })
     }

@@ -4,7 +4,7 @@ mod grant;
 mod request;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     future,
     time::Duration,
 };
@@ -29,6 +29,8 @@ pub(super) const PATH: &str = "/oauth/token";
 pub(super) struct TokenEndpoint {
     /// Client secrets by client id.
     clients: HashMap<String, String>,
+    /// The `jti` of every client assertion that was accepted.
+    assertions: HashSet<String>,
     refresh: RefreshTokens,
     /// One hour by default.
     lifetime: Option<Duration>,
@@ -48,6 +50,8 @@ impl TokenEndpoint {
 /// The token endpoint, `POST /oauth/token`.
 impl Simulator {
     /// Registers a new client and returns its id and secret.
+    ///
+    /// The client may authenticate by its secret, or by assertions that it signs with the secret, HMAC and SHA-256.
     ///
     /// The secret contains characters that need form encoding, so that a client that sends it raw is rejected.
     #[must_use]

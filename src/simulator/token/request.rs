@@ -2,20 +2,28 @@
 
 use std::{borrow::Cow, collections::HashMap};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
+use base64::{
+    Engine as _,
+    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
+};
 use http::{
     HeaderMap, HeaderValue,
     header::{AUTHORIZATION, CONTENT_TYPE},
 };
+use jsonwebtoken::{Algorithm, DecodingKey, crypto::verify};
 use percent_encoding::percent_decode_str;
+use serde_json::Value;
 
 use crate::simulator::{
     State,
+    jwt::epoch_seconds,
     refusal::{INVALID_CLIENT, Refusal, invalid_request},
 };
 
 /// [RFC 8693 section 2.1](https://www.rfc-editor.org/rfc/rfc8693#section-2.1) allows these more than once.
 const REPEATABLE: [&str; 2] = ["audience", "resource"];
+
+const ASSERTION_TYPE: &str = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer";
 
 /// Parameters read by the rules of [RFC 6749 section
 /// 3.2](https://www.rfc-editor.org/rfc/rfc6749#section-3.2): each at most once, empty ones ignored.
@@ -68,7 +76,7 @@ pub(super) enum Caller {
 
 /// Authenticates the client
 /// ([RFC 6749 section 2.3](https://www.rfc-editor.org/rfc/rfc6749#section-2.3)).
-pub(super) fn authenticate(state: &State, headers: &HeaderMap, form: &Form) -> Result<Caller, Refusal> {
+pub(super) fn authenticate(state: &mut State, headers: &HeaderMap, form: &Form) -> Result<Caller, Refusal> {
     let mut authorization = headers.get_all(AUTHORIZATION).iter();
     let (first, second) = (authorization.next(), authorization.next());
     if second.is_some() {
@@ -76,6 +84,7 @@ pub(super) fn authenticate(state: &State, headers: &HeaderMap, form: &Form) -> R
     }
     match (first, form.get("client_id"), form.get("client_secret")) {
         (Some(_), _, Some(_)) => Err(invalid_request("The client authenticates in two ways.")),
+        (None, id, None) if form.get("client_assertion").is_some() => by_assertion(state, form, id),
         (Some(authorization), id, None) => by_header(state, authorization, id),
         (None, Some(id), Some(secret)) if is_client(state, id, secret) => Ok(Caller::Authenticated),
         (None, Some(_), None) => Ok(Caller::Public),
@@ -105,6 +114,40 @@ fn by_header(state: &State, authorization: &HeaderValue, form_id: Option<&str>) 
         return Err(invalid_request("Authorization and client_id name two clients."));
     }
     if is_client(state, &id, &secret) { Ok(Caller::Authenticated) } else { Err(refusal) }
+}
+
+/// A JWT signed with the client's secret
+/// ([RFC 7523 section 3](https://www.rfc-editor.org/rfc/rfc7523#section-3)). No leeway is granted, and each JWT is accepted
+/// once.
+fn by_assertion(state: &mut State, form: &Form, form_id: Option<&str>) -> Result<Caller, Refusal> {
+    if form.require("client_assertion_type")? != ASSERTION_TYPE {
+        return Err(invalid_request("There is no such client_assertion_type."));
+    }
+    let claims = verified(state, form.require("client_assertion")?).ok_or(INVALID_CLIENT)?;
+    let now = epoch_seconds(state.clock.now().wall);
+    let time = |name: &str| claims[name].as_u64();
+    let is_for_us = claims["aud"].as_str().is_some_and(|audience| audience.ends_with(super::PATH));
+    let is_theirs = claims["sub"] == claims["iss"] && form_id.is_none_or(|id| claims["iss"] == id);
+    let has_come = ["iat", "nbf"].iter().all(|name| time(name).is_none_or(|time| time <= now));
+    if !is_for_us || !is_theirs || !has_come || time("exp").is_none_or(|time| time <= now) {
+        return Err(INVALID_CLIENT);
+    }
+    let id = claims["jti"].as_str().ok_or(invalid_request("The assertion has no jti."))?;
+    match state.tokens.assertions.insert(id.to_owned()) {
+        true => Ok(Caller::Authenticated),
+        false => Err(Refusal::oauth(401, "invalid_client", "The assertion was used before.")),
+    }
+}
+
+/// The claims of an assertion signed by a client, with HMAC and SHA-256.
+fn verified(state: &State, jwt: &str) -> Option<Value> {
+    let (message, signature) = jwt.rsplit_once('.')?;
+    let (_, claims) = message.split_once('.')?;
+    let claims: Value = serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(claims).ok()?).ok()?;
+    let secret = state.tokens.clients.get(claims["iss"].as_str()?)?;
+    let key = DecodingKey::from_secret(secret.as_bytes());
+    let verified = verify(signature, message.as_bytes(), &key, Algorithm::HS256);
+    verified.is_ok_and(|verified| verified).then_some(claims)
 }
 
 /// Id and secret are each form-encoded inside the Base64 ([RFC 6749 section

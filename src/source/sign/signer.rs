@@ -23,10 +23,14 @@ use crate::{
 
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(5 * 60);
 
+/// How far clocks that follow NTP, and are checked now and then, may be apart.
+const DEFAULT_LEEWAY: Duration = Duration::from_secs(5);
+
 /// A [`Source`] that signs JWTs itself (feature `sign`).
 ///
-/// Each JWT carries the configured claims, and `iat` and `exp`
-/// ([RFC 7519 section 4.1](https://www.rfc-editor.org/rfc/rfc7519#section-4.1)) as of the moment it is signed.
+/// Each JWT carries the configured claims, a random `jti`, and `iat`, `nbf` and `exp`
+/// ([RFC 7519 section 4.1](https://www.rfc-editor.org/rfc/rfc7519#section-4.1)). `iat` and `nbf` are a few seconds before
+/// the moment it is signed: see [`with_leeway`](Self::with_leeway).
 ///
 /// ```
 /// use serde_json::json;
@@ -66,6 +70,7 @@ struct Shared {
     key_id: Option<String>,
     claims: Map<String, Value>,
     lifetime: Duration,
+    leeway: Duration,
     unique_ids: bool,
     clock: Clock,
 }
@@ -94,7 +99,8 @@ impl JwtSigner {
             key_id: None,
             claims: Map::new(),
             lifetime: DEFAULT_LIFETIME,
-            unique_ids: false,
+            leeway: DEFAULT_LEEWAY,
+            unique_ids: true,
             clock: Clock::default(),
         };
         Ok(Self { shared: Arc::new(shared), subject: None })
@@ -116,7 +122,18 @@ impl JwtSigner {
         self.with(|shared| shared.lifetime = lifetime)
     }
 
-    /// Sets the claims of every JWT, such as `iss` and `aud`, replacing claims set before.
+    /// Sets how far `iat` and `nbf` lie before the moment of signing; 5 seconds by default, and at most half the lifetime.
+    ///
+    /// A verifier whose clock is behind this one by no more than that accepts the JWT, even if it makes no allowance of its
+    /// own. The time from `iat` to `exp` is the [lifetime](Self::with_lifetime) all the same, so the JWT expires sooner by
+    /// the leeway. Rounded down to whole seconds.
+    #[must_use]
+    pub fn with_leeway(self, leeway: Duration) -> Self {
+        self.with(|shared| shared.leeway = leeway)
+    }
+
+    /// Sets the claims of every JWT, such as `iss` and `aud`, replacing claims set before. An `nbf` or a `jti` among them is
+    /// sent as it is.
     ///
     /// # Errors
     ///
@@ -143,15 +160,25 @@ impl JwtSigner {
         self
     }
 
-    /// Gives each JWT a random `jti`
-    /// ([RFC 7519 section 4.1.7](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.7)). Takes precedence over
-    /// a `jti` among the claims.
+    /// Leaves out the random `jti`
+    /// ([RFC 7519 section 4.1.7](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.7)), for APIs that refuse one.
     ///
     /// Without it, two JWTs signed within the same second are usually identical, so a refresh right after a
     /// rejection brings the rejected JWT again.
     #[must_use]
-    pub fn with_unique_ids(self) -> Self {
-        self.with(|shared| shared.unique_ids = true)
+    pub fn without_unique_ids(self) -> Self {
+        self.with(|shared| shared.unique_ids = false)
+    }
+
+    /// Returns a signer of assertions about this client, for an issuer called `audience`.
+    pub(crate) fn for_client(&self, client: &str, audience: &str) -> Self {
+        self.clone().with(|shared| {
+            for (name, value) in [("iss", client), ("sub", client), ("aud", audience)] {
+                shared.claims.entry(name).or_insert_with(|| value.into());
+            }
+            shared.claims.remove("jti");
+            shared.unique_ids = true;
+        })
     }
 
     /// Reads the time from `clock`, for tests.
@@ -170,8 +197,7 @@ impl JwtSigner {
     ///
     /// # Errors
     ///
-    /// Fails if the key cannot sign, or if the system provides no randomness for a
-    /// [`jti`](Self::with_unique_ids).
+    /// Fails if the key cannot sign, or if the system provides no randomness for the `jti`.
     pub fn sign(&self) -> Result<Token, SourceError> {
         self.issue().map(|issued| issued.credential)
     }
@@ -179,21 +205,23 @@ impl JwtSigner {
     fn issue(&self) -> Result<Fetched<Token>, SourceError> {
         let lifetime = self.shared.lifetime;
         let now = self.shared.clock.now().wall.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let issued_at = now.as_secs();
+        let leeway = self.shared.leeway.min(lifetime / 2);
+        let issued_at = now.as_secs().saturating_sub(leeway.as_secs());
 
         let mut claims = self.shared.claims.clone();
         claims.insert("iat".to_owned(), issued_at.into());
+        claims.entry("nbf").or_insert_with(|| issued_at.into());
         claims.insert("exp".to_owned(), issued_at.saturating_add(lifetime.as_secs()).into());
         if let Some(subject) = &self.subject {
             claims.insert("sub".to_owned(), (**subject).into());
         }
-        if self.shared.unique_ids {
+        if self.shared.unique_ids && !claims.contains_key("jti") {
             claims.insert("jti".to_owned(), unique_id()?.into());
         }
 
         let token = Token::parse(&self.compact(&claims)?).map_err(SourceError::permanent)?;
-        // `iat` is rounded down, so part of the first second has already passed.
-        let remaining = lifetime.saturating_sub(Duration::from_nanos(now.subsec_nanos().into()));
+        // `iat` lies in the past, so part of the lifetime has already passed.
+        let remaining = lifetime.saturating_sub(now.saturating_sub(Duration::from_secs(issued_at)));
         Ok(Fetched::new(token).with_lifetime(remaining))
     }
 
@@ -261,7 +289,7 @@ mod tests {
     use super::*;
     use crate::util::clock::TestClock;
 
-    /// K4: `iat` is rounded down, so the remaining lifetime is shorter by the fraction of a second.
+    /// K4, K8: `iat` is rounded down and back-dated, so the remaining lifetime is shorter by that.
     #[tokio::test(start_paused = true)]
     async fn lifetime_counts_from_the_signing_instant() {
         let signer = JwtSigner::new(SigningAlgorithm::Hs256, SigningKey::hmac([7; 32])).unwrap();
@@ -272,8 +300,15 @@ mod tests {
             (Duration::MAX, LONG - Duration::from_millis(750)),
         ] {
             let clock = TestClock::new(UNIX_EPOCH + Duration::from_millis(1_900_000_000_750));
-            let issued = signer.clone().with_lifetime(lifetime).with_clock(clock).issue().unwrap();
-            assert_eq!(issued.lifetime, Some(remaining), "{lifetime:?}");
+            let issued =
+                signer.clone().with_leeway(Duration::ZERO).with_lifetime(lifetime).with_clock(clock.clone());
+            assert_eq!(issued.issue().unwrap().lifetime, Some(remaining), "{lifetime:?}");
+            // Back-dated by at most half the lifetime.
+            let seconds = (remaining.as_secs() + 1).max(1);
+            let leeway = Duration::from_secs((seconds / 2).min(30));
+            let issued =
+                signer.clone().with_leeway(Duration::from_secs(30)).with_lifetime(lifetime).with_clock(clock);
+            assert_eq!(issued.issue().unwrap().lifetime, Some(remaining - leeway), "{lifetime:?}");
         }
     }
 }
