@@ -80,7 +80,7 @@ async fn listen(config: &Config) -> Result<(), Error> {
         repeated.next().await;
         repeated.next().await;
     };
-    serve(listener, app, shutdown, signals.next(), abort).await;
+    serve(listener, app, config.limits, shutdown, signals.next(), abort).await;
     Ok(())
 }
 

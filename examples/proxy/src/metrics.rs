@@ -25,6 +25,7 @@ const REQUESTS: &str = "selam_proxy_requests_total";
 const REFUSALS: &str = "selam_proxy_refusals_total";
 const ABORTED: &str = "selam_proxy_broken_off_total";
 const IN_FLIGHT: &str = "selam_proxy_requests_running";
+pub(crate) const CONNECTIONS: &str = "selam_proxy_connections";
 const SECONDS: &str = "selam_proxy_request_seconds";
 const LIMIT: &str = "selam_proxy_rate_limit";
 const REMAINING: &str = "selam_proxy_rate_limit_remaining";
@@ -33,6 +34,11 @@ const UPTIME: &str = "selam_proxy_uptime_seconds";
 
 /// The `caller` label of requests without a valid token.
 const UNKNOWN: &str = "unknown";
+
+/// How much of what a caller chose is logged, in bytes.
+const LOGGED_METHOD: usize = 16;
+const LOGGED_PATH: usize = 256;
+pub const LOGGED_ERROR: usize = 512;
 
 /// From a quick answer to a long stream.
 const BUCKETS: [f64; 10] = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0, 120.0, 600.0];
@@ -59,12 +65,14 @@ pub fn install() -> Result<Metrics, config::Error> {
     describe_counter!(REFUSALS, "Requests that the proxy answered itself, by reason");
     describe_counter!(ABORTED, "Requests that ended early, by the side that disconnected");
     describe_gauge!(IN_FLIGHT, "Requests, streams and upgraded connections in flight");
+    describe_gauge!(CONNECTIONS, "Connections of callers, idle ones included");
     describe_histogram!(SECONDS, "Time from the head of a request to the last byte of its response");
     describe_gauge!(LIMIT, "Requests that the account may make per window, from the API's last response");
     describe_gauge!(REMAINING, "Requests left in the window, from the API's last response");
     describe_gauge!(RESET, "Seconds from the API's last response to the end of the window");
     describe_gauge!(UPTIME, "Seconds since the proxy started");
     gauge!(IN_FLIGHT).set(0.0);
+    gauge!(CONNECTIONS).set(0.0);
     // Prometheus sees no increase in a counter whose first sample is not zero.
     for side in ["api", "caller"] {
         counter!(ABORTED, "by" => side).absolute(0);
@@ -115,9 +123,10 @@ pub fn record_rate_limit(headers: &HeaderMap) {
 #[derive(Debug)]
 pub struct RequestTracker {
     started: Instant,
-    method: Method,
+    method: String,
     /// Without the query, which may contain secrets.
     path: String,
+    is_head: bool,
     caller: Option<Name>,
     answer: Option<(StatusCode, Option<Refusal>)>,
     bytes: u64,
@@ -129,6 +138,7 @@ pub struct RequestTracker {
 enum Outcome {
     CallerLeft,
     Complete,
+    Idle,
     ApiFailed,
 }
 
@@ -137,8 +147,9 @@ impl RequestTracker {
         gauge!(IN_FLIGHT).increment(1.0);
         Self {
             started: Instant::now(),
-            method: method.clone(),
-            path: path.to_owned(),
+            method: shorten(method.as_str(), LOGGED_METHOD),
+            path: shorten(path, LOGGED_PATH),
+            is_head: method == Method::HEAD,
             caller: None,
             answer: None,
             bytes: 0,
@@ -153,7 +164,7 @@ impl RequestTracker {
     /// Counts the response, and tracks its body to the end.
     pub fn track_response(mut self, response: Response) -> Response {
         self.count(&response);
-        if response.body().is_end_stream() || self.method == Method::HEAD {
+        if response.body().is_end_stream() || self.is_head {
             self.outcome = Outcome::Complete;
         }
         response.map(|body| Body::new(TrackedBody { body, tracker: self }))
@@ -169,6 +180,11 @@ impl RequestTracker {
     pub fn upgrade_closed(mut self, bytes: u64) {
         self.bytes = bytes;
         self.outcome = Outcome::Complete;
+    }
+
+    /// Ends an upgraded connection that was idle for too long.
+    pub fn upgrade_idle(mut self) {
+        self.outcome = Outcome::Idle;
     }
 
     fn count(&mut self, response: &Response) {
@@ -199,6 +215,7 @@ impl Drop for RequestTracker {
         histogram!(SECONDS).record(elapsed.as_secs_f64());
         let (end, aborted_by) = match self.outcome {
             Outcome::Complete => ("complete", None),
+            Outcome::Idle => ("idle", None),
             Outcome::CallerLeft => ("caller left", Some("caller")),
             Outcome::ApiFailed => ("api broke off", Some("api")),
         };
@@ -218,6 +235,15 @@ impl Drop for RequestTracker {
             "request"
         );
     }
+}
+
+/// Cuts a text that a caller may have chosen to at most this many bytes, for the log. The log escapes what is left.
+pub fn shorten(text: &str, most: usize) -> String {
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let end = (0..=most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or_default();
+    format!("{}… ({} bytes)", &text[..end], text.len())
 }
 
 /// A response body that reports its progress to a [`RequestTracker`].
@@ -259,5 +285,24 @@ impl http_body::Body for TrackedBody {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        assert_eq!(shorten("", 0), "");
+        assert_eq!(shorten("abc", 3), "abc");
+        assert_eq!(shorten("abcd", 3), "abc… (4 bytes)");
+        assert_eq!(shorten("aሰላም", 3), "a… (10 bytes)");
+        for length in 0..300 {
+            for text in ["x".repeat(length), "é".repeat(length), "ሰ".repeat(length)] {
+                let cut = shorten(&text, 256);
+                assert!(cut.len() < 256 + 24 && (cut == text) == (text.len() <= 256), "{length}");
+            }
+        }
     }
 }

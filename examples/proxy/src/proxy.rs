@@ -3,7 +3,6 @@
 use std::{
     error::Error as _,
     hash::{BuildHasher, RandomState},
-    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -21,7 +20,7 @@ use axum::{
 };
 use hyper::upgrade::OnUpgrade;
 use hyper_util::{client::legacy::Error as ClientError, rt::TokioIo};
-use tokio::{io::copy_bidirectional, time};
+use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer,
@@ -34,7 +33,7 @@ use crate::{
     metrics::{self, Metrics, RequestTracker},
     reply::Refusal,
     rules::{self, BadPath, Rule},
-    server::Shutdown,
+    server::{self, Connection, Shutdown},
     trailers,
     upstream::{self, Upstream, Versions},
 };
@@ -47,10 +46,6 @@ const VOICE_AGENT: &str = "/v1/audio/agent";
 
 /// The longest URI that the `http` crate accepts.
 const MAX_URI_LENGTH: usize = 65_534;
-
-/// How long and how much of a refused request's body is read. Some callers read the response only after sending it all.
-const DRAIN_TIME: Duration = Duration::from_secs(5);
-const DRAIN_BYTES: usize = 4 * 1024 * 1024;
 
 /// Headers that describe the caller's network, which is not the API's business.
 const FORWARDED_FOR: [HeaderName; 2] = [FORWARDED, HeaderName::from_static("x-real-ip")];
@@ -73,6 +68,8 @@ struct Proxy {
     /// This process's name in `Via`, to detect loops.
     via: Arc<str>,
     shutdown: Shutdown,
+    /// How long an upgraded connection may be idle.
+    upgrade_idle: Duration,
 }
 
 type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
@@ -102,6 +99,7 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
         base_url_length: layer.base_url().to_string().len(),
         via,
         shutdown,
+        upgrade_idle: config.limits.upgrade_idle,
     };
     Ok(Router::new()
         .route("/healthz", any(healthz))
@@ -166,14 +164,19 @@ async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response 
 }
 
 /// Handles every other path: checks the request, then sends it to the API.
-async fn forward(State(proxy): State<Proxy>, request: Request) -> Response {
+async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
+    let connection = request.extensions_mut().remove::<Arc<Connection>>();
     let mut tracker = RequestTracker::new(request.method(), request.uri().path());
     if let Err(refusal) = proxy.admit(&mut tracker, &request) {
-        drain(request);
         return tracker.track_response(refusal.into_response());
     }
-    if wants_upgrade(&request) {
-        proxy.upgrade(tracker, request).await
+    if let Some(connection) = &connection {
+        connection.admitted();
+    }
+    if let Some(connection) = connection
+        && wants_upgrade(&request)
+    {
+        proxy.upgrade(tracker, request, connection).await
     } else {
         proxy.exchange(tracker, request).await
     }
@@ -182,6 +185,9 @@ async fn forward(State(proxy): State<Proxy>, request: Request) -> Response {
 impl Proxy {
     /// Decides whether the request may be forwarded. Callers without a valid token learn nothing about paths below `/v1`.
     fn admit(&self, tracker: &mut RequestTracker, request: &Request) -> Result<(), Refusal> {
+        if server::has_large_headers(request.headers()) {
+            return Err(Refusal::LargeHeaders);
+        }
         let path = request.uri().path();
         let checked = rules::check(path);
         if checked == Err(BadPath::OutsideApi) {
@@ -219,7 +225,12 @@ impl Proxy {
     }
 
     /// Forwards a request to switch protocols. If the API agrees, joins the two connections.
-    async fn upgrade(self, tracker: RequestTracker, mut request: Request) -> Response {
+    async fn upgrade(
+        self,
+        tracker: RequestTracker,
+        mut request: Request,
+        connection: Arc<Connection>,
+    ) -> Response {
         let caller = hyper::upgrade::on(&mut request);
         if self.voice_agent
             && rules::is_below(request.uri().path(), VOICE_AGENT)
@@ -235,9 +246,12 @@ impl Proxy {
         let tracker = tracker.track_upgrade(&response);
         let guard = self.shutdown.guard();
         tokio::spawn(async move {
-            match join(caller, api).await {
-                Ok(bytes) => tracker.upgrade_closed(bytes),
-                Err(error) => tracing::debug!(%error, "upgraded connection failed"),
+            tokio::select! {
+                joined = join(caller, api) => match joined {
+                    Ok(bytes) => tracker.upgrade_closed(bytes),
+                    Err(error) => tracing::debug!(%error, "upgraded connection failed"),
+                },
+                () = connection.idle_for(self.upgrade_idle) => tracker.upgrade_idle(),
             }
             drop(guard);
         });
@@ -265,7 +279,11 @@ fn refusal(error: &Error<ClientError>) -> Refusal {
         Error::Inner(error) if is_callers_fault(error) => Refusal::BadRequest,
         Error::Inner(_) => Refusal::NoUpstream,
     };
-    tracing::warn!(refused = refusal.name(), error = chain(error), "request not answered by the API");
+    tracing::warn!(
+        refused = refusal.name(),
+        error = metrics::shorten(&chain(error), metrics::LOGGED_ERROR),
+        "request not answered by the API"
+    );
     refusal
 }
 
@@ -346,30 +364,4 @@ async fn join(caller: OnUpgrade, api: OnUpgrade) -> Result<u64, BoxError> {
     let (caller, api) = tokio::try_join!(caller, api)?;
     let (_, received) = copy_bidirectional(&mut TokioIo::new(caller), &mut TokioIo::new(api)).await?;
     Ok(received)
-}
-
-/// Reads the rest of a refused request's body in the background. Not needed for a caller that waits for `100 Continue`, which
-/// sends no body, or over HTTP/2, where a response can end the upload.
-fn drain(request: Request) {
-    if request.version() == Version::HTTP_2 || upstream::expects_continue(request.headers()) {
-        return;
-    }
-    let mut body = request.into_body();
-    if http_body::Body::is_end_stream(&body) {
-        return;
-    }
-    tokio::spawn(async move {
-        let mut read = 0;
-        let _ = time::timeout(DRAIN_TIME, async {
-            while read < DRAIN_BYTES {
-                let mut next = pin!(&mut body);
-                let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(next.as_mut(), cx)).await;
-                match frame {
-                    Some(Ok(frame)) => read += frame.data_ref().map_or(0, |data| data.len()),
-                    Some(Err(_)) | None => break,
-                }
-            }
-        })
-        .await;
-    });
 }

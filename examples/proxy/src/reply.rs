@@ -32,6 +32,8 @@ pub enum Refusal {
     WrongMethod,
     /// The path is ambiguous.
     BadPath,
+    /// The header fields are too long, or too many.
+    LargeHeaders,
     /// The request cannot be forwarded.
     BadRequest,
     /// The request has already passed through this proxy.
@@ -56,6 +58,7 @@ impl Refusal {
             Self::NotFound => "not_found",
             Self::WrongMethod => "wrong_method",
             Self::BadPath => "bad_path",
+            Self::LargeHeaders => "large_headers",
             Self::BadRequest => "bad_request",
             Self::Loop => "loop",
             Self::NoUpstream => "no_upstream",
@@ -107,6 +110,12 @@ impl Refusal {
                 "invalid_request_error",
                 "invalid_path",
                 "The path is ambiguous: remove dot segments and empty segments, and percent-encode only characters that need it.",
+            ),
+            Self::LargeHeaders => (
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "invalid_request_error",
+                "headers_too_large",
+                "The request has more than 64 KiB of headers, or more than 1024 of them.",
             ),
             Self::BadRequest => (
                 StatusCode::BAD_REQUEST,
@@ -182,6 +191,7 @@ mod tests {
             (Refusal::NotFound, 404, "invalid_request_error", "not_found"),
             (Refusal::WrongMethod, 405, "invalid_request_error", "method_not_allowed"),
             (Refusal::BadPath, 400, "invalid_request_error", "invalid_path"),
+            (Refusal::LargeHeaders, 431, "invalid_request_error", "headers_too_large"),
             (Refusal::BadRequest, 400, "invalid_request_error", "invalid_request"),
             (Refusal::Loop, 508, "api_error", "loop_detected"),
             (Refusal::NoUpstream, 502, "api_error", "upstream_unavailable"),

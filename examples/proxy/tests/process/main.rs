@@ -5,6 +5,7 @@
 mod bodies;
 mod callers;
 mod configuration;
+mod connections;
 mod credentials;
 mod errors;
 mod expect;

@@ -1,0 +1,179 @@
+//! The body of a caller's request, which can be given up before its end: [`Upload`].
+
+use std::{
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use axum::body::{Body, Bytes};
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::{runtime::Handle, time};
+
+use super::connection::{Connection, InFlight};
+
+/// A body that is given up is read to its end if it is at most this long, in at most this time, so that the connection can be
+/// reused.
+const SHORT: u64 = 64 * 1024;
+const SHORT_TIME: Duration = Duration::from_secs(5);
+
+/// Controls the body of a request. Its clones belong to the body, and to the response.
+#[derive(Clone, Debug)]
+pub(super) struct Upload(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    /// Not set once complete, or given up.
+    body: Option<(Incoming, InFlight)>,
+    connection: Arc<Connection>,
+    complete: bool,
+    /// It was given up, and its short rest is read in the background.
+    drained: bool,
+    /// The caller waits for `100 Continue`, and may never send the body.
+    expects_continue: bool,
+    answered: bool,
+    reader: Option<Waker>,
+}
+
+impl Upload {
+    pub(super) fn new(body: Incoming, expects_continue: bool, connection: &Arc<Connection>) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            body: Some((body, InFlight::new(connection))),
+            connection: Arc::clone(connection),
+            complete: false,
+            drained: false,
+            expects_continue,
+            answered: false,
+            reader: None,
+        })))
+    }
+
+    /// Returns the body to forward.
+    pub(super) fn body(&self) -> Body {
+        Body::new(UploadBody(self.clone()))
+    }
+
+    /// Whether the caller may still be sending, so much that the connection must be closed.
+    pub(super) fn is_left(&self) -> bool {
+        let state = self.state();
+        let short = state.body.as_ref().is_some_and(|(body, _)| is_short(body)) && !state.expects_continue;
+        !(state.complete || state.drained || short)
+    }
+
+    /// Stops forwarding: the response makes the rest pointless.
+    pub(super) fn give_up(&self) {
+        let mut state = self.state();
+        let Some((body, in_flight)) = state.body.take() else { return };
+        if is_short(&body) && !state.expects_continue {
+            state.drained = true;
+            drop(state);
+            read_to_end(body, in_flight);
+        } else {
+            // Before the body is dropped, which lets the server end.
+            state.connection.discard();
+            drop(state);
+        }
+    }
+
+    /// Fails a body that was given up: nothing more will come.
+    pub(super) fn answered(&self) {
+        let mut state = self.state();
+        state.answered = true;
+        let reader = state.reader.take();
+        drop(state);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_short(body: &Incoming) -> bool {
+    body.size_hint().upper().is_some_and(|length| length <= SHORT)
+}
+
+fn read_to_end(body: Incoming, in_flight: InFlight) {
+    // No runtime: the process is ending.
+    let Ok(runtime) = Handle::try_current() else { return };
+    runtime.spawn(async move {
+        let mut body = pin!(body);
+        let _ = time::timeout(SHORT_TIME, async {
+            while let Some(Ok(_)) = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await {}
+        })
+        .await;
+        drop(in_flight);
+    });
+}
+
+/// The body that is forwarded. Given up when dropped.
+#[derive(Debug)]
+struct UploadBody(Upload);
+
+impl http_body::Body for UploadBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let mut state = self.0.state();
+        let Some((body, _)) = &mut state.body else {
+            if state.complete {
+                return Poll::Ready(None);
+            }
+            if state.answered {
+                return Poll::Ready(Some(Err(axum::Error::new(
+                    "the API answered before the end of the body",
+                ))));
+            }
+            // An error would also break off the answer. Nothing is sent until the answer is complete.
+            state.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        let polled = Pin::new(&mut *body).poll_frame(cx).map_err(axum::Error::new);
+        let ended = match &polled {
+            Poll::Ready(Some(Ok(_))) => body.is_end_stream(),
+            Poll::Ready(None) => true,
+            // The connection fails.
+            Poll::Ready(Some(Err(_))) => {
+                let failed = state.body.take();
+                drop(state);
+                drop(failed);
+                return polled;
+            }
+            Poll::Pending => false,
+        };
+        if ended {
+            state.complete = true;
+            let ended = state.body.take();
+            drop(state);
+            drop(ended);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.state().complete
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let state = self.0.state();
+        match &state.body {
+            Some((body, _)) => body.size_hint(),
+            None if state.complete => SizeHint::with_exact(0),
+            None => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for UploadBody {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
+}
