@@ -20,10 +20,8 @@ pub trait Credential: Sealed {}
 pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
     const SETTING: Setting;
 
-    /// Whether it stays in use when the API rejected it and its source has no other.
-    ///
-    /// A key does: the API's response says more than an error of ours could. A token does not: it may have been revoked.
-    const OUTLIVES_REJECTION: bool;
+    /// Whether it lives until it is replaced if nothing states its expiry. A key does; a token lives for an assumed time.
+    const MAY_LAST: bool;
 
     fn from_secret(secret: Secret) -> Self;
 
@@ -40,7 +38,7 @@ pub trait Sealed: Unshare + Clone + Send + Sync + 'static {
 
 /// Implements what [`ApiKey`] and [`Token`] have in common.
 macro_rules! credential {
-    ($type:ident, outlives_rejection: $outlives_rejection:literal) => {
+    ($type:ident, may_last: $may_last:literal) => {
         impl $type {
             /// Reads the credential from the environment variable `name`.
             ///
@@ -86,7 +84,7 @@ macro_rules! credential {
 
         impl Sealed for $type {
             const SETTING: Setting = Setting::$type;
-            const OUTLIVES_REJECTION: bool = $outlives_rejection;
+            const MAY_LAST: bool = $may_last;
 
             fn from_secret(secret: Secret) -> Self {
                 Self(secret)
@@ -99,6 +97,6 @@ macro_rules! credential {
     };
 }
 
-credential!(ApiKey, outlives_rejection: true);
-credential!(ClientSecret, outlives_rejection: true);
-credential!(Token, outlives_rejection: false);
+credential!(ApiKey, may_last: true);
+credential!(ClientSecret, may_last: true);
+credential!(Token, may_last: false);

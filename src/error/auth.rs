@@ -18,7 +18,7 @@ use super::{
     AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge,
     is_auth_status, rate_limit, redact::Redactor,
 };
-use crate::util::clock;
+use crate::util::clock::{self, Countdown};
 
 const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];
@@ -59,8 +59,8 @@ struct Inner {
     detail: Cow<'static, str>,
     /// `None` if nothing was sent.
     response: Option<ApiResponse>,
-    /// Time until this crate tries another refresh.
-    retry_after: Option<Duration>,
+    /// Until this crate tries another refresh.
+    next_attempt: Option<Countdown>,
     source: Option<BoxError>,
 }
 
@@ -126,7 +126,7 @@ impl AuthError {
                 rate_limit: RateLimit::read(headers, now),
                 body: redact_body(&redactor, body, json.as_mut()),
             }),
-            retry_after: None,
+            next_attempt: None,
             source,
         }))
     }
@@ -142,10 +142,10 @@ impl AuthError {
     pub(crate) fn refresh_failure(
         kind: AuthErrorKind,
         detail: impl Into<Cow<'static, str>>,
-        retry_after: Option<Duration>,
+        next_attempt: Option<Countdown>,
         source: Option<BoxError>,
     ) -> Self {
-        Self(Arc::new(Inner { kind, detail: detail.into(), response: None, retry_after, source }))
+        Self(Arc::new(Inner { kind, detail: detail.into(), response: None, next_attempt, source }))
     }
 
     /// Finds the `AuthError` in `error` or its chain of sources, through boxes and the errors of Tower's layers.
@@ -212,10 +212,12 @@ impl AuthError {
         self.response()?.fields.request_id()
     }
 
-    /// Returns how long to wait: the response's `Retry-After`, or the time until the next attempt if a refresh failed.
+    /// Returns how long to wait: the response's `Retry-After`; or, if a refresh failed, the time that is left until the
+    /// next attempt, which becomes shorter as time passes.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
-        self.0.retry_after.or_else(|| self.response()?.retry_after)
+        let next_attempt = self.0.next_attempt.as_ref().map(Countdown::remaining);
+        next_attempt.or_else(|| self.response()?.retry_after)
     }
 
     /// Returns the account's rate limit, from the response's `X-RateLimit-*` headers.
@@ -310,6 +312,10 @@ impl fmt::Display for AuthError {
         }
         if !self.0.detail.is_empty() {
             write!(f, ": {}", self.0.detail)?;
+        }
+        let wait = self.0.next_attempt.as_ref().map(Countdown::remaining);
+        if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
+            write!(f, "; next attempt in {wait:.1?} at the earliest")?;
         }
         if let Some(message) = self.message() {
             f.write_str(": ")?;

@@ -26,7 +26,8 @@ pub enum AuthErrorKind {
     CredentialUnavailable,
     /// Nothing was sent: refreshing the credential failed, but may succeed later.
     RefreshFailed,
-    /// Nothing was sent: refreshing the credential was rejected, and will be until someone intervenes.
+    /// Nothing was sent: refreshing the credential was rejected, and probably will be until someone intervenes. The source
+    /// is asked again every 5 minutes.
     RefreshRejected,
     /// Nothing was sent: the request cannot carry credentials.
     InvalidRequest,

@@ -229,6 +229,17 @@ impl ClientAuth {
         }
     }
 
+    /// Reports that what replaced `rejected` was accepted.
+    pub(super) fn accepted_after(&self, rejected: &Proven) {
+        match (&self.0, rejected) {
+            (Method::ApiKey(key), Proven::ApiKey(rejected)) => key.accepted_after(rejected),
+            (Method::Client { proof: Proof::Secret { secret, .. }, .. }, Proven::Secret(rejected)) => {
+                secret.accepted_after(rejected);
+            }
+            _ => {}
+        }
+    }
+
     /// Returns a number that changes with the client's credential.
     pub(super) fn version(&self) -> Option<u64> {
         match &self.0 {

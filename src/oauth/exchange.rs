@@ -58,7 +58,14 @@ impl Exchange {
             && let Some(error) = OAuthError::of(error)
             && self.refresh_rejected(&sent, error).await
         {
-            return self.send(&self.credentials(refresh_token).await?).await;
+            let replayed = self.send(&self.credentials(refresh_token).await?).await;
+            if replayed.is_ok() {
+                self.endpoint.auth.accepted_after(&sent.client);
+                for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
+                    token.provider.accepted_after(sent);
+                }
+            }
+            return replayed;
         }
         result
     }
@@ -97,7 +104,9 @@ impl Exchange {
         if error.blames_client() {
             changed |= self.endpoint.auth.replace(&sent.client).await;
         }
-        if error.blames_grant() {
+        // An exchange is answered `invalid_request` if it is malformed or a token invalid (RFC 8693 section 2.2.2).
+        let is_exchange = self.tokens.iter().any(|token| token.kind.is_some());
+        if error.blames_grant() || (is_exchange && error.code() == Some("invalid_request")) {
             for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
                 changed |= token.provider.replace(sent).await;
             }

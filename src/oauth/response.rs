@@ -129,11 +129,10 @@ impl OAuthError {
             || (self.0.status == StatusCode::UNAUTHORIZED && !self.blames_grant())
     }
 
-    /// Returns whether the endpoint rejected a token in the request. RFC 8693 section 2.2.2 uses `invalid_request`
-    /// for that.
+    /// Returns whether the endpoint rejected a token in the request
+    /// ([RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2)).
     pub(super) fn blames_grant(&self) -> bool {
         self.culprit() == Some(Culprit::Grant)
-            || (self.0.status.is_client_error() && self.code() == Some("invalid_request"))
     }
 }
 

@@ -59,6 +59,7 @@ struct Locked<C: Credential> {
 }
 
 /// The refresh that is running.
+#[derive(Clone)]
 struct Running {
     in_flight: InFlight,
     task: Arc<OnceLock<AbortHandle>>,
@@ -129,17 +130,16 @@ impl<C: Credential> Driver<C> {
     }
 
     /// Records that the API rejected a credential, and starts a refresh if that may help. Returns the refresh to wait for.
-    ///
-    /// `insist` forgets the credential even if it is too early for another refresh.
-    pub(super) fn reject(
-        self: &Arc<Self>,
-        fingerprint: Fingerprint,
-        insist: bool,
-    ) -> (Rejection, Option<InFlight>) {
+    pub(super) fn reject(self: &Arc<Self>, fingerprint: Fingerprint) -> (Rejection, Option<InFlight>) {
         let (rejection, in_flight) =
-            self.decide(|state, now, version| state.reject(now, fingerprint, insist, version));
+            self.decide(|state, now, version| state.reject(now, fingerprint, version));
         let waits = rejection == Rejection::Refreshing && !is_own_refresh(self.address());
         (rejection, in_flight.filter(|_| waits))
+    }
+
+    /// Records that the API accepted the current credential, if it is the one in question.
+    pub(super) fn accept(&self, is_accepted: impl FnOnce(Fingerprint) -> bool) {
+        self.lock().state.accept(is_accepted);
     }
 
     /// Asks the state machine for a decision and starts the refresh that it orders. Returns the refresh that is running.
@@ -244,7 +244,7 @@ impl<C: Credential> Driver<C> {
         };
         let mut locked = self.lock();
         let now = self.policy.now();
-        let describe = |failure, delay| describe(failure, delay, cause);
+        let describe = |failure, retry| describe(failure, self.policy.countdown(retry), cause);
         let report = match locked.state.finish(now, id, outcome, version, describe) {
             Finish::Repeat(start) => {
                 let launch = self.prepare(&mut locked, start, Some(&in_flight));
@@ -270,26 +270,12 @@ impl<C: Credential> Driver<C> {
 
     /// Gives up refresh `id`: nobody drives its runtime, or its source blocks the thread.
     fn abandon(self: &Arc<Self>, id: u64) {
-        let version = self.version();
-        let mut locked = self.lock();
-        if !locked.state.is_running(id) {
-            return;
-        }
-        let now = self.policy.now();
-        let describe = |failure, delay| describe(failure, delay, None);
-        let report = match locked.state.finish(now, id, Outcome::Aborted, version, describe) {
-            Finish::Done(result) => Some(Report::new(result, RefreshOutcome::Aborted, &locked.state)),
-            Finish::Repeat(_) | Finish::Late => None,
-        };
-        let running = locked.running.take();
-        self.publish(locked, now);
-        if let Some(report) = report {
-            self.report(&report);
-        }
-        let Some(running) = running else { return };
-        running.in_flight.complete(Ok(()));
-        if let Some(task) = running.task.get() {
-            task.abort();
+        let locked = self.lock();
+        let running = locked.running.clone().filter(|_| locked.state.is_running(id));
+        drop(locked);
+        if let Some(Running { in_flight, task }) = running {
+            self.complete(id, None, in_flight);
+            task.get().inspect(|task| task.abort());
         }
     }
 
@@ -361,11 +347,11 @@ impl<C: Credential> Drop for Driver<C> {
 
 impl<C: Credential> Engine for Driver<C> {
     fn report_rejected(self: Arc<Self>, rejected: Fingerprint) -> (Rejection, Option<InFlight>) {
-        self.reject(rejected, false)
+        self.reject(rejected)
     }
 
     fn report_accepted(&self, rejected: Fingerprint) {
-        self.lock().state.accept(rejected);
+        self.accept(|accepted| accepted != rejected);
     }
 
     fn has_replaced(&self, rejected: Fingerprint) -> bool {
@@ -438,7 +424,7 @@ fn fresh<C: Credential>(fetched: Fetched<C>) -> Fresh<C> {
         claimed_lifetime: credential.secret().lifetime(),
         stated_lifetime: lifetime,
         recheck,
-        outlives_rejection: C::OUTLIVES_REJECTION,
+        may_last: C::MAY_LAST,
         value: credential,
     }
 }

@@ -1,7 +1,6 @@
 //! One call of a source: bounded in time, guarded against panics, and its failures put into words.
 
 use std::{
-    fmt::Write as _,
     future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
@@ -17,6 +16,7 @@ use crate::{
     credential::Credential,
     source::{DynSource, Fetched, Reason, SourceError},
     telemetry::event::RefreshOutcome,
+    util::clock::Countdown,
 };
 
 const NO_TIMERS: &str = "a refresh needs a tokio runtime with its timers enabled";
@@ -61,24 +61,23 @@ pub(super) async fn fetch<C: Credential>(
 }
 
 /// The error that all waiters of a failed refresh share.
-pub(super) fn describe(failure: RefreshFailure, delay: Duration, cause: Option<SourceError>) -> AuthError {
+pub(super) fn describe(
+    failure: RefreshFailure,
+    next_attempt: Countdown,
+    cause: Option<SourceError>,
+) -> AuthError {
     let permanent = cause.as_ref().is_some_and(SourceError::is_permanent);
     let kind = if permanent { AuthErrorKind::RefreshRejected } else { AuthErrorKind::RefreshFailed };
-    let mut detail = match failure {
+    let detail = match failure {
         RefreshFailure::Source => "the source failed",
         RefreshFailure::Aborted => "the task was dropped, as happens when a runtime shuts down",
         RefreshFailure::Unusable(Unusable::Expired) => {
             "the source returned an expired credential; if it is new, this machine's clock is ahead"
         }
         RefreshFailure::Unusable(Unusable::NoExpiry) => "the source returned a token without an expiry",
-        RefreshFailure::Rejected => "the source returned a credential that the API has rejected",
         RefreshFailure::Older => "the source returned a token that expires sooner than the current one",
         RefreshFailure::Stale => "the source returned a token that is about to expire",
-    }
-    .to_owned();
-    if !permanent {
-        let _ = write!(detail, "; next attempt in {delay:.1?} at the earliest");
-    }
-    let retry_after = (!permanent).then_some(delay);
-    AuthError::refresh_failure(kind, detail, retry_after, cause.map(SourceError::into_cause))
+    };
+    let next_attempt = (!permanent).then_some(next_attempt);
+    AuthError::refresh_failure(kind, detail, next_attempt, cause.map(SourceError::into_cause))
 }

@@ -131,7 +131,7 @@ pub(crate) fn prefetched<C: Credential>(source: impl Source<C>, clock: &TestCloc
 }
 
 fn reject<C: Numbered>(engine: &Refreshing<C>, number: usize) -> (Rejection, Option<InFlight>) {
-    engine.0.reject(C::numbered(number).secret().fingerprint(), false)
+    engine.0.reject(C::numbered(number).secret().fingerprint())
 }
 
 fn fresh(engine: &Refreshing<Token>) -> Option<usize> {
@@ -152,10 +152,7 @@ fn ask_in_every_way(engine: &Refreshing<Token>) -> Vec<usize> {
         Ok(Demand::Ready(lease)) => Some(lease.credential.number()),
         _ => None,
     };
-    [fresh(engine), demanded(), fresh(engine), engine.current().map(|token| token.number())]
-        .into_iter()
-        .flatten()
-        .collect()
+    [fresh(engine), demanded(), fresh(engine), demanded()].into_iter().flatten().collect()
 }
 
 /// A waiter that was polled once.

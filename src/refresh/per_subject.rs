@@ -227,8 +227,9 @@ impl PerSubject {
     #[cold]
     fn insert(&self, subject: &Subject) -> Result<Arc<Entry>, AuthError> {
         if self.0.is_full() {
-            let retry_after = Some(RETRY_WHEN_FULL);
-            return Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, FULL, retry_after, None));
+            let policy = &self.0.policy;
+            let retry = policy.countdown(policy.now().after(RETRY_WHEN_FULL));
+            return Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, FULL, Some(retry), None));
         }
         let create = || Ok(self.0.create(subject));
         let Ok(entry) = self.0.engines.get_or_insert_with::<_, Infallible>(subject, create);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 #[cfg(feature = "test-util")]
 use crate::util::clock::TestClock;
-use crate::util::clock::{Clock, Time};
+use crate::util::clock::{Clock, Countdown, Deadline, Time};
 
 /// When a credential is refreshed, and what happens when that fails.
 ///
@@ -112,6 +112,10 @@ impl RefreshPolicy {
     pub fn with_clock(mut self, clock: TestClock) -> Self {
         self.clock = clock.into();
         self
+    }
+
+    pub(super) fn countdown(&self, deadline: Deadline) -> Countdown {
+        self.clock.countdown(deadline)
     }
 
     #[inline]

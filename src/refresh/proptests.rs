@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeSet, VecDeque},
     time::{Duration, SystemTime},
 };
 
@@ -52,18 +52,38 @@ enum Step {
         twice: bool,
     },
     /// The API rejects the current token.
-    Reject {
-        insist: bool,
+    Reject,
+    /// One endpoint rejects the current token every few milliseconds, and all others accept it. The source returns the same
+    /// token again, another one, or none.
+    RejectOften {
+        every: u64,
+        times: usize,
+        source: Rejecting,
     },
+    /// The API accepts the current token, perhaps after it rejected the one before.
+    Accept,
     /// The API rejects an earlier token.
     RejectOld(usize),
     /// The source's version changes.
     Change,
 }
 
+/// What the source does while one endpoint rejects everything.
+#[derive(Clone, Copy, Debug)]
+enum Rejecting {
+    Repeats,
+    Replaces,
+    Fails { permanent: bool },
+}
+
 fn step() -> impl Strategy<Value = Step> {
     let lifetime =
         prop_oneof![Just(0), 1u64..1_000, 1_000u64..5_000, 5_000u64..100_000, Just(3_600_000)].boxed();
+    let rejecting = prop_oneof![
+        2 => Just(Rejecting::Repeats),
+        1 => Just(Rejecting::Replaces),
+        1 => any::<bool>().prop_map(|permanent| Rejecting::Fails { permanent }),
+    ];
     prop_oneof![
         4 => (0u64..3_000).prop_map(Step::Pass),
         2 => (0u64..120_000).prop_map(Step::Pass),
@@ -80,7 +100,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (any::<bool>(), prop::option::of(0u64..100_000))
             .prop_map(|(permanent, retry_after)| Step::Fail { permanent, retry_after }),
         2 => any::<bool>().prop_map(|twice| Step::Abort { twice }),
-        2 => any::<bool>().prop_map(|insist| Step::Reject { insist }),
+        2 => Just(Step::Reject),
+        2 => (1u64..30_000, 1usize..40, rejecting).prop_map(|(every, times, source)| Step::RejectOften { every, times, source }),
+        1 => Just(Step::Accept),
         1 => any::<usize>().prop_map(Step::RejectOld),
         1 => Just(Step::Change),
     ]
@@ -105,8 +127,9 @@ struct World {
     version: u64,
     running: Option<u64>,
     tokens: Vec<Minted>,
-    rejected: HashSet<usize>,
-    outlives_rejection: bool,
+    may_last: bool,
+    /// When refreshes were started by rejections, since the last trigger.
+    started_by_rejections: VecDeque<Instant>,
     /// After this time the source may have another token.
     recheck: Option<Duration>,
     /// The lifetime of the token that was fetched last.
@@ -120,7 +143,7 @@ struct World {
 }
 
 impl World {
-    fn new(outlives_rejection: bool, recheck: bool, seed: u64) -> Self {
+    fn new(may_last: bool, recheck: bool, seed: u64) -> Self {
         let mono = Instant::now();
         Self {
             state: State::new(RefreshPolicy::new(), seed),
@@ -128,8 +151,8 @@ impl World {
             version: 0,
             running: None,
             tokens: Vec::new(),
-            rejected: HashSet::new(),
-            outlives_rejection,
+            may_last,
+            started_by_rejections: VecDeque::new(),
             recheck: recheck.then_some(Duration::from_secs(1)),
             fetched: Duration::MAX,
             failures: Vec::new(),
@@ -142,7 +165,7 @@ impl World {
         match step {
             Step::Pass(time) => self.pass(time),
             Step::JumpForward(time) => {
-                self.triggers += 1;
+                self.trigger();
                 self.now.wall += Duration::from_millis(time);
             }
             Step::JumpBack(time) => self.now.wall -= Duration::from_millis(time),
@@ -171,26 +194,77 @@ impl World {
                 self.finish(Outcome::Failed { permanent, retry_after });
             }
             Step::Abort { twice } => {
-                self.triggers += 1;
+                self.trigger();
                 self.finish(Outcome::Aborted);
                 if twice {
                     self.take(Step::Demand);
                     self.take(Step::Abort { twice: false });
                 }
             }
-            Step::Reject { insist } => {
-                if let Some(token) = self.state.current(self.now).map(|(token, _)| *token) {
-                    self.reject(token, insist);
-                }
+            Step::Reject => {
+                self.current().inspect(|token| self.reject(*token));
             }
-            Step::RejectOld(at) if !self.tokens.is_empty() => self.reject(at % self.tokens.len(), false),
+            Step::RejectOften { every, times, source } => self.reject_often(every, times, source),
+            Step::Accept => {
+                self.trigger();
+                self.state.accept(|_| true);
+            }
+            Step::RejectOld(at) if !self.tokens.is_empty() => self.reject(at % self.tokens.len()),
             Step::Change => {
-                self.triggers += 1;
+                self.trigger();
                 self.version += 1;
             }
             Step::FetchOld(_) | Step::RejectOld(_) => {}
         }
         self.check_lease();
+    }
+
+    /// Notes an event that may cause a refresh by itself.
+    fn trigger(&mut self) {
+        self.triggers += 1;
+        self.started_by_rejections.clear();
+    }
+
+    fn current(&self) -> Option<usize> {
+        self.state.current(self.now).map(|(token, _)| *token)
+    }
+
+    fn reject_often(&mut self, every: u64, times: usize, source: Rejecting) {
+        let mut waits = 0;
+        for _ in 0..times {
+            self.pass(every);
+            let Some(token) = self.current() else { return };
+            self.reject(token);
+            if self.running.is_none() {
+                continue;
+            }
+            // Another endpoint needs the token while the refresh runs.
+            let (answer, _) = self.state.demand(self.now, Duration::ZERO, self.version);
+            waits += usize::from(matches!(answer, Answer::Wait) && !self.is_about_to_expire(token));
+            match source {
+                Rejecting::Repeats => self.fetch_again(token),
+                Rejecting::Replaces => self.fetch(3_600_000, 1.0),
+                Rejecting::Fails { permanent } => {
+                    self.finish(Outcome::Failed { permanent, retry_after: None })
+                }
+            }
+            if self.current().is_some() && self.running.is_none() {
+                let (answer, start) = self.state.demand(self.now, Duration::ZERO, self.version);
+                self.started(start);
+                assert!(
+                    matches!(answer, Answer::Serve(_))
+                        || self.current().is_some_and(|token| self.is_about_to_expire(token)),
+                    "the others are not served: {answer:?}"
+                );
+            }
+        }
+        assert!(waits <= 2, "the others waited {waits} times");
+    }
+
+    /// Whether the token is in its mandatory window, or nearly.
+    fn is_about_to_expire(&self, token: usize) -> bool {
+        let Minted { mono, lifetime } = self.tokens[token];
+        self.recheck.is_some() || mono.saturating_duration_since(self.now.mono) <= lifetime / 5
     }
 
     fn pass(&mut self, time: u64) {
@@ -222,10 +296,10 @@ impl World {
         Fresh {
             value: token,
             expiry: None,
-            claimed_lifetime: (!self.outlives_rejection).then_some(self.tokens[token].lifetime),
-            stated_lifetime: (!self.outlives_rejection).then_some(stated),
+            claimed_lifetime: (!self.may_last).then_some(self.tokens[token].lifetime),
+            stated_lifetime: (!self.may_last).then_some(stated),
             recheck: self.recheck,
-            outlives_rejection: self.outlives_rejection,
+            may_last: self.may_last,
         }
     }
 
@@ -235,37 +309,37 @@ impl World {
         match answer {
             Answer::Serve(token) => {
                 self.check(token);
-                assert!(
-                    self.outlives_rejection || self.now.mono + time <= self.tokens[token].mono,
-                    "too short"
-                );
+                assert!(self.may_last || self.now.mono + time <= self.tokens[token].mono, "too short");
             }
             Answer::Wait => assert!(self.running.is_some(), "a caller waits for nothing"),
-            Answer::Fail(_) => assert!(self.running.is_none(), "a caller fails during a refresh"),
+            Answer::Fail(_) => {
+                assert!(self.running.is_none(), "a caller fails during a refresh");
+                assert!(
+                    !time.is_zero() || self.current().is_none(),
+                    "a caller fails although there is a token"
+                );
+            }
             Answer::TooShort => assert!(!time.is_zero()),
         }
     }
 
-    fn reject(&mut self, token: usize, insist: bool) {
-        let held = self.state.current(self.now).map(|(held, _)| *held);
-        let fingerprint = token.fingerprint();
-        let (rejection, start) = self.state.reject(self.now, fingerprint, insist, self.version);
-        // This includes an expired token: the running refresh may return it again.
+    fn reject(&mut self, token: usize) {
+        let held = self.current();
+        let (rejection, start) = self.state.reject(self.now, token.fingerprint(), self.version);
+        assert_eq!(held, self.current(), "a rejection discards nothing");
+        if start.is_some() {
+            self.triggers += 1;
+            let (now, starts) = (self.now.mono, &mut self.started_by_rejections);
+            starts.push_back(now);
+            starts.retain(|start| now - *start <= Duration::from_secs(60));
+            assert!(starts.len() <= 14, "{} refreshes within a minute", starts.len());
+        }
+        // A refresh that began earlier is repeated if it returns the rejected token.
         if rejection == Rejection::Refreshing {
             self.triggers += 1;
         }
         self.started(start);
-        match rejection {
-            Rejection::Superseded => {}
-            Rejection::Refreshing => assert!(self.running.is_some()),
-            Rejection::Ignored if !insist => {
-                return assert_eq!(held, self.state.current(self.now).map(|(held, _)| *held));
-            }
-            Rejection::Ignored => {}
-        }
-        if held == Some(token) {
-            self.rejected.extend(Some(token).filter(|_| !self.outlives_rejection));
-        }
+        assert!(rejection != Rejection::Refreshing || self.running.is_some());
     }
 
     fn finish(&mut self, outcome: Outcome<usize>) {
@@ -295,8 +369,8 @@ impl World {
     fn started(&mut self, start: Option<Start<usize>>) {
         let Some(Start { id, reason }) = start else { return };
         assert!(self.running.is_none(), "two refreshes at once");
-        if let Reason::Rejected(token) = reason {
-            assert!(self.outlives_rejection || self.rejected.contains(&token) || self.tokens.len() > token);
+        if let Reason::Rejected(token) | Reason::Expiring(token) = reason {
+            assert!(token < self.tokens.len());
         }
         self.running = Some(id);
         // Without a trigger, refreshes are at least 0.4 seconds apart; less for lifetimes below a second, in proportion.
@@ -311,11 +385,10 @@ impl World {
         self.started = Some((self.now.mono, self.triggers));
     }
 
-    /// A token that is handed out has neither expired nor been rejected.
+    /// A token that is handed out has not expired.
     fn check(&self, token: usize) {
         let Minted { mono, .. } = self.tokens[token];
-        assert!(self.outlives_rejection || self.now.mono < mono, "expired {:?} ago", self.now.mono - mono);
-        assert!(!self.rejected.contains(&token), "a rejected token is handed out");
+        assert!(self.may_last || self.now.mono < mono, "expired {:?} ago", self.now.mono - mono);
     }
 
     /// So does a token that requests may use without asking, until its deadline.
@@ -323,20 +396,20 @@ impl World {
         if let Some((&token, until)) = self.state.lease(self.now) {
             self.check(token);
             let last = self.now.mono + until.remaining(self.now);
-            assert!(self.outlives_rejection || last <= self.tokens[token].mono, "leased beyond its expiry");
+            assert!(self.may_last || last <= self.tokens[token].mono, "leased beyond its expiry");
         }
     }
 }
 
-/// R3, R5, W1, W2, W3, J1, J3, J5: the invariants that `check`, `started` and the answers assert.
+/// R3, R5, W1, W2, W3, J1, J3, J5, J10: the invariants that `check`, `started` and the answers assert.
 #[test]
 fn every_schedule_keeps_the_invariants() {
     let config = ProptestConfig { cases: 250, source_file: Some(file!()), ..ProptestConfig::default() };
     let steps = prop::collection::vec(step(), 1..120);
     let kinds = (prop::bool::weighted(0.2), prop::bool::weighted(0.2), any::<u64>());
     let failures = RefCell::new(BTreeSet::new());
-    let walk = |(steps, (outlives_rejection, recheck, seed)): (Vec<Step>, _)| {
-        let mut world = World::new(outlives_rejection, recheck, seed);
+    let walk = |(steps, (may_last, recheck, seed)): (Vec<Step>, _)| {
+        let mut world = World::new(may_last, recheck, seed);
         for step in steps {
             world.take(step);
         }
@@ -345,6 +418,6 @@ fn every_schedule_keeps_the_invariants() {
     };
     TestRunner::new(config).run(&(steps, kinds), walk).unwrap();
     let met: Vec<_> = failures.borrow().iter().cloned().collect();
-    let all = ["Aborted", "Older", "Rejected", "Source", "Stale", "Unusable(Expired)"];
+    let all = ["Aborted", "Older", "Source", "Stale", "Unusable(Expired)"];
     assert_eq!(met, all, "the schedules cover every failure");
 }

@@ -43,11 +43,19 @@ impl<C: Credential> Provider<C> {
     pub(crate) async fn replace(&self, rejected: &C) -> bool {
         let Self::Refreshing(refreshing) = self else { return false };
         let rejected = rejected.secret().fingerprint();
-        if let (_, Some(in_flight)) = refreshing.0.reject(rejected, false) {
+        if let (_, Some(in_flight)) = refreshing.0.reject(rejected) {
             // Whether it succeeded shows in the current credential.
             let _ = WaitForRefresh::new(in_flight).await;
         }
         refreshing.current().is_some_and(|current| current.secret().fingerprint() != rejected)
+    }
+
+    /// Reports to the engine that the credential which replaced `rejected` was accepted.
+    pub(crate) fn accepted_after(&self, rejected: &C) {
+        if let Self::Refreshing(refreshing) = self {
+            let rejected = rejected.secret().fingerprint();
+            refreshing.0.accept(|accepted| accepted != rejected);
+        }
     }
 
     /// A number that changes with the credential; `None` while there is none. Starts a refresh if one is due, because the

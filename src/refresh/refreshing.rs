@@ -34,7 +34,6 @@ use crate::{
 ///
 /// let jwt = jwts.token().await?;
 /// assert_eq!(jwt.expose_secret(), "a.b.c");
-/// jwts.invalidate(&jwt); // the next call fetches another
 /// # Ok::<(), BoxError>(())
 /// # }).unwrap();
 /// ```
@@ -58,12 +57,55 @@ impl<C: Credential> Refreshing<C> {
         Self(Driver::new(source, policy, false))
     }
 
-    /// Discards `rejected` if it is still the current credential, and starts a refresh without waiting for it. A newer
-    /// credential stays.
+    /// Reports that the API answered 401 to `credential`, and starts a refresh without waiting for it. [`RefreshLayer`]
+    /// does so by itself; this is for code that uses the credential without the layers.
     ///
-    /// A key is not discarded: its source is asked again, and the key stays in use if the source has no other.
-    pub fn invalidate(&self, rejected: &C) {
-        let _ = self.0.reject(rejected.secret().fingerprint(), true);
+    /// The API's answer is [evidence and no proof](crate::guide::refreshing#when-the-api-rejects-a-credential): the source
+    /// is asked again, and if it brings the same credential, or fails, the credential stays in use. Reporting an older
+    /// credential than the current one does nothing. Reports in close succession start one refresh.
+    ///
+    /// ```
+    /// use tower_selam::{AuthError, BoxError, Refreshing, Token, source::{Reason, source_fn}};
+    /// # async fn send(jwt: &Token) -> u16 { if jwt.expose_secret() == "rotated" { 200 } else { 401 } }
+    ///
+    /// async fn send_or_replay(jwts: &Refreshing<Token>) -> Result<u16, AuthError> {
+    ///     let jwt = jwts.token().await?;
+    ///     let status = send(&jwt).await;
+    ///     if status != 401 {
+    ///         return Ok(status);
+    ///     }
+    ///     jwts.rejected(&jwt);
+    ///     let next = jwts.token().await?; // after the refresh, if this was the first rejection
+    ///     if next.id() == jwt.id() {
+    ///         return Ok(status); // a replay would be rejected as well
+    ///     }
+    ///     let status = send(&next).await;
+    ///     if status != 401 {
+    ///         jwts.accepted(&next);
+    ///     }
+    ///     Ok(status)
+    /// }
+    ///
+    /// # tokio_test::block_on(async {
+    /// let jwts = Refreshing::new(source_fn(|reason: Reason<Token>| async move {
+    ///     let is_rejected = matches!(reason, Reason::Rejected(_));
+    ///     Ok::<_, BoxError>(Token::new(if is_rejected { "rotated" } else { "first" })?)
+    /// }));
+    /// assert_eq!(send_or_replay(&jwts).await?, 200);
+    /// # Ok::<(), BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    ///
+    /// [`RefreshLayer`]: crate::RefreshLayer
+    pub fn rejected(&self, credential: &C) {
+        let _ = self.0.reject(credential.secret().fingerprint());
+    }
+
+    /// Reports that the API accepted `credential` after it had [rejected](Self::rejected) the one before: the next
+    /// rejection need not be spaced. There is no need to report other successes.
+    pub fn accepted(&self, credential: &C) {
+        let accepted = credential.secret().fingerprint();
+        self.0.accept(|current| current == accepted);
     }
 
     /// Fetches the first credential, if there is none yet.

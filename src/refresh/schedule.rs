@@ -26,8 +26,8 @@ pub(super) struct Fresh<V> {
     pub(super) stated_lifetime: Option<Duration>,
     /// After this time the source may have another one.
     pub(super) recheck: Option<Duration>,
-    /// Without an expiry it lives until it is replaced, and it stays in use after a rejection.
-    pub(super) outlives_rejection: bool,
+    /// Whether it lives until it is replaced if nothing states its expiry.
+    pub(super) may_last: bool,
 }
 
 /// The points in the life of a credential.
@@ -117,7 +117,7 @@ fn remaining_lifetime<V>(
     match fresh.expiry {
         // A clock that is behind sees the expiry too far away, but no token lives longer than its claims say.
         Some(expiry) => Ok(Some(expiry.duration_since(now.wall).unwrap_or_default().min(claimed))),
-        None if fresh.outlives_rejection => Ok(None),
+        None if fresh.may_last => Ok(None),
         None => policy.assumed_lifetime.map(Some).ok_or(Unusable::NoExpiry),
     }
 }

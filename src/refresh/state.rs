@@ -7,9 +7,16 @@
 //!     │ finish: failed, none held   │    │ finish: failed      │ │ demand: advisory window reached
 //!     └─────────────────────────────┼────┴──▶ (back-off) ──────┘ │ reject: the API rejected it
 //!                                   └────────────────────────────┘
+//!
+//!                     reject                finish: the source failed
+//!   held:  good ────────────────▶ suspect ─────────────────────────────▶ suspect, served during the back-off
+//!                                  ▲   │
+//!                    reject, later │   │ finish: the source brought it again
+//!                                  │   ▼
+//!                                 vouched
 //! ```
 
-use std::{collections::VecDeque, mem, sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use super::{
     RefreshPolicy,
@@ -18,11 +25,8 @@ use super::{
 use crate::{
     credential::Fingerprint,
     source::Reason,
-    util::clock::{Deadline, Time},
+    util::clock::{Deadline, MAX_DRIFT, Time},
 };
-
-/// How many rejected credentials are remembered, so that none of them is accepted again.
-const REMEMBERED_REJECTIONS: usize = 16;
 
 /// The longest `Retry-After` that is honoured.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
@@ -30,8 +34,12 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 /// After this long without a rejection, the next one counts as the first of a streak.
 const STREAK_RESET: Duration = Duration::from_secs(5 * 60);
 
-/// How far the two clocks may drift apart during a refresh before the machine counts as suspended or its clock as set.
-const MAX_CLOCK_DRIFT: Duration = Duration::from_secs(1);
+/// How many accepted replacements end a streak early. If rejections keep coming, accepted replacements prove nothing: one of
+/// several servers may reject everything.
+const MAX_FORGIVEN: u32 = 64;
+
+/// How long after a permanent failure the source is asked again: its cause may have been temporary after all.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 
 /// How often to re-check `Source::version` after a permanent failure.
 const VERSION_CHECK: Duration = Duration::from_secs(1);
@@ -55,17 +63,14 @@ pub(super) struct State<V, E> {
     started: u64,
     /// How long the last refresh took.
     last_duration: Duration,
-    setbacks: Option<Box<Setbacks<V, E>>>,
+    setbacks: Option<Box<Setbacks<E>>>,
 }
 
 /// What has gone wrong.
 #[derive(Debug)]
-struct Setbacks<V, E> {
+struct Setbacks<E> {
     /// Why the last refresh failed.
     failure: Option<Failure<E>>,
-    /// The last credential that was rejected, until there is another.
-    last_rejected: Option<V>,
-    rejected: VecDeque<Fingerprint>,
     rejections: Streak,
     /// Whether the last refresh was aborted together with its runtime.
     was_aborted: bool,
@@ -76,17 +81,30 @@ struct Setbacks<V, E> {
 struct Held<V> {
     value: V,
     schedule: Schedule,
-    outlives_rejection: bool,
-    /// The API rejected it, and its source has not been asked since.
-    is_suspect: bool,
+    trust: Trust,
+}
+
+/// Whether the API rejected a credential, which is evidence against it and no proof: one endpoint may reject what all
+/// others accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trust {
+    /// It was not rejected.
+    Good,
+    /// It was rejected, and its source has not answered since.
+    Suspect {
+        /// Whether requests wait for the answer: only after the first rejection of a streak.
+        blocks: bool,
+    },
+    /// It was rejected, and its source brought it again.
+    Vouched,
 }
 
 #[derive(Debug)]
 struct Running {
     id: u64,
     began: Time,
-    /// A credential that was rejected during this refresh: the refresh may have fetched it before the rejection.
-    rejected: Option<Fingerprint>,
+    /// Whether the current credential was rejected during this refresh, which may have fetched it before that.
+    predates_rejection: bool,
 }
 
 #[derive(Debug)]
@@ -103,6 +121,8 @@ struct Failure<E> {
 struct Streak {
     length: u32,
     last: Option<Time>,
+    /// How often an accepted replacement ended it.
+    forgiven: u32,
 }
 
 /// A refresh to start.
@@ -130,7 +150,7 @@ pub(crate) enum Rejection {
     Superseded,
     /// A refresh is running or about to start.
     Refreshing,
-    /// None: it is too early for another refresh.
+    /// None: it is too soon for another refresh.
     Ignored,
 }
 
@@ -170,8 +190,6 @@ pub(super) enum RefreshFailure {
     Source,
     Aborted,
     Unusable(Unusable),
-    /// The API has rejected this credential before.
-    Rejected,
     /// It expires sooner than the current one.
     Older,
     /// It is already in its advisory window.
@@ -205,12 +223,12 @@ impl<V: Value, E: Clone> State<V, E> {
             return (Answer::TooShort, None);
         }
         // After a failed refresh nobody waits for the next one while there is a credential to serve.
-        let is_due = held.schedule.mandatory_at().has_come(now) || held.is_suspect;
+        let is_due = held.schedule.mandatory_at().has_come(now) || held.trust == Trust::BLOCKING;
         if (is_due && self.failure().is_none()) || !lives_long_enough {
             return self.wait_or_fail(now, version);
         }
         let value = held.value.clone();
-        let refresh_is_due = held.is_suspect || held.schedule.advisory_at().has_come(now);
+        let refresh_is_due = held.is_suspect() || held.schedule.advisory_at().has_come(now);
         let start = if refresh_is_due { self.start(now, version) } else { None };
         (Answer::Serve(value), start)
     }
@@ -232,82 +250,61 @@ impl<V: Value, E: Clone> State<V, E> {
         }
         self.started += 1;
         let id = self.started;
-        self.running = Some(Box::new(Running { id, began: now, rejected: None }));
-        let reason = match (&self.held, self.last_rejected()) {
-            (Some(held), _) if held.is_suspect => Reason::Rejected(held.value.clone()),
-            (None, Some(rejected)) => Reason::Rejected(rejected.clone()),
-            (Some(held), _) => Reason::Expiring(held.value.clone()),
-            (None, None) => Reason::First,
+        self.running = Some(Box::new(Running { id, began: now, predates_rejection: false }));
+        let reason = match &self.held {
+            Some(held) if held.is_suspect() => Reason::Rejected(held.value.clone()),
+            Some(held) => Reason::Expiring(held.value.clone()),
+            None => Reason::First,
         };
         Some(Start { id, reason })
     }
 
     fn may_start(&self, now: Time, version: u64) -> bool {
-        match self.failure() {
-            None => true,
-            Some(Failure { permanent: Some(failed), .. }) => *failed != version,
-            Some(Failure { retry, .. }) => retry.has_come(now),
-        }
+        self.failure().is_none_or(|Failure { retry, permanent, .. }| {
+            retry.has_come(now) || permanent.is_some_and(|failed| failed != version)
+        })
     }
 
-    /// Handles a credential, known by its fingerprint, that the API rejected. `insist` forgets it even if it is too
-    /// early for another refresh.
+    /// Handles a credential, known by its fingerprint, that the API rejected.
     pub(super) fn reject(
         &mut self,
         now: Time,
         fingerprint: Fingerprint,
-        insist: bool,
         version: u64,
     ) -> (Rejection, Option<Start<V>>) {
-        match &self.held {
-            Some(held) if held.value.fingerprint() != fingerprint => return (Rejection::Superseded, None),
-            // One of several rejections of the same credential.
-            None => return self.join(now, version),
-            Some(held) if held.is_suspect => return self.join(now, version),
-            Some(_) => {}
-        }
-        let may_start = self.running.is_some() || self.may_start(now, version);
-        let policy = &self.policy;
-        let is_too_soon = self.setbacks.as_mut().is_some_and(|past| past.rejections.is_too_soon(now, policy));
-        if !insist && (is_too_soon || !may_start) {
-            return (Rejection::Ignored, None);
-        }
-        self.setbacks_mut().rejections.count(now);
-        if let Some(running) = &mut self.running {
-            running.rejected = Some(fingerprint);
-        }
-        self.forget(fingerprint);
-        self.join(now, version)
-    }
-
-    /// Handles a request that was accepted after `rejected` had been replaced: the API does not reject everything, so
-    /// the next rejection is the first of a streak.
-    pub(super) fn accept(&mut self, rejected: Fingerprint) {
-        if let Some(past) = &mut self.setbacks
-            && self.held.as_ref().is_some_and(|held| held.value.fingerprint() != rejected)
-        {
-            past.rejections = Streak::default();
-        }
-    }
-
-    fn forget(&mut self, fingerprint: Fingerprint) {
-        match &mut self.held {
-            Some(held) if held.outlives_rejection => held.is_suspect = true,
-            held => {
-                let rejected = held.take().map(|held| held.value);
-                let past = self.setbacks_mut();
-                past.last_rejected = rejected;
-                past.rejected.truncate(REMEMBERED_REJECTIONS - 1);
-                past.rejected.push_front(fingerprint);
+        let Some(held) = self.held.as_ref().filter(|held| held.value.fingerprint() == fingerprint) else {
+            return (Rejection::Superseded, None);
+        };
+        let trust = held.trust;
+        // Otherwise it is one of several rejections that the same refresh answers.
+        if !held.is_suspect() {
+            let may_refresh = self.running.is_some() || self.may_start(now, version);
+            let past = self.setbacks.get_or_insert_default();
+            let number = if may_refresh { past.rejections.count(now, &self.policy) } else { None };
+            let Some(number) = number else { return (self.join(), None) };
+            if let Some(running) = &mut self.running {
+                running.predates_rejection = true;
+            }
+            if let Some(held) = &mut self.held {
+                held.trust = Trust::Suspect { blocks: trust == Trust::Good && number == 1 };
             }
         }
+        let start = self.start(now, version);
+        (self.join(), start)
     }
 
-    fn join(&mut self, now: Time, version: u64) -> (Rejection, Option<Start<V>>) {
-        let start = self.start(now, version);
-        match self.running {
-            Some(_) => (Rejection::Refreshing, start),
-            None => (Rejection::Ignored, None),
+    fn join(&self) -> Rejection {
+        if self.running.is_some() { Rejection::Refreshing } else { Rejection::Ignored }
+    }
+
+    /// Handles a request that was accepted with a credential that replaced a rejected one: the API does not reject
+    /// everything, so the next rejection is the first of a streak.
+    pub(super) fn accept(&mut self, is_accepted: impl FnOnce(Fingerprint) -> bool) {
+        if let Some(past) = &mut self.setbacks
+            && let Some(held) = self.held.as_ref().filter(|held| held.trust == Trust::Good)
+            && is_accepted(held.value.fingerprint())
+        {
+            past.rejections.forgive();
         }
     }
 
@@ -318,7 +315,7 @@ impl<V: Value, E: Clone> State<V, E> {
         id: u64,
         outcome: Outcome<V>,
         version: u64,
-        error: impl FnOnce(RefreshFailure, Duration) -> E,
+        error: impl FnOnce(RefreshFailure, Deadline) -> E,
     ) -> Finish<V> {
         let Some(running) = self.running.take_if(|running| running.id == id) else { return Finish::Late };
         let was_aborted = self.setbacks.as_mut().is_some_and(|past| mem::take(&mut past.was_aborted));
@@ -333,26 +330,17 @@ impl<V: Value, E: Clone> State<V, E> {
                 {
                     *lifetime = lifetime.saturating_sub(suspended);
                 }
-                let predates_rejection = running.rejected == Some(fresh.value.fingerprint());
-                match self.install(now, fresh) {
+                match self.install(now, fresh, !running.predates_rejection) {
                     Ok(refreshed) => {
                         if let Some(past) = &mut self.setbacks {
                             past.failure = None;
                         }
-                        if let Some(held) = self.held.as_mut().filter(|held| held.is_suspect) {
-                            if predates_rejection {
-                                return self.repeat(now, version, Ok(refreshed));
-                            }
-                            held.is_suspect = false;
-                        }
-                        return Finish::Done(Ok(refreshed));
+                        return match &self.held {
+                            Some(held) if held.is_suspect() => self.repeat(now, version, Ok(refreshed)),
+                            _ => Finish::Done(Ok(refreshed)),
+                        };
                     }
-                    Err(failure @ RefreshFailure::Rejected) if predates_rejection => {
-                        return self.repeat(now, version, Err(failure));
-                    }
-                    Err(failure @ RefreshFailure::Unusable(Unusable::Expired))
-                        if suspended >= MAX_CLOCK_DRIFT =>
-                    {
+                    Err(failure @ RefreshFailure::Unusable(Unusable::Expired)) if suspended >= MAX_DRIFT => {
                         return self.repeat(now, version, Err(failure));
                     }
                     Err(failure) => (failure, None, recheck),
@@ -376,17 +364,16 @@ impl<V: Value, E: Clone> State<V, E> {
         self.start(now, version).map_or(Finish::Done(ended), Finish::Repeat)
     }
 
-    fn install(&mut self, now: Time, fresh: Fresh<V>) -> Result<Refreshed, RefreshFailure> {
+    /// Replaces the current credential. `vouches` tells whether the refresh began after the current one was rejected.
+    fn install(&mut self, now: Time, fresh: Fresh<V>, vouches: bool) -> Result<Refreshed, RefreshFailure> {
         let fingerprint = fresh.value.fingerprint();
-        if self.setbacks.as_ref().is_some_and(|past| past.rejected.contains(&fingerprint)) {
-            return Err(RefreshFailure::Rejected);
-        }
         let schedule = Schedule::new(&fresh, now, self.last_duration, self.rng.f64(), &self.policy)
             .map_err(RefreshFailure::Unusable)?;
         let is_same = |held: &Held<V>| held.value.fingerprint() == fingerprint;
         if let Some(held) = self.usable(now)
             && fresh.recheck.is_none()
             && !is_same(held)
+            && !held.is_suspect()
             && held.schedule.expires
             && schedule.expires
             && schedule.expires_at().remaining(now) < held.schedule.expires_at().remaining(now)
@@ -394,13 +381,13 @@ impl<V: Value, E: Clone> State<V, E> {
             return Err(RefreshFailure::Older);
         }
         let is_stale = schedule.advisory_at().has_come(now);
-        let same = self.held.as_ref().filter(|held| is_same(held));
-        let (is_unchanged, is_suspect) = (same.is_some(), same.is_some_and(|held| held.is_suspect));
-        let Fresh { value, outlives_rejection, .. } = fresh;
-        self.held = Some(Held { value, schedule, outlives_rejection, is_suspect });
-        if let Some(past) = &mut self.setbacks {
-            past.last_rejected = None;
-        }
+        let same = self.held.as_ref().filter(|held| is_same(held)).map(|held| held.trust);
+        let is_unchanged = same.is_some();
+        let trust = match same.unwrap_or(Trust::Good) {
+            Trust::Suspect { .. } if vouches => Trust::Vouched,
+            trust => trust,
+        };
+        self.held = Some(Held { value: fresh.value, schedule, trust });
         match (is_stale, is_unchanged) {
             (true, _) => Err(RefreshFailure::Stale),
             (false, true) => Ok(Refreshed::Unchanged),
@@ -414,29 +401,43 @@ impl<V: Value, E: Clone> State<V, E> {
         failure: RefreshFailure,
         permanent: Option<u64>,
         retry_after: Option<Duration>,
-        error: impl FnOnce(RefreshFailure, Duration) -> E,
+        error: impl FnOnce(RefreshFailure, Deadline) -> E,
     ) {
-        if let Some(held) = &mut self.held {
-            held.is_suspect = false;
-        }
         let attempts = self.failure().map_or(0, |failure| failure.attempts).saturating_add(1);
-        let delay = match retry_after {
+        let mut delay = match retry_after {
             Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff),
             None => self.policy.backoff(attempts).mul_f64(1.0 - self.rng.f64() / 2.0),
         };
-        let error = error(failure, delay);
-        self.setbacks_mut().failure = Some(Failure { error, attempts, retry: now.after(delay), permanent });
+        if permanent.is_some() {
+            delay = delay.max(PROBE_INTERVAL);
+        }
+        let mut retry = now.after(delay);
+        // A refresh that a rejection caused does not delay the next regular one, which is due before the credential expires.
+        if let Some(held) = &self.held
+            && retry_after.is_none()
+            && !held.schedule.advisory_at().has_come(now)
+        {
+            retry = retry.earlier(held.schedule.advisory_at());
+        }
+        let error = error(failure, retry);
+        self.setbacks_mut().failure = Some(Failure { error, attempts, retry, permanent });
     }
 
     /// The credential that requests may use without asking the state machine, and until when.
     pub(super) fn lease(&self, now: Time) -> Option<(&V, Deadline)> {
-        let held = self.usable(now).filter(|held| !held.is_suspect)?;
+        let held = self.usable(now)?;
+        let must_ask = held.trust == Trust::BLOCKING || (held.is_suspect() && self.running.is_none());
+        if must_ask && self.failure().is_none() {
+            return None;
+        }
         let schedule = &held.schedule;
         let until = match (self.failure(), &self.running) {
             (None, None) => schedule.advisory_at(),
             (None, Some(_)) => schedule.mandatory_at(),
             (Some(_), Some(_)) => schedule.expires_at(),
-            (Some(Failure { permanent: Some(_), .. }), None) => now.after(VERSION_CHECK),
+            (Some(Failure { permanent: Some(_), retry, .. }), None) => {
+                now.after(VERSION_CHECK).earlier(*retry)
+            }
             (Some(failure), None) => failure.retry,
         };
         let until = until.earlier(schedule.expires_at());
@@ -454,9 +455,9 @@ impl<V: Value, E: Clone> State<V, E> {
         Some((value, schedule.expires.then(|| schedule.expires_at())))
     }
 
-    /// The current credential or, while there is none, the last one that was rejected.
+    /// The last credential that was fetched, expired or not.
     pub(super) fn last(&self) -> Option<&V> {
-        self.held.as_ref().map(|held| &held.value).or(self.last_rejected())
+        self.held.as_ref().map(|held| &held.value)
     }
 
     pub(super) fn is_running(&self, id: u64) -> bool {
@@ -481,25 +482,25 @@ impl<V: Value, E: Clone> State<V, E> {
         self.setbacks.as_ref()?.failure.as_ref()
     }
 
-    fn last_rejected(&self) -> Option<&V> {
-        self.setbacks.as_ref()?.last_rejected.as_ref()
-    }
-
-    fn setbacks_mut(&mut self) -> &mut Setbacks<V, E> {
+    fn setbacks_mut(&mut self) -> &mut Setbacks<E> {
         self.setbacks.get_or_insert_default()
     }
 }
 
-// Derived, it would require defaults of `V` and `E`.
-impl<V, E> Default for Setbacks<V, E> {
+impl<V> Held<V> {
+    fn is_suspect(&self) -> bool {
+        matches!(self.trust, Trust::Suspect { .. })
+    }
+}
+
+impl Trust {
+    const BLOCKING: Self = Self::Suspect { blocks: true };
+}
+
+// Derived, it would require a default of `E`.
+impl<E> Default for Setbacks<E> {
     fn default() -> Self {
-        Self {
-            failure: None,
-            last_rejected: None,
-            rejected: VecDeque::new(),
-            rejections: Streak::default(),
-            was_aborted: false,
-        }
+        Self { failure: None, rejections: Streak::default(), was_aborted: false }
     }
 }
 
@@ -511,18 +512,25 @@ impl RefreshPolicy {
 }
 
 impl Streak {
-    fn is_too_soon(&mut self, now: Time, policy: &RefreshPolicy) -> bool {
-        let Some(last) = self.last else { return false };
-        let elapsed = now.since(last);
-        if elapsed >= STREAK_RESET {
-            *self = Self::default();
-            return false;
+    /// Counts a rejection and returns its number in the streak; `None` if it is too soon for another refresh.
+    fn count(&mut self, now: Time, policy: &RefreshPolicy) -> Option<u32> {
+        if let Some(last) = self.last {
+            let elapsed = now.since(last);
+            if elapsed >= STREAK_RESET {
+                *self = Self::default();
+            } else if self.length > 0 && elapsed < policy.backoff(self.length) {
+                return None;
+            }
         }
-        elapsed < policy.backoff(self.length)
-    }
-
-    fn count(&mut self, now: Time) {
         self.length = self.length.saturating_add(1);
         self.last = Some(now);
+        Some(self.length)
+    }
+
+    fn forgive(&mut self) {
+        if self.length > 0 && self.forgiven < MAX_FORGIVEN {
+            self.length = 0;
+            self.forgiven += 1;
+        }
     }
 }

@@ -71,7 +71,8 @@ pub trait Source<C: Credential>: Send + Sync + 'static {
     /// Returns a number that changes when the input of this source changes: a new refresh token, a rotated
     /// key.
     ///
-    /// After a permanent failure the source is not called again until the version changes. Must be cheap.
+    /// After a permanent failure the source is called again when the version changes, and otherwise every 5 minutes only.
+    /// Must be cheap.
     fn version(&self) -> u64 {
         0
     }
@@ -154,7 +155,7 @@ impl SourceError {
         Self::of(false, None, error)
     }
 
-    /// Reports a failure that lasts until the input of the source [changes](Source::version).
+    /// Reports a failure that probably lasts until the input of the source [changes](Source::version).
     pub fn permanent(error: impl Into<BoxError>) -> Self {
         Self::of(true, None, error)
     }

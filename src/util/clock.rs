@@ -15,6 +15,9 @@ use tokio::time::Instant;
 /// The longest time that anything is trusted or scheduled ahead, so that arithmetic does not overflow.
 pub(crate) const LONG: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// How far the two clocks may drift apart before the machine counts as suspended or its clock as set.
+pub(crate) const MAX_DRIFT: Duration = Duration::from_secs(1);
+
 /// The wall-clock time, to which HTTP dates refer.
 #[expect(clippy::disallowed_methods, reason = "only this module reads the time")]
 pub(crate) fn now() -> SystemTime {
@@ -78,6 +81,24 @@ impl Deadline {
     }
 }
 
+/// A deadline, and the clock that tells how much of it is left.
+#[derive(Clone, Debug)]
+pub(crate) struct Countdown {
+    deadline: Deadline,
+    clock: Clock,
+}
+
+impl Countdown {
+    /// The time that is left; zero if the deadline has come.
+    pub(crate) fn remaining(&self) -> Duration {
+        let now = self.clock.now();
+        let mono = self.deadline.mono.saturating_duration_since(now.mono);
+        let remaining = self.deadline.remaining(now);
+        // The clocks always drift apart a little; more means that the machine was suspended or its clock set.
+        if mono.saturating_sub(remaining) < MAX_DRIFT { mono } else { remaining }
+    }
+}
+
 /// Where an engine gets the time from: the machine, or a test's clock.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Clock {
@@ -86,6 +107,10 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
+    pub(crate) fn countdown(&self, deadline: Deadline) -> Countdown {
+        Countdown { deadline, clock: self.clone() }
+    }
+
     #[inline]
     pub(crate) fn now(&self) -> Time {
         #[cfg(feature = "test-util")]

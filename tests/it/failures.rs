@@ -63,10 +63,15 @@ async fn retry_after_is_honoured() {
     let (jwts, _) = engine(&mint);
     let error = jwts.token().await.unwrap_err();
     assert_eq!(error.retry_after(), Some(MINUTE));
+    assert!(error.to_string().ends_with("; next attempt in 60.0s at the earliest"), "{error}");
     advance(59 * SECOND).await;
+    assert_eq!(error.retry_after(), Some(SECOND), "it counts down");
+    assert!(error.to_string().ends_with("; next attempt in 1.0s at the earliest"), "{error}");
     assert_eq!((text(&jwts).await, mint.asked()), (Err(AuthErrorKind::RefreshFailed), 1));
     advance(SECOND).await;
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
+    assert_eq!(error.retry_after(), Some(Duration::ZERO));
+    assert!(!error.to_string().contains("next attempt"), "{error}");
 }
 
 /// W1: while the old token is valid; bounded below by a second and above by an hour.
@@ -92,10 +97,10 @@ async fn retry_after_is_clamped() {
     }
 }
 
-/// W2: the source is not called again until its version changes.
+/// W2: until the version of the source changes, it is called every five minutes only.
 #[tokio::test(start_paused = true)]
 async fn permanent_failure_lasts_until_version_changes() {
-    let mint = Mint::default().then(Answer::Lives(MINUTE)).then(Answer::Refused);
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then_always(Answer::Refused);
     let (jwts, _) = engine(&mint);
     jwts.prefetch().await.unwrap();
     advance(55 * SECOND).await;
@@ -104,13 +109,45 @@ async fn permanent_failure_lasts_until_version_changes() {
         advance(Duration::from_millis(100)).await;
     }
     advance(MINUTE).await;
+    for _ in 0..300 {
+        assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshRejected));
+        advance(SECOND).await;
+    }
+    assert!(mint.asked() <= 3, "{}", mint.asked());
     for _ in 0..100 {
         assert_eq!(text(&jwts).await, Err(AuthErrorKind::RefreshRejected));
         advance(MINUTE).await;
     }
-    assert_eq!(mint.asked(), 2);
+    assert!(mint.pauses()[1..].iter().all(|pause| *pause >= 5 * MINUTE), "{:?}", mint.pauses());
+    let asked = mint.asked();
+    assert!((20..=24).contains(&asked), "{asked}");
+    mint.clear();
     mint.version.store(1, SeqCst);
-    assert_eq!(text(&jwts).await.unwrap(), "token-3");
+    assert_eq!(text(&jwts).await.unwrap(), format!("token-{}", asked + 1));
+}
+
+/// W2: a permanent failure that was none after all, as when the database of an issuer is down, ends by itself.
+#[tokio::test(start_paused = true)]
+async fn permanent_failure_is_probed() {
+    for valid in [false, true] {
+        let mut mint = Mint::default();
+        if valid {
+            mint = mint.then(Answer::Lives(MINUTE));
+        }
+        let mint = mint.then(Answer::Refused).then(Answer::Refused);
+        let (jwts, _) = engine(&mint);
+        if valid {
+            jwts.prefetch().await.unwrap();
+            advance(MINUTE).await;
+        }
+        for _ in 0..600 {
+            let error = jwts.token().await.unwrap_err();
+            assert_eq!((error.kind(), error.retry_after()), (AuthErrorKind::RefreshRejected, None));
+            advance(SECOND).await;
+        }
+        assert!(text(&jwts).await.is_ok());
+        assert_eq!(mint.asked(), 3 + usize::from(valid));
+    }
 }
 
 /// W2: while the old token is valid.

@@ -31,6 +31,7 @@ mod redirects;
 mod reentrancy;
 mod refresh_layer;
 mod refreshing;
+mod rejections;
 mod replay;
 mod rotation;
 mod runtimes;

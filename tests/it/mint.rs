@@ -53,6 +53,11 @@ impl Mint {
         self
     }
 
+    /// Removes what is left of the script.
+    pub(crate) fn clear(&self) {
+        self.script.lock().unwrap().clear();
+    }
+
     pub(crate) fn taking(self, time: Duration) -> Self {
         self.takes(time);
         self

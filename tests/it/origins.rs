@@ -186,7 +186,7 @@ async fn rotated_credentials_do_not_leave() {
         assert!(!sent.headers().contains_key("referer"));
     };
     assert_stripped().await;
-    jwts.invalidate(&jwts.current().unwrap());
+    jwts.rejected(&jwts.current().unwrap());
     assert_stripped().await;
     jwts.prefetch().await.unwrap();
     assert_stripped().await;

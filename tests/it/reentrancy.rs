@@ -191,7 +191,7 @@ async fn source_whose_request_is_rejected_completes() {
 
 /// Calls the non-waiting methods of an engine, polls one request once, and describes the results.
 fn use_without_waiting(jwts: &Refreshing<Token>) -> String {
-    jwts.invalidate(&Token::new("another").unwrap());
+    jwts.rejected(&Token::new("another").unwrap());
     let api = service_fn(|request: Request<()>| {
         let bearer = values(&request, "authorization").concat();
         std::future::ready(Ok::<_, BoxError>(Response::new(bearer)))
@@ -224,8 +224,8 @@ async fn hanging_refresh_blocks_no_caller() {
     settle().await;
     assert_eq!(mint.asked(), 2, "a refresh is running");
     assert_eq!(use_on_another_thread(&jwts), r#"Some("token-1"), expires: true, sent: Bearer token-1"#);
-    jwts.invalidate(&first);
-    assert_eq!(use_on_another_thread(&jwts), "None, expires: false, sent: pending");
+    jwts.rejected(&first);
+    assert_eq!(use_on_another_thread(&jwts), r#"Some("token-1"), expires: true, sent: pending"#);
     assert_eq!(mint.asked(), 2);
 }
 
@@ -264,7 +264,7 @@ impl Reentrant {
         let engine = self.0.lock().unwrap().clone();
         if let Some(engine) = engine {
             let _ = (engine.current(), engine.expires_at(), format!("{engine:?}"));
-            engine.invalidate(&Token::new("another").unwrap());
+            engine.rejected(&Token::new("another").unwrap());
         }
     }
 }
@@ -278,7 +278,7 @@ impl Source<Token> for Reentrant {
     }
 
     fn version(&self) -> u64 {
-        // `invalidate` calls this.
+        // `rejected` calls this.
         let engine = self.0.lock().unwrap().clone();
         engine.map_or(0, |engine| u64::from(engine.current().is_some() && engine.expires_at().is_none()))
     }
@@ -307,7 +307,7 @@ fn sources_and_wakers_run_without_a_lock() {
             waiting.await.unwrap()
         });
         runtime.block_on(async {
-            jwts.invalidate(&first);
+            jwts.rejected(&first);
             settle().await;
         });
         *slot.lock().unwrap() = None;

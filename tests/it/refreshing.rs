@@ -357,15 +357,15 @@ async fn jitter_only_makes_refreshes_earlier() {
     }
 }
 
-/// Invalidating the current token refreshes it; invalidating an older one does nothing.
+/// Rejecting the current token refreshes it; rejecting an older one does nothing.
 #[tokio::test(start_paused = true)]
-async fn only_the_current_token_can_be_invalidated() {
+async fn only_the_current_token_can_be_rejected() {
     let mint = Mint::default();
     let (jwts, _) = engine(&mint);
     let first = jwts.token().await.unwrap();
-    jwts.invalidate(&first);
+    jwts.rejected(&first);
     assert_eq!(text(&jwts).await.unwrap(), "token-2");
-    jwts.invalidate(&first);
+    jwts.rejected(&first);
     assert_eq!((text(&jwts).await.unwrap(), mint.asked()), ("token-2".into(), 2));
     assert_eq!(mint.reasons(), ["first", "rejected token-1"]);
 }
@@ -393,6 +393,6 @@ async fn rejected_key_stays_without_a_replacement() {
         Ok::<_, BoxError>(ApiKey::new("sk-selam-the-only-one")?)
     }));
     let key = keys.api_key().await.unwrap();
-    keys.invalidate(&key);
+    keys.rejected(&key);
     assert_eq!(keys.api_key().await.unwrap().expose_secret(), "sk-selam-the-only-one");
 }

@@ -40,11 +40,25 @@ fn numbers<C: tower_selam::Credential>(
 }
 
 fn keys(gate: &Arc<Semaphore>) -> Refreshing<ApiKey> {
-    Refreshing::new(numbers(gate, |text| ApiKey::new(text).unwrap()))
+    Refreshing::with_policy(numbers(gate, |text| ApiKey::new(text).unwrap()), unspaced())
 }
 
 fn jwts(gate: &Arc<Semaphore>) -> Refreshing<Token> {
-    Refreshing::new(numbers(gate, |text| Token::new(text).unwrap()))
+    Refreshing::with_policy(numbers(gate, |text| Token::new(text).unwrap()), unspaced())
+}
+
+/// Rejections are not spaced.
+fn unspaced() -> RefreshPolicy {
+    RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO)
+}
+
+/// Reports the current credential as rejected and waits until there is another.
+async fn rotate<C: tower_selam::Credential>(refreshing: &Refreshing<C>, number: impl Fn(&C) -> String) {
+    let old = refreshing.current().unwrap();
+    refreshing.rejected(&old);
+    while refreshing.current().is_none_or(|current| number(&current) == number(&old)) {
+        yield_now().await;
+    }
 }
 
 fn open_gate() -> Arc<Semaphore> {
@@ -93,11 +107,8 @@ async fn pairs_stay_consistent_while_both_rotate() {
 
     // The key rotates before the JWT, so its number equals that of the JWT or is one higher.
     for _ in 0..500 {
-        let key = keys.api_key().await.unwrap();
-        keys.invalidate(&key);
-        while keys.api_key().await.unwrap().expose_secret() == key.expose_secret() {}
-        jwts.invalidate(&jwts.token().await.unwrap());
-        jwts.token().await.unwrap();
+        rotate(&keys, |key| key.expose_secret().to_owned()).await;
+        rotate(&jwts, |jwt| jwt.expose_secret().to_owned()).await;
     }
     stop.store(true, SeqCst);
     for task in load {
@@ -121,11 +132,12 @@ async fn waiting_request_does_not_use_a_stale_key() {
     let request = tokio::spawn(stack.oneshot(get(MODELS)));
     settle().await;
 
-    // The second key arrives and is rejected before the JWT arrives.
-    keys.invalidate(&keys.current().unwrap());
+    // The second key arrives, and is accepted and then rejected before the JWT arrives.
+    keys.rejected(&keys.current().unwrap());
     key_gate.add_permits(1);
     settle().await;
-    keys.invalidate(&keys.current().unwrap());
+    keys.accepted(&keys.current().unwrap());
+    keys.rejected(&keys.current().unwrap());
     jwt_gate.add_permits(1);
     settle().await;
     assert!(sent.lock().unwrap().is_empty(), "nothing is sent with a rejected key");
@@ -149,8 +161,7 @@ async fn rotation_under_load_costs_one_refresh() {
             Ok::<_, BoxError>(Token::new(number.to_string())?)
         }
     });
-    let policy = RefreshPolicy::new().with_backoff(Duration::ZERO, Duration::ZERO);
-    let jwts = Refreshing::with_policy(source, policy);
+    let jwts = Refreshing::with_policy(source, unspaced());
     jwts.prefetch().await.unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let load: Vec<_> = (0..8)

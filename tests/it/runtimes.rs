@@ -123,7 +123,7 @@ fn panicking_version_blocks_no_caller() {
             let jwts = Refreshing::with_policy(source, RefreshPolicy::new().with_clock(clock.clone()));
             let tokens = runtime().block_on(async {
                 let first = jwts.token().await.unwrap();
-                jwts.invalidate(&first);
+                jwts.rejected(&first);
                 [first, jwts.token().await.unwrap()]
             });
             sender.send((tokens.map(|token| token.expose_secret().to_owned()), mint.asked()))
@@ -163,7 +163,7 @@ fn shut_down_runtime_is_a_typed_error() {
         let error = assert_ready_err!(task::spawn(jwts.token()).poll());
         let refused = assert_ready_err!(task::spawn(service.call(request())).poll());
         assert_eq!(AuthError::find(&*refused).unwrap().kind(), AuthErrorKind::RefreshFailed);
-        jwts.invalidate(&Token::new("another").unwrap());
+        jwts.rejected(&Token::new("another").unwrap());
         assert!(api.bearers().is_empty());
         clock.jump(2 * SECOND);
         sender.send((error, runtime().block_on(text(&jwts)).unwrap(), mint.asked()))

@@ -349,8 +349,8 @@ async fn replaced_credentials_are_wiped_everywhere() {
     drop(dropped);
     assert!(resident(&masked(3)) > 0 && resident(&masked(5)) > 0);
 
-    keys.invalidate(&keys.current().unwrap());
-    jwts.invalidate(&jwts.current().unwrap());
+    keys.rejected(&keys.current().unwrap());
+    jwts.rejected(&jwts.current().unwrap());
     while resident(&masked(4)) == 0 || resident(&masked(6)) == 0 {
         yield_now().await;
     }

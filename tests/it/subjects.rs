@@ -295,7 +295,7 @@ async fn rotated_key_reaches_every_subject() {
             );
         }
         *present.lock().unwrap() = "sk-selam-second".to_owned();
-        keys.invalidate(&keys.current().unwrap());
+        keys.rejected(&keys.current().unwrap());
         settle().await;
     }
 }

@@ -168,7 +168,7 @@ async fn bytes_are_replayed_byte_for_byte() {
     }
 }
 
-/// J7: its 401 is returned intact, and the token is invalidated.
+/// J7: its 401 is returned intact, and the token is refreshed.
 #[tokio::test]
 async fn stream_is_not_replayed() {
     for &protocol in PROTOCOLS {
@@ -199,7 +199,7 @@ async fn stream_is_not_replayed() {
         assert_eq!(world.simulator.requests(), 1, "sent once");
         assert_eq!(&*world.last().body, SESSION.as_bytes());
 
-        // The token was invalidated, so the next request refreshes it.
+        // The token was rejected, so the next request waits for another.
         let response = in_time(selam.execute(post().body(stream(SESSION)))).await.unwrap();
         assert_eq!((response.status(), refreshes.load(SeqCst)), (StatusCode::OK, 2));
     }

@@ -118,7 +118,7 @@ async fn refresh_counts_once() {
     tokio::time::advance(54 * SECOND).await;
     let first = jwts.token().await.unwrap();
     settle().await;
-    jwts.invalidate(&first);
+    jwts.rejected(&first);
     assert_eq!(text(&jwts).await.unwrap(), "token-3");
     assert_eq!((mint.asked(), recorder.all()), (3, vec![(refreshes("renewed"), 2.0)]));
 }
@@ -308,14 +308,14 @@ async fn credential_info_follows_key_rotation() {
     keys.prefetch().await.unwrap();
     assert_eq!(recorder.value(&info("sk-selam-one")), Some(1.0));
     source.rotate("sk-selam-two");
-    keys.invalidate(&keys.current().unwrap());
+    keys.rejected(&keys.current().unwrap());
     settle().await;
     assert_eq!(recorder.value(&info("sk-selam-one")), Some(0.0));
     assert_eq!(recorder.value(&info("sk-selam-two")), Some(1.0));
     // The first key returns, and then its engine is dropped.
     source.rotate("sk-selam-one");
     tokio::time::advance(MINUTE).await;
-    keys.invalidate(&keys.current().unwrap());
+    keys.rejected(&keys.current().unwrap());
     settle().await;
     assert_eq!(
         [info("sk-selam-one"), info("sk-selam-two")].map(|key| recorder.value(&key)),
