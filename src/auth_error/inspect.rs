@@ -8,11 +8,12 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes};
-use http::{HeaderMap, Response, response::Parts};
+use http::{HeaderMap, HeaderValue, Response, response::Parts};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use zeroize::Zeroizing;
 
-use crate::{AuthError, BoxError, authorize::Sent, util::timer::Timer};
+use crate::{AuthError, BoxError, authorize::Sent, error::Redactor, util::timer::Timer};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,9 @@ const SHORT_BODY: usize = 1024;
 
 /// How much of the rest of a frame is copied at once, if it has to be.
 const MAX_COPY: usize = 64 * 1024;
+
+/// Digests of the body, which are wrong once it is masked.
+const DIGESTS: [&str; 4] = ["content-digest", "content-md5", "digest", "repr-digest"];
 
 /// Marks a response whose body an inner layer has read already, for as long as it may take.
 #[derive(Clone, Copy)]
@@ -177,14 +181,40 @@ impl<B: Body> Inspection<B> {
         Response::from_parts(parts, InspectedBody { content })
     }
 
-    /// The response as it came, with the error in its extensions and without those that concern this crate alone.
-    pub(crate) fn into_annotated(self, error: AuthError) -> Response<InspectedBody<B>> {
+    /// The response with the error in its extensions, and without those that concern this crate alone. Credentials that it
+    /// echoes are masked, as far as it was read.
+    pub(crate) fn into_annotated(mut self, error: AuthError) -> Response<InspectedBody<B>> {
+        if let Some(sent) = self.parts.extensions.remove::<Sent>() {
+            self.mask(&Redactor::masking_only(sent.exposed()));
+        }
         let mut response = self.into_response();
         let extensions = response.extensions_mut();
         extensions.remove::<WasRead>();
-        extensions.remove::<Sent>();
         extensions.insert(error);
         response
+    }
+
+    /// Overwrites secrets in the headers, the body and the trailers, whose lengths stay.
+    fn mask(&mut self, redactor: &Redactor) {
+        mask_headers(&mut self.parts.headers, redactor);
+        if redactor.in_place(&mut self.read) {
+            for name in DIGESTS {
+                self.parts.headers.remove(name);
+            }
+        }
+        if let Some(End::Complete { trailers: Some(trailers) }) = &mut self.end {
+            mask_headers(trailers, redactor);
+        }
+    }
+}
+
+/// Overwrites secrets in the values.
+fn mask_headers(headers: &mut HeaderMap, redactor: &Redactor) {
+    for value in headers.values_mut() {
+        let mut masked = Zeroizing::new(value.as_bytes().to_vec());
+        if redactor.in_place(&mut masked) {
+            *value = HeaderValue::from_bytes(&masked).unwrap_or(HeaderValue::from_static(""));
+        }
     }
 }
 

@@ -39,8 +39,10 @@ impl AuthErrorLayer {
         Self::default()
     }
 
-    /// Returns a 401 or 403 as it came, with its status, headers and body, and the [`AuthError`] in its extensions: for
-    /// proxies.
+    /// Returns a 401 or 403 with its status, headers and body, and the [`AuthError`] in its extensions: for proxies.
+    ///
+    /// The response stays as it came, except that credentials which were sent and which it echoes are overwritten with `*`. See
+    /// [the body](super#the-body).
     ///
     /// ```
     /// use http::{Request, Response, StatusCode};

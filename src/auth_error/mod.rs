@@ -32,6 +32,10 @@
 //! what is ready at once is read. The body of the response is an [`InspectedBody`] in either case: it yields the frames
 //! that were read, then the rest.
 //!
+//! In annotate mode, the credentials that were sent are overwritten with `*` wherever the response echoes them: in its headers,
+//! its trailers and the part of its body that was read. Lengths stay, so `Content-Length` stays right; digests of a masked
+//! body are removed. What follows the part that was read is passed on as it comes.
+//!
 //! # Order
 //!
 //! Outside of the layers that write credentials: they tell this layer what was sent, so that a key which the API echoes

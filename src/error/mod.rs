@@ -9,8 +9,11 @@ mod config;
 #[expect(clippy::module_inception, reason = "the file is named after the type `Error`")]
 mod error;
 mod kind;
+#[cfg(test)]
+mod proptests;
 mod rate_limit;
 mod redact;
+mod view;
 
 use std::error::Error as StdError;
 

@@ -64,7 +64,7 @@ impl<R> SelamLayer<R> {
         SelamLayer { errors, replay, policy, base_url }
     }
 
-    /// Returns a 401 or 403 as it came, with the [`AuthError`](crate::AuthError) in its extensions: for proxies. Refresh and
+    /// Returns a 401 or 403 instead of an error, with the [`AuthError`](crate::AuthError) in its extensions: for proxies. Refresh and
     /// replay come first.
     ///
     /// ```

@@ -148,25 +148,50 @@ async fn other_responses_stream_without_annotation() {
     }
 }
 
-/// E6, S2: the error masks an echoed secret, while the body keeps its bytes.
+/// E6, S2: an echoed secret is overwritten in body, headers and trailers, and every length stays.
 #[tokio::test]
-async fn echoed_secret_is_masked_in_the_error_alone() {
-    let echo = format!(r#"{{"error":{{"message":"bad key {KEY}"}}}}"#);
-    let (mock, mut handle) = tower_test::mock::pair::<_, Response<Full<Bytes>>>();
-    let stack = ServiceBuilder::new()
-        .layer(AuthErrorLayer::new().annotated())
-        .layer(ApiKeyLayer::bearer(key()))
-        .service(mock);
-    let api = async {
-        let (_, send) = handle.next_request().await.unwrap();
-        send.send_response(unauthorized(Full::from(echo.clone())));
-    };
-    let (response, ()) = tokio::join!(stack.oneshot(get(MODELS)), api);
-    let response = response.unwrap();
-    let error = response.extensions().get::<AuthError>().unwrap();
-    assert_eq!(error.message(), Some("bad key [redacted]"));
-    assert!(!format!("{response:?}").contains(KEY));
-    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), echo);
+async fn echoed_secrets_are_masked_in_place() {
+    let escaped = KEY.replace('-', "\\u002d");
+    for (body, masked) in [
+        (format!(r#"{{"error":{{"message":"bad key {KEY}"}}}}"#), KEY),
+        (format!(r#"{{"error":{{"message":"bad key {escaped}"}}}}"#), &*escaped),
+    ] {
+        let (feed, receive) = unbounded_channel();
+        for part in body.as_bytes().chunks(9) {
+            feed.send(data(std::str::from_utf8(part).unwrap())).unwrap();
+        }
+        let trailers = HeaderMap::from_iter([("x-key".parse().unwrap(), KEY.parse().unwrap())]);
+        feed.send(Ok(http_body::Frame::trailers(trailers))).unwrap();
+        drop(feed);
+        let echo = Response::builder()
+            .status(401)
+            .header("www-authenticate", format!("Bearer error_description=\"{KEY}\""))
+            .header("content-length", body.len())
+            .header("content-digest", "sha-256=:stale:")
+            .header("x-example", "sk-selam-another-key");
+        let (mock, mut handle) = tower_test::mock::pair::<_, Response<Fed>>();
+        let stack = ServiceBuilder::new()
+            .layer(AuthErrorLayer::new().annotated())
+            .layer(ApiKeyLayer::bearer(key()))
+            .service(mock);
+        let api = async {
+            let (_, send) = handle.next_request().await.unwrap();
+            send.send_response(echo.body(Fed(receive)).unwrap());
+        };
+        let (response, ()) = tokio::join!(stack.oneshot(get(MODELS)), api);
+        let response = response.unwrap();
+        let error = response.extensions().get::<AuthError>().unwrap();
+        assert_eq!(error.message(), Some("bad key [redacted]"));
+        let stars = "*".repeat(KEY.len());
+        let challenge = format!("Bearer error_description=\"{stars}\"");
+        assert_eq!(response.headers()["www-authenticate"], challenge);
+        assert_eq!(response.headers()["content-length"], body.len().to_string());
+        assert_eq!(response.headers()["x-example"], "sk-selam-another-key", "not a secret that was sent");
+        assert!(!response.headers().contains_key("content-digest"));
+        let passed = response.into_body().collect().await.unwrap();
+        assert_eq!(passed.trailers().unwrap()["x-key"], stars);
+        assert_eq!(passed.to_bytes(), body.replace(masked, &"*".repeat(masked.len())));
+    }
 }
 
 /// Returns a simulator and an annotating stack over it whose JWTs are refreshed.

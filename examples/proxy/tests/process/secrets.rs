@@ -152,12 +152,17 @@ async fn an_echoing_api_is_not_logged() {
             .body(crate::support::full(body.clone()))
             .unwrap();
         api.next().await.answer(response);
-        // The response itself passes unchanged.
         let response = calling.await.unwrap();
-        let passed = crate::support::with_timeout(http_body_util::BodyExt::collect(response.into_body()))
-            .await
-            .unwrap();
-        assert_eq!(passed.to_bytes(), body);
+        // Only a 401 or 403 is read, and masked without changing its length.
+        let stars = |secret: &str| "*".repeat(secret.len());
+        if status == 500 {
+            let passed = crate::support::with_timeout(http_body_util::BodyExt::collect(response.into_body()));
+            assert_eq!(passed.await.unwrap().to_bytes(), body);
+        } else {
+            let answer = read(response).await;
+            assert_eq!(answer.body, body.replace(&key, &stars(&key)).replace(&jwt, &stars(&jwt)));
+            assert_eq!(answer.headers["x-request-id"], stars(&key));
+        }
     }
     eventually("the log has all three", async || {
         (proxy.errors().matches("path=").count() >= 3).then_some(())
