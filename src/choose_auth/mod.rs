@@ -35,8 +35,6 @@
 //! Outside of the layers that write credentials. The layer matches the path that it sees, so it must be inside of layers
 //! that rewrite paths.
 
-mod paths;
-
 use std::{
     sync::Arc,
     task::{Context, Poll},
@@ -45,8 +43,7 @@ use std::{
 use http::{Request, request::Parts};
 use tower::{Layer, Service};
 
-use self::paths::JwtPaths;
-use crate::{ConfigError, RequestAuth};
+use crate::{ConfigError, RequestAuth, inbound::PathRule};
 
 /// Chooses each request's credentials. See the [module docs](self).
 #[derive(Clone, Debug)]
@@ -84,24 +81,18 @@ impl ChooseAuthLayer {
     /// compared, case-sensitively.
     ///
     /// Servers may read one path differently. A path gets the JWT only if every reading is below a prefix, so that an unusual
-    /// spelling of another path cannot obtain it:
-    ///
-    /// | Path | JWT for `/v1/audio` | Reason |
-    /// |---|---|---|
-    /// | `/v1/%61udio/x` | yes | same path ([RFC 3986 section 6.2.2.2](https://www.rfc-editor.org/rfc/rfc3986#section-6.2.2.2)) |
-    /// | `/v1/audio/a%20b`, `/v1/audio/a%2Fb`, `/v1/audio/x;v=1` | yes | below the prefix, decoded or not |
-    /// | `/v1/audio%2Fx`, `/v1/audio;v=1/x`, `/v1/Audio` | no | below the prefix for some servers only |
-    /// | `/v1/audio/../models`, `/v1/audio/%2e%2e/models`, `/v1/audio/..%2Fmodels`, `/v1/audio/..;/models`, `/v1/audio/..\models` | no | another path for some servers |
-    /// | `/v1//audio`, `/v1/audio//x`, `/v1/./audio` | no | segments that are empty or only dots and blanks |
-    /// | `/v1/audio/%zz`, `/v1/audio/%ff` | no | not valid percent-encoded UTF-8 |
+    /// spelling of another path cannot obtain it: `/v1/audio/a%2Fb` gets it, `/v1/audio/..%2Fmodels` and `/v1/%61udio` do
+    /// not. [`PathRule`](crate::inbound::PathRule) has the rules.
     ///
     /// # Errors
     ///
     /// If a prefix is not a plain path such as `/v1/audio`. The error says which one by its number.
     pub fn jwt_for_paths<P: AsRef<str>>(prefixes: impl IntoIterator<Item = P>) -> Result<Self, ConfigError> {
-        let paths = JwtPaths::new(prefixes)?;
+        let rules =
+            prefixes.into_iter().enumerate().map(|(at, path)| PathRule::subtree_item(at + 1, path.as_ref()));
+        let rules = rules.collect::<Result<Vec<_>, _>>()?;
         Ok(Self::new(move |request| {
-            Some(match paths.contains(request.uri.path()) {
+            Some(match rules.iter().any(|rule| rule.covers(request.uri.path())) {
                 true => RequestAuth::ApiKeyAndJwt,
                 false => RequestAuth::ApiKey,
             })

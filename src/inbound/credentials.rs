@@ -1,4 +1,4 @@
-//! [`StripCredentialsLayer`]: removes a caller's credentials from headers and query.
+//! [`StripCredentialsLayer`]: removes what tells of a caller from headers and query.
 
 use std::{
     borrow::Cow,
@@ -11,8 +11,10 @@ use http::{HeaderMap, HeaderName, Request, Uri, uri::PathAndQuery};
 use percent_encoding::percent_decode;
 use tower::{Layer, Service};
 
-/// Removed in addition to all headers that start with `proxy-`.
-const HEADERS: [&str; 5] = ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie"];
+use super::{
+    names::{is_name, starts_with, tells_of_caller},
+    websocket,
+};
 
 const PARAMETERS: [&str; 2] = ["token", "api_key"];
 
@@ -22,16 +24,27 @@ const MAX_DECODINGS: usize = 3;
 /// What separates query parameters. Some servers still accept the obsolete `;`.
 const SEPARATORS: [char; 2] = ['&', ';'];
 
-/// Removes the caller's credentials from requests. See the [module docs](super).
+/// Removes the caller's credentials, and what tells of its network or identity, from requests. See the
+/// [module docs](super).
 ///
-/// | | |
-/// |---|---|
-/// | headers | `Authorization`, `X-API-Key`, `api-key`, `x-goog-api-key`, `Cookie`, and all that start with `Proxy-` |
-/// | query parameters | `token`, `api_key` |
+/// | Removed | Examples | Reason |
+/// |---|---|---|
+/// | credentials | `Authorization`, `X-API-Key`, `api-key`, `Cookie`, `Proxy-*`, `X-Auth-*`, `DPoP`; names that end with `-Token`, `-API-Key` or `-Authorization`, or have the word `JWT` or `OIDC` | they are for this server, not for the API |
+/// | addresses and routes that an edge or load balancer adds | `Forwarded`, `X-Forwarded-*`, `X-Real-IP`, `True-Client-IP`, `CF-*`, `CloudFront-*`, `X-Amz-Cf-*`, `X-Amzn-*`, `Fastly-*`, `Akamai-*`, `Fly-*`, `X-Azure-*`, `X-ARR-*`, `X-Vercel-*`, `X-NF-*`, `X-Envoy-*`, `X-Original-*`; names with the word `IP` | the API's edge answers 403 to some, and the caller's network is not its business |
+/// | identities that a proxy in front verified | `Cf-Access-Jwt-Assertion`, `X-Amzn-Oidc-*`, `X-Goog-*`, `X-MS-*`, `X-Auth-Request-*`, `X-Pomerium-*`, `X-Authentik-*`, `Tailscale-*`, `Remote-*`, `X-WebAuth-*`, `X-User-*`, `From`, `Baggage` | live tokens and personal data |
+/// | client certificates | `Client-Cert` ([RFC 9440](https://www.rfc-editor.org/rfc/rfc9440)), `X-Client-Cert-*`, `X-SSL-*`, `SSL-*` | the same |
+/// | what a browser adds | `Origin`, `Referer`, `Sec-Fetch-*`, `Sec-CH-*` | tells which page the user looks at; the API never meets the page |
+/// | overrides | `X-HTTP-Method-Override`, `X-Original-URL`, `X-Rewrite-URL` | the API would see another request than the one that was checked |
+/// | WebSocket subprotocols that carry a token | `bearer.TOKEN`, `openai-insecure-api-key.TOKEN` | see [`WebSocketProtocols`](super::WebSocketProtocols) |
+/// | query parameters | `token`, `api_key` | credentials |
 ///
-/// All occurrences are removed, in every spelling that a server might accept: header names with `_` for `-`; parameter
-/// names in any case, percent-encoded, as `token[]`, with `-` or `.` for `_`, or after a `;`. Values are not examined. The
-/// rest of the query stays byte for byte the same. Bodies are not inspected, nor are their trailers: use
+/// These stay, among others: `User-Agent`, `X-Request-Id`, `traceparent`, `X-Amzn-Trace-Id`, `Idempotency-Key`, `OpenAI-*`,
+/// `X-Stainless-*`, `Via`, and `CDN-Loop`, which [RFC 8586](https://www.rfc-editor.org/rfc/rfc8586#section-2) forbids to
+/// remove.
+///
+/// All occurrences are removed, in every spelling that a server might accept: header names with `_` or other punctuation for
+/// `-`; parameter names in any case, percent-encoded, as `token[]`, with `-` or `.` for `_`, or after a `;`. Values are not
+/// examined. The rest of the query stays byte for byte the same. Bodies are not inspected, nor are their trailers: use
 /// [`strip_trailers`](StripCredentialsLayer::strip_trailers) for those.
 ///
 /// Extensions are kept, including [`RequestAuth`](crate::RequestAuth), because a caller cannot send them.
@@ -44,24 +57,32 @@ const SEPARATORS: [char; 2] = ['&', ';'];
 ///
 /// # tokio_test::block_on(async {
 /// let layer = StripCredentialsLayer::new()
-///     .with_header(HeaderName::from_static("x-session"))
+///     .with_header(HeaderName::from_static("x-session-id"))
+///     .with_header_prefix("x-corp-")
 ///     .with_query_parameter("access_token");
 /// let upstream = service_fn(|request: Request<()>| async move {
 ///     assert_eq!(request.uri(), "/v1/models?limit=5&q=%C3%A9");
 ///     assert!(request.headers().is_empty());
 ///     Ok::<_, Infallible>(Response::new(()))
 /// });
-/// let request = Request::get("/v1/models?limit=5&access%5Ftoken=1&q=%C3%A9&Token=2").header("x-session", "3").body(()).unwrap();
+/// let request = Request::get("/v1/models?limit=5&access%5Ftoken=1&q=%C3%A9&Token=2")
+///     .header("x-session-id", "3")
+///     .header("x-corp-user", "4")
+///     .header("x-forwarded-for", "192.0.2.7")
+///     .body(())
+///     .unwrap();
 /// ServiceBuilder::new().layer(layer).service(upstream).oneshot(request).await.unwrap();
 /// # });
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct StripCredentialsLayer(Arc<Extra>);
 
-/// Names that are removed in addition to the built-in ones.
+/// Changes to the built-in names.
 #[derive(Clone, Debug, Default)]
 struct Extra {
     headers: Vec<HeaderName>,
+    prefixes: Vec<String>,
+    kept: Vec<HeaderName>,
     parameters: Vec<String>,
 }
 
@@ -76,6 +97,34 @@ impl StripCredentialsLayer {
     #[must_use]
     pub fn with_header(mut self, name: HeaderName) -> Self {
         Arc::make_mut(&mut self.0).headers.push(name);
+        self
+    }
+
+    /// Also removes all headers whose names start with this prefix, such as `x-corp-`.
+    #[must_use]
+    pub fn with_header_prefix(mut self, prefix: impl Into<String>) -> Self {
+        Arc::make_mut(&mut self.0).prefixes.push(prefix.into());
+        self
+    }
+
+    /// Keeps this header, although it belongs to a family that is removed. The API then learns what it tells of the caller.
+    ///
+    /// Headers of [`with_header`](Self::with_header) and [`with_header_prefix`](Self::with_header_prefix) are removed
+    /// nevertheless.
+    ///
+    /// ```
+    /// use http::{HeaderMap, HeaderName, HeaderValue};
+    /// use tower_selam::inbound::StripCredentialsLayer;
+    ///
+    /// let layer = StripCredentialsLayer::new().dangerous_keep_header(HeaderName::from_static("baggage"));
+    /// let mut trailers = HeaderMap::new();
+    /// trailers.insert("baggage", HeaderValue::from_static("cart=7"));
+    /// layer.strip_trailers(&mut trailers);
+    /// assert_eq!(trailers["baggage"], "cart=7");
+    /// ```
+    #[must_use]
+    pub fn dangerous_keep_header(mut self, name: HeaderName) -> Self {
+        Arc::make_mut(&mut self.0).kept.push(name);
         self
     }
 
@@ -113,7 +162,7 @@ impl<S> Layer<S> for StripCredentialsLayer {
     }
 }
 
-/// Removes the caller's credentials from requests. Made by [`StripCredentialsLayer`]; see the [module docs](super).
+/// Removes what tells of the caller from requests. Made by [`StripCredentialsLayer`]; see the [module docs](super).
 #[derive(Clone, Debug)]
 pub struct StripCredentials<S> {
     inner: S,
@@ -149,16 +198,17 @@ where
 
 impl Extra {
     fn strip_headers(&self, headers: &mut HeaderMap) {
-        let found: Vec<_> = headers.keys().filter(|name| self.is_header(name.as_str())).cloned().collect();
+        let found: Vec<_> = headers.keys().filter(|name| self.is_header(name)).cloned().collect();
         for name in found {
             headers.remove(name);
         }
+        websocket::strip(headers);
     }
 
-    fn is_header(&self, name: &str) -> bool {
-        let mut removed = HEADERS.iter().copied().chain(self.headers.iter().map(HeaderName::as_str));
-        starts_with(name, "proxy-")
-            || removed.any(|removed| name.len() == removed.len() && starts_with(name, removed))
+    fn is_header(&self, name: &HeaderName) -> bool {
+        self.headers.iter().any(|removed| is_name(name.as_str(), removed.as_str()))
+            || self.prefixes.iter().any(|prefix| starts_with(name.as_str(), prefix))
+            || (tells_of_caller(name) && !self.kept.contains(name))
     }
 
     /// Returns `uri` without credential parameters; `None` if it has none.
@@ -216,14 +266,6 @@ impl Extra {
         let mut removed = PARAMETERS.iter().copied().chain(self.parameters.iter().map(String::as_str));
         removed.any(|removed| name.iter().copied().map(fold).eq(removed.bytes().map(fold)))
     }
-}
-
-/// Compares like servers that pass headers on as variables, for which `_` equals `-`.
-fn starts_with(name: &str, prefix: &str) -> bool {
-    let is_equal = |(byte, other): (u8, u8)| {
-        byte == other || (matches!(byte, b'_' | b'-') && matches!(other, b'_' | b'-'))
-    };
-    name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(is_equal)
 }
 
 /// Removes surrounding blanks, including `+` and control characters.

@@ -54,8 +54,16 @@
 
 mod credentials;
 mod hop_by_hop;
+mod names;
+mod path;
+mod responses;
+mod websocket;
 
 pub use self::{
     credentials::{StripCredentials, StripCredentialsLayer},
     hop_by_hop::{ResponseFuture, StripHopByHop, StripHopByHopLayer},
+    names::is_forwarded,
+    path::PathRule,
+    responses::{StripResponses, StripResponsesLayer, StrippedBody, StrippedResponseFuture},
+    websocket::WebSocketProtocols,
 };

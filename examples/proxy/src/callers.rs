@@ -10,21 +10,18 @@ use std::{
     collections::HashMap,
     fmt::{self, Display},
     io::Read,
-    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use axum::http::{
-    HeaderMap, HeaderName, Uri,
-    header::{AUTHORIZATION, ORIGIN},
-};
+use axum::http::{HeaderMap, HeaderName, Uri, Version, header::AUTHORIZATION};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
+use tower_selam::inbound::WebSocketProtocols;
 
-use crate::{config, reply::Refusal};
+use crate::{config, local, reply::Refusal};
 
 /// How often the file is checked. A change takes effect once two checks in a row agree, since the file may be half written.
 const RECHECK: Duration = Duration::from_millis(300);
@@ -45,7 +42,7 @@ pub type Name = Arc<str>;
 /// The callers that the proxy serves. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Callers {
-    /// Every program that can reach the loopback address, under one name.
+    /// Every program on this machine, under one name.
     Anyone(Name),
     /// Callers with a token from the file.
     WithToken(watch::Receiver<TokenTable>),
@@ -72,27 +69,42 @@ impl Callers {
         Ok(Self::WithToken(receiver))
     }
 
-    /// Returns the name of the caller that sent these headers.
+    /// Returns the name of the caller that sent a request with this head.
     ///
     /// # Errors
     ///
     /// The reason to refuse the request.
-    pub fn identify(&self, headers: &HeaderMap) -> Result<Name, Refusal> {
+    pub fn identify(&self, version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Name, Refusal> {
         match self {
-            Self::Anyone(_) if is_foreign(headers) => Err(Refusal::ForeignOrigin),
-            Self::Anyone(name) => Ok(name.clone()),
+            Self::Anyone(name) => local::check(version, uri, headers).map(|()| name.clone()),
             Self::WithToken(table) => {
+                let protocols = WebSocketProtocols::from_headers(headers);
                 let mut refusal = Refusal::MissingToken;
-                for token in presented(headers) {
+                for token in presented(headers).chain(protocols.tokens()) {
                     match table.borrow().find(token) {
                         Some(name) => return Ok(name),
                         None => refusal = Refusal::InvalidToken,
                     }
                 }
-                Err(refusal)
+                // Some clients send the token as a subprotocol of its own.
+                let mut alone = protocols.offered().filter_map(|protocol| table.borrow().find(protocol));
+                alone.next().ok_or(refusal)
             }
         }
     }
+
+    /// Whether this is the token of a caller.
+    pub fn knows(&self, token: &[u8]) -> bool {
+        match self {
+            Self::Anyone(_) => false,
+            Self::WithToken(table) => table.borrow().find(token).is_some(),
+        }
+    }
+}
+
+/// Whether callers may send their token in this header.
+pub fn may_carry_token(name: &HeaderName) -> bool {
+    *name == AUTHORIZATION || KEY_HEADERS.contains(name)
 }
 
 /// Every token in the headers. A caller written for the API itself may send two: a JWT as bearer, and a key.
@@ -106,17 +118,6 @@ fn presented(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
         .flat_map(|name| headers.get_all(name))
         .map(|value| value.as_bytes().trim_ascii());
     bearer.chain(bare).filter(|token| !token.is_empty())
-}
-
-/// Whether a browser sent this request for a web page that is not served by this machine. Any page the user visits can make
-/// the browser send such requests.
-fn is_foreign(headers: &HeaderMap) -> bool {
-    headers.get_all(ORIGIN).iter().any(|origin| {
-        let origin = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
-        let host = origin.as_ref().and_then(Uri::host).unwrap_or_default();
-        let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        !(host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback()))
-    })
 }
 
 /// The callers' names, each with the digest of its token.
@@ -338,7 +339,7 @@ mod tests {
             for (name, value) in headers {
                 map.append(*name, HeaderValue::from_static(value));
             }
-            callers.identify(&map)
+            callers.identify(Version::HTTP_11, &Uri::from_static("/v1"), &map)
         };
         let web = Ok(Name::from("web"));
         for headers in [
@@ -347,6 +348,9 @@ mod tests {
             &[("x-api-key", "s3cr3t")],
             &[("api-key", "s3cr3t")],
             &[("authorization", "Bearer a.jwt"), ("x-api-key", "s3cr3t")],
+            &[("sec-websocket-protocol", "realtime, openai-insecure-api-key.s3cr3t")],
+            &[("sec-websocket-protocol", "bearer.s3cr3t")],
+            &[("sec-websocket-protocol", "realtime"), ("sec-websocket-protocol", "s3cr3t")],
         ] {
             assert_eq!(find(headers), web, "{headers:?}");
         }
@@ -354,6 +358,7 @@ mod tests {
             &[("authorization", "Bearer wrong")][..],
             &[("x-api-key", "wrong")],
             &[("authorization", "Bearer web:s3cr3t")],
+            &[("sec-websocket-protocol", "bearer.wrong")],
         ] {
             assert_eq!(find(headers), Err(Refusal::InvalidToken), "{headers:?}");
         }
@@ -364,30 +369,9 @@ mod tests {
             &[("authorization", "s3cr3t")],
             &[("cookie", "token=s3cr3t")],
             &[("x-api-key", "")],
+            &[("sec-websocket-protocol", "realtime")],
         ] {
             assert_eq!(find(headers), Err(Refusal::MissingToken), "{headers:?}");
-        }
-    }
-
-    #[test]
-    fn without_tokens_foreign_pages_are_refused() {
-        let callers = Callers::anyone();
-        let find =
-            |origin| callers.identify(&HeaderMap::from_iter([(ORIGIN, HeaderValue::from_static(origin))]));
-        assert_eq!(callers.identify(&HeaderMap::new()), Ok(Name::from("local")));
-        for origin in
-            ["http://localhost:3000", "http://127.0.0.1:3000", "http://[::1]:3000", "https://LOCALHOST"]
-        {
-            assert_eq!(find(origin), Ok(Name::from("local")), "{origin}");
-        }
-        for origin in [
-            "https://evil.example",
-            "http://127.0.0.1.evil.example",
-            "http://localhost.evil.example",
-            "null",
-            "",
-        ] {
-            assert_eq!(find(origin), Err(Refusal::ForeignOrigin), "{origin}");
         }
     }
 

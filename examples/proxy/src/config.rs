@@ -9,13 +9,17 @@ use std::{
     time::Duration,
 };
 
+use axum::http::HeaderName;
 use lexopt::{Arg, Parser, ValueExt};
 use tower_selam::{
     ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, Provider, Refreshing, SelamLayer,
-    SelamLayerBuilder, Token, env, source::FileSource,
+    SelamLayerBuilder, Token, env, inbound::StripCredentialsLayer, source::FileSource,
 };
 
-use crate::rules::{self, Rule};
+use crate::{
+    callers,
+    rules::{self, Rule},
+};
 
 /// The text of `--help`.
 pub const HELP: &str = "\
@@ -29,12 +33,21 @@ Serving
                               [default: 127.0.0.1:8080]
   --client-token-file FILE    the callers: one `name:token` per line, `#` starts a
                               comment. Re-read when it changes. Callers send a token as
-                              `Authorization: Bearer`, `X-API-Key` or `api-key`.
-                              Required unless the proxy listens on a loopback address
+                              `Authorization: Bearer`, `X-API-Key` or `api-key`, or as a
+                              WebSocket subprotocol. Required unless the proxy listens on
+                              a loopback address; without it, only programs on this
+                              machine are served
   --allow METHOD:PATH         allow only this method and path, refuse others with a 403;
-                              repeatable. METHOD may be `*`. PATH is one path, or ends
-                              with `/*` to allow everything below it:
+                              repeatable. METHOD may be `*`, which stands for GET, HEAD,
+                              POST, PUT, PATCH, DELETE and OPTIONS. PATH is one path, or
+                              ends with `/*` to allow everything below it:
                               POST:/v1/chat/completions, GET:/v1/*, '*:/v1/audio/*'
+  --strip-header NAME         also remove this header from requests; NAME may end with
+                              `*`; repeatable, or separated by commas
+                              [SELAM_PROXY_STRIP_HEADER]
+  --keep-header NAME          forward this header, although it tells of the caller's
+                              network or identity; repeatable, or separated by commas
+                              [SELAM_PROXY_KEEP_HEADER]
 
 Connections of callers
   --keep-alive SECONDS        keep idle connections this long, up to 900; longer than the
@@ -91,8 +104,8 @@ Other
   -h, --help                  print this help
 
   GET /healthz                200 while the proxy serves; needs no token
-  GET /metrics                metrics for Prometheus; needs a client token unless
-                              the proxy listens on a loopback address
+  GET /metrics                metrics for Prometheus; needs a client token if there is
+                              a file of them
 
 On SIGTERM, requests in flight have 30 seconds to finish. Exit code 2 means that the
 configuration is invalid.
@@ -116,6 +129,10 @@ pub struct Config {
     pub log: tracing::level_filters::LevelFilter,
     /// Requests to these paths carry JWT and key, others the key alone. If empty, all carry both.
     pub jwt_paths: Vec<String>,
+    /// Headers that are removed from requests, in addition to the library's list; with a final `*`, all that start so.
+    strip_headers: Vec<String>,
+    /// Headers that are forwarded although the library's list has them.
+    keep_headers: Vec<HeaderName>,
     /// Whether a flag or a variable provides a JWT.
     pub has_jwt: bool,
     pub allow_insecure_loopback: bool,
@@ -152,8 +169,15 @@ impl Default for Limits {
 }
 
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 5] =
-    ["--keep-alive", "--head-timeout", "--upgrade-idle", "--max-connections", "--api-idle"];
+const WITH_VARIABLE: [&str; 7] = [
+    "--keep-alive",
+    "--head-timeout",
+    "--upgrade-idle",
+    "--max-connections",
+    "--api-idle",
+    "--strip-header",
+    "--keep-header",
+];
 
 /// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
 fn variable_of(flag: &str) -> String {
@@ -211,6 +235,8 @@ impl Command {
             ca: None,
             log: tracing::level_filters::LevelFilter::INFO,
             jwt_paths: Vec::new(),
+            strip_headers: Vec::new(),
+            keep_headers: Vec::new(),
             has_jwt: false,
             allow_insecure_loopback: false,
             limits: Limits::default(),
@@ -229,7 +255,7 @@ impl Command {
                 // The value is not shown: it may be a secret whose flag is missing.
                 Arg::Value(_) => return Err(Error::new("unexpected argument; see --help")),
             };
-            let repeats = matches!(&*flag, "--allow" | "--jwt-path");
+            let repeats = matches!(&*flag, "--allow" | "--jwt-path" | "--strip-header" | "--keep-header");
             if !repeats && seen.contains(&flag) {
                 return Err(Error::for_flag(&flag, "is given twice"));
             }
@@ -289,8 +315,27 @@ impl Config {
             "--token-url" => set_once(&mut self.jwt, name, CredentialSource::Endpoint(text(value()?)?))?,
             "--jwt-path" => {
                 let prefix = text(value()?)?;
-                rules::check_prefix(&prefix).map_err(|message| Error::for_flag(name, message))?;
+                rules::parse_prefix(&prefix).map_err(|message| Error::for_flag(name, message))?;
                 self.jwt_paths.push(prefix);
+            }
+            "--strip-header" => {
+                for header in list(&text(value()?)?) {
+                    let start = header.strip_suffix('*').unwrap_or(header);
+                    header_name(name, start)?;
+                    self.strip_headers.push(header.to_ascii_lowercase());
+                }
+            }
+            "--keep-header" => {
+                for header in list(&text(value()?)?) {
+                    let header = header_name(name, header)?;
+                    if callers::may_carry_token(&header) {
+                        return Err(Error::for_flag(
+                            name,
+                            format!("{header} may carry a client token, which must not reach the API"),
+                        ));
+                    }
+                    self.keep_headers.push(header);
+                }
             }
             "--log" => {
                 self.log = text(value()?)?
@@ -344,8 +389,23 @@ impl Config {
 
     /// Whether requests to this path carry the JWT.
     pub fn sends_jwt(&self, path: &str) -> bool {
-        let covers = |prefix: &String| rules::is_below(path, prefix);
+        let covers = |prefix: &String| rules::parse_prefix(prefix).is_ok_and(|rule| rule.covers(path));
         self.has_jwt && (self.jwt_paths.is_empty() || self.jwt_paths.iter().any(covers))
+    }
+
+    /// Builds the layer that removes what tells of the caller from requests.
+    pub fn strip_credentials(&self) -> StripCredentialsLayer {
+        let mut layer = StripCredentialsLayer::new();
+        for name in &self.keep_headers {
+            layer = layer.dangerous_keep_header(name.clone());
+        }
+        for name in &self.strip_headers {
+            layer = match name.strip_suffix('*') {
+                Some(prefix) => layer.with_header_prefix(prefix),
+                None => HeaderName::try_from(name).map_or(layer.clone(), |name| layer.with_header(name)),
+            };
+        }
+        layer
     }
 
     /// Builds the layers. Flags override the environment; `builder` provides the client for the token endpoint.
@@ -415,6 +475,17 @@ fn load<C: Credential>(
             from_variable(name).map(Provider::Fixed).map_err(|error| from_library(None, &error))
         }
     }
+}
+
+/// The items of a comma-separated list.
+fn list(value: &str) -> impl Iterator<Item = &str> {
+    value.split(',').map(str::trim).filter(|item| !item.is_empty())
+}
+
+fn header_name(flag: &str, name: &str) -> Result<HeaderName, Error> {
+    // `*` is allowed in names, but nobody who writes it here means that.
+    let parsed = HeaderName::from_bytes(name.as_bytes()).ok().filter(|_| !name.contains('*'));
+    parsed.ok_or_else(|| Error::for_flag(flag, format!("{name:?} is not the name of a header")))
 }
 
 /// Omits the value, which may be a secret whose flag is missing.
@@ -609,6 +680,13 @@ mod tests {
                 "--jwt-path /v1/audio",
                 "--jwt-path: no JWT is configured; set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
             ),
+            ("--strip-header a*b", "--strip-header: \"a*b\" is not the name of a header"),
+            ("--strip-header *", "--strip-header: \"\" is not the name of a header"),
+            ("--keep-header X-Forwarded-*", "--keep-header: \"X-Forwarded-*\" is not the name of a header"),
+            (
+                "--keep-header X-API-Key",
+                "--keep-header: x-api-key may carry a client token, which must not reach the API",
+            ),
             ("--log loud", "--log: must be off, error, warn, info or debug"),
             (
                 "--api-key sk-selam-s3cr3t",
@@ -653,6 +731,8 @@ mod tests {
             "--jwt-env",
             "--token-url",
             "--jwt-path",
+            "--strip-header",
+            "--keep-header",
             "--log",
             "--keep-alive",
             "--head-timeout",

@@ -19,6 +19,7 @@
 
 pub mod callers;
 pub mod config;
+pub mod local;
 pub mod metrics;
 pub mod proxy;
 pub mod reply;

@@ -13,7 +13,7 @@ use axum::{
     extract::{Request, State},
     http::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
-        header::{CONNECTION, FORWARDED, HOST, UPGRADE, VIA},
+        header::{CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING, UPGRADE, VIA},
     },
     response::{IntoResponse, Response},
     routing::any,
@@ -24,12 +24,13 @@ use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer,
-    inbound::{StripCredentialsLayer, StripHopByHopLayer},
+    inbound::{PathRule, StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
 };
 
 use crate::{
-    callers::Callers,
+    callers::{Callers, Name},
     config::{self, Config},
+    local,
     metrics::{self, Metrics, RequestTracker},
     reply::Refusal,
     rules::{self, BadPath, Rule},
@@ -47,23 +48,17 @@ const VOICE_AGENT: &str = "/v1/audio/agent";
 /// The longest URI that the `http` crate accepts.
 const MAX_URI_LENGTH: usize = 65_534;
 
-/// Headers that describe the caller's network, which is not the API's business.
-const FORWARDED_FOR: [HeaderName; 2] = [FORWARDED, HeaderName::from_static("x-real-ip")];
-const FORWARDED_PREFIX: &str = "x-forwarded-";
-
 /// The state shared by all requests. Cheap to clone.
 #[derive(Clone)]
 struct Proxy {
     callers: Callers,
     allow: Arc<[Rule]>,
     metrics: Metrics,
-    /// Whether `/metrics` needs no token.
-    public_metrics: bool,
     stack: Stack,
     /// The same stack over HTTP/1.1 alone, whose connections can be upgraded.
     upgrade_stack: Stack,
-    /// Whether handshakes with the voice agent get JWT and key in their query.
-    voice_agent: bool,
+    /// Where handshakes get JWT and key in their query, if anywhere.
+    voice_agent: Option<PathRule>,
     base_url_length: usize,
     /// This process's name in `Via`, to detect loops.
     via: Arc<str>,
@@ -92,10 +87,9 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
         },
         allow: config.allow.clone().into(),
         metrics,
-        public_metrics: config.is_local(),
         stack,
         upgrade_stack,
-        voice_agent: config.sends_jwt(VOICE_AGENT),
+        voice_agent: config.sends_jwt(VOICE_AGENT).then(|| rules::parse_prefix(VOICE_AGENT).ok()).flatten(),
         base_url_length: layer.base_url().to_string().len(),
         via,
         shutdown,
@@ -123,10 +117,12 @@ fn stacks(
         ),
     };
     let (base, via) = (layer.base_url().clone(), Arc::clone(via));
-    let credentials = StripCredentialsLayer::new();
+    let credentials = config.strip_credentials();
     let layers = ServiceBuilder::new()
         .map_response(|response: axum::http::Response<_>| response.map(Body::new))
-        // Strip what belongs to the caller's connection, and the caller's credentials.
+        // Strip from responses what would speak for the proxy.
+        .layer(StripResponsesLayer::new())
+        // Strip what belongs to the caller's connection, and what tells of the caller.
         .layer(StripHopByHopLayer::new())
         .layer(credentials.clone())
         .map_request(move |request: Request| request.map(|body| trailers::strip(body, &credentials)))
@@ -149,9 +145,7 @@ async fn healthz(request: Request) -> Response {
 }
 
 async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response {
-    if !proxy.public_metrics
-        && let Err(refusal) = proxy.callers.identify(request.headers())
-    {
+    if let Err(refusal) = proxy.identify(&request) {
         return refusal.into_response();
     }
     match *request.method() {
@@ -173,10 +167,11 @@ async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
     if let Some(connection) = &connection {
         connection.admitted();
     }
+    let protocols = proxy.take_protocols(request.headers_mut());
     if let Some(connection) = connection
         && wants_upgrade(&request)
     {
-        proxy.upgrade(tracker, request, connection).await
+        proxy.upgrade(tracker, request, &protocols, connection).await
     } else {
         proxy.exchange(tracker, request).await
     }
@@ -193,22 +188,47 @@ impl Proxy {
         if checked == Err(BadPath::OutsideApi) {
             return Err(Refusal::NotFound);
         }
-        tracker.set_caller(self.callers.identify(request.headers())?);
-        if checked.is_err() {
-            return Err(Refusal::BadPath);
-        }
-        if !rules::is_allowed(&self.allow, request.method(), path) {
-            return Err(Refusal::NotAllowed);
-        }
-        let query = request.uri().query().map_or(0, |query| query.len() + 1);
-        if request.method() == Method::CONNECT || self.base_url_length + path.len() + query > MAX_URI_LENGTH {
-            return Err(Refusal::BadRequest);
-        }
         let via = request.headers().get_all(VIA).iter();
         if via.filter_map(|via| via.to_str().ok()).any(|via| via.contains(&*self.via)) {
             return Err(Refusal::Loop);
         }
+        tracker.set_caller(self.identify(request)?);
+        if checked.is_err() {
+            return Err(Refusal::BadPath);
+        }
+        let method = request.method();
+        if !rules::is_forwardable(method) || (self.allow.is_empty() && !rules::METHODS.contains(method)) {
+            return Err(Refusal::BadRequest);
+        }
+        if !rules::is_allowed(&self.allow, method, path) {
+            return Err(Refusal::NotAllowed);
+        }
+        let query = request.uri().query().map_or(0, |query| query.len() + 1);
+        if self.base_url_length + path.len() + query > MAX_URI_LENGTH {
+            return Err(Refusal::BadRequest);
+        }
         Ok(())
+    }
+
+    /// Returns the name of the caller.
+    fn identify(&self, request: &Request) -> Result<Name, Refusal> {
+        let (version, uri, headers) = (request.version(), request.uri(), request.headers());
+        local::named_host(version, uri, headers)?;
+        // Only smugglers send both; RFC 9112 section 6.1 allows to refuse them.
+        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+            return Err(Refusal::BadRequest);
+        }
+        self.callers.identify(version, uri, headers)
+    }
+
+    /// Takes the caller's token out of the WebSocket subprotocols, in whatever way it got there.
+    fn take_protocols(&self, headers: &mut HeaderMap) -> WebSocketProtocols {
+        let mut protocols = WebSocketProtocols::from_headers(headers);
+        if headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
+            protocols.remove_if(|candidate| self.callers.knows(candidate));
+            protocols.write(headers);
+        }
+        protocols
     }
 
     async fn exchange(self, tracker: RequestTracker, mut request: Request) -> Response {
@@ -229,11 +249,11 @@ impl Proxy {
         self,
         tracker: RequestTracker,
         mut request: Request,
+        protocols: &WebSocketProtocols,
         connection: Arc<Connection>,
     ) -> Response {
         let caller = hyper::upgrade::on(&mut request);
-        if self.voice_agent
-            && rules::is_below(request.uri().path(), VOICE_AGENT)
+        if self.voice_agent.as_ref().is_some_and(|rule| rule.covers(request.uri().path()))
             && lists(request.headers(), &UPGRADE, "websocket")
         {
             request.extensions_mut().insert(RequestAuth::VoiceAgent);
@@ -241,6 +261,11 @@ impl Proxy {
         let mut response = self.send(self.upgrade_stack.clone(), request).await;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return tracker.track_response(response);
+        }
+        // The caller would have to close a connection with a subprotocol that it did not offer.
+        if !protocols.accepts(response.headers()) {
+            tracing::warn!("the API chose a WebSocket subprotocol that was not offered");
+            return tracker.track_response(Refusal::NoUpstream.into_response());
         }
         let api = hyper::upgrade::on(&mut response);
         let tracker = tracker.track_upgrade(&response);
@@ -310,7 +335,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Rewrites a request for the API: its URI, `Via`, and no headers about the caller's network.
+/// Rewrites a request for the API: its URI and `Via`.
 fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
     let (mut parts, body) = request.into_parts();
     let below = rules::check(parts.uri.path()).unwrap_or_default();
@@ -325,11 +350,6 @@ fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
     // The client picks the version for its own connection.
     parts.version = Version::HTTP_11;
     parts.headers.remove(HOST);
-    let names: Vec<HeaderName> =
-        parts.headers.keys().filter(|name| name.as_str().starts_with(FORWARDED_PREFIX)).cloned().collect();
-    for name in names.iter().chain(&FORWARDED_FOR) {
-        parts.headers.remove(name);
-    }
     if let Ok(via) = HeaderValue::try_from(format!("{version} {via}")) {
         // Left out if the caller already sent the maximum number of headers.
         let _ = parts.headers.try_append(VIA, via);

@@ -22,8 +22,12 @@ pub enum Refusal {
     MissingToken,
     /// The token is not in the file.
     InvalidToken,
-    /// A web page on another machine sent the request, and no client tokens are configured.
+    /// Without client tokens: a web page sent the request, or the user followed a link on one.
     ForeignOrigin,
+    /// Without client tokens: the request names another host than this machine.
+    ForeignHost,
+    /// Without client tokens: the request passed through a reverse proxy or a tunnel.
+    Forwarded,
     /// No `--allow` covers the method and path.
     NotAllowed,
     /// The path is not below `/v1`.
@@ -54,6 +58,8 @@ impl Refusal {
             Self::MissingToken => "missing_token",
             Self::InvalidToken => "invalid_token",
             Self::ForeignOrigin => "foreign_origin",
+            Self::ForeignHost => "foreign_host",
+            Self::Forwarded => "forwarded",
             Self::NotAllowed => "not_allowed",
             Self::NotFound => "not_found",
             Self::WrongMethod => "wrong_method",
@@ -85,7 +91,19 @@ impl Refusal {
                 StatusCode::FORBIDDEN,
                 "authorization_error",
                 "insufficient_permissions",
-                "Requests from web pages on other machines require a client token, and this proxy has none configured.",
+                "Requests from web pages on other machines or ports require a client token. Start the proxy with --client-token-file.",
+            ),
+            Self::ForeignHost => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "insufficient_permissions",
+                "Without client tokens, this proxy must be called as localhost, 127.0.0.1 or [::1]. Start it with --client-token-file for other names.",
+            ),
+            Self::Forwarded => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "insufficient_permissions",
+                "Requests through a reverse proxy, a load balancer or a tunnel require a client token. Start the proxy with --client-token-file.",
             ),
             Self::NotAllowed => (
                 StatusCode::FORBIDDEN,
@@ -121,7 +139,7 @@ impl Refusal {
                 StatusCode::BAD_REQUEST,
                 "invalid_request_error",
                 "invalid_request",
-                "The request cannot be forwarded: its body is incomplete, its URI is too long, or its method is not supported.",
+                "The request cannot be forwarded: its body is incomplete, its URI is too long, its method is not supported, or its Host header is missing, repeated or differs from the URI.",
             ),
             Self::Loop => (
                 StatusCode::LOOP_DETECTED,
@@ -187,6 +205,8 @@ mod tests {
             (Refusal::MissingToken, 401, "authentication_error", "missing_api_key"),
             (Refusal::InvalidToken, 401, "authentication_error", "invalid_api_key"),
             (Refusal::ForeignOrigin, 403, "authorization_error", "insufficient_permissions"),
+            (Refusal::ForeignHost, 403, "authorization_error", "insufficient_permissions"),
+            (Refusal::Forwarded, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::NotAllowed, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::NotFound, 404, "invalid_request_error", "not_found"),
             (Refusal::WrongMethod, 405, "invalid_request_error", "method_not_allowed"),

@@ -1,11 +1,11 @@
-//! Decides which paths exist and which may be called.
+//! Decides which methods and paths may be called.
 //!
-//! Paths are compared as they are written. A path that a server could read in another way is refused before it is compared:
-//! see [`check`].
+//! The library's [`PathRule`] compares paths, and refuses those that a server could read in another way.
 
 use std::fmt;
 
 use axum::http::Method;
+use tower_selam::inbound::PathRule;
 
 /// The part of the API that the proxy serves.
 pub const ROOT: &str = "/v1";
@@ -19,77 +19,41 @@ pub enum BadPath {
     Ambiguous,
 }
 
+/// The methods that `*` stands for. They are also the methods that are forwarded without rules: SelamAPI uses no others, and
+/// what a server does with an unknown method is unknown as well.
+pub const METHODS: [Method; 7] =
+    [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
+
+/// Methods that no rule allows: servers echo the request, credentials included, or open a connection to somewhere else. In any
+/// case, since some servers ignore it.
+const NEVER: [&str; 4] = ["TRACE", "TRACK", "CONNECT", "DEBUG"];
+
 /// Returns the part of `path` below `/v1`: empty, or with a leading slash.
 ///
 /// # Errors
 ///
-/// The path is not below `/v1`, or is ambiguous: dot segments, empty segments in the middle, backslashes, characters that
-/// [RFC 3986](https://www.rfc-editor.org/rfc/rfc3986#section-3.3) does not allow in a path, and percent-encoded letters,
-/// digits, `-._~`, slashes, backslashes, percent signs and control characters.
+/// The path is not below `/v1`, or is [ambiguous](PathRule::is_ambiguous).
 pub fn check(path: &str) -> Result<&str, BadPath> {
     match path.strip_prefix(ROOT) {
-        Some(below) if below.is_empty() || below.starts_with('/') => {
-            if is_unambiguous(path) {
-                Ok(below)
-            } else {
-                Err(BadPath::Ambiguous)
-            }
-        }
+        Some(below) if below.is_empty() || below.starts_with('/') => match PathRule::is_ambiguous(path) {
+            false => Ok(below),
+            true => Err(BadPath::Ambiguous),
+        },
         _ => Err(BadPath::OutsideApi),
     }
 }
 
-fn is_unambiguous(path: &str) -> bool {
-    let Some(path) = path.strip_prefix('/') else { return false };
-    let mut segments = path.split('/').peekable();
-    while let Some(segment) = segments.next() {
-        let is_last = segments.peek().is_none();
-        // Some servers remove path parameters (after a semicolon) before they resolve dot segments.
-        let name = segment.split(';').next().unwrap_or(segment);
-        if (name.is_empty() && !(segment.is_empty() && is_last))
-            || matches!(name, "." | "..")
-            || !is_plain(segment)
-        {
-            return false;
-        }
-    }
-    true
-}
-
-/// Whether this is a segment of RFC 3986 (`pchar`) in which nothing is percent-encoded needlessly, or to hide the structure of
-/// the path.
-fn is_plain(segment: &str) -> bool {
-    let mut bytes = segment.bytes();
-    while let Some(byte) = bytes.next() {
-        let plain = match byte {
-            b'%' => {
-                let mut digit = || char::from(bytes.next()?).to_digit(16);
-                let decoded = digit().and_then(|high| u8::try_from(high * 16 + digit()?).ok());
-                decoded.is_some_and(|byte| {
-                    !is_unreserved(byte) && !byte.is_ascii_control() && !matches!(byte, b'/' | b'\\' | b'%')
-                })
-            }
-            byte => is_unreserved(byte) || b"!$&'()*+,;=:@".contains(&byte),
-        };
-        if !plain {
-            return false;
-        }
-    }
-    true
-}
-
-fn is_unreserved(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
+/// Whether requests with this method may be forwarded at all.
+pub fn is_forwardable(method: &Method) -> bool {
+    !NEVER.iter().any(|never| method.as_str().eq_ignore_ascii_case(never))
 }
 
 /// The value of one `--allow`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// `None` allows every method.
+    /// `None` allows [`METHODS`].
     method: Option<Method>,
-    path: String,
-    /// Whether the rule covers everything below the path, instead of the path itself.
-    below: bool,
+    path: PathRule,
 }
 
 impl Rule {
@@ -111,6 +75,9 @@ impl Rule {
             }
             _ => Some(Method::from_bytes(method.as_bytes()).map_err(|_| invalid(&"has no valid method"))?),
         };
+        if method.as_ref().is_some_and(|method| !is_forwardable(method)) {
+            return Err(invalid(&"has a method that is never forwarded"));
+        }
         let (path, below) = match path.strip_suffix("/*") {
             Some(path) => (path, true),
             None => (path, false),
@@ -118,55 +85,48 @@ impl Rule {
         if path.contains('*') {
             return Err(invalid(&"may contain * only as the method or in a final /*"));
         }
-        match check(path) {
-            Ok(_) => Ok(Self { method, path: path.to_owned(), below }),
-            Err(BadPath::OutsideApi) => Err(invalid(&"must have a path that starts with /v1/")),
-            Err(BadPath::Ambiguous) => {
-                Err(invalid(&"has an invalid or ambiguous path, so it would match no request"))
-            }
+        if check(path) == Err(BadPath::OutsideApi) {
+            return Err(invalid(&"must have a path that starts with /v1/"));
         }
+        let path = if below { PathRule::below(path) } else { PathRule::exact(path) };
+        let path = path.map_err(|_| invalid(&NOT_PLAIN))?;
+        Ok(Self { method, path })
     }
 
     /// Whether the rule covers this method and path.
     pub fn allows(&self, method: &Method, path: &str) -> bool {
-        let is_path = match path.strip_prefix(&*self.path) {
-            Some(rest) if self.below => rest.starts_with('/'),
-            Some(rest) => rest.is_empty(),
-            None => false,
-        };
-        is_path && self.method.as_ref().is_none_or(|allowed| allowed == method)
+        let is_method =
+            self.method.as_ref().map_or_else(|| METHODS.contains(method), |allowed| allowed == method);
+        is_method && self.path.covers(path)
     }
 }
 
-/// Whether one of the rules covers this method and path. Without rules, everything is allowed.
+/// Whether one of the rules covers this method and path. Without rules, [`METHODS`] are allowed on every path.
 pub fn is_allowed(rules: &[Rule], method: &Method, path: &str) -> bool {
-    rules.is_empty() || rules.iter().any(|rule| rule.allows(method, path))
+    match rules {
+        [] => METHODS.contains(method),
+        rules => rules.iter().any(|rule| rule.allows(method, path)),
+    }
 }
 
-/// Checks that a request's path can begin with this prefix.
+/// Parses the value of one `--jwt-path`: a path, which stands for itself and everything below it.
 ///
 /// # Errors
 ///
 /// A message that explains the problem.
-pub fn check_prefix(prefix: &str) -> Result<(), String> {
-    match check(prefix) {
-        // `/*` is the syntax of `--allow`; here it would match no path.
-        Ok(_) if prefix.contains('*') => {
-            Err(format!("{prefix:?} must not contain *; a prefix covers everything below it"))
-        }
-        Ok(_) => Ok(()),
-        Err(BadPath::OutsideApi) => Err(format!("{prefix:?} must start with /v1/")),
-        Err(BadPath::Ambiguous) => {
-            Err(format!("{prefix:?} is an invalid or ambiguous path, so it would match no request"))
-        }
+pub fn parse_prefix(prefix: &str) -> Result<PathRule, String> {
+    if check(prefix) == Err(BadPath::OutsideApi) {
+        return Err(format!("{prefix:?} must start with /v1/"));
     }
+    // `/*` is the syntax of `--allow`; here it would match no path.
+    if prefix.contains('*') {
+        return Err(format!("{prefix:?} must not contain *; a prefix covers everything below it"));
+    }
+    PathRule::subtree(prefix).map_err(|_| format!("{prefix:?} {NOT_PLAIN}"))
 }
 
-/// Whether `path` is `prefix` or below it.
-pub fn is_below(path: &str, prefix: &str) -> bool {
-    let rest = path.strip_prefix(prefix.trim_end_matches('/'));
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-}
+const NOT_PLAIN: &str =
+    "has an invalid or ambiguous path, so it would match no request; write it without escapes and parameters";
 
 #[cfg(test)]
 mod tests {
@@ -180,7 +140,6 @@ mod tests {
             ("/v1/chat/completions", "/chat/completions"),
             ("/v1/models/ft:selam-turbo@2", "/models/ft:selam-turbo@2"),
             ("/v1/files/a%20b%C3%A9", "/files/a%20b%C3%A9"),
-            ("/v1/...", "/..."),
             ("/v1/.well-known/a..b/", "/.well-known/a..b/"),
         ] {
             assert_eq!(check(path), Ok(below), "{path}");
@@ -194,45 +153,12 @@ mod tests {
 
     #[test]
     fn ambiguous_paths_are_refused() {
-        for below in [
-            "..",
-            ".",
-            "a/../b",
-            "a/./b",
-            "a/..",
-            "../../admin",
-            "a//b",
-            "/",
-            "//",
-            "%2e%2e",
-            "%2E.",
-            "a/%2e",
-            "a%2fb",
-            "a%2Fb",
-            "a%5cb",
-            "a\\b",
-            "%61udio",
-            "%2561",
-            "a%00",
-            "a%0a",
-            "a%7f",
-            "..;/x",
-            ".;a",
-            ";x",
-            "%",
-            "%2",
-            "%zz",
-            "a\"b",
-            "a<b",
-            "a|b",
-            "a^b",
-            "a`b",
-            "a{b}",
-            "[a]",
-            "é",
-        ] {
+        for below in
+            ["..", "a/../b", "a//b", "%2e%2e", "a%5cb", "..%2Fx", "..;/x", "..%20/x", "%c0%ae%c0%ae/x", "%zz"]
+        {
             assert_eq!(check(&format!("/v1/{below}")), Err(BadPath::Ambiguous), "{below}");
         }
+        assert_eq!(check("/v1/models/org%2Fmodel"), Ok("/models/org%2Fmodel"));
     }
 
     #[test]
@@ -248,13 +174,42 @@ mod tests {
             ("POST:/v1/chat/completions", Method::POST, "/v1/Chat/completions"),
             ("POST:/v1/audio/*", Method::POST, "/v1/audio"),
             ("POST:/v1/audio/*", Method::POST, "/v1/audiobooks"),
+            ("POST:/v1/audio/*", Method::POST, "/v1/audio/"),
+            ("GET:/v1/models/org/*", Method::GET, "/v1/models/org%2Fmodel"),
+            ("GET:/v1/models/org/model", Method::GET, "/v1/models/org%2Fmodel"),
+            ("GET:/v1/models/*", Method::GET, "/v1/models/..%2Ffiles"),
             ("GET:/v1/*", Method::HEAD, "/v1/models"),
         ] {
             assert!(!allows(rule, &method, path), "{rule} {method} {path}");
         }
         assert!(allows("POST:/v1/audio/*", &Method::POST, "/v1/audio/speech"));
+        assert!(allows("GET:/v1/models/*", &Method::GET, "/v1/models/org%2Fmodel"));
         assert!(allows("*:/v1/*", &Method::DELETE, "/v1/files/a/b"));
         assert!(allows("PROPFIND:/v1/a:b", &Method::from_bytes(b"PROPFIND").unwrap(), "/v1/a:b"));
+    }
+
+    /// H6: `*` allows none that echoes or tunnels, in any spelling.
+    #[test]
+    fn any_method_means_a_list() {
+        let any = [Rule::parse("*:/v1/models").unwrap()];
+        for method in METHODS {
+            assert!(is_allowed(&any, &method, "/v1/models") && is_allowed(&[], &method, "/v1/x"), "{method}");
+            assert!(is_forwardable(&method));
+        }
+        for method in
+            ["TRACE", "CONNECT", "TRACK", "trace", "Connect", "get", "PROPFIND", "PURGE", "DEBUG", "QUERY"]
+        {
+            let parsed = Method::from_bytes(method.as_bytes()).unwrap();
+            assert!(
+                !is_allowed(&any, &parsed, "/v1/models") && !is_allowed(&[], &parsed, "/v1/x"),
+                "{method}"
+            );
+        }
+        for method in ["TRACE", "trace", "Trace", "CONNECT", "TRACK", "DEBUG"] {
+            assert!(!is_forwardable(&Method::from_bytes(method.as_bytes()).unwrap()), "{method}");
+            let error = Rule::parse(&format!("{}:/v1/models", method.to_uppercase())).unwrap_err();
+            assert!(error.ends_with("has a method that is never forwarded"), "{error}");
+        }
     }
 
     #[test]

@@ -151,6 +151,8 @@ impl Report {
             );
         }
         add(refused("foreign_origin"), "requests from web pages on other machines");
+        add(refused("foreign_host"), "requests that name another host than this machine");
+        add(refused("forwarded"), "requests through a reverse proxy or tunnel, without client tokens");
         add(refused("loop"), "requests in a loop: the base URL points back to the proxy");
         add(refused("no_upstream"), "requests that did not reach the API");
         add(refused("no_credential"), "requests for which no key or JWT was available");

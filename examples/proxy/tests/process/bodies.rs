@@ -45,7 +45,7 @@ async fn an_upload_of_a_gib_streams() {
     let proxy = Launch::with_key(&api).start().await;
     let before = peak(&proxy);
     let mut caller = raw(&proxy).await;
-    let head = format!("POST /v1/files HTTP/1.1\r\nHost: the.proxy\r\nContent-Length: {GIB}\r\n\r\n");
+    let head = format!("POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {GIB}\r\n\r\n");
     caller.write_all(head.as_bytes()).await.unwrap();
     let Exchange { request, answer } = api.next().await;
     assert_eq!(request.headers()["content-length"], GIB.to_string());

@@ -27,7 +27,7 @@ async fn requests_and_responses_are_stripped_over_http1() {
     let mut caller = raw(&proxy).await;
     let head = format!(
         "POST /v1/chat/completions?a=1&token=theirs&b=%20x&&API_KEY=theirs&api%5Fkey=theirs&%74oken=theirs&c&=d&a=2 HTTP/1.1\r\n\
-         Host: the.proxy\r\n\
+         Host: localhost\r\n\
          aUTHORIZATION: Basic dGhlaXJz\r\n\
          Authorization: Bearer {token}\r\n\
          X-Api-KEY: theirs\r\n\
@@ -90,7 +90,7 @@ async fn requests_and_responses_are_stripped_over_http1() {
     // No other header carries a credential of the caller.
     assert!(!sent.contains("theirs") && !sent.contains(&token), "{sent}");
 
-    // In the response, only hop-by-hop headers are removed.
+    // In the response, hop-by-hop headers are removed, and those that would speak for the proxy.
     let answer = "HTTP/1.1 207 Odd Reason\r\n\
          Content-Type: text/event-stream; charset=odd\r\n\
          Connection: X-Hop-Back\r\n\
@@ -112,8 +112,6 @@ async fn requests_and_responses_are_stripped_over_http1() {
             "content-length: 5",
             "content-type: text/event-stream; charset=odd",
             "date: Tue, 15 Nov 1994 08:12:31 GMT",
-            "set-cookie: a=1",
-            "set-cookie: b=2",
             "x-ratelimit-remaining: 5",
             "x-request-id: req_1",
         ]
@@ -188,7 +186,8 @@ async fn v1_is_replaced_by_the_base_url() {
             ("PATCH", "/a;b=c/d:e@f/(g)!$&'*+,~"),
             ("DELETE", "/files/7"),
             ("OPTIONS", "/models?"),
-            ("PURGE", "/models??a=?&b"),
+            ("GET", "/models??a=?&b"),
+            ("GET", "/models/org%2Fmodel"),
             ("GET", "/ends/"),
         ] {
             let request =
@@ -221,7 +220,8 @@ async fn other_and_ambiguous_paths_are_refused() {
         "/v1/%2e%2e/admin",
         "/v1/.%2E/admin",
         "/v1//models",
-        "/v1/a%2fb",
+        "/v1/a%2f%2fb",
+        "/v1/..%2fadmin",
         "/v1/a\\b",
         "/v1/%6dodels",
         "/v1/models%00",
@@ -229,7 +229,7 @@ async fn other_and_ambiguous_paths_are_refused() {
         "/v1/..;/admin",
     ] {
         let mut caller = raw(&proxy).await;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: the.proxy\r\nConnection: close\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         caller.write_all(request.as_bytes()).await.unwrap();
         let answer = String::from_utf8(read_to_end(&mut caller).await).unwrap();
         assert!(answer.starts_with("HTTP/1.1 400 "), "{path}: {answer}");
@@ -252,7 +252,7 @@ async fn trace_and_connect_are_refused() {
     ] {
         let mut caller = raw(&proxy).await;
         let request = format!(
-            "{target} HTTP/1.1\r\nHost: the.proxy\r\nAuthorization: Bearer {token}\r\n{headers}Connection: close\r\n\r\n"
+            "{target} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n{headers}Connection: close\r\n\r\n"
         );
         caller.write_all(request.as_bytes()).await.unwrap();
         let answer = read_to_end(&mut caller).await;
@@ -349,8 +349,9 @@ async fn healthz_needs_no_token() {
 #[tokio::test]
 async fn loops_are_detected_by_via() {
     let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
-    let proxy = Launch::with_key(&api).start().await;
-    let caller = Caller::http1(&proxy);
+    let token = secret(random());
+    let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
+    let caller = Caller::http1(&proxy).with_token(&token);
     let send = |via: Option<HeaderValue>| {
         let mut request = caller.request(Method::GET, "/v1/models");
         if let Some(via) = via {

@@ -10,6 +10,7 @@ mod credentials;
 mod errors;
 mod expect;
 mod forwarding;
+mod leaks;
 mod metrics;
 mod openai;
 mod resends;

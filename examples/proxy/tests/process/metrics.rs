@@ -24,7 +24,11 @@ const REPLAYS: &str = "tower_selam_replays_total";
 const INFO: &str = "tower_selam_credential_info";
 
 async fn scrape(proxy: &Proxy) -> Scrape {
-    let answer = Caller::http1(proxy).get("/metrics").await;
+    scrape_as(&Caller::http1(proxy)).await
+}
+
+async fn scrape_as(caller: &Caller) -> Scrape {
+    let answer = caller.get("/metrics").await;
     assert_eq!(answer.status, 200);
     assert!(answer.headers["content-type"].to_str().unwrap().starts_with("text/plain; version=0.0.4"));
     Scrape::parse(answer.text()).unwrap_or_else(|error| panic!("{error} in\n{}", answer.text()))
@@ -72,14 +76,19 @@ async fn requests_are_counted_by_status_origin_and_caller() {
 
     // With client tokens, requests are counted by caller.
     let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
-    let caller = Caller::http1(&proxy).with_token(&token);
-    let calling = tokio::spawn(async move { caller.get("/v1/models").await });
+    let known = Caller::http1(&proxy).with_token(&token);
+    let calling = tokio::spawn({
+        let known = known.clone();
+        async move { known.get("/v1/models").await }
+    });
     api.next().await.respond(200, empty());
     calling.await.unwrap();
     let caller = Caller::http1(&proxy);
     caller.get("/v1/models").await;
+    // The metrics are for callers as well.
+    caller.get("/metrics").await.assert_error(401, "authentication_error", "missing_api_key");
     caller.with_token("not-a-token-of-anybody").get("/v1/models").await;
-    let now = scrape(&proxy).await;
+    let now = scrape_as(&known).await;
     assert_eq!(now.value(REQUESTS, &[("status", "2xx"), ("by", "api"), ("caller", "web")]), Some(1.0));
     assert_eq!(now.value(REQUESTS, &[("status", "4xx"), ("by", "proxy"), ("caller", "unknown")]), Some(2.0));
     assert_eq!(now.value(REFUSALS, &[("reason", "missing_token"), ("caller", "unknown")]), Some(1.0));

@@ -181,7 +181,7 @@ async fn a_502_reveals_no_secret() {
     let proxy = Launch::for_api(&api).env("SELAM_API_KEY", &key).args(["--log", "trace"]).start().await;
     let mut caller = raw(&proxy).await;
     let request = format!(
-        "GET /v1/models?note={password} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Note: {password}\r\n\r\n"
+        "GET /v1/models?note={password} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Note: {password}\r\n\r\n"
     );
     caller.write_all(request.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;

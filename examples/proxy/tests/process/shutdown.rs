@@ -106,7 +106,7 @@ async fn idle_connections_are_closed() {
     // One without a request yet, one between two requests, and one over HTTP/2.
     let mut silent = raw(&proxy).await;
     let mut idle = raw(&proxy).await;
-    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     assert!(response_head(&mut idle).await.starts_with("HTTP/1.1 200 "));
     let mut body = [0; 3];
     with_timeout(idle.read_exact(&mut body)).await.unwrap();
@@ -126,7 +126,7 @@ async fn a_connection_closes_after_its_last_answer() {
     let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
     let mut proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
-    caller.write_all(b"GET /v1/models HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    caller.write_all(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let exchange = api.next().await;
     proxy.terminate();
     stopped_accepting(&proxy).await;
@@ -142,7 +142,7 @@ async fn upgraded_connections_are_finished() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let mut proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
-    let head = "GET /v1/live HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
+    let head = "GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
     caller.write_all(head.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     read_head(&mut connection).await;

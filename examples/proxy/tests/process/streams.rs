@@ -154,7 +154,7 @@ async fn credentials_are_stripped_from_trailers() {
     }
 }
 
-const EXPECTING: &str = "POST /v1/chat/completions HTTP/1.1\r\nHost: the.proxy\r\nExpect: 100-continue\r\n\
+const EXPECTING: &str = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n\
      Content-Length: 4\r\n\r\n";
 
 #[tokio::test]
@@ -327,7 +327,7 @@ async fn a_closed_connection_does_not_complete_a_chunked_answer() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let proxy = Launch::with_key(&api).start().await;
     let mut caller = raw(&proxy).await;
-    caller.write_all(b"GET /v1/models HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    caller.write_all(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut connection = api.accept().await;
     read_head(&mut connection).await;
     let half = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";

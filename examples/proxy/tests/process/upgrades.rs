@@ -19,7 +19,7 @@ const SWITCHED: &[u8] =
 
 fn handshake(more: &str) -> String {
     format!(
-        "GET /v1/audio/live?voice=x HTTP/1.1\r\nHost: the.proxy\r\nConnection: X-Mine, Upgrade\r\nUpgrade: echo/2\r\n\
+        "GET /v1/audio/live?voice=x HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, Upgrade\r\nUpgrade: echo/2\r\n\
          Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Mine: hop\r\nX-Api-Key: theirs\r\n{more}\r\n"
     )
 }
@@ -172,7 +172,7 @@ async fn a_declined_upgrade_is_an_ordinary_answer() {
     assert!(head.starts_with("HTTP/1.1 426 ") && head.contains("x-kept: 1\r\n"), "{head}");
     expect(&mut caller, b"no").await;
     // The connection can be reused.
-    caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
 }
 
@@ -201,7 +201,7 @@ async fn the_voice_agent_gets_credentials_in_its_query() {
     let proxy =
         Launch::for_api(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
     let mut caller = raw(&proxy).await;
-    let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\n\
+    let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n\
          Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
     caller.write_all(head.as_bytes()).await.unwrap();
     let head = response_head(&mut caller).await;

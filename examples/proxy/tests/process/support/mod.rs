@@ -10,6 +10,7 @@ mod scratch;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
 use tokio::{sync::mpsc, time};
@@ -91,7 +92,10 @@ impl Feed {
 
     pub(crate) async fn all_trailers(self, trailers: impl IntoIterator<Item = (&'static str, &'static str)>) {
         let parsed = |(name, value): (&str, &str)| (name.parse().unwrap(), value.parse().unwrap());
-        let trailers = trailers.into_iter().map(parsed).collect();
+        self.trailer_map(trailers.into_iter().map(parsed).collect()).await;
+    }
+
+    pub(crate) async fn trailer_map(self, trailers: HeaderMap) {
         with_timeout(self.0.send(Ok(Frame::trailers(trailers)))).await.expect("the trailers are being read");
     }
 
