@@ -37,7 +37,7 @@ fn uploads(target: &str, token: &str) -> Vec<(&'static str, Vec<u8>)> {
     .into_iter()
     .map(|(name, version, headers, body)| {
         let head = format!(
-            "POST {target} HTTP/{version}\r\nHost: the.proxy\r\nAuthorization: Bearer {token}\r\n{headers}\r\n"
+            "POST {target} HTTP/{version}\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n{headers}\r\n"
         );
         (name, [head.into_bytes(), body].concat())
     })
@@ -169,7 +169,7 @@ async fn a_connection_survives_a_short_refused_request() {
     for _ in 0..10 {
         let body = "x".repeat(40_000);
         let head =
-            format!("POST /v1/files HTTP/1.1\r\nHost: the.proxy\r\nContent-Length: {}\r\n\r\n", body.len());
+            format!("POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
         caller.write_all(head.as_bytes()).await.unwrap();
         let head = response_head(&mut caller).await.to_ascii_lowercase();
         assert!(head.starts_with("http/1.1 401 ") && !head.contains("connection: close"), "{head}");
@@ -234,7 +234,7 @@ async fn idle_connections_are_closed_after_the_keep_alive_time() {
     let limit = Duration::from_secs(3);
     let http1 = async {
         let mut caller = raw(&proxy).await;
-        caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+        caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         let started = Instant::now();
         let answer = String::from_utf8(read_to_end(&mut caller).await).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("ok\n"), "{answer}");
@@ -273,7 +273,7 @@ async fn late_heads_are_cut_off() {
     }
     // The second request of a connection.
     let mut caller = raw(&proxy).await;
-    caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: the.proxy\r\n\r\n").await.unwrap();
+    caller.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     response_head(&mut caller).await;
     with_timeout(caller.read_exact(&mut [0; 3])).await.unwrap();
     caller.write_all(b"GET /healthz HTT").await.unwrap();
@@ -345,7 +345,7 @@ async fn strangers_cannot_occupy_all_connections() {
             1 => raw_http2(&proxy).await,
             _ => {
                 let mut stranger = raw(&proxy).await;
-                let request = b"GET /v1/models HTTP/1.1\r\nHost: the.proxy\r\n\r\n";
+                let request = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n";
                 stranger.write_all(request).await.unwrap();
                 stranger
             }
@@ -391,7 +391,7 @@ async fn idle_upgraded_connections_are_closed() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let proxy = Launch::with_key(&api).args(["--upgrade-idle", "1", "--keep-alive", "1"]).start().await;
     let mut caller = raw(&proxy).await;
-    let head = "GET /v1/live HTTP/1.1\r\nHost: the.proxy\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
+    let head = "GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
     caller.write_all(head.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     read_head(&mut connection).await;
@@ -463,7 +463,7 @@ async fn headers_have_the_same_limit_in_each_version() {
     }
     // Far beyond the limit, the answer arrives as well.
     let mut caller = raw(&proxy).await;
-    let head = format!("GET /v1/models HTTP/1.1\r\nHost: the.proxy\r\nX: {}\r\n\r\n", "x".repeat(4_000_000));
+    let head = format!("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n", "x".repeat(4_000_000));
     with_timeout(caller.write_all(head.as_bytes())).await.unwrap();
     let answer = String::from_utf8(read_to_end(&mut caller).await).unwrap();
     assert!(answer.starts_with("HTTP/1.1 431 "), "{answer}");
@@ -474,11 +474,11 @@ async fn logged_texts_of_callers_are_short() {
     let proxy = Launch::new().env("SELAM_API_KEY", "sk-selam-x").start().await;
     let long = "x".repeat(60_000);
     for request in [
-        format!("GET /v1/{long} HTTP/1.1\r\nHost: the.proxy\r\n\r\n"),
-        format!("GET /elsewhere/{long} HTTP/1.1\r\nHost: the.proxy\r\n\r\n"),
+        format!("GET /v1/{long} HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        format!("GET /elsewhere/{long} HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         format!("{long} /v1/models HTTP/1.1\r\nHost: {long}\r\nOrigin: http://{long}\r\n\r\n"),
-        format!("GET /v1/%0a%1b[31m{long} HTTP/1.1\r\nHost: the.proxy\r\nVia: 1.1 {long}\r\n\r\n"),
-        format!("GET http://{long}/v1/models?{long} HTTP/1.1\r\nHost: the.proxy\r\n\r\n"),
+        format!("GET /v1/%0a%1b[31m{long} HTTP/1.1\r\nHost: localhost\r\nVia: 1.1 {long}\r\n\r\n"),
+        format!("GET http://{long}/v1/models?{long} HTTP/1.1\r\nHost: localhost\r\n\r\n"),
     ] {
         let mut caller = raw(&proxy).await;
         caller.write_all(request.as_bytes()).await.unwrap();

@@ -41,7 +41,7 @@ async fn upload(proxy: &Proxy, protocol: Protocol, body: Vec<u8>) -> u16 {
         Protocol::Http1 => {
             let mut caller = raw(proxy).await;
             let head = format!(
-                "POST /v1/files HTTP/1.1\r\nHost: the.proxy\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n",
+                "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {}\r\n\r\n",
                 body.len()
             );
             caller.write_all(head.as_bytes()).await.unwrap();
@@ -98,7 +98,7 @@ async fn an_api_without_continue_gets_the_replayed_body() {
     let (proxy, key) = rotating(&api).await;
     let mut caller = raw(&proxy).await;
     let head =
-        "POST /v1/files HTTP/1.1\r\nHost: the.proxy\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
+        "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
     caller.write_all(head.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     read_head(&mut connection).await;
