@@ -72,8 +72,8 @@
 //! 4. saves the new refresh token before anybody is given the access token that came with it, or for 5 seconds at most. Then,
 //!    or if saving fails, saving continues in the background, and the store stays locked until it succeeds.
 //!
-//! A process that is killed between the answer of the endpoint and the saving loses the login, and one that ends in the
-//! middle of an exchange may: no client can prevent that.
+//! A process that is killed between the answer of the endpoint and the saving loses the login, and a process that ends in
+//! the middle of an exchange may. No client can prevent that.
 //!
 //! # When a refresh token is sent again
 //!
@@ -88,14 +88,16 @@
 //!
 //! A token that may be spent is sent again until the endpoint answers, because that loses the fewest logins. If the first
 //! exchange never reached the endpoint, the token is valid. If it did, its answer with the new refresh token is lost, and
-//! nobody can continue the login without the endpoint's help: one that accepts a token twice within a grace period
-//! gives it, the sooner the better. A strict one revokes the tokens of a login that was lost already; `invalid_grant` then says so
+//! nobody can continue the login without the endpoint's help. An endpoint with a grace period accepts the token
+//! a second time, the sooner the better. A strict endpoint revokes the tokens of a login that was lost already; `invalid_grant` then says so
 //! ([`UnansweredExchange::is_rejected`]). To fail at once would lose the login in the first and the second case too.
 
 mod auth;
 mod client;
 mod endpoint;
 mod exchange;
+#[cfg(any(unix, windows))]
+mod file_store;
 mod login;
 mod response;
 mod rotation;
@@ -105,6 +107,8 @@ mod token_type;
 mod unanswered;
 
 pub(crate) use self::client::TokenClient;
+#[cfg(any(unix, windows))]
+pub use self::file_store::FileStore;
 pub use self::{
     auth::{Assertion, ClientAuth},
     endpoint::TokenEndpoint,

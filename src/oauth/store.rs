@@ -67,7 +67,7 @@ impl fmt::Debug for RefreshToken {
 
 /// Keeps the refresh token of a login, so that the next run of the program starts with the newest one.
 ///
-/// `FileStore` keeps it in a file. Any other place takes two methods, and a third if several programs
+/// [`FileStore`](super::FileStore) keeps it in a file. Any other place takes two methods, and a third if several programs
 /// share the login:
 ///
 /// | The token is in | `lock` | `save` |

@@ -36,6 +36,10 @@ impl Directory {
         Self(path)
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
     pub(crate) fn file(&self) -> PathBuf {
         self.0.join("key")
     }
