@@ -5,7 +5,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io::{self, ErrorKind, Read, Write},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -74,15 +74,18 @@ const MAX_LINKS: usize = 40;
 pub struct FileStore {
     path: Arc<Path>,
     initial: Option<RefreshToken>,
-    seen: Arc<Mutex<Seen>>,
+    shared: Arc<Mutex<Shared>>,
 }
 
-/// The file as this process left it.
-#[derive(Debug, Default)]
-struct Seen {
-    state: u64,
+/// What the clones of a store share.
+#[derive(Debug)]
+struct Shared {
+    /// The state of the file when this process last read or wrote it.
+    seen: u64,
     /// How often another program has changed the file.
     changes: u64,
+    /// The lock, while this process holds it.
+    lock: Weak<File>,
 }
 
 impl FileStore {
@@ -90,8 +93,8 @@ impl FileStore {
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let path: Arc<Path> = path.into().into();
-        let seen = Seen { state: state_of(&path), changes: 0 };
-        Self { path, initial: None, seen: Arc::new(Mutex::new(seen)) }
+        let shared = Shared { seen: state_of(&path), changes: 0, lock: Weak::new() };
+        Self { path, initial: None, shared: Arc::new(Mutex::new(shared)) }
     }
 
     /// Sets the token to start with as long as there is no file, for example from a variable that a deployment sets.
@@ -113,10 +116,30 @@ impl FileStore {
     ///
     /// Fails if another program uses the previous login for more than 20 seconds, or if the file cannot be written.
     pub async fn replace(&self, token: &RefreshToken) -> Result<(), BoxError> {
-        let _lock = self.lock().await?;
-        let token = token.clone();
+        let (lock, token) = (self.lock_file().await?, token.clone());
         // `version` is to change, so the file counts as changed by another program.
-        self.blocking(move |files| files.write(&token)).await.map(drop)
+        let replacing = self.blocking(move |files| {
+            let _lock = lock;
+            files.write(&token)
+        });
+        replacing.await.map(drop)
+    }
+
+    async fn lock_file(&self) -> Result<Arc<File>, BoxError> {
+        let [mut pause, max] = LOCK_BACKOFF;
+        let locking = async {
+            loop {
+                if let Some(lock) = self.blocking(|files| files.try_lock()).await? {
+                    return Ok(Arc::new(lock));
+                }
+                // Not to lock in step with another program.
+                sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                pause = max.min(pause * 2);
+            }
+        };
+        timeout(LOCK_PATIENCE, locking).await.unwrap_or_else(|_| {
+            Err(format!("another program has locked {} for {LOCK_PATIENCE:?}", self.path.display()).into())
+        })
     }
 
     async fn blocking<T: Send + 'static>(
@@ -129,30 +152,23 @@ impl FileStore {
 
     /// Records the state of the file that this process has read, or written itself.
     fn saw(&self, state: u64, is_own_change: bool) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if state != seen.state && !is_own_change {
-            seen.changes += 1;
+        let mut shared = self.shared();
+        if state != shared.seen && !is_own_change {
+            shared.changes += 1;
         }
-        seen.state = state;
+        shared.seen = state;
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl RefreshTokenStore for FileStore {
     async fn lock(&self) -> Result<StoreLock, BoxError> {
-        let [mut pause, max] = LOCK_BACKOFF;
-        let locking = async {
-            loop {
-                if let Some(lock) = self.blocking(|files| files.try_lock()).await? {
-                    return Ok(StoreLock::new(lock));
-                }
-                // Not to lock in step with another program.
-                sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                pause = max.min(pause * 2);
-            }
-        };
-        timeout(LOCK_PATIENCE, locking).await.unwrap_or_else(|_| {
-            Err(format!("another program has locked {} for {LOCK_PATIENCE:?}", self.path.display()).into())
-        })
+        let lock = self.lock_file().await?;
+        self.shared().lock = Arc::downgrade(&lock);
+        Ok(StoreLock::new(lock))
     }
 
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
@@ -166,10 +182,19 @@ impl RefreshTokenStore for FileStore {
     }
 
     async fn save(&self, token: &RefreshToken, replaced: &RefreshToken) -> Result<(), BoxError> {
+        let held = self.shared().lock.upgrade();
+        let lock = match held {
+            Some(lock) => lock,
+            None => self.lock_file().await?,
+        };
         let (store, token, replaced) = (self.clone(), token.clone(), replaced.clone());
         self.blocking(move |files| {
-            let held = files.read()?.or_else(|| store.initial.clone());
-            if held.is_some_and(|held| held.fingerprint() == replaced.fingerprint()) {
+            // Here, because the call may be dropped before this ends.
+            let _lock = lock;
+            let held = files.read().map(|held| held.or_else(|| store.initial.clone()));
+            let is = |token: &RefreshToken| token.fingerprint() == replaced.fingerprint();
+            // A file that cannot be read any more holds no other login.
+            if held.is_err() || held.is_ok_and(|held| held.as_ref().is_some_and(is)) {
                 store.saw(files.write(&token)?, true);
             }
             Ok(())
@@ -180,8 +205,8 @@ impl RefreshTokenStore for FileStore {
     /// Looks at the file's metadata.
     fn version(&self) -> u64 {
         let state = state_of(&self.path);
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.changes + u64::from(state != seen.state)
+        let shared = self.shared();
+        shared.changes + u64::from(state != shared.seen)
     }
 }
 

@@ -142,6 +142,20 @@ async fn files_are_private() {
     }
 }
 
+/// K6: the access rights are changed between loading and saving.
+#[cfg(unix)]
+#[tokio::test]
+async fn exposed_file_is_replaced() {
+    let directory = Directory::new();
+    let store = FileStore::new(directory.file());
+    let first = token("first");
+    store.replace(&first).await.unwrap();
+    let _lock = store.lock().await.unwrap();
+    set_mode(&directory.file(), 0o644);
+    store.save(&token("second"), &first).await.unwrap();
+    assert_eq!((mode(&directory.file()), held(&store).await.as_deref()), (0o600, Some("second")));
+}
+
 /// The link stays, its target is replaced, and both names exclude each other.
 #[cfg(unix)]
 #[tokio::test]
@@ -272,6 +286,31 @@ async fn dropped_waiters_release_the_lock() {
         waiter.abort();
         drop(lock);
         drop(timeout(50 * SHORT, store.lock()).await.unwrap().unwrap());
+    }
+}
+
+/// Calls that are dropped in the middle leave a whole token, and none overtakes a holder of the lock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dropped_calls_leave_a_whole_token() {
+    let directory = Directory::new();
+    let store = FileStore::new(directory.file());
+    store.replace(&token("login")).await.unwrap();
+    for round in 0..100 {
+        let calls = [0, 1, 2].map(|call| {
+            let store = FileStore::new(directory.file());
+            tokio::spawn(async move {
+                if call == 0 {
+                    return store.replace(&token("login")).await;
+                }
+                let _lock = store.lock().await?;
+                let held = store.load().await?.unwrap();
+                store.save(&token("rotated"), &held).await
+            })
+        });
+        tokio::time::sleep(Duration::from_micros(round * 50)).await;
+        calls.iter().for_each(|call| call.abort());
+        let held = held(&store).await.unwrap();
+        assert!(["login", "rotated"].contains(&&*held), "{held}");
     }
 }
 
