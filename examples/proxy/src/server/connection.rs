@@ -110,10 +110,7 @@ impl Connection {
         let now = self.now();
         self.moved_at.store(now, Relaxed);
         // Over HTTP/2, bytes also arrive without requests: answers to pings.
-        if self.requests.load(Relaxed) == 0
-            && self.head_since.load(Relaxed) == NONE
-            && !self.http2.load(Relaxed)
-        {
+        if self.requests.load(Relaxed) == 0 && self.head_since.load(Relaxed) == NONE && !self.is_http2() {
             self.head_since.store(now, Relaxed);
         }
     }
@@ -122,9 +119,14 @@ impl Connection {
         self.http2.store(true, Relaxed);
     }
 
-    /// Discards what the caller still sends. Over HTTP/2, the stream is reset instead.
+    pub(super) fn is_http2(&self) -> bool {
+        self.http2.load(Relaxed)
+    }
+
+    /// Discards what the caller still sends. Over HTTP/2, other requests would suffer.
     pub(super) fn discard(&self) {
-        self.discards.store(!self.http2.load(Relaxed), Relaxed);
+        debug_assert!(!self.is_http2());
+        self.discards.store(true, Relaxed);
     }
 
     pub(super) fn discards(&self) -> bool {
@@ -156,7 +158,7 @@ impl Connection {
         }
         let (since, limit, due) = match self.head_since.load(Relaxed) {
             NONE => (self.idle_since.load(Relaxed), limits.keep_alive, Due::Close),
-            since if self.http2.load(Relaxed) => (since, limits.head_timeout, Due::Close),
+            since if self.is_http2() => (since, limits.head_timeout, Due::Close),
             since => (since, limits.head_timeout, Due::Cut),
         };
         let deadline = self.opened + Duration::from_millis(since) + limit;

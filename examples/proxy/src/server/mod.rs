@@ -16,7 +16,7 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header::CONNECTION},
+    http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::CONNECTION},
 };
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::{body::Incoming, service::Service};
@@ -312,7 +312,6 @@ impl Service<Request<Incoming>> for Requests {
         let app = self.app.clone();
         Box::pin(async move {
             let (mut parts, body) = request.into_parts();
-            let http2 = parts.version == Version::HTTP_2;
             let (body, upload) = if body.is_end_stream() {
                 (Body::empty(), None)
             } else {
@@ -327,7 +326,7 @@ impl Service<Request<Incoming>> for Requests {
             if let Some(upload) = &upload
                 && upload.is_left()
             {
-                if !http2 {
+                if !connection.is_http2() {
                     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 if response.status().is_client_error() || response.status().is_server_error() {

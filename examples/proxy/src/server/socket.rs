@@ -21,8 +21,8 @@ use super::connection::Connection;
 use crate::metrics::CONNECTIONS;
 
 /// How much is read from a caller, and for how long, after the last answer.
-const LINGER_BYTES: usize = 1024 * 1024 * 1024;
-const LINGER_TIME: Duration = Duration::from_secs(30);
+pub(super) const LINGER_BYTES: usize = 1024 * 1024 * 1024;
+pub(super) const LINGER_TIME: Duration = Duration::from_secs(30);
 
 /// How long the caller may pause during that time.
 pub(super) const LINGER_PAUSE: Duration = Duration::from_secs(5);

@@ -4,7 +4,6 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
-    time::Duration,
 };
 
 use axum::body::{Body, Bytes};
@@ -12,12 +11,13 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::{runtime::Handle, time};
 
-use super::connection::{Connection, InFlight};
+use super::{
+    connection::{Connection, InFlight},
+    socket::{LINGER_BYTES, LINGER_PAUSE, LINGER_TIME},
+};
 
-/// A body that is given up is read to its end if it is at most this long, in at most this time, so that the connection can be
-/// reused.
+/// Over HTTP/1.1, a body that is given up is read to its end if it is at most this long, so that the connection can be reused.
 const SHORT: u64 = 64 * 1024;
-const SHORT_TIME: Duration = Duration::from_secs(5);
 
 /// Controls the body of a request. Its clones belong to the body, and to the response.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ struct State {
     body: Option<(Incoming, InFlight)>,
     connection: Arc<Connection>,
     complete: bool,
-    /// It was given up, and its short rest is read in the background.
+    /// It was given up, and its rest is read in the background.
     drained: bool,
     /// The caller waits for `100 Continue`, and may never send the body.
     expects_continue: bool,
@@ -63,15 +63,19 @@ impl Upload {
     }
 
     /// Stops forwarding: the response makes the rest pointless.
+    ///
+    /// Some callers read the response only after they have sent everything, and some lose it if their stream is reset before
+    /// that. Therefore the rest is read, within limits: of a longer body over HTTP/1.1 by the [`Socket`](super::socket::Socket),
+    /// which does not look for chunks.
     pub(super) fn give_up(&self) {
         let mut state = self.state();
         let Some((body, in_flight)) = state.body.take() else { return };
-        if is_short(&body) && !state.expects_continue {
+        if state.connection.is_http2() || (is_short(&body) && !state.expects_continue) {
             state.drained = true;
             drop(state);
-            read_to_end(body, in_flight);
+            discard(body, in_flight);
         } else {
-            // Before the body is dropped, which lets the server end.
+            // Before the body is dropped, after which the server reads no more.
             state.connection.discard();
             drop(state);
         }
@@ -97,15 +101,22 @@ fn is_short(body: &Incoming) -> bool {
     body.size_hint().upper().is_some_and(|length| length <= SHORT)
 }
 
-fn read_to_end(body: Incoming, in_flight: InFlight) {
+/// Reads the rest of a body, within limits. After that, dropping it closes the connection, or resets the stream with
+/// `NO_ERROR` ([RFC 9113 section 8.1](https://www.rfc-editor.org/rfc/rfc9113#section-8.1)).
+fn discard(body: Incoming, in_flight: InFlight) {
     // No runtime: the process is ending.
     let Ok(runtime) = Handle::try_current() else { return };
     runtime.spawn(async move {
         let mut body = pin!(body);
-        let _ = time::timeout(SHORT_TIME, async {
-            while let Some(Ok(_)) = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await {}
-        })
-        .await;
+        let mut left = LINGER_BYTES;
+        let reading = async {
+            while left > 0 {
+                let next = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx));
+                let Ok(Some(Ok(frame))) = time::timeout(LINGER_PAUSE, next).await else { break };
+                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            }
+        };
+        let _ = time::timeout(LINGER_TIME, reading).await;
         drop(in_flight);
     });
 }

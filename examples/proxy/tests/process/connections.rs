@@ -132,6 +132,7 @@ async fn a_refused_upload_over_http2_gets_its_answer() {
     let caller = Caller::http2(&proxy);
     // One connection carries all of them: a refused upload must not use up its window.
     for round in 0..40 {
+        let sent = if round % 8 == 0 { UPLOAD } else { UPLOAD / 64 };
         let (feed, body) = channel_body();
         let refused = caller.request(Method::POST, "/v1/files").body(body).unwrap();
         let calling = tokio::spawn({
@@ -139,7 +140,10 @@ async fn a_refused_upload_over_http2_gets_its_answer() {
             async move { read(caller.send(refused).await).await }
         });
         let chunk = Bytes::from(vec![b'x'; 64 * 1024]);
-        while feed.try_data(chunk.clone()).await {}
+        for _ in 0..sent / chunk.len() {
+            feed.data(chunk.clone()).await;
+        }
+        drop(feed);
         calling.await.unwrap().assert_error(401, "authentication_error", "missing_api_key");
         if round % 8 == 0 {
             let known = caller.clone().with_token(&token);
@@ -150,11 +154,35 @@ async fn a_refused_upload_over_http2_gets_its_answer() {
             let Exchange { request, answer } = api.next().await;
             answer.send(Response::builder().status(413).body(full("too much")).unwrap()).unwrap();
             drop(request);
-            while feed.try_data(chunk.clone()).await {}
+            for _ in 0..UPLOAD / chunk.len() {
+                feed.data(chunk.clone()).await;
+            }
+            drop(feed);
             let answer = calling.await.unwrap();
             assert_eq!((answer.status.as_u16(), answer.text()), (413, "too much"));
         }
     }
+}
+
+/// The stream is reset after the answer, if the caller sends nothing more.
+#[tokio::test]
+async fn a_refused_stream_is_reset_without_an_error() {
+    let proxy = Launch::new()
+        .env("SELAM_API_KEY", "sk-selam-x")
+        .callers(&format!("web:{}\n", secret(random())))
+        .args(["--keep-alive", "1"])
+        .start()
+        .await;
+    let mut caller = raw_http2(&proxy).await;
+    // `POST /v1/files` without its end.
+    write_frame(&mut caller, 1, 4, 1, b"\x83\x86\x04\x09/v1/files\x01\x01x").await;
+    write_frame(&mut caller, 0, 0, 1, &[b'x'; 1000]).await;
+    let frames = frames(caller).await;
+    let of_stream: Vec<_> =
+        frames.iter().filter(|(_, stream, _)| *stream == 1).map(|(kind, _, _)| *kind).collect();
+    // HEADERS, DATA, WINDOW_UPDATE and RST_STREAM.
+    assert!(of_stream.starts_with(&[1, 0]) && of_stream.ends_with(&[3]), "{of_stream:?}");
+    assert!(frames.contains(&(3, 1, vec![0; 4])), "{frames:?}");
 }
 
 /// A short body that was not read does not cost the connection.
@@ -197,22 +225,22 @@ async fn write_frame(caller: &mut TcpStream, kind: u8, flags: u8, stream: u32, p
     caller.write_all(&[&head, payload].concat()).await.unwrap();
 }
 
-/// Reads and answers frames until the connection is closed. Returns the kinds of the frames.
-async fn frames(mut caller: TcpStream) -> Vec<u8> {
-    let mut kinds = Vec::new();
+/// Reads and answers frames until the connection is closed. Returns their kinds, streams and payloads.
+async fn frames(mut caller: TcpStream) -> Vec<(u8, u32, Vec<u8>)> {
+    let mut frames = Vec::new();
     loop {
         let mut head = [0; 9];
         if with_timeout(caller.read_exact(&mut head)).await.is_err() {
-            return kinds;
+            return frames;
         }
-        let [a, b, c, kind, flags, ..] = head;
+        let [a, b, c, kind, flags, stream @ ..] = head;
         let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
         with_timeout(caller.read_exact(&mut payload)).await.unwrap();
         const PING: u8 = 6;
         if kind == PING && flags & 1 == 0 {
             write_frame(&mut caller, PING, 1, 0, &payload).await;
         }
-        kinds.push(kind);
+        frames.push((kind, u32::from_be_bytes(stream), payload));
     }
 }
 
@@ -221,7 +249,10 @@ async fn request_health(caller: &mut TcpStream) {
     write_frame(caller, 1, 5, 1, b"\x82\x86\x04\x08/healthz\x01\x01x").await;
 }
 
-const GOAWAY: u8 = 7;
+fn has_goaway(frames: &[(u8, u32, Vec<u8>)]) -> bool {
+    const GOAWAY: u8 = 7;
+    frames.iter().any(|(kind, ..)| *kind == GOAWAY)
+}
 
 #[tokio::test]
 async fn idle_connections_are_closed_after_the_keep_alive_time() {
@@ -245,7 +276,7 @@ async fn idle_connections_are_closed_after_the_keep_alive_time() {
         request_health(&mut caller).await;
         let started = Instant::now();
         let frames = frames(caller).await;
-        assert!(frames.contains(&GOAWAY), "{frames:?}");
+        assert!(has_goaway(&frames), "{frames:?}");
         assert!(started.elapsed() > limit - Duration::from_millis(100), "{:?}", started.elapsed());
     };
     // This caller does not answer the ping that precedes the last GOAWAY.
@@ -290,7 +321,7 @@ async fn late_heads_are_cut_off() {
     let mut half = raw_http2(&proxy).await;
     write_frame(&mut half, 1, 1, 1, b"\x82\x86\x04\x08/he").await;
     let (idle, half) = tokio::join!(frames(idle), frames(half));
-    assert!(idle.contains(&GOAWAY) && half.contains(&GOAWAY), "{idle:?} {half:?}");
+    assert!(has_goaway(&idle) && has_goaway(&half), "{idle:?} {half:?}");
 
     // A head that trickles in is late as well.
     let (mut reader, mut writer) = raw(&proxy).await.into_split();
