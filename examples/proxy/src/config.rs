@@ -77,6 +77,9 @@ The API
   --allow-insecure-loopback   allow plain http for the API and the token endpoint on a
                               loopback address, for tests
 
+  HTTPS_PROXY or ALL_PROXY names an HTTP proxy on the way to the API and to the token
+  endpoint, NO_PROXY the hosts that are connected to directly.
+
 Credentials (at most one flag for each; a flag overrides the environment)
   --api-key-file FILE         file with the API key, re-read when the key is rotated
                               [SELAM_API_KEY_FILE, or SELAM_API_KEY: the key itself]

@@ -19,7 +19,7 @@ use axum::{
     routing::any,
 };
 use hyper::upgrade::OnUpgrade;
-use hyper_util::{client::legacy::Error as ClientError, rt::TokioIo};
+use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
@@ -36,7 +36,7 @@ use crate::{
     rules::{self, BadPath, Rule},
     server::{self, Connection, Shutdown},
     trailers,
-    upstream::{self, Upstream, Versions},
+    upstream::{self, HttpProxy, Upstream, Versions},
 };
 
 /// How much of a request's body is kept for a replay after a 401. Longer requests are not replayed.
@@ -67,7 +67,7 @@ struct Proxy {
     upgrade_idle: Duration,
 }
 
-type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
+type Stack = BoxCloneSyncService<Request, Response, Error<upstream::Error>>;
 
 /// Builds the proxy as a service for every path.
 ///
@@ -76,8 +76,14 @@ type Stack = BoxCloneSyncService<Request, Response, Error<ClientError>>;
 /// A setting is invalid.
 pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
-    let settings = upstream::Settings::new(tls, config.api_idle, REPLAY_LIMIT);
+    let http_proxy = HttpProxy::from_env(|name| std::env::var_os(name))?;
+    let settings = upstream::Settings::new(tls, http_proxy, config.api_idle, REPLAY_LIMIT);
     let layer = config.layer(SelamLayer::builder().with_token_client(settings.token_client()))?;
+    if let Ok(api) = layer.base_url().to_string().parse()
+        && let Some((variable, proxy)) = settings.proxy.describe(&api)
+    {
+        tracing::info!(proxy, variable, "connecting to the API through an HTTP proxy");
+    }
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
     let (stack, upgrade_stack) = stacks(config, &layer, &settings, &via)?;
     let proxy = Proxy {
@@ -295,13 +301,14 @@ impl Proxy {
 }
 
 /// Maps an error of the stack to the proxy's own response, and logs it.
-fn refusal(error: &Error<ClientError>) -> Refusal {
+fn refusal(error: &Error<upstream::Error>) -> Refusal {
     let refusal = match error {
         Error::Auth(error) => match error.kind() {
             AuthErrorKind::InvalidRequest => Refusal::BadRequest,
             _ => Refusal::NoCredential(error.retry_after()),
         },
         Error::Inner(error) if is_callers_fault(error) => Refusal::BadRequest,
+        Error::Inner(upstream::Error::LargeHeaders) => Refusal::LargeResponse,
         Error::Inner(_) => Refusal::NoUpstream,
     };
     tracing::warn!(
@@ -313,7 +320,7 @@ fn refusal(error: &Error<ClientError>) -> Refusal {
 }
 
 /// Whether the caller's request body failed.
-fn is_callers_fault(error: &ClientError) -> bool {
+fn is_callers_fault(error: &upstream::Error) -> bool {
     let mut cause = error.source();
     while let Some(error) = cause {
         if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_user) {

@@ -44,6 +44,8 @@ pub enum Refusal {
     Loop,
     /// The API does not respond.
     NoUpstream,
+    /// The headers of the API's response are too large.
+    LargeResponse,
     /// No key or JWT is available. With the time after which to retry, if known.
     NoCredential(Option<Duration>),
 }
@@ -68,6 +70,7 @@ impl Refusal {
             Self::BadRequest => "bad_request",
             Self::Loop => "loop",
             Self::NoUpstream => "no_upstream",
+            Self::LargeResponse => "large_response",
             Self::NoCredential(_) => "no_credential",
         }
     }
@@ -153,6 +156,12 @@ impl Refusal {
                 "upstream_unavailable",
                 "The API did not respond to the proxy.",
             ),
+            Self::LargeResponse => (
+                StatusCode::BAD_GATEWAY,
+                "api_error",
+                "response_headers_too_large",
+                "The headers of the API's response exceed 64 KiB, or 1,024 fields.",
+            ),
             Self::NoCredential(_) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "api_error",
@@ -215,6 +224,7 @@ mod tests {
             (Refusal::BadRequest, 400, "invalid_request_error", "invalid_request"),
             (Refusal::Loop, 508, "api_error", "loop_detected"),
             (Refusal::NoUpstream, 502, "api_error", "upstream_unavailable"),
+            (Refusal::LargeResponse, 502, "api_error", "response_headers_too_large"),
             (Refusal::NoCredential(None), 503, "api_error", "credential_unavailable"),
         ] {
             let response = refusal.into_response();

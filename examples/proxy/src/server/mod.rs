@@ -52,14 +52,14 @@ const CONNECTION_WINDOW: u32 = 4 * 1024 * 1024;
 /// How many concurrent requests an HTTP/2 connection may carry.
 const STREAMS: u32 = 1000;
 
-/// How long the header fields of a request may be: names and values together. And how many there may be.
+/// How long the header fields of a request or response may be: names and values together. And how many there may be.
 const MAX_HEADERS: usize = 64 * 1024;
-const MAX_FIELDS: usize = 1024;
+pub const MAX_FIELDS: usize = 1024;
 
 /// How long the whole head may be, with the longest URI and what each version adds to a field. Beyond that, hyper answers with
 /// 431 itself, or gives up the connection.
-const MAX_HEAD_HTTP1: usize = 64 * 1024 + MAX_HEADERS + 8 * MAX_FIELDS;
-const MAX_HEAD_HTTP2: u32 = (64 * 1024 + MAX_HEADERS + 32 * MAX_FIELDS) as u32;
+pub const MAX_HEAD_HTTP1: usize = 64 * 1024 + MAX_HEADERS + 8 * MAX_FIELDS;
+pub const MAX_HEAD_HTTP2: u32 = (64 * 1024 + MAX_HEADERS + 32 * MAX_FIELDS) as u32;
 
 /// One of how many connections may belong to strangers; and how old they are allowed to become beyond that, so that a burst of
 /// new connections has time for its first requests.

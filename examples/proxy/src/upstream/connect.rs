@@ -1,20 +1,29 @@
 //! Connections to the API and the token endpoint: TCP, TLS, and the HTTP proxy on the way.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use axum::http::Uri;
-use hyper_rustls::{HttpsConnectorBuilder, MaybeHttpsStream};
-use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioIo};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
+use hyper_util::{
+    client::legacy::connect::{HttpConnector, proxy::Tunnel},
+    rt::TokioIo,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::rustls::{
     ClientConfig, RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, pem::PemObject},
 };
-use tower::{ServiceBuilder, util::BoxCloneSyncService};
+use tower::{Service, ServiceBuilder, util::BoxCloneSyncService};
 use tower_selam::BoxError;
 
-use super::connection::Recorded;
+use super::{connection::Recorded, http_proxy::HttpProxy};
 use crate::config;
 
 /// How long it may take to connect, with name resolution and TLS.
@@ -34,9 +43,12 @@ pub enum Versions {
     Http1,
 }
 
-pub type Connector = BoxCloneSyncService<Uri, Recorded<MaybeHttpsStream<TokioIo<TcpStream>>>, BoxError>;
+/// A connection to the API or to the HTTP proxy.
+type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
 
-pub(super) fn connector(tls: &ClientConfig, versions: Versions) -> Connector {
+pub type Connector = BoxCloneSyncService<Uri, Recorded<MaybeHttpsStream<Stream>>, BoxError>;
+
+pub(super) fn connector(tls: &ClientConfig, proxy: &HttpProxy, versions: Versions) -> Connector {
     let mut http = HttpConnector::new();
     // The layers enforce https.
     http.enforce_http(false);
@@ -44,13 +56,46 @@ pub(super) fn connector(tls: &ClientConfig, versions: Versions) -> Connector {
     http.set_keepalive(Some(PROBE_AFTER));
     http.set_keepalive_interval(Some(PROBE_EVERY));
     http.set_keepalive_retries(Some(PROBES));
+    let dial = Dial { https: (http.clone(), tls.clone()).into(), http, proxy: proxy.clone() };
     let https = HttpsConnectorBuilder::new().with_tls_config(tls.clone()).https_or_http();
     let https = match versions {
-        Versions::All => https.enable_all_versions().wrap_connector(http),
-        Versions::Http1 => https.enable_http1().wrap_connector(http),
+        Versions::All => https.enable_all_versions().wrap_connector(dial),
+        Versions::Http1 => https.enable_http1().wrap_connector(dial),
     };
     let service = ServiceBuilder::new().timeout(CONNECT_TIMEOUT).map_response(Recorded::new).service(https);
     BoxCloneSyncService::new(service)
+}
+
+/// Connects to a server, directly or through a tunnel of the HTTP proxy.
+#[derive(Clone)]
+struct Dial {
+    http: HttpConnector,
+    /// To the proxy, which may itself be reached over TLS.
+    https: HttpsConnector<HttpConnector>,
+    proxy: HttpProxy,
+}
+
+impl Service<Uri> for Dial {
+    type Response = Stream;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Stream, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.http.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, server: Uri) -> Self::Future {
+        let Some(proxy) = self.proxy.intercept(&server) else {
+            let connecting = self.http.call(server);
+            return Box::pin(async move { Ok(MaybeHttpsStream::Http(connecting.await?)) });
+        };
+        let mut tunnel = Tunnel::new(proxy.uri().clone(), self.https.clone());
+        if let Some(auth) = proxy.basic_auth() {
+            tunnel = tunnel.with_auth(auth.clone());
+        }
+        let connecting = tunnel.call(server);
+        Box::pin(async move { Ok(connecting.await?) })
+    }
 }
 
 /// Builds the TLS configuration, which trusts the system's certificate authorities and those in the file.

@@ -86,8 +86,17 @@ impl Used {
 /// Limits the idle time of an HTTP/1.1 connection, from the drop of this value on: at the end of a response.
 #[derive(Debug)]
 pub(super) struct IdleLimit {
-    pub(super) used: Option<Used>,
-    pub(super) time: Duration,
+    used: Option<Used>,
+    time: Duration,
+}
+
+impl IdleLimit {
+    pub(super) fn new(used: Used, time: Duration) -> Self {
+        if time.is_zero() {
+            used.retire();
+        }
+        Self { used: Some(used), time }
+    }
 }
 
 impl Drop for IdleLimit {
@@ -180,5 +189,42 @@ impl<T: Write + Unpin> Write for Recorded<T> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_time_is_shorter_than_announced() {
+        let time = |header: &[&str], configured: Option<u64>| {
+            let values = header.iter().map(|value| (KEEP_ALIVE, value.parse().unwrap()));
+            idle_time(&values.collect(), configured.map(Duration::from_secs)).as_millis()
+        };
+        for (header, by_default, at_most_30, at_most_2) in [
+            (&[][..], 4_000, 30_000, 2_000),
+            (&["timeout=5"], 4_000, 4_000, 2_000),
+            (&["timeout=5, max=100"], 4_000, 4_000, 2_000),
+            (&["max=100,TIMEOUT = \"5\""], 4_000, 4_000, 2_000),
+            (&["max=100", "timeout=5"], 4_000, 4_000, 2_000),
+            (&["timeout=5", "timeout=3"], 2_000, 2_000, 2_000),
+            (&["timeout=2"], 1_000, 1_000, 1_000),
+            (&["timeout=1"], 500, 500, 500),
+            (&["timeout=0"], 0, 0, 0),
+            (&["timeout=20"], 19_000, 19_000, 2_000),
+            (&["timeout=75"], 60_000, 30_000, 2_000),
+            (&["timeout=18446744073709551615"], 60_000, 30_000, 2_000),
+            // Not a number of seconds.
+            (&["timeout=18446744073709551616"], 4_000, 30_000, 2_000),
+            (&["timeout=-5"], 4_000, 30_000, 2_000),
+            (&["timeout=1.5"], 4_000, 30_000, 2_000),
+            (&["timeout"], 4_000, 30_000, 2_000),
+            (&["xtimeout=1"], 4_000, 30_000, 2_000),
+            (&["\u{e9}"], 4_000, 30_000, 2_000),
+        ] {
+            let times = [None, Some(30), Some(2)].map(|configured| time(header, configured));
+            assert_eq!(times, [by_default, at_most_30, at_most_2], "{header:?}");
+        }
     }
 }

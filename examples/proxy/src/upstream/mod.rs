@@ -3,9 +3,12 @@
 mod connect;
 mod connection;
 mod expect;
+mod http_proxy;
 mod resend;
 
 use std::{
+    error::Error as _,
+    fmt,
     future::poll_fn,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -20,7 +23,7 @@ use axum::{
 use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper_util::{
-    client::legacy::{Builder, Client, Error, connect::capture_connection},
+    client::legacy::{Builder, Client, Error as ClientError, connect::capture_connection},
     rt::{TokioExecutor, TokioTimer},
 };
 use tokio::time;
@@ -37,7 +40,9 @@ use self::{
 pub use self::{
     connect::{Versions, tls},
     expect::expects_continue,
+    http_proxy::HttpProxy,
 };
+use crate::server::{MAX_FIELDS, MAX_HEAD_HTTP1, MAX_HEAD_HTTP2, has_large_headers};
 
 /// How often HTTP/2 connections are pinged, idle or not, and how long an answer may take. The time until a connection that
 /// leads nowhere gets no more requests is the sum.
@@ -59,6 +64,7 @@ const BODY_RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub tls: ClientConfig,
+    pub proxy: HttpProxy,
     /// How long an idle connection is reused; `None` for the defaults.
     pub idle: Option<Duration>,
     /// How much of a request's body is kept, to send the request once more if the API has not processed it.
@@ -68,8 +74,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub fn new(tls: ClientConfig, idle: Option<Duration>, resend_limit: usize) -> Self {
-        Self { tls, idle, resend_limit, ping_every: PING_EVERY, ping_timeout: PING_TIMEOUT }
+    pub fn new(tls: ClientConfig, proxy: HttpProxy, idle: Option<Duration>, resend_limit: usize) -> Self {
+        Self { tls, proxy, idle, resend_limit, ping_every: PING_EVERY, ping_timeout: PING_TIMEOUT }
     }
 
     fn builder(&self) -> Builder {
@@ -78,6 +84,9 @@ impl Settings {
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(self.idle.unwrap_or(MAX_IDLE))
+            .http1_max_buf_size(MAX_HEAD_HTTP1)
+            .http1_max_headers(MAX_FIELDS)
+            .http2_max_header_list_size(MAX_HEAD_HTTP2)
             .http2_keep_alive_interval(self.ping_every)
             .http2_keep_alive_timeout(self.ping_timeout)
             .http2_keep_alive_while_idle(true)
@@ -88,7 +97,7 @@ impl Settings {
 
     /// Builds a plain client, for the token endpoint. It is called rarely, so no connection is kept for the next call.
     pub fn token_client(&self) -> Client<Connector, Body> {
-        self.builder().pool_max_idle_per_host(0).build(connector(&self.tls, Versions::All))
+        self.builder().pool_max_idle_per_host(0).build(connector(&self.tls, &self.proxy, Versions::All))
     }
 }
 
@@ -118,7 +127,7 @@ struct Lane {
 
 impl Upstream {
     pub fn new(settings: &Settings, versions: Versions) -> Self {
-        let connector = connector(&settings.tls, versions);
+        let connector = connector(&settings.tls, &settings.proxy, versions);
         Self { settings: Arc::new(settings.clone()), connector, lanes: Arc::default() }
     }
 
@@ -161,7 +170,7 @@ impl Upstream {
         let used = Used::new(connection);
         let response = match result {
             Ok(response) => response,
-            Err(error) => return Err((failure(used.as_ref(), &error), error)),
+            Err(error) => return Err((failure(used.as_ref(), &error), error.into())),
         };
         if let Some(body) = &held_back {
             body.answered();
@@ -169,8 +178,12 @@ impl Upstream {
         if let Some(used) = &used {
             used.answered();
         }
-        let idle_limit = (response.version() != Version::HTTP_2)
-            .then(|| IdleLimit { used, time: idle_time(response.headers(), self.settings.idle) });
+        if has_large_headers(response.headers()) {
+            return Err((Failure::Other, Error::LargeHeaders));
+        }
+        let idle_limit = used
+            .filter(|_| response.version() != Version::HTTP_2)
+            .map(|used| IdleLimit::new(used, idle_time(response.headers(), self.settings.idle)));
         Ok(response.map(|body| ResponseBody {
             body,
             _idle_limit: idle_limit,
@@ -181,7 +194,7 @@ impl Upstream {
 }
 
 /// Classifies a failed request, and keeps further ones off its connection.
-fn failure(used: Option<&Used>, error: &Error) -> Failure {
+fn failure(used: Option<&Used>, error: &ClientError) -> Failure {
     let Some(used) = used else {
         // The request was not given to a connection. If none can be made, a second attempt is of no use.
         return if error.is_connect() { Failure::Other } else { Failure::Unprocessed };
@@ -193,6 +206,42 @@ fn failure(used: Option<&Used>, error: &Error) -> Failure {
         failure => {
             used.retire();
             failure
+        }
+    }
+}
+
+/// Why there is no response from the API.
+#[derive(Debug)]
+pub enum Error {
+    Client(ClientError),
+    /// The headers of the response are too large.
+    LargeHeaders,
+}
+
+impl From<ClientError> for Error {
+    fn from(error: ClientError) -> Self {
+        let cause = error.source().and_then(|cause| cause.downcast_ref::<hyper::Error>());
+        match cause.is_some_and(hyper::Error::is_parse_too_large) {
+            true => Self::LargeHeaders,
+            false => Self::Client(error),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(error) => error.fmt(f),
+            Self::LargeHeaders => f.write_str("the headers of the response are too large"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Client(error) => error.source(),
+            Self::LargeHeaders => None,
         }
     }
 }
@@ -245,6 +294,12 @@ impl http_body::Body for ResponseBody {
 mod tests {
     use std::{collections::HashMap, path::Path};
 
+    use axum::http::Method;
+    use tokio::{
+        io::copy_bidirectional,
+        net::{TcpListener, TcpStream},
+        sync::watch,
+    };
     use tower::ServiceExt;
     use tower_selam::{
         replay::{BufferBody, Replay},
@@ -252,6 +307,8 @@ mod tests {
     };
 
     use super::*;
+
+    const CHAT: &str = r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#;
 
     /// Writes the certificate authority of `server` to a file.
     fn ca_file(server: &Server) -> std::path::PathBuf {
@@ -265,12 +322,11 @@ mod tests {
     }
 
     fn settings(ca: &Path) -> Settings {
-        Settings::new(tls(Some(ca), true).unwrap(), None, 1024)
+        Settings::new(tls(Some(ca), true).unwrap(), HttpProxy::default(), None, 1024)
     }
 
     fn request(server: &Server, key: &str) -> Request<RequestBody> {
-        let body = BufferBody::new(0)
-            .pass_through(Body::from(r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#));
+        let body = BufferBody::new(0).pass_through(Body::from(CHAT));
         let request = Request::post(format!("{}/chat/completions", server.base_url()));
         request.header("authorization", format!("Bearer {key}")).body(body).unwrap()
     }
@@ -299,6 +355,67 @@ mod tests {
         let again = upstream.clone().oneshot(request(&server, &key)).await.unwrap();
         assert_eq!(Arc::strong_count(&upstream.lanes.lock().unwrap()[0].in_flight), 2);
         drop(again);
+    }
+
+    /// Forwards connections to `server`, and returns its own base URL. Those so far stop forwarding when told to.
+    async fn forwarder(server: &Server) -> (String, watch::Sender<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (own, api) = (listener.local_addr().unwrap(), server.local_addr());
+        let (sender, _) = watch::channel(());
+        let stop = sender.clone();
+        tokio::spawn(async move {
+            loop {
+                let (mut near, _) = listener.accept().await.unwrap();
+                let mut stopped = stop.subscribe();
+                tokio::spawn(async move {
+                    let mut far = TcpStream::connect(api).await.unwrap();
+                    tokio::select! {
+                        _ = copy_bidirectional(&mut near, &mut far) => return,
+                        _ = stopped.changed() => {}
+                    }
+                    // Open, and silent.
+                    std::future::pending::<()>().await;
+                });
+            }
+        });
+        (server.base_url().replace(&api.port().to_string(), &own.port().to_string()), sender)
+    }
+
+    #[tokio::test]
+    async fn silent_connections_get_no_more_requests() {
+        let simulator = Simulator::new();
+        let server = Server::tls(&simulator).await.unwrap();
+        let (path, key) = (ca_file(&server), simulator.issue_key());
+        let mut settings = settings(&path);
+        std::fs::remove_file(path).unwrap();
+        (settings.ping_every, settings.ping_timeout) =
+            (Duration::from_millis(100), Duration::from_millis(100));
+        let upstream = Upstream::new(&settings, Versions::All);
+        let (base_url, stop) = forwarder(&server).await;
+        let send = |method: Method, path: &str| {
+            let body = if method == Method::POST { Body::from(CHAT) } else { Body::empty() };
+            let request = Request::builder().method(method).uri(format!("{base_url}{path}"));
+            let request = request.header("authorization", format!("Bearer {key}"));
+            let request = request.body(BufferBody::new(0).pass_through(body)).unwrap();
+            time::timeout(Duration::from_secs(20), upstream.clone().oneshot(request))
+        };
+        let post = || send(Method::POST, "/chat/completions");
+        assert_eq!(post().await.unwrap().unwrap().status(), 200);
+        // A request in flight ends. It is sent again only if it is idempotent.
+        for (method, path, succeeds) in
+            [(Method::POST, "/chat/completions", false), (Method::GET, "/models", true)]
+        {
+            stop.send_replace(());
+            let received = simulator.received().len();
+            let answered = send(method.clone(), path).await.unwrap();
+            assert_eq!(answered.is_ok(), succeeds, "{method}");
+            assert_eq!(simulator.received().len() - received, usize::from(succeeds), "{method}");
+            assert_eq!(post().await.unwrap().unwrap().status(), 200);
+        }
+        // An idle connection is given up before the next request.
+        stop.send_replace(());
+        time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(post().await.unwrap().unwrap().status(), 200);
     }
 
     #[tokio::test]

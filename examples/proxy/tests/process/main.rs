@@ -20,3 +20,4 @@ mod shutdown;
 mod streams;
 mod support;
 mod upgrades;
+mod upstream;

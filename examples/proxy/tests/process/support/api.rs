@@ -57,7 +57,10 @@ impl Api for Server {
     }
 }
 
-/// A certificate authority, and a TLS server configuration for `localhost` that it signed.
+/// A host that exists only behind an HTTP proxy.
+pub(crate) const REMOTE_HOST: &str = "api.example";
+
+/// A certificate authority, and a TLS server configuration for `localhost` and the remote host that it signed.
 #[derive(Debug)]
 pub(crate) struct Authority {
     ca_pem: String,
@@ -72,7 +75,7 @@ impl Authority {
         let ca_pem = authority.self_signed(&authority_key).unwrap().pem();
 
         let key = KeyPair::generate().unwrap();
-        let certificate = CertificateParams::new(["localhost".to_owned()])
+        let certificate = CertificateParams::new(["localhost", REMOTE_HOST].map(str::to_owned))
             .unwrap()
             .signed_by(&key, &Issuer::from_params(&authority, &authority_key))
             .unwrap();
@@ -133,6 +136,10 @@ impl TlsListener {
         Self { listener, tls: TlsAcceptor::from(Arc::new(config)) }
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.listener.local_addr().unwrap().port()
+    }
+
     /// Accepts the next connection that completes its TLS handshake.
     pub(crate) async fn accept(&self) -> Tls {
         with_timeout(async {
@@ -170,7 +177,7 @@ impl TlsListener {
 
 impl Api for TlsListener {
     fn base_url(&self) -> String {
-        format!("https://localhost:{}/v1", self.listener.local_addr().unwrap().port())
+        format!("https://localhost:{}/v1", self.port())
     }
 
     fn ca_pem(&self) -> Option<String> {
@@ -291,8 +298,8 @@ async fn serve(stream: Tls, sender: mpsc::UnboundedSender<Exchange>) {
         }
     });
     let mut server = auto::Builder::new(TokioExecutor::new());
-    server.http1().preserve_header_case(true);
-    server.http2().max_concurrent_streams(100);
+    server.http1().preserve_header_case(true).max_headers(4096);
+    server.http2().max_concurrent_streams(100).max_header_list_size(1024 * 1024);
     let _ = server.serve_connection_with_upgrades(TokioIo::new(stream), exchange).await;
 }
 

@@ -34,6 +34,8 @@ impl Caller {
         let client = Client::builder(TokioExecutor::new())
             .http2_only(protocol == Protocol::Http2)
             .http1_preserve_header_case(true)
+            .http1_max_headers(4096)
+            .http2_max_header_list_size(1024 * 1024)
             .build(connector);
         Self { client, address: proxy.address(), token: None }
     }

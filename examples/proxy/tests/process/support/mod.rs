@@ -17,7 +17,7 @@ use tokio::{sync::mpsc, time};
 use tower_selam::BoxError;
 
 pub(crate) use self::{
-    api::{Api, Exchange, Exchanges, Protocol, SYSTEM, TRUSTED, Tls, TlsListener, read_head},
+    api::{Api, Exchange, Exchanges, Protocol, REMOTE_HOST, SYSTEM, TRUSTED, Tls, TlsListener, read_head},
     caller::{Answer, Caller, assert_ended, frame, raw, read, read_to_end, response_head},
     program::{Launch, Proxy, random},
     scan::{assert_clean, secret},
