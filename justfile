@@ -28,6 +28,10 @@ features:
 adapters:
     .ci/run adapters
 
+# Run a program with `panic = "abort"` on missing and shut-down runtimes
+abort:
+    .ci/run abort
+
 # Build the documentation, warnings denied
 docs:
     .ci/run docs

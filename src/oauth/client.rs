@@ -10,11 +10,11 @@ use std::{
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body;
-use tokio::{task::consume_budget, time::timeout};
+use tokio::task::consume_budget;
 use tower::{Service, ServiceExt};
 use zeroize::Zeroizing;
 
-use crate::error::BoxError;
+use crate::{error::BoxError, util::timer::timeout};
 
 const MAX_BODY_SIZE: usize = 64 * 1024;
 

@@ -10,10 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    sync::{Mutex, MutexGuard, oneshot},
-    time::{sleep, timeout, timeout_at},
-};
+use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 use super::{
     RefreshToken, RefreshTokenStore, StoreLock, UnansweredExchange,
@@ -28,7 +25,10 @@ use crate::{
     refresh::on_behalf,
     source::{Fetched, Fetching, SourceError},
     telemetry::event,
-    util::clock::{Clock, Time, monotonic},
+    util::{
+        clock::{Clock, Time, monotonic},
+        timer::{sleep, timeout},
+    },
 };
 
 /// Bounds an exchange, which outlives the request that started it, and each call of the store.
@@ -237,7 +237,7 @@ impl<S: RefreshTokenStore> Rotation<S> {
         let mut is_saved = state.login.unsaved().is_none();
         while !is_saved && monotonic() < deadline {
             let mut saving = pin!(self.save(state));
-            is_saved = match timeout_at(deadline, &mut saving).await {
+            is_saved = match timeout(deadline.saturating_duration_since(monotonic()), &mut saving).await {
                 Ok(is_saved) => is_saved,
                 Err(_) => {
                     unclaimed = send();

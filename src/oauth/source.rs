@@ -14,10 +14,9 @@ use crate::{
     error::{ConfigError, ConfigErrorKind, Place, Setting},
     refresh::Provider,
     source::{Fetched, Reason, Source, SourceError},
-    util::timer::has_timers,
+    util::timer::{TimeoutError, has_timers},
 };
 
-const NO_TIMERS: &str = "fetching a token requires a tokio runtime with its timers enabled";
 const TOKEN_EXCHANGE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 
 /// A [`Source`] of tokens from an OAuth 2.0 token endpoint. See the [module docs](super).
@@ -175,7 +174,7 @@ impl OAuthSource {
 impl Source<Token> for OAuthSource {
     async fn fetch(&self, _: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
         if !has_timers() {
-            return Err(SourceError::transient(NO_TIMERS));
+            return Err(SourceError::transient(TimeoutError::NoTimers));
         }
         match &self.rotation {
             Some(rotation) => Arc::clone(rotation).fetch(Arc::clone(&self.exchange)).await,

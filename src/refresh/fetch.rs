@@ -8,18 +8,17 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::timeout;
-
 use super::{schedule::Unusable, state::RefreshFailure};
 use crate::{
     AuthError, AuthErrorKind,
     credential::Credential,
     source::{DynSource, Fetched, Reason, SourceError},
     telemetry::event::RefreshOutcome,
-    util::clock::Countdown,
+    util::{
+        clock::Countdown,
+        timer::{TimeoutError, timeout},
+    },
 };
-
-const NO_TIMERS: &str = "a refresh needs a tokio runtime with its timers enabled";
 
 /// Why a source fetched nothing.
 pub(super) struct Failed {
@@ -34,7 +33,7 @@ impl From<SourceError> for Failed {
     }
 }
 
-/// Asks the source, for at most `limit`, and catches panics.
+/// Asks the source, for at most `limit`, and catches panics where they unwind.
 pub(super) async fn fetch<C: Credential>(
     source: &dyn DynSource<C>,
     reason: Reason<C>,
@@ -50,13 +49,12 @@ pub(super) async fn fetch<C: Credential>(
         };
         polled.map_err(Failed::from)
     });
-    // A runtime cannot be asked whether it has timers: `timeout` panics if it has none.
-    let Ok(bounded) = catch_unwind(AssertUnwindSafe(|| timeout(limit, guarded))) else {
-        return Err(SourceError::transient(NO_TIMERS).into());
-    };
-    bounded.await.unwrap_or_else(|_| {
-        let error = SourceError::transient(format!("the source did not answer within {limit:?}"));
-        Err(Failed { how: RefreshOutcome::TimedOut, error })
+    timeout(limit, guarded).await.unwrap_or_else(|error| match error {
+        TimeoutError::NoTimers => Err(SourceError::transient(error).into()),
+        TimeoutError::Elapsed => {
+            let error = SourceError::transient(format!("the source did not answer within {limit:?}"));
+            Err(Failed { how: RefreshOutcome::TimedOut, error })
+        }
     })
 }
 

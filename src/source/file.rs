@@ -10,7 +10,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-use super::{Fetched, Reason, Source, SourceError};
+use super::{Fetched, Reason, Source, SourceError, unblock};
 use crate::{
     credential::Credential,
     error::{ConfigError, ConfigErrorKind, Place},
@@ -78,9 +78,8 @@ impl<C: Credential> FileSource<C> {
 impl<C: Credential> Source<C> for FileSource<C> {
     async fn fetch(&self, _: Reason<C>) -> Result<Fetched<C>, SourceError> {
         let file = Self::new(&self.path);
-        let credential = tokio::task::spawn_blocking(move || file.read())
-            .await
-            .map_err(SourceError::transient)?
+        let credential = unblock(move || file.read())
+            .await?
             .map_err(|error| SourceError::transient(error).with_retry_after(RECHECK))?;
         Ok(Fetched::new(credential).with_recheck_after(RECHECK))
     }

@@ -40,6 +40,8 @@ mod sign;
 
 use std::{error::Error as StdError, fmt, pin::Pin, time::Duration};
 
+use tokio::runtime::Handle;
+
 #[cfg(feature = "sign")]
 pub use self::sign::{HmacSecret, JwtSigner, SigningAlgorithm, SigningKey};
 pub use self::{
@@ -53,7 +55,15 @@ use crate::{
     error::{BoxError, ConfigError},
 };
 
+const NO_RUNTIME: &str = "this source needs a tokio runtime, and there is none here";
+const ABORTED: &str = "the source panicked, or its runtime was shut down";
+
 /// Fetches a credential. See the [module docs](self).
+///
+/// # Panics
+///
+/// The engine turns a panic of a source into an error. In a program that is built with `panic = "abort"`, a source's own panic
+/// ends the program.
 ///
 /// # Cancel safety
 ///
@@ -212,6 +222,13 @@ impl StdError for SourceError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.error.source()
     }
+}
+
+/// Runs a function that blocks its thread, on tokio's blocking pool.
+async fn unblock<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SourceError> {
+    let runtime = Handle::try_current().map_err(|_| SourceError::transient(NO_RUNTIME))?;
+    // The `JoinError` is dropped because a panic message may contain a secret.
+    runtime.spawn_blocking(work).await.map_err(|_| SourceError::transient(ABORTED))
 }
 
 /// [`Source`] as a trait object.

@@ -1,14 +1,21 @@
-//! [`Timer`]: a time limit that keeps working when its future moves to another runtime.
+//! [`Timer`]: a time limit that keeps working when its future moves to another runtime; [`timeout`] on top of it.
+//!
+//! Making or polling a timer of tokio's panics if the runtime has no timers or has shut down, and neither can be asked
+//! beforehand. Where panics unwind, they are caught here. Where they abort the program, a thread of this module keeps the time.
 
 use std::{
+    error::Error,
+    fmt,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::{
     runtime::{self, Handle},
+    task::{Unconstrained, unconstrained},
     time::{Instant, Sleep, sleep_until},
 };
 
@@ -27,8 +34,9 @@ pub(crate) struct Timer {
 /// The timer of one runtime.
 struct Armed {
     runtime: runtime::Id,
-    /// `None` if the runtime has no timers or has shut down.
-    sleep: Option<Pin<Box<Sleep>>>,
+    /// `None` if the runtime has no timers or has shut down. Unconstrained, so that the limit also holds for a future that
+    /// uses up its task's budget.
+    sleep: Option<Pin<Box<Unconstrained<Sleep>>>>,
 }
 
 impl Timer {
@@ -42,28 +50,105 @@ impl Timer {
         self.arm();
         let armed = self.armed.as_mut()?;
         let sleep = armed.sleep.as_mut()?;
-        // Polling panics if the runtime has shut down, and there is no way to ask beforehand.
         let polled = catch_unwind(AssertUnwindSafe(|| sleep.as_mut().poll(cx)));
         polled.inspect_err(|_| armed.sleep = None).ok()
     }
 
     /// Makes a timer of the current runtime, unless there is one.
     fn arm(&mut self) {
-        let Ok(current) = Handle::try_current() else { return };
-        if self.armed.as_ref().is_some_and(|armed| armed.runtime == current.id()) {
+        let Some(timekeeper) = timekeeper() else { return };
+        if self.armed.as_ref().is_some_and(|armed| armed.runtime == timekeeper.id()) {
             return;
         }
         // Paused runtimes have separate clocks, and `due` may be far away by this one.
         let due = self.due.min(after(self.limit));
-        // Panics if the runtime has no timers, which cannot be asked beforehand either.
-        let sleep = catch_unwind(|| Box::pin(sleep_until(due))).ok();
-        self.armed = Some(Armed { runtime: current.id(), sleep });
+        self.armed = Some(Armed { runtime: timekeeper.id(), sleep: start(&timekeeper, due) });
     }
 }
 
-/// Whether this thread is on a runtime with timers. A runtime cannot be asked: making a timer panics if it has none.
+/// Whether this thread is on a runtime, and timers work here.
 pub(crate) fn has_timers() -> bool {
-    Handle::try_current().is_ok() && catch_unwind(|| drop(sleep_until(monotonic()))).is_ok()
+    Handle::try_current().is_ok()
+        && timekeeper().is_some_and(|timekeeper| start(&timekeeper, monotonic()).is_some())
+}
+
+/// Bounds a future in time. It is not polled where there are no timers.
+pub(crate) async fn timeout<F: Future>(limit: Duration, future: F) -> Result<F::Output, TimeoutError> {
+    let mut timer = Timer::new(limit);
+    let mut future = pin!(future);
+    poll_fn(|cx| {
+        let Some(over) = timer.poll(cx) else { return Poll::Ready(Err(TimeoutError::NoTimers)) };
+        match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Ok(output)),
+            Poll::Pending => over.map(|()| Err(TimeoutError::Elapsed)),
+        }
+    })
+    .await
+}
+
+/// Waits; forever, where there are no timers.
+pub(crate) async fn sleep(time: Duration) {
+    let mut timer = Timer::new(time);
+    poll_fn(|cx| timer.poll(cx).unwrap_or(Poll::Pending)).await;
+}
+
+/// Why a future did not end within its time limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TimeoutError {
+    Elapsed,
+    NoTimers,
+}
+
+impl fmt::Display for TimeoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Elapsed => "it took too long",
+            Self::NoTimers => "a refresh needs a tokio runtime with its timers enabled",
+        })
+    }
+}
+
+impl Error for TimeoutError {}
+
+fn start(timekeeper: &Handle, due: Instant) -> Option<Pin<Box<Unconstrained<Sleep>>>> {
+    let _entered = timekeeper.enter();
+    catch_unwind(|| Box::pin(unconstrained(sleep_until(due)))).ok()
+}
+
+/// The runtime whose timers are used here: the current one, whose time tests may have paused.
+#[cfg(not(panic = "abort"))]
+fn timekeeper() -> Option<Handle> {
+    Handle::try_current().ok()
+}
+
+/// The runtime whose timers are used: it never shuts down, and runs on a thread that starts when it is first needed.
+#[cfg(panic = "abort")]
+fn timekeeper() -> Option<Handle> {
+    use std::{
+        future::pending,
+        sync::{Mutex, PoisonError, mpsc},
+        thread,
+    };
+
+    static TIMEKEEPER: Mutex<Option<Handle>> = Mutex::new(None);
+
+    // No runtime can be entered while a thread ends.
+    if Handle::try_current().is_err_and(|error| error.is_thread_local_destroyed()) {
+        return None;
+    }
+    let mut timekeeper = TIMEKEEPER.lock().unwrap_or_else(PoisonError::into_inner);
+    if timekeeper.is_none() {
+        let (started, handle) = mpsc::sync_channel(1);
+        let run = move || {
+            if let Ok(runtime) = runtime::Builder::new_current_thread().enable_time().build() {
+                let _ = started.send(runtime.handle().clone());
+                runtime.block_on(pending::<()>());
+            }
+        };
+        thread::Builder::new().name("tower-selam-timer".into()).spawn(run).ok()?;
+        *timekeeper = handle.recv().ok();
+    }
+    timekeeper.clone()
 }
 
 fn after(limit: Duration) -> Instant {

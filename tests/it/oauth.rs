@@ -969,10 +969,7 @@ fn fetching_without_timers_is_an_error() {
             without_timers.block_on(async { Poll::Ready(fetch().await) }),
         ] {
             let Poll::Ready(Err(error)) = fetched else { panic!("{fetched:?}") };
-            assert_eq!(
-                error.to_string(),
-                "fetching a token requires a tokio runtime with its timers enabled"
-            );
+            assert_eq!(error.to_string(), "a refresh needs a tokio runtime with its timers enabled");
             assert!(!error.is_permanent());
         }
     }

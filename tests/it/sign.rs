@@ -467,7 +467,7 @@ fn runtime_shutdown_is_an_error() {
     let Poll::Ready(result) = fetch.poll() else { panic!("the fetch never completes") };
     let error = result.unwrap_err();
     assert!(!error.is_permanent());
-    assert_eq!(error.to_string(), "signing panicked, or its runtime was shut down");
+    assert_eq!(error.to_string(), "the source panicked, or its runtime was shut down");
 }
 
 /// K4: a subject is the `sub` of one clone and leaves the others unchanged.

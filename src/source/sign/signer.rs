@@ -17,7 +17,7 @@ use super::{SigningAlgorithm, SigningKey};
 use crate::{
     credential::Token,
     error::{ConfigError, ConfigErrorKind, Place, Setting},
-    source::{Fetched, Reason, Source, SourceError},
+    source::{Fetched, Reason, Source, SourceError, unblock},
     util::clock::{Clock, LONG},
 };
 
@@ -254,10 +254,7 @@ impl Source<Token> for JwtSigner {
         }
         // Signing here would stall every request on this thread, many times over with a signer per subject.
         let signer = self.clone();
-        let issued = tokio::task::spawn_blocking(move || signer.issue()).await;
-        // The `JoinError` is dropped because a panic message may contain a secret.
-        issued
-            .unwrap_or_else(|_| Err(SourceError::transient("signing panicked, or its runtime was shut down")))
+        unblock(move || signer.issue()).await?
     }
 }
 
