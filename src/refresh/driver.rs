@@ -21,6 +21,7 @@ use super::{
     reentrancy::{is_own_refresh, own_source, refresh_of},
     schedule::Fresh,
     state::{Answer, Finish, Outcome, RefreshFailure, Refreshed, Rejection, Start, State, Value},
+    turns::Turns,
 };
 use crate::{
     AuthError, AuthErrorKind,
@@ -46,8 +47,8 @@ pub(crate) struct Driver<C: Credential> {
     locked: Mutex<Locked<C>>,
     source: Arc<dyn DynSource<C>>,
     policy: Arc<RefreshPolicy>,
-    /// Whether many requests share the credential. One subject's token is not worth copies per thread.
-    is_shared: bool,
+    /// What the refreshes of one subject among many wait for; `None` if all requests share the credential.
+    turns: Option<Arc<Turns>>,
     in_use: KeyInUse,
 }
 
@@ -82,12 +83,12 @@ impl<C: Credential> Driver<C> {
     pub(super) fn new(
         source: Arc<dyn DynSource<C>>,
         policy: Arc<RefreshPolicy>,
-        is_shared: bool,
+        turns: Option<Arc<Turns>>,
     ) -> Arc<Self> {
         let state = State::new(Arc::clone(&policy), fastrand::u64(..));
         let locked = Mutex::new(Locked { state, running: None, recently_replaced: Vec::new() });
         let in_use = KeyInUse::new(C::SETTING);
-        Arc::new(Self { publication: Publication::empty(), locked, source, policy, is_shared, in_use })
+        Arc::new(Self { publication: Publication::empty(), locked, source, policy, turns, in_use })
     }
 
     /// The fast path: the credential, if nothing has to be decided about it.
@@ -178,6 +179,11 @@ impl<C: Credential> Driver<C> {
         self.lock().state.is_refreshing()
     }
 
+    /// Whether the source failed and is not asked again yet.
+    pub(super) fn is_backed_off(&self) -> bool {
+        self.lock().state.is_backed_off(|| self.policy.now())
+    }
+
     pub(super) fn recently_replaced(&self) -> Vec<Fingerprint> {
         self.lock().recently_replaced.clone()
     }
@@ -200,7 +206,8 @@ impl<C: Credential> Driver<C> {
             }
         });
         let results = repeated.map(InFlight::results);
-        let in_flight = InFlight::new(results, self.policy.timeout, self.address(), abandon);
+        let in_flight =
+            InFlight::new(results, self.turns.clone(), self.policy.timeout, self.address(), abandon);
         let task = Arc::new(OnceLock::new());
         locked.running = Some(Running { in_flight: in_flight.clone(), task: Arc::clone(&task) });
         Launch { start, in_flight, task }
@@ -214,12 +221,15 @@ impl<C: Credential> Driver<C> {
         let Ok(runtime) = Handle::try_current() else {
             return completion.complete(Some(Err(SourceError::transient(NO_RUNTIME).into())));
         };
-        let (source, timeout) = (Arc::clone(&self.source), self.policy.timeout);
+        in_flight.enter();
+        let (source, timeout, queued) = (Arc::clone(&self.source), self.policy.timeout, in_flight.clone());
         let refresh = async move {
+            queued.turn().await;
             let fetched = fetch(&*source, reason, timeout).await;
             completion.complete(Some(fetched));
         };
-        let spawned = runtime.spawn(refresh_of(self.address(), refresh));
+        let turns = self.turns.as_ref().map_or(0, |turns| Arc::as_ptr(turns).addr());
+        let spawned = runtime.spawn(refresh_of(self.address(), turns, refresh));
         let _ = task.set(spawned.abort_handle());
         // A source that blocks its thread also blocks its own timeout; another thread can keep the time.
         if let Ok(runtime) = Runtime::try_current()
@@ -249,6 +259,7 @@ impl<C: Credential> Driver<C> {
             Finish::Repeat(start) => {
                 let launch = self.prepare(&mut locked, start, Some(&in_flight));
                 self.publish(locked, now);
+                in_flight.leave();
                 return self.spawn(launch);
             }
             Finish::Done(result) => Some(Report::new(result, failed, &locked.state)),
@@ -307,6 +318,8 @@ impl<C: Credential> Driver<C> {
 
     /// Publishes what requests may use from now on, and releases the lock.
     fn publish(self: &Arc<Self>, mut locked: MutexGuard<'_, Locked<C>>, now: Time) {
+        // One subject's token is not worth copies per thread.
+        let is_shared = self.turns.is_none();
         let before = self.publication.stored();
         let after = locked.state.lease(now).map(|(value, until)| (value.clone(), until));
         let fingerprint = |lease: &(C, _)| lease.0.secret().fingerprint();
@@ -314,7 +327,7 @@ impl<C: Credential> Driver<C> {
             return;
         }
         if let Some((replaced, _)) = before
-            && self.is_shared
+            && is_shared
             && after.as_ref().map(fingerprint) != Some(replaced)
         {
             let remembered = &mut locked.recently_replaced;
@@ -323,7 +336,7 @@ impl<C: Credential> Driver<C> {
             remembered.insert(0, replaced);
         }
         let after = after.map(|(credential, until)| (self.lease(credential), until));
-        self.publication.store(after, self.is_shared);
+        self.publication.store(after, is_shared);
     }
 
     fn address(&self) -> usize {

@@ -1,18 +1,26 @@
 //! A refresh that is running, and the future that waits for it.
 
 use std::{
-    pin::Pin,
-    sync::Arc,
+    fmt,
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
 
-use tokio::runtime::{self, Handle};
+use tokio::{
+    runtime::{self, Handle},
+    time::Instant,
+};
 
-use super::reentrancy::{is_own_refresh, own_source};
+use super::{
+    reentrancy::{has_taken_turn, is_own_refresh, own_source},
+    turns::Turns,
+};
 use crate::{
     AuthError,
-    util::{sync::watch, timer::Timer},
+    util::{clock::monotonic, sync::watch, timer::Timer},
 };
 
 /// How much longer than the refresh itself a waiter gives it before it abandons the refresh.
@@ -27,25 +35,91 @@ pub(crate) struct InFlight(Arc<Flight>);
 
 struct Flight {
     results: Results,
-    /// When the refresh ends on its own, provided that its runtime is driven.
+    turn: Option<Turn>,
+    /// After this time the refresh ends on its own, provided that its runtime is driven.
     timeout: Duration,
     runtime: Option<runtime::Id>,
     engine: usize,
     abandon: Box<dyn Fn() + Send + Sync>,
 }
 
+/// The turn that a refresh waits for before it begins.
+struct Turn {
+    turns: Arc<Turns>,
+    ticket: u64,
+    /// When it came.
+    began: OnceLock<Instant>,
+}
+
 impl InFlight {
     /// `engine` is the engine's address, and `abandon` gives the refresh up. A repeated refresh takes over the `results`,
-    /// and with them the waiters, of the one before.
+    /// and with them the waiters, of the one before. With `turns`, the refresh waits for its [turn](Self::turn).
     pub(super) fn new(
         results: Option<Results>,
+        turns: Option<Arc<Turns>>,
         timeout: Duration,
         engine: usize,
         abandon: Box<dyn Fn() + Send + Sync>,
     ) -> Self {
         let results = results.unwrap_or_else(|| Arc::new(watch::Sender::new(None)));
         let runtime = Handle::try_current().ok().map(|runtime| runtime.id());
-        Self(Arc::new(Flight { results, timeout, runtime, engine, abandon }))
+        let turn = turns.map(|turns| Turn { ticket: turns.ticket(), turns, began: OnceLock::new() });
+        Self(Arc::new(Flight { results, turn, timeout, runtime, engine, abandon }))
+    }
+
+    /// Queues the refresh for its turn, if it needs one.
+    pub(super) fn enter(&self) {
+        if let Some(Turn { turns, ticket, .. }) = &self.0.turn {
+            turns.enter(*ticket, self.clone());
+        }
+    }
+
+    /// Lets the next refresh have its turn.
+    pub(super) fn leave(&self) {
+        if let Some(Turn { turns, ticket, .. }) = &self.0.turn {
+            turns.leave(*ticket);
+        }
+    }
+
+    /// Tells the refresh that its turn has come, and its waiters to keep the time from now on.
+    pub(super) fn begin(&self) {
+        if let Some(turn) = &self.0.turn {
+            turn.began.get_or_init(monotonic);
+            self.0.results.send_if_modified(|_| true);
+        }
+    }
+
+    fn has_begun(&self) -> bool {
+        self.0.turn.as_ref().is_none_or(|turn| turn.began.get().is_some())
+    }
+
+    /// Whether the refresh should have ended long since.
+    pub(super) fn is_overdue(&self) -> bool {
+        let began = self.0.turn.as_ref().and_then(|turn| turn.began.get());
+        began.is_some_and(|began| began.elapsed() >= self.0.limit())
+    }
+
+    pub(super) fn abandon(&self) {
+        (self.0.abandon)();
+    }
+
+    /// Waits for the turn of this refresh.
+    pub(super) async fn turn(&self) {
+        let Some(Turn { turns, .. }) = self.0.turn.as_ref().filter(|_| !self.has_begun()) else { return };
+        let mut progress = self.0.results.subscribe();
+        let mut begun = pin!(progress.wait_for(|_| self.has_begun()));
+        let mut timer = Timer::new(self.0.limit());
+        poll_fn(|cx| {
+            while begun.as_mut().poll(cx).is_pending() {
+                match timer.poll(cx) {
+                    Some(Poll::Ready(())) => turns.abandon_overdue(),
+                    _ => return Poll::Pending,
+                }
+                timer = Timer::new(self.0.limit());
+            }
+            Poll::Ready(())
+        })
+        .await;
     }
 
     pub(super) fn results(&self) -> Results {
@@ -54,6 +128,7 @@ impl InFlight {
 
     /// Wakes all waiters with the result. The first result counts.
     pub(super) fn complete(&self, result: Result<(), AuthError>) {
+        self.leave();
         self.0.results.send_if_modified(|current| {
             let is_first = current.is_none();
             current.get_or_insert(result);
@@ -68,6 +143,19 @@ impl InFlight {
     #[cfg(all(test, model))]
     pub(super) fn shares_waiters_with(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0.results, &other.0.results)
+    }
+}
+
+impl Flight {
+    /// After this time others may abandon the refresh.
+    fn limit(&self) -> Duration {
+        self.timeout.saturating_add(MARGIN)
+    }
+}
+
+impl fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InFlight").finish_non_exhaustive()
     }
 }
 
@@ -95,12 +183,12 @@ impl WaitForRefresh {
     }
 
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Flight { timeout, runtime, .. } = &*self.in_flight.0;
+        let flight = &*self.in_flight.0;
         let here = Handle::try_current().ok().map(|here| here.id());
-        if !self.is_watchdog && here.is_some() && here == *runtime {
+        if !self.in_flight.has_begun() || (!self.is_watchdog && here.is_some() && here == flight.runtime) {
             return Poll::Pending;
         }
-        let timer = self.timer.get_or_insert_with(|| Box::new(Timer::new(timeout.saturating_add(MARGIN))));
+        let timer = self.timer.get_or_insert_with(|| Box::new(Timer::new(flight.limit())));
         // Without a runtime that has timers, only the result can end the wait.
         timer.poll(cx).unwrap_or(Poll::Pending)
     }
@@ -116,6 +204,11 @@ impl Future for WaitForRefresh {
             // Another task may have asked on behalf of this one.
             None if is_own_refresh(in_flight.0.engine) => return Poll::Ready(Err(own_source())),
             None => {
+                if let Some(Turn { turns, ticket, .. }) = &in_flight.0.turn
+                    && has_taken_turn(Arc::as_ptr(turns).addr())
+                {
+                    turns.promote(*ticket);
+                }
                 let mut result = in_flight.0.results.subscribe();
                 completed.insert(Box::pin(async move {
                     let _ = result.wait_for(Option::is_some).await;
@@ -126,7 +219,7 @@ impl Future for WaitForRefresh {
             return Poll::Ready(self.in_flight.result().unwrap_or(Ok(())));
         }
         if self.poll_timeout(cx).is_ready() {
-            (self.in_flight.0.abandon)();
+            self.in_flight.abandon();
             return Poll::Ready(Ok(()));
         }
         Poll::Pending
@@ -140,7 +233,7 @@ mod tests {
     use super::*;
 
     fn in_flight() -> InFlight {
-        InFlight::new(None, Duration::ZERO, 0, Box::new(|| ()))
+        InFlight::new(None, None, Duration::ZERO, 0, Box::new(|| ()))
     }
 
     /// F1, F2: every waiter gets the first result.

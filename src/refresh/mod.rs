@@ -22,6 +22,7 @@ mod reentrancy;
 mod refreshing;
 mod schedule;
 mod state;
+mod turns;
 
 #[cfg(all(test, model))]
 pub(crate) use self::driver::loom_tests;

@@ -16,7 +16,7 @@ use std::{
 use quick_cache::{Lifecycle, UnitWeighter, sync::Cache};
 use tokio::runtime::Handle;
 
-use super::{RefreshPolicy, Refreshing};
+use super::{RefreshPolicy, Refreshing, turns::Turns};
 use crate::{
     AuthError, AuthErrorKind, Subject, Token,
     source::{DynSource, Source},
@@ -25,12 +25,16 @@ use crate::{
 
 const DEFAULT_CAPACITY: usize = 131_072;
 const DEFAULT_IDLE_TIME: Duration = Duration::from_secs(15 * 60);
+const DEFAULT_CONCURRENCY: usize = 64;
 
 /// For how many subjects the cache allocates up front.
 const EXPECTED: usize = 1_024;
 
 /// Subjects that are being refreshed are never evicted: the cache may exceed its capacity by an eighth and this many.
 const OVERFLOW: usize = 64;
+
+/// How many times more subjects are remembered than failing ones that were evicted.
+const PER_FAILING: usize = 8;
 
 /// How often a full cache is searched for subjects to evict, in milliseconds.
 const EVICTION_INTERVAL: u64 = 1_000;
@@ -49,7 +53,11 @@ const RETRY_WHEN_FULL: Duration = Duration::from_secs(1);
 /// The set remembers about as many subjects as its [capacity](Self::with_capacity) and evicts those that were idle for the
 /// [idle time](Self::with_idle_time); an evicted subject's next request waits again. A subject whose token is being
 /// fetched is not evicted, so that there is one refresh at a time for each. If all of them are, requests of further
-/// subjects fail with [`RefreshFailed`](crate::AuthErrorKind::RefreshFailed).
+/// subjects fail with [`RefreshFailed`](crate::AuthErrorKind::RefreshFailed). A subject whose source failed is remembered
+/// until its back-off ends, even after it was evicted, so that the arrival of others does not cause more calls of its source;
+/// one for every eight subjects of the capacity, the latest.
+///
+/// [64](Self::with_concurrency) refreshes run at once; the others wait for their turn.
 ///
 /// ```
 /// use http::{Request, Response};
@@ -84,17 +92,28 @@ const RETRY_WHEN_FULL: Duration = Duration::from_secs(1);
 pub struct PerSubject(Arc<Subjects>);
 
 struct Subjects {
-    engines: Cache<Subject, Arc<Entry>, UnitWeighter, RandomState, KeepRefreshing>,
-    source_of: Arc<SourceOf>,
-    policy: Arc<RefreshPolicy>,
-    capacity: usize,
-    idle: Duration,
+    config: Config,
+    engines: Cache<Subject, Arc<Entry>, UnitWeighter, RandomState, Retire>,
+    /// Evicted subjects whose back-off has not ended.
+    failing: Arc<Failing>,
+    turns: Arc<Turns>,
     created: Time,
     /// When idle subjects were last searched for, in milliseconds since `created`.
     swept: AtomicU64,
     /// When a full cache was last searched.
     made_room: AtomicU64,
 }
+
+#[derive(Clone)]
+struct Config {
+    source_of: Arc<SourceOf>,
+    policy: Arc<RefreshPolicy>,
+    capacity: usize,
+    idle: Duration,
+    concurrency: usize,
+}
+
+type Failing = Cache<Subject, Arc<Entry>>;
 
 type SourceOf = dyn Fn(&Subject) -> Arc<dyn DynSource<Token>> + Send + Sync;
 
@@ -118,15 +137,21 @@ impl Deref for SubjectEngine {
     }
 }
 
-/// Keeps subjects in the cache that are being served or refreshed.
+/// Keeps subjects in the cache that are being served or refreshed, and remembers the failing ones that are evicted.
 #[derive(Clone)]
-struct KeepRefreshing;
+struct Retire(Arc<Failing>);
 
-impl Lifecycle<Subject, Arc<Entry>> for KeepRefreshing {
+impl Lifecycle<Subject, Arc<Entry>> for Retire {
     type RequestState = ();
 
     fn is_pinned(&self, _: &Subject, entry: &Arc<Entry>) -> bool {
         Arc::strong_count(entry) > 1 || entry.engine.0.is_refreshing()
+    }
+
+    fn on_evict(&self, (): &mut (), subject: Subject, entry: Arc<Entry>) {
+        if entry.engine.0.is_backed_off() {
+            self.0.insert(subject, entry);
+        }
     }
 }
 
@@ -135,40 +160,62 @@ impl PerSubject {
     /// concurrent requests of the same subject wait for it.
     #[must_use]
     pub fn new<S: Source<Token>>(source_of: impl Fn(&Subject) -> S + Send + Sync + 'static) -> Self {
-        let source_of =
-            Arc::new(move |subject: &Subject| Arc::new(source_of(subject)) as Arc<dyn DynSource<Token>>);
-        Self::build(source_of, Arc::default(), DEFAULT_CAPACITY, DEFAULT_IDLE_TIME)
+        Self::build(Config {
+            source_of: Arc::new(move |subject| Arc::new(source_of(subject))),
+            policy: Arc::default(),
+            capacity: DEFAULT_CAPACITY,
+            idle: DEFAULT_IDLE_TIME,
+            concurrency: DEFAULT_CONCURRENCY,
+        })
     }
 
-    fn build(source_of: Arc<SourceOf>, policy: Arc<RefreshPolicy>, capacity: usize, idle: Duration) -> Self {
-        let weight = capacity.max(1) as u64;
-        let engines =
-            Cache::with(capacity.min(EXPECTED), weight, UnitWeighter, RandomState::new(), KeepRefreshing);
-        let (created, swept, made_room) = (policy.now(), AtomicU64::new(0), AtomicU64::new(0));
-        Self(Arc::new(Subjects { engines, source_of, policy, capacity, idle, created, swept, made_room }))
+    fn build(config: Config) -> Self {
+        let cache = |capacity: usize| (capacity.min(EXPECTED), capacity.max(1) as u64);
+        let (expected, weight) = cache(config.capacity.div_ceil(PER_FAILING));
+        let failing = Arc::new(Failing::with_weighter(expected, weight, UnitWeighter));
+        let (expected, weight) = cache(config.capacity);
+        let retire = Retire(Arc::clone(&failing));
+        let engines = Cache::with(expected, weight, UnitWeighter, RandomState::new(), retire);
+        Self(Arc::new(Subjects {
+            engines,
+            failing,
+            turns: Arc::new(Turns::new(config.concurrency)),
+            created: config.policy.now(),
+            swept: AtomicU64::new(0),
+            made_room: AtomicU64::new(0),
+            config,
+        }))
     }
 
     /// Sets windows, back-off and timeout for all subjects. Call it before the set is used: it starts an empty one.
     #[must_use]
     pub fn with_policy(self, policy: RefreshPolicy) -> Self {
-        let Subjects { source_of, capacity, idle, .. } = &*self.0;
-        Self::build(Arc::clone(source_of), Arc::new(policy), *capacity, *idle)
+        Self::build(Config { policy: Arc::new(policy), ..self.0.config.clone() })
     }
 
     /// Sets about how many subjects are remembered; 131,072 by default. The cache consists of parts, which do not fill up
     /// at exactly the same time. Call it before the set is used: it starts an empty one.
     #[must_use]
     pub fn with_capacity(self, subjects: usize) -> Self {
-        let Subjects { source_of, policy, idle, .. } = &*self.0;
-        Self::build(Arc::clone(source_of), Arc::clone(policy), subjects, *idle)
+        Self::build(Config { capacity: subjects, ..self.0.config.clone() })
     }
 
     /// Sets how long an idle subject is remembered; 15 minutes by default, plus up to a quarter, because requests search for
     /// idle subjects four times in that period. Call it before the set is used: it starts an empty one.
     #[must_use]
     pub fn with_idle_time(self, time: Duration) -> Self {
-        let Subjects { source_of, policy, capacity, .. } = &*self.0;
-        Self::build(Arc::clone(source_of), Arc::clone(policy), *capacity, time)
+        Self::build(Config { idle: time, ..self.0.config.clone() })
+    }
+
+    /// Sets how many refreshes run at once; 64 by default, at least one. After a restart, when no subject has a token, the
+    /// token endpoint is not asked for all of them at once.
+    ///
+    /// The others wait in the order in which they came; their [timeout](RefreshPolicy::with_timeout) starts when their turn
+    /// has come. A refresh that another refresh of the set waits for does not wait for its turn and does not count. Call it
+    /// before the set is used: it starts an empty one.
+    #[must_use]
+    pub fn with_concurrency(self, refreshes: usize) -> Self {
+        Self::build(Config { concurrency: refreshes, ..self.0.config.clone() })
     }
 
     /// Returns the engine of a subject, for use without HTTP: to [`prefetch`](Refreshing::prefetch) at login, for example.
@@ -184,25 +231,26 @@ impl PerSubject {
     /// Forgets a subject, after a logout or a new login: its next request fetches a token from a new source. Requests under
     /// way keep theirs. Returns whether the subject was known.
     pub fn forget(&self, subject: &Subject) -> bool {
-        self.0.engines.remove(subject).is_some()
+        let failing = self.0.failing.remove(subject).is_some();
+        self.0.engines.remove(subject).is_some() || failing
     }
 
     /// Returns how many subjects are remembered.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.engines.len()
+        self.0.engines.len() + self.0.failing.len()
     }
 
     /// Returns whether no subject is remembered.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.engines.is_empty()
+        self.len() == 0
     }
 
     /// The engine of a subject; creates it if the subject is new. Evicts idle subjects, if it is time to.
     #[inline]
     pub(crate) fn engine(&self, subject: &Subject, now: &OnceCell<Time>) -> Result<SubjectEngine, AuthError> {
-        let now = millis(now.get_or_init(|| self.0.policy.now()).since(self.0.created));
+        let now = millis(now.get_or_init(|| self.0.config.policy.now()).since(self.0.created));
         self.sweep(now);
         match self.find(subject, now) {
             Some(entry) => Ok(SubjectEngine(entry)),
@@ -212,7 +260,8 @@ impl PerSubject {
 
     /// The current token of a known subject.
     pub(crate) fn current(&self, subject: &Subject) -> Option<Token> {
-        self.0.engines.peek(subject)?.engine.current()
+        let Subjects { engines, failing, .. } = &*self.0;
+        engines.peek(subject).or_else(|| failing.peek(subject))?.engine.current()
     }
 
     #[inline]
@@ -227,11 +276,12 @@ impl PerSubject {
     #[cold]
     fn insert(&self, subject: &Subject) -> Result<Arc<Entry>, AuthError> {
         if self.0.is_full() {
-            let policy = &self.0.policy;
+            let policy = &self.0.config.policy;
             let retry = policy.countdown(policy.now().after(RETRY_WHEN_FULL));
             return Err(AuthError::refresh_failure(AuthErrorKind::RefreshFailed, FULL, Some(retry), None));
         }
-        let create = || Ok(self.0.create(subject));
+        let retired = || Some(self.0.failing.remove(subject)?.1);
+        let create = || Ok(retired().unwrap_or_else(|| self.0.create(subject)));
         let Ok(entry) = self.0.engines.get_or_insert_with::<_, Infallible>(subject, create);
         Ok(entry)
     }
@@ -239,9 +289,9 @@ impl PerSubject {
     /// Evicts idle subjects, if it is time to; on a task if there is a runtime, because there may be many.
     #[inline]
     fn sweep(&self, now: u64) {
-        let Subjects { idle, swept, .. } = &*self.0;
+        let Subjects { config, swept, .. } = &*self.0;
         let last = swept.load(Relaxed);
-        let is_due = now.saturating_sub(last) >= millis(*idle / SWEEPS_PER_IDLE_TIME);
+        let is_due = now.saturating_sub(last) >= millis(config.idle / SWEEPS_PER_IDLE_TIME);
         if !is_due || swept.compare_exchange(last, now, Relaxed, Relaxed).is_err() {
             return;
         }
@@ -260,13 +310,15 @@ impl PerSubject {
 
 impl Subjects {
     fn create(&self, subject: &Subject) -> Arc<Entry> {
-        let engine = Refreshing::of_subject((self.source_of)(subject), Arc::clone(&self.policy));
+        let Config { source_of, policy, .. } = &self.config;
+        let engine = Refreshing::of_subject(source_of(subject), Arc::clone(policy), Arc::clone(&self.turns));
         Arc::new(Entry { engine, used: AtomicU64::new(self.millis()) })
     }
 
     /// Whether the cache has no room for another subject, even after evicting those that can be evicted.
     fn is_full(&self) -> bool {
-        let limit = self.capacity.saturating_add(self.capacity / 8).saturating_add(OVERFLOW);
+        let capacity = self.config.capacity;
+        let limit = capacity.saturating_add(capacity / 8).saturating_add(OVERFLOW);
         if self.engines.len() < limit {
             return false;
         }
@@ -284,30 +336,40 @@ impl Subjects {
     fn evict_least_recently_used(&self) {
         let evictable = self.engines.iter().filter(|(_, entry)| !entry.engine.0.is_refreshing());
         let mut used: Vec<_> = evictable.map(|(_, entry)| entry.used.load(Relaxed)).collect();
-        let excess = self.engines.len().saturating_sub(self.capacity).min(used.len());
+        let excess = self.engines.len().saturating_sub(self.config.capacity).min(used.len());
         let Some(at) = excess.checked_sub(1) else { return };
         let (_, &mut latest, _) = used.select_nth_unstable(at);
         // Several may have been used in the same millisecond.
         let left = Cell::new(excess);
-        self.engines.retain(|_, entry| {
-            let is_kept =
-                left.get() == 0 || entry.used.load(Relaxed) > latest || entry.engine.0.is_refreshing();
-            if !is_kept {
-                left.set(left.get() - 1);
-            }
-            is_kept
+        self.evict(|entry| {
+            let is_evicted = left.get() > 0 && entry.used.load(Relaxed) <= latest;
+            left.set(left.get() - usize::from(is_evicted));
+            is_evicted
         });
     }
 
     fn evict_idle(&self) {
-        let (now, idle) = (self.millis(), millis(self.idle));
-        let is_idle = |entry: &Entry| now.saturating_sub(entry.used.load(Relaxed)) >= idle;
-        self.engines.retain(|_, entry| !is_idle(entry) || entry.engine.0.is_refreshing());
+        let (now, idle) = (self.millis(), millis(self.config.idle));
+        self.failing.retain(|_, entry| entry.engine.0.is_backed_off());
+        self.evict(|entry| now.saturating_sub(entry.used.load(Relaxed)) >= idle);
+    }
+
+    /// Evicts the subjects that `is_evicted` names, except those that are being refreshed.
+    fn evict(&self, is_evicted: impl Fn(&Entry) -> bool) {
+        self.engines.retain(|subject, entry| {
+            if entry.engine.0.is_refreshing() || !is_evicted(entry) {
+                return true;
+            }
+            if entry.engine.0.is_backed_off() {
+                self.failing.insert(subject.clone(), Arc::clone(entry));
+            }
+            false
+        });
     }
 
     #[inline]
     fn millis(&self) -> u64 {
-        millis(self.policy.now().since(self.created))
+        millis(self.config.policy.now().since(self.created))
     }
 }
 
@@ -319,7 +381,7 @@ impl fmt::Debug for PerSubject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PerSubject")
             .field("len", &self.len())
-            .field("capacity", &self.0.capacity)
+            .field("capacity", &self.0.config.capacity)
             .finish_non_exhaustive()
     }
 }

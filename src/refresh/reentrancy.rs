@@ -16,6 +16,8 @@ task_local! {
 #[derive(Debug)]
 struct Refreshes {
     engine: usize,
+    /// The address of the `Turns` that the refresh is one of, or zero.
+    turns: usize,
     on_behalf_of: Option<Arc<Self>>,
 }
 
@@ -23,12 +25,21 @@ impl Refreshes {
     fn contain(&self, engine: usize) -> bool {
         self.engine == engine || self.on_behalf_of.as_ref().is_some_and(|outer| outer.contain(engine))
     }
+
+    fn are_among(&self, turns: usize) -> bool {
+        self.turns == turns || self.on_behalf_of.as_ref().is_some_and(|outer| outer.are_among(turns))
+    }
 }
 
-/// Marks `task` as the refresh of `engine`, an address.
-pub(super) fn refresh_of<F: Future>(engine: usize, task: F) -> impl Future<Output = F::Output> {
+/// Marks `task` as the refresh of `engine`, an address; `turns` is the address of the turns that it takes one of, or zero.
+pub(super) fn refresh_of<F: Future>(engine: usize, turns: usize, task: F) -> impl Future<Output = F::Output> {
     let on_behalf_of = REFRESHING.try_with(Arc::clone).ok();
-    REFRESHING.scope(Arc::new(Refreshes { engine, on_behalf_of }), task)
+    REFRESHING.scope(Arc::new(Refreshes { engine, turns, on_behalf_of }), task)
+}
+
+/// Whether the current task is part of a refresh that may have taken one of the `turns`, an address.
+pub(super) fn has_taken_turn(turns: usize) -> bool {
+    REFRESHING.try_with(|refreshes| refreshes.are_among(turns)).unwrap_or(false)
 }
 
 /// Whether the current task is part of a refresh of `engine`: waiting for that refresh would never end.

@@ -11,6 +11,7 @@ use super::{
     RefreshPolicy,
     driver::{Demand, Driver},
     lease::Lease,
+    turns::Turns,
 };
 use crate::{
     ApiKey, AuthError, Token,
@@ -49,12 +50,16 @@ impl<C: Credential> Refreshing<C> {
     /// Creates an engine with other windows, back-off or timeout.
     #[must_use]
     pub fn with_policy(source: impl Source<C>, policy: RefreshPolicy) -> Self {
-        Self(Driver::new(Arc::new(source), Arc::new(policy), true))
+        Self(Driver::new(Arc::new(source), Arc::new(policy), None))
     }
 
     /// The engine of one subject among many.
-    pub(super) fn of_subject(source: Arc<dyn DynSource<C>>, policy: Arc<RefreshPolicy>) -> Self {
-        Self(Driver::new(source, policy, false))
+    pub(super) fn of_subject(
+        source: Arc<dyn DynSource<C>>,
+        policy: Arc<RefreshPolicy>,
+        turns: Arc<Turns>,
+    ) -> Self {
+        Self(Driver::new(source, policy, Some(turns)))
     }
 
     /// Reports that the API answered 401 to `credential`, and starts a refresh without waiting for it. [`RefreshLayer`]

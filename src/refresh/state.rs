@@ -468,7 +468,12 @@ impl<V: Value, E: Clone> State<V, E> {
         self.running.is_some()
     }
 
-    /// Whether the source is not asked again before its version changes.
+    /// Whether the source failed and is not asked again yet.
+    pub(super) fn is_backed_off(&self, now: impl FnOnce() -> Time) -> bool {
+        self.failure().is_some_and(|failure| !failure.retry.has_come(now()))
+    }
+
+    /// Whether the last failure is permanent, unless the version of the source changes.
     pub(super) fn has_failed_permanently(&self) -> bool {
         self.failure().is_some_and(|failure| failure.permanent.is_some())
     }

@@ -1,11 +1,15 @@
-//! A JWT for each subject: H4, H5, O1, F1, J2 and R1 per subject, and which subjects are kept in memory.
+//! A JWT for each subject: H4, H5, O1, F1, J2 and R1 per subject, which subjects are kept in memory, and how many are refreshed
+//! at once (M2).
 
 use std::{
     collections::HashMap,
     convert::Infallible,
     future::ready,
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
     task::{Context, Waker},
     time::Duration,
 };
@@ -14,14 +18,14 @@ use http::{Request, Response, StatusCode, header::LOCATION};
 use tokio::{
     runtime,
     task::JoinSet,
-    time::{advance, sleep},
+    time::{Instant, advance, sleep},
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use tower_http::follow_redirect::FollowRedirectLayer;
 use tower_selam::{
     ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, Origins, PerSubject, RefreshPolicy,
     Refreshing, RequestAuth, SelamLayer, Subject, TestClock, Token,
-    source::{Fetched, Reason, source_fn},
+    source::{Fetched, Reason, SourceError, source_fn},
 };
 
 use crate::support::{Body, KEY, MODELS, get, handshake, jwt, key, response, send, values};
@@ -433,7 +437,8 @@ async fn subjects_waiting_for_a_slow_source_are_bounded() {
     assert!(tokens.len() < 80, "{}", tokens.len());
     assert_eq!(refused + tokens.len(), 5_000);
 
-    sleep(21 * SECOND).await;
+    // The refreshes take two turns.
+    sleep(41 * SECOND).await;
     let late = tokio_test::task::spawn(service.oneshot(request_of("late"))).poll().is_pending();
     assert!(late && tokens.len() <= 11, "{}", tokens.len());
 }
@@ -457,7 +462,7 @@ async fn flood_does_not_evict_recent_subjects() {
         let _ = call.poll();
     }
     assert!(tokens.len() > 150, "{}", tokens.len());
-    sleep(2 * SECOND).await;
+    sleep(4 * SECOND).await;
     drop(flood);
     for index in 0..50 {
         send(&layer, request_of(&format!("flood-{index}"))).await.unwrap();
@@ -494,6 +499,235 @@ fn subject_costs_less_than_a_kibibyte() {
     let each = usize::try_from(kept.bytes_current).unwrap() / SUBJECTS;
     assert_eq!(tokens.len(), SUBJECTS + 1);
     assert!((300..1_024).contains(&each), "{each} bytes per subject");
+}
+
+/// A source that records who is being refreshed, and takes this long, or hangs.
+fn recording(
+    fetch_time: impl Fn(&str) -> Option<Duration> + Send + Sync + 'static,
+) -> (PerSubject, Arc<Mutex<Vec<String>>>, Arc<AtomicUsize>) {
+    let (started, running, most) =
+        (Arc::<Mutex<Vec<String>>>::default(), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (log, peak) = (Arc::clone(&started), Arc::clone(&most));
+    let tokens = PerSubject::new(move |subject: &Subject| {
+        let (name, time) = (subject.as_str().to_owned(), fetch_time(subject.as_str()));
+        let (log, peak, running) = (Arc::clone(&log), Arc::clone(&peak), Arc::clone(&running));
+        source_fn(move |_: Reason<Token>| {
+            log.lock().unwrap().push(name.clone());
+            let guard = Running::start(&running, &peak);
+            let text = format!("jwt-of-{name}");
+            async move {
+                match time {
+                    Some(time) => sleep(time).await,
+                    None => std::future::pending().await,
+                }
+                drop(guard);
+                Ok::<_, BoxError>(Fetched::new(Token::new(text)?).with_lifetime(60 * MINUTE))
+            }
+        })
+    });
+    (tokens, started, most)
+}
+
+/// Counts how many fetches run at once.
+struct Running(Arc<AtomicUsize>);
+
+impl Running {
+    fn start(running: &Arc<AtomicUsize>, most: &AtomicUsize) -> Self {
+        most.fetch_max(running.fetch_add(1, SeqCst) + 1, SeqCst);
+        Self(Arc::clone(running))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+/// M2: after a restart, a few refreshes run at once, in the order of the first requests. Callers may leave at any time.
+#[tokio::test(start_paused = true)]
+async fn refreshes_wait_for_their_turn() {
+    for (concurrency, most_expected, seconds) in [(1, 1, 200), (8, 8, 25), (0, 1, 200), (1_000, 200, 1)] {
+        let (tokens, started, most) = recording(|_| Some(SECOND));
+        let tokens = tokens.with_concurrency(concurrency);
+        let start = Instant::now();
+        let mut calls = Vec::new();
+        for index in 0..200 {
+            let (tokens, subject) = (tokens.clone(), Subject::new(format!("user-{index:03}")));
+            let call = tokio::spawn(async move { fetch_token(&tokens, &subject).await });
+            settle().await;
+            // Every third caller leaves, and its subject's refresh stays in the queue.
+            if index % 3 == 0 {
+                call.abort();
+            } else {
+                calls.push(call);
+            }
+        }
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        assert_eq!((most.load(SeqCst), start.elapsed().as_secs()), (most_expected, seconds));
+        let started = started.lock().unwrap();
+        assert!(started.len() == 200 && started.is_sorted(), "{started:?}");
+    }
+}
+
+/// M2, F4: a source that hangs holds the others until its timeout, and theirs starts when their turn has come.
+#[tokio::test(start_paused = true)]
+async fn hanging_source_holds_others_until_its_timeout() {
+    let (tokens, ..) = recording(|name| (name != "hangs").then_some(29 * SECOND));
+    let tokens = tokens.with_concurrency(1);
+    let start = Instant::now();
+    let calls = ["hangs", "second", "third"].map(|name| {
+        let tokens = tokens.clone();
+        tokio::spawn(async move {
+            (fetch_token(&tokens, &Subject::new(name)).await.is_ok(), start.elapsed().as_secs())
+        })
+    });
+    for (call, expected) in calls.into_iter().zip([(false, 30), (true, 59), (true, 88)]) {
+        assert_eq!(call.await.unwrap(), expected);
+    }
+}
+
+/// M2, F4: so does a runtime that nobody drives, and one that shuts down holds nobody.
+#[test]
+fn idle_runtime_holds_others_until_the_timeout() {
+    let runtime = || runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    for shuts_down in [false, true] {
+        let (tokens, ..) = recording(|_| Some(SECOND));
+        let tokens = tokens.with_concurrency(1);
+        let idle = runtime();
+        idle.block_on(async {
+            for name in ["running", "waiting"] {
+                let subject = Subject::new(name);
+                assert!(tokio_test::task::spawn(fetch_token(&tokens, &subject)).poll().is_pending());
+            }
+        });
+        let idle = (!shuts_down).then_some(idle);
+        runtime().block_on(async {
+            let start = Instant::now();
+            fetch_token(&tokens, &Subject::new("other")).await.unwrap();
+            // One refresh after the other exceeds the timeout, and is abandoned a second later.
+            assert_eq!(start.elapsed().as_secs(), if shuts_down { 1 } else { 63 });
+        });
+        drop(idle);
+    }
+}
+
+/// M2, F7: a source that waits for another subject's token, whether that is being fetched or not, gets it out of turn.
+#[tokio::test(start_paused = true)]
+async fn source_may_wait_for_another_subject() {
+    for is_queued in [false, true] {
+        let set: Arc<Mutex<Option<PerSubject>>> = Arc::default();
+        let tokens = PerSubject::new({
+            let set = Arc::clone(&set);
+            move |subject: &Subject| {
+                let (set, name) = (Arc::clone(&set), subject.as_str().to_owned());
+                source_fn(move |_: Reason<Token>| {
+                    let (set, name) = (set.lock().unwrap().clone().unwrap(), name.clone());
+                    async move {
+                        sleep(SECOND).await;
+                        if let Some(depth) = name.parse::<u32>().ok().filter(|depth| *depth > 0) {
+                            set.of_subject(&Subject::new((depth - 1).to_string())).token().await?;
+                        }
+                        Ok::<_, BoxError>(Token::new(format!("jwt-of-{name}"))?)
+                    }
+                })
+            }
+        });
+        let tokens = tokens.with_concurrency(1);
+        *set.lock().unwrap() = Some(tokens.clone());
+        let start = Instant::now();
+        let deepest = Subject::new("5");
+        let mut call = tokio_test::task::spawn(fetch_token(&tokens, &deepest));
+        assert!(call.poll().is_pending());
+        if is_queued {
+            let next = Subject::new("4");
+            assert!(tokio_test::task::spawn(fetch_token(&tokens, &next)).poll().is_pending());
+        }
+        call.await.unwrap();
+        assert_eq!(start.elapsed().as_secs(), 6);
+        *set.lock().unwrap() = None;
+    }
+}
+
+/// Fails for the subjects whose names begin with `failing`.
+fn failing_mint() -> (PerSubject, Fetches) {
+    let fetches = Fetches::default();
+    let tokens = PerSubject::new({
+        let fetches = Arc::clone(&fetches);
+        move |subject: &Subject| {
+            let (fetches, name) = (Arc::clone(&fetches), subject.as_str().to_owned());
+            source_fn(move |_: Reason<Token>| {
+                *fetches.lock().unwrap().entry(name.clone()).or_default() += 1;
+                ready(if name.starts_with("failing") {
+                    Err(SourceError::permanent("there is no such user"))
+                } else {
+                    Ok(Fetched::new(Token::new(format!("jwt-of-{name}-1")).unwrap())
+                        .with_lifetime(60 * MINUTE))
+                })
+            })
+        }
+    });
+    (tokens, fetches)
+}
+
+/// M2: the back-off of failing subjects survives the arrival of others, and their idle time.
+#[tokio::test(start_paused = true)]
+async fn back_off_survives_eviction() {
+    let (tokens, fetches) = failing_mint();
+    let tokens = tokens.with_capacity(80).with_idle_time(MINUTE);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    let failing = || async {
+        for index in 0..5 {
+            let error = send(&layer, request_of(&format!("failing-{index}"))).await.unwrap_err();
+            assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
+        }
+    };
+    for round in 0..4 {
+        failing().await;
+        for index in 0..500 {
+            send(&layer, request_of(&format!("user-{round}-{index}"))).await.unwrap();
+        }
+        assert!(tokens.len() <= 90, "{}", tokens.len());
+        advance(MINUTE).await;
+        send(&layer, request_of("busy")).await.unwrap();
+        settle().await;
+    }
+    for index in 0..5 {
+        assert_eq!(fetch_count(&fetches, &format!("failing-{index}")), 1);
+    }
+    assert!(tokens.forget(&Subject::new("failing-0")) && !tokens.forget(&Subject::new("failing-0")));
+    // They are probed after five minutes, and nothing is left of those that do not return.
+    advance(2 * MINUTE).await;
+    failing().await;
+    assert_eq!(fetch_count(&fetches, "failing-1"), 2);
+    advance(6 * MINUTE).await;
+    send(&layer, request_of("busy")).await.unwrap();
+    settle().await;
+    assert_eq!(tokens.len(), 1);
+}
+
+/// M2: a flood of failing subjects fills no memory and locks nobody out.
+#[tokio::test(start_paused = true)]
+async fn flood_of_failing_subjects_is_bounded() {
+    let (tokens, fetches) = failing_mint();
+    let tokens = tokens.with_capacity(100);
+    let layer = (JwtLayer::new(&tokens), ApiKeyLayer::x_api_key(key()));
+    for round in 0..100 {
+        for index in 0..100 {
+            let error = send(&layer, request_of(&format!("failing-{round}-{index}"))).await.unwrap_err();
+            assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
+            assert!(tokens.len() <= 120, "{}", tokens.len());
+        }
+        for index in 0..20 {
+            for name in [format!("user-{index}"), format!("new-{round}-{index}")] {
+                send(&layer, request_of(&name)).await.unwrap();
+            }
+        }
+    }
+    let refetched: usize = (0..20).map(|index| fetch_count(&fetches, &format!("user-{index}"))).sum();
+    assert!(refetched < 60, "{refetched} fetches for 20 users");
 }
 
 /// An idle subject is evicted by the requests of others; a busy one is kept.
