@@ -57,7 +57,13 @@ fn look_up_during_rotation(first: impl FnOnce(&Refreshing<Token>)) -> Option<(us
     let provider = CredentialProvider::new(Some((&keys).into()), Some((&jwts).into()));
     let rotation = spawn(move || {
         Tasks::AtOnce.during(|| {
-            let replace_jwt = || jwts.current().iter().for_each(|jwt| jwts.rejected(jwt));
+            let replace_jwt = || {
+                jwts.current().iter().for_each(|jwt| {
+                    // Otherwise the rejections of the next ones would be spaced.
+                    jwts.accepted(jwt);
+                    jwts.rejected(jwt);
+                });
+            };
             replace_jwt();
             keys.rejected(&ApiKey::numbered(0));
             replace_jwt();

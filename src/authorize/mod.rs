@@ -37,7 +37,8 @@
 //!
 //! Credentials that an inbound caller sent in a header which no layer owns pass through: removing them is the job of
 //! [`StripCredentialsLayer`](crate::inbound::StripCredentialsLayer). `SelamLayer` gives a consistent pair: its key and JWT
-//! were current at the same time, also while either is rotated. Two layers read theirs one after the other.
+//! were current at the same time, also while either is rotated. Two layers read theirs one after the other, and the outer
+//! one's may expire while the inner one waits.
 //!
 //! # Which requests get credentials
 //!
@@ -46,8 +47,8 @@
 //! ([RFC 9110 section 9.3.8](https://www.rfc-editor.org/rfc/rfc9110#section-9.3.8)). If no credential is available the
 //! request fails; it is never sent without.
 //!
-//! A request that waits for a refresh holds no permit of the inner service. What it is sent with was current when the
-//! service became ready.
+//! A request that waits for a refresh holds no permit of the inner service. What it is sent with was valid and current when
+//! the service became ready; a wait within the service's call is [out of sight](crate::guide::composition#limits).
 //!
 //! # Overriding the credentials of one request
 //!

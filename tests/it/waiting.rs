@@ -7,6 +7,7 @@ use std::{
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http::{Request, Response, StatusCode};
@@ -22,18 +23,19 @@ use tower::{
     Layer, Service, ServiceExt,
     buffer::Buffer,
     limit::{ConcurrencyLimit, RateLimit, rate::Rate},
+    service_fn,
     util::BoxCloneSyncService,
 };
 use tower_selam::{
     ApiKey, ApiKeyLayer, BoxError, JwtLayer, Provider, RefreshLayer, Refreshing, RequestAuth, SelamLayer,
     Token,
-    source::{Reason, source_fn},
+    source::{Fetched, Reason, source_fn},
 };
 use tower_test::mock;
 
 use crate::{
     api::{Api, INVALID_TOKEN, counting, request, request_with, stack},
-    mint::{Mint, SECOND, engine, settle},
+    mint::{MINUTE, Mint, SECOND, engine, settle},
     support::{Body, Fed, key, response},
 };
 
@@ -405,6 +407,70 @@ async fn hundred_waiters_leave_the_permit_free() {
         assert_eq!(mint.asked(), fetches, "{name}");
     }
     assert_eq!(api.bearers().len(), 4 * 101);
+}
+
+/// Tokens that say when they were issued, in seconds, and live for a minute.
+fn dated(start: Instant) -> Refreshing<Token> {
+    Refreshing::new(source_fn(move |_: Reason<Token>| async move {
+        sleep(5 * SECOND).await;
+        let token = Token::new(format!("at-{}", start.elapsed().as_millis()))?;
+        Ok::<_, BoxError>(Fetched::new(token).with_lifetime(MINUTE))
+    }))
+}
+
+/// R7: a token that lives for a minute is valid when it is sent, although each request takes ten minutes and the others wait
+/// for it: inside or outside of a limit, in a buffer, or after a 401.
+#[tokio::test(start_paused = true)]
+async fn token_is_valid_after_any_wait() {
+    const BUSY: Duration = Duration::from_secs(600);
+    for (name, rejects) in ["inside", "inside twice", "outside", "buffer outside", "rate outside"]
+        .into_iter()
+        .flat_map(|name| [(name, false), (name, true)])
+    {
+        let start = Instant::now();
+        let sends = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&sends);
+        let api = service_fn(move |request: Request<Body>| {
+            let bearer = request.headers()["authorization"].to_str().unwrap().to_owned();
+            let issued: u64 = bearer.strip_prefix("Bearer at-").unwrap().parse().unwrap();
+            let age = start.elapsed() - Duration::from_millis(issued);
+            assert!(age < MINUTE, "{name}, 401: {rejects}: sent at the age of {age:?}");
+            // The first send of all is rejected, and its replay waits behind the other requests.
+            let is_rejected = counter.fetch_add(1, SeqCst) == 0 && rejects;
+            async move {
+                if is_rejected {
+                    return Ok::<_, BoxError>(response(401, INVALID_TOKEN));
+                }
+                sleep(BUSY).await;
+                Ok(response(200, ""))
+            }
+        });
+        let jwts = dated(start);
+        let limit = || ConcurrencyLimit::new(api.clone(), 1);
+        let answered = |response: Response<tower_selam::auth_error::InspectedBody<Body>>| response.status();
+        type Statuses = BoxCloneSyncService<Request<Body>, StatusCode, BoxError>;
+        let service = match name {
+            "inside" => Statuses::new(stack(&jwts, limit()).map_response(answered)),
+            "inside twice" => {
+                Statuses::new(stack(&jwts, ConcurrencyLimit::new(limit(), 2)).map_response(answered))
+            }
+            "outside" => {
+                Statuses::new(ConcurrencyLimit::new(stack(&jwts, api.clone()), 1).map_response(answered))
+            }
+            "buffer outside" => Statuses::new(Buffer::new(stack(&jwts, limit()).map_response(answered), 8)),
+            _ => {
+                let limited =
+                    RateLimit::new(stack(&jwts, api.clone()).map_response(answered), Rate::new(1, BUSY));
+                Statuses::new(Buffer::new(limited, 8))
+            }
+        };
+        let calls: Vec<_> = (0..4).map(|_| tokio::spawn(service.clone().oneshot(request()))).collect();
+        for call in calls {
+            assert_eq!(call.await.unwrap().unwrap(), StatusCode::OK, "{name}, 401: {rejects}");
+        }
+        assert_eq!(sends.load(SeqCst), 4 + usize::from(rejects), "{name}");
+        assert!(start.elapsed() >= 3 * BUSY, "{name}");
+    }
 }
 
 /// T1: an error of the inner service ends a call that waits for its readiness.
