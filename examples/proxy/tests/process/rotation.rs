@@ -8,10 +8,12 @@ use std::{
     time::Duration,
 };
 
+use http::Response;
+use http_body_util::BodyExt;
 use tokio::time;
 use tower_selam::simulator::{Server, Simulator};
 
-use crate::support::{Caller, Launch, Protocol, Proxy, eventually, secret};
+use crate::support::{Api, Caller, Launch, Protocol, Proxy, TlsListener, eventually, full, random, secret};
 
 const CALLERS: usize = 16;
 const ROTATIONS: u32 = 5;
@@ -136,4 +138,58 @@ async fn busy() -> (Simulator, Server) {
     simulator.set_rate_limit(u64::MAX);
     let api = Server::tls(&simulator).await.unwrap();
     (simulator, api)
+}
+
+/// J10: an endpoint that answers 401 to everybody, while file and token endpoint rightly return the same JWT all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rejecting_endpoint_fails_no_request_of_others() {
+    let jwt = secret(format!("ey.{}.cached", random()));
+    for in_file in [true, false] {
+        let token_requests = Arc::new(AtomicU64::new(0));
+        let api = TlsListener::listen(Protocol::Http2).await.exchanges().answer_all({
+            let (jwt, token_requests) = (jwt.clone(), Arc::clone(&token_requests));
+            move |request| {
+                let bearer = request.headers().get("authorization").and_then(|value| value.to_str().ok());
+                let (status, body) = match request.uri().path() {
+                    "/oauth/token" => {
+                        token_requests.fetch_add(1, Ordering::Relaxed);
+                        (
+                            200,
+                            format!(r#"{{"access_token":"{jwt}","token_type":"Bearer","expires_in":3600}}"#),
+                        )
+                    }
+                    "/v1/rejecting" => (401, r#"{"error":{"code":"invalid_token"}}"#.to_owned()),
+                    _ if bearer == Some(&*format!("Bearer {jwt}")) => (200, "{}".to_owned()),
+                    _ => (401, r#"{"error":{"code":"invalid_token"}}"#.to_owned()),
+                };
+                let response = Response::builder().status(status).header("content-type", "application/json");
+                let response = response.body(full(body)).unwrap();
+                async move {
+                    let _ = request.into_body().collect().await;
+                    response
+                }
+            }
+        });
+        let launch = Launch::with_key(&api);
+        let proxy = if in_file {
+            let file = launch.scratch().write("jwt", &jwt);
+            launch.env("SELAM_JWT_FILE", file).start().await
+        } else {
+            let url = api.base_url().replace("/v1", "/oauth/token");
+            launch.env("SELAM_TOKEN_URL", url).start().await
+        };
+        let load = Load::on(&proxy, "/v1/chat/completions");
+        let caller = Caller::http1(&proxy);
+        load.progress().await;
+        for _ in 0..20 {
+            let answer = caller.post("/v1/rejecting", "{}").await;
+            assert_eq!(
+                (answer.status.as_u16(), answer.text()),
+                (401, r#"{"error":{"code":"invalid_token"}}"#)
+            );
+            load.progress().await;
+        }
+        load.end().await;
+        assert!(in_file || (2..8).contains(&token_requests.load(Ordering::Relaxed)), "{token_requests:?}");
+    }
 }
