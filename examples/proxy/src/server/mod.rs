@@ -19,11 +19,12 @@ use axum::{
     http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::CONNECTION},
 };
 use http_body::{Body as _, Frame, SizeHint};
-use hyper::{body::Incoming, service::Service};
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::Service,
 };
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, watch},
@@ -149,7 +150,8 @@ async fn accept_failed(error: &io::Error) {
 /// What all connections share.
 struct Server {
     app: Router,
-    http: auto::Builder<TokioExecutor>,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
     limits: Limits,
     slots: Arc<Semaphore>,
     strangers: Arc<Strangers>,
@@ -158,14 +160,15 @@ struct Server {
 impl Server {
     fn new(app: Router, mut limits: Limits) -> Self {
         limits.max_connections = within_descriptors(limits.max_connections);
-        let mut http = auto::Builder::new(TokioExecutor::new());
+        let mut http1 = http1::Builder::new();
         // `Connection` has the timeouts, because hyper's also covers the idle time between two requests.
-        http.http1()
+        http1
             .timer(TokioTimer::new())
             .header_read_timeout(None)
             .max_headers(MAX_FIELDS)
             .max_buf_size(MAX_HEAD_HTTP1);
-        http.http2()
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
             .timer(TokioTimer::new())
             .keep_alive_interval(PING_EVERY)
             .initial_stream_window_size(STREAM_WINDOW)
@@ -173,7 +176,7 @@ impl Server {
             .max_concurrent_streams(STREAMS)
             .max_header_list_size(MAX_HEAD_HTTP2);
         let slots = Arc::new(Semaphore::new(limits.max_connections));
-        Self { app, http, limits, slots, strangers: Arc::default() }
+        Self { app, http1, http2, limits, slots, strangers: Arc::default() }
     }
 
     /// Waits until there may be one more connection, and makes room for it.
@@ -201,37 +204,54 @@ impl Server {
     ) {
         let connection = Connection::new(&self.strangers);
         let socket = Socket::new(stream, Arc::clone(&connection), slot);
-        let http2 = tokio::select! {
-            known = time::timeout(self.limits.head_timeout, is_http2(&socket)) => known,
+        let version = tokio::select! {
+            version = time::timeout(self.limits.head_timeout, is_http2(&socket)) => version,
             () = connection.evicted() => return,
             () = guard.begun() => return,
         };
-        match http2 {
-            Ok(Ok(true)) => connection.set_http2(),
-            Ok(Ok(false)) => {}
-            _ => return,
-        }
-
+        let Ok(Ok(is_http2)) = version else { return };
         let requests = Requests { app: self.app.clone(), connection: Arc::clone(&connection) };
-        let mut serving = pin!(self.http.serve_connection_with_upgrades(TokioIo::new(socket), requests));
+        let io = TokioIo::new(socket);
+        // Boxed, so that a connection takes no more memory than its version needs.
+        let served = if is_http2 {
+            connection.set_http2();
+            let serving = Box::pin(self.http2.serve_connection(io, requests));
+            self.watch(serving, http2::Connection::graceful_shutdown, &connection, guard).await
+        } else {
+            let serving = Box::pin(self.http1.serve_connection(io, requests).with_upgrades());
+            self.watch(serving, http1::UpgradeableConnection::graceful_shutdown, &connection, guard).await
+        };
+        if let Err(error) = served {
+            tracing::debug!(%error, "connection to a caller failed");
+        }
+    }
+
+    /// Serves a connection until its end, a limit, or the shutdown.
+    async fn watch<C: Future<Output = hyper::Result<()>>>(
+        &self,
+        mut serving: Pin<Box<C>>,
+        shut_down: fn(Pin<&mut C>),
+        connection: &Connection,
+        mut guard: ShutdownGuard,
+    ) -> hyper::Result<()> {
         let mut closing = false;
         let mut timer = pin!(time::sleep_until(Instant::now()));
-        let served = loop {
+        loop {
             let close = tokio::select! {
-                served = &mut serving => break served,
+                served = &mut serving => return served,
                 () = guard.begun(), if !closing => true,
-                () = connection.evicted() => return,
+                () = connection.evicted() => return Ok(()),
                 () = &mut timer => match connection.due(&self.limits) {
                     Due::Later(due) if !closing => {
                         timer.as_mut().reset(due);
                         false
                     }
-                    Due::Cut => return,
-                    // The last request of an HTTP/2 connection may still arrive: for a pause, it has not been told.
+                    Due::Cut => return Ok(()),
+                    // The last request of an HTTP/2 connection may still arrive: the caller has not read GOAWAY yet.
                     _ if closing => {
                         let due = connection.moved_at() + LINGER_PAUSE;
                         if connection.is_idle() && Instant::now() >= due {
-                            return;
+                            return Ok(());
                         }
                         timer.as_mut().reset(due.max(Instant::now() + LINGER_PAUSE));
                         false
@@ -245,11 +265,8 @@ impl Server {
                 if connection.is_idle() {
                     connection.close_at_once();
                 }
-                serving.as_mut().graceful_shutdown();
+                shut_down(serving.as_mut());
             }
-        };
-        if let Err(error) = served {
-            tracing::debug!(%error, "connection to a caller failed");
         }
     }
 }
