@@ -1,12 +1,17 @@
 //! Streams bodies that are far larger than the memory the proxy may use.
 
-use http::Method;
+use http::{Method, Response};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::{io::AsyncWriteExt, task::JoinHandle};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::mpsc,
+    task::{JoinHandle, JoinSet},
+};
 
 use crate::support::{
-    Caller, Exchange, Launch, Protocol, Proxy, TlsListener, channel_body, raw, response_head, with_timeout,
+    Caller, Exchange, Launch, Protocol, Proxy, TlsListener, channel_body, frame, full, raw, response_head,
+    with_timeout,
 };
 
 const GIB: u64 = 1024 * 1024 * 1024;
@@ -104,4 +109,68 @@ async fn a_download_streams() {
         assert_eq!(counted.await.unwrap(), LENGTH);
         assert_memory_bounded(&proxy, before);
     }
+}
+
+/// How much memory the proxy may take in all, in KiB.
+const MAX_MEMORY: u64 = 64 * 1024;
+
+/// How many bytes each caller uploads one by one. Longer bodies take no more memory, only time.
+const TINY_CHUNKS: usize = 64 * 1024;
+
+/// M1: a thousand streams are open, while four callers upload bodies in chunks of one byte.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tiny_chunks_and_a_thousand_streams_take_little_memory() {
+    let (started, mut all_started) = mpsc::unbounded_channel();
+    let api = TlsListener::listen(Protocol::Http2).await.exchanges().answer_all(move |request| {
+        let started = started.clone();
+        async move {
+            if request.method() == Method::PUT {
+                return Response::new(full(count(request.into_body()).await.unwrap().to_string()));
+            }
+            let (feed, body) = channel_body();
+            feed.data("data: first\n\n").await;
+            started.send(feed).unwrap();
+            Response::new(body)
+        }
+    });
+    let proxy = Launch::with_key(&api).start().await;
+    // As few descriptors as the usual limit allows.
+    let many: Vec<_> = (0..9).map(|_| Caller::http2(&proxy)).collect();
+    let mut streams = JoinSet::new();
+    for number in 0..1000_usize {
+        let caller = match number.checked_sub(100) {
+            None => Caller::http1(&proxy),
+            Some(number) => many[number / 100].clone(),
+        };
+        let request = caller.request(Method::POST, "/v1/chat/completions").body(full("{}")).unwrap();
+        streams.spawn(async move {
+            let mut response = caller.send(request).await;
+            assert!(frame(response.body_mut()).await.unwrap().is_ok());
+            response
+        });
+    }
+    let open = with_timeout(streams.join_all()).await;
+    let mut feeds = Vec::new();
+    for _ in &open {
+        feeds.push(with_timeout(all_started.recv()).await.unwrap());
+    }
+    let mut uploads = JoinSet::new();
+    for _ in 0..4 {
+        let mut caller = raw(&proxy).await;
+        uploads.spawn(async move {
+            let host = caller.peer_addr().unwrap();
+            let head =
+                format!("PUT /v1/files HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding: chunked\r\n\r\n");
+            caller.write_all(head.as_bytes()).await.unwrap();
+            let chunks = b"1\r\nu\r\n".repeat(TINY_CHUNKS / 64);
+            for _ in 0..64 {
+                with_timeout(caller.write_all(&chunks)).await.unwrap();
+            }
+            caller.write_all(b"0\r\n\r\n").await.unwrap();
+            assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
+        });
+    }
+    uploads.join_all().await;
+    assert!(peak(&proxy) < MAX_MEMORY, "{} KiB", peak(&proxy));
+    drop((open, feeds));
 }
