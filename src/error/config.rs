@@ -78,8 +78,14 @@ pub enum ConfigErrorKind {
         /// The error of the failed read.
         error: io::ErrorKind,
     },
-    /// The file is larger than any credential: more than 64 KiB.
-    TooLong,
+    /// The file is larger than what it holds can be.
+    #[non_exhaustive]
+    TooLong {
+        /// The largest size that is read, in KiB.
+        max_kib: usize,
+    },
+    /// The file is still being written.
+    Unsettled,
     /// The value contains a space or a tab.
     #[non_exhaustive]
     WhiteSpace {
@@ -164,7 +170,8 @@ impl fmt::Display for ConfigErrorKind {
             Self::Empty => "is empty",
             Self::NotUnicode => "is not valid Unicode",
             Self::Unreadable { error } => return write!(f, "cannot be read: {error}"),
-            Self::TooLong => "is longer than 64 KiB",
+            Self::TooLong { max_kib } => return write!(f, "is longer than {max_kib} KiB"),
+            Self::Unsettled => "is still being written",
             Self::WhiteSpace { at } => return write!(f, "has white space at byte {at}"),
             Self::ControlCharacter { at } => return write!(f, "has a control character at byte {at}"),
             Self::NonAscii { at } => return write!(f, "has a character that is not ASCII at byte {at}"),

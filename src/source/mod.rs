@@ -35,6 +35,7 @@ mod closure;
 mod env;
 mod file;
 mod service;
+mod settled;
 #[cfg(feature = "sign")]
 mod sign;
 
@@ -49,6 +50,7 @@ pub use self::{
     env::EnvSource,
     file::FileSource,
     service::ServiceSource,
+    settled::SettledFile,
 };
 use crate::{
     credential::Credential,

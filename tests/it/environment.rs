@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use tower::{BoxError, ServiceExt, service_fn};
 use tower_selam::{ApiKey, BaseUrl, ConfigError, SelamLayer, Token, oauth::ClientAuth, simulator::Simulator};
 
-use crate::files::Directory;
+use crate::files::{Directory, write_old};
 use crate::support::{Body, MODELS, get, send, values};
 
 pub(crate) const CASE: &str = "TOWER_SELAM_TEST_CASE";
@@ -332,7 +332,7 @@ fn token_request_is_read_from_the_environment() {
         return tell(&requests.lock().unwrap()[0].clone());
     }
     let directory = Directory::new();
-    std::fs::write(directory.file(), "from a file\n").unwrap();
+    write_old(&directory.file(), "from a file\n");
     let file = ("SELAM_CLIENT_SECRET_FILE", directory.file().to_str().unwrap().to_owned());
     let file = (file.0, &*file.1);
     let url = ("SELAM_TOKEN_URL", "https://login.example/oauth/token");

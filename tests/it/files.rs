@@ -1,19 +1,24 @@
 //! K1: keys and tokens in files that are replaced.
 
 use std::{
-    env, fs,
+    env,
+    error::Error as _,
+    fs,
+    io::Write as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering::SeqCst},
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use http::{Request, Response, StatusCode};
+use proptest::prelude::*;
 use tokio::time::{Instant, sleep};
 use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, BoxError, JwtLayer, RefreshLayer, RefreshPolicy,
     Refreshing, SelamLayer, TestClock, Token,
     auth_error::InspectedBody,
+    oauth::ClientSecret,
     source::{EnvSource, FileSource, Reason, Source},
 };
 
@@ -51,6 +56,13 @@ impl Drop for Directory {
     }
 }
 
+/// Writes a file that looks as if it had been written long ago.
+pub(crate) fn write_old(path: &Path, content: impl AsRef<[u8]>) {
+    fs::write(path, content).unwrap();
+    let file = fs::File::options().append(true).open(path).unwrap();
+    file.set_modified(UNIX_EPOCH + Duration::from_secs(1_000_000_000)).unwrap();
+}
+
 fn read(path: &Path) -> Result<String, String> {
     let key = FileSource::<ApiKey>::new(path).read();
     key.map(|key| key.expose_secret().to_owned()).map_err(|error| error.to_string())
@@ -63,7 +75,7 @@ fn byte_order_mark_and_newline_are_trimmed() {
     let file = directory.file();
     for text in ["sk-selam-a", "sk-selam-a\n", "sk-selam-a\r\n", "\u{feff}sk-selam-a\r\n", "  sk-selam-a \n"]
     {
-        fs::write(&file, text).unwrap();
+        write_old(&file, text);
         assert_eq!(read(&file).unwrap(), "sk-selam-a", "{text:?}");
     }
 }
@@ -84,7 +96,7 @@ fn invalid_file_is_named_without_its_content() {
         (b"secret\xff", "is not valid Unicode"),
         (&[b'a'; 70_000], "is longer than 64 KiB"),
     ] {
-        fs::write(&file, content).unwrap();
+        write_old(&file, content);
         assert_eq!(read(&file).unwrap_err(), format!("{named} {message}"));
     }
     assert!(read(&directory.0).unwrap_err().contains("cannot be read"));
@@ -92,7 +104,7 @@ fn invalid_file_is_named_without_its_content() {
 
 /// Makes an engine that has read the file once, with a clock that only the test moves.
 async fn engine(file: &Path) -> (Refreshing<ApiKey>, TestClock) {
-    let clock = TestClock::new(std::time::UNIX_EPOCH + Duration::from_secs(1_900_000_000));
+    let clock = TestClock::new(UNIX_EPOCH + Duration::from_secs(1_900_000_000));
     let policy = RefreshPolicy::new().with_clock(clock.clone());
     let keys = Refreshing::with_policy(FileSource::new(file), policy);
     keys.prefetch().await.unwrap();
@@ -106,11 +118,11 @@ async fn later(keys: &Refreshing<ApiKey>, clock: &TestClock) -> String {
 }
 
 /// K1: the last good key is kept while the file is truncated or missing.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn replaced_or_deleted_file_is_followed() {
     let directory = Directory::new();
     let file = directory.file();
-    fs::write(&file, "sk-selam-one").unwrap();
+    write_old(&file, "sk-selam-one");
     let (keys, clock) = engine(&file).await;
     assert_eq!(later(&keys, &clock).await, "sk-selam-one");
 
@@ -125,11 +137,11 @@ async fn replaced_or_deleted_file_is_followed() {
     fs::write(&file, "sk-selam-three").unwrap();
     // After a failure, the old key is served while the file is read in the background.
     let mut current = later(&keys, &clock).await;
-    for _ in 0..1_000_000 {
+    for _ in 0..1_000 {
         if current == "sk-selam-three" {
             break;
         }
-        tokio::task::yield_now().await;
+        sleep(Duration::from_millis(1)).await;
         current = keys.api_key().await.unwrap().expose_secret().to_owned();
     }
     assert_eq!(current, "sk-selam-three");
@@ -137,7 +149,7 @@ async fn replaced_or_deleted_file_is_followed() {
 
 /// K1: a Kubernetes secret volume, whose symlink is swapped.
 #[cfg(unix)]
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn swapped_symlink_is_followed() {
     use std::os::unix::fs::symlink;
 
@@ -145,7 +157,7 @@ async fn swapped_symlink_is_followed() {
     let at = |name: &str| directory.0.join(name);
     for (version, key) in [("..1", "sk-selam-one"), ("..2", "sk-selam-two")] {
         fs::create_dir(at(version)).unwrap();
-        fs::write(at(version).join("key"), key).unwrap();
+        write_old(&at(version).join("key"), key);
     }
     symlink("..1", at("..data")).unwrap();
     symlink("..data/key", at("key")).unwrap();
@@ -157,11 +169,11 @@ async fn swapped_symlink_is_followed() {
 }
 
 /// K1: without waiting for the next recheck.
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn rejected_key_is_read_again_at_once() {
     let directory = Directory::new();
     let file = directory.file();
-    fs::write(&file, "sk-selam-one").unwrap();
+    write_old(&file, "sk-selam-one");
     let (keys, _) = engine(&file).await;
     let first = keys.api_key().await.unwrap();
     fs::write(&file, "sk-selam-two").unwrap();
@@ -230,7 +242,7 @@ async fn new_key_is_used_within_a_second() {
         for phase in [0, 10, 330, 980, 990] {
             let directory = Directory::new();
             let file = directory.file();
-            fs::write(&file, "sk-selam-one").unwrap();
+            write_old(&file, "sk-selam-one");
             let api = Api::accepting_all();
             let service = key_stack(&file, &api);
             let time = Duration::from_millis(2_000 + phase);
@@ -269,7 +281,7 @@ async fn last_good_key_is_kept() {
     for (name, damage) in breaks {
         let directory = Directory::new();
         let file = directory.file();
-        fs::write(&file, "sk-selam-one").unwrap();
+        write_old(&file, "sk-selam-one");
         let api = Api::accepting_all();
         let service = key_stack(&file, &api);
         load(&service, &api, Duration::from_millis(500)).await;
@@ -325,7 +337,7 @@ async fn file_is_read_again_after_a_401() {
     for jwt in [false, true] {
         let directory = Directory::new();
         let file = directory.file();
-        fs::write(&file, "old-credential").unwrap();
+        write_old(&file, "old-credential");
         let rejection = if jwt { INVALID_TOKEN } else { INVALID_KEY };
         let api = Api::accepting("old-credential", rejection);
         let service = if jwt { jwt_stack(&file, &api) } else { key_stack(&file, &api) };
@@ -360,7 +372,7 @@ async fn shorter_lived_jwt_in_file_is_used() {
     let file = directory.file();
     let until = |exp: u32| jwt_claiming(&format!(r#"{{"exp":{exp}}}"#)).expose_secret().to_owned();
     let (long, short) = (until(1_900_003_600), until(1_900_000_060));
-    fs::write(&file, &long).unwrap();
+    write_old(&file, &long);
     let api = Api::accepting_all();
     let service = jwt_stack(&file, &api);
     load(&service, &api, Duration::from_millis(500)).await;
@@ -373,6 +385,122 @@ async fn shorter_lived_jwt_in_file_is_used() {
     let error = service.clone().oneshot(request()).await.unwrap_err();
     assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::RefreshFailed);
     assert_eq!(api.bearers().len(), before);
+}
+
+/// Writes `content` into `file` in place, in as many steps as there are pauses.
+async fn write_slowly(file: &Path, content: &[u8], pauses: &[u64]) {
+    let mut writer = fs::File::create(file).unwrap();
+    for (number, pause) in pauses.iter().enumerate() {
+        sleep(Duration::from_millis(*pause)).await;
+        let part = content.len() * number / pauses.len()..content.len() * (number + 1) / pauses.len();
+        writer.write_all(&content[part]).unwrap();
+    }
+}
+
+/// K1: written byte by byte, while requests are sent, and before there is any key.
+#[tokio::test(start_paused = true)]
+async fn half_a_key_is_never_sent() {
+    const NEW: &str = "sk-selam-the-new-key-0123456789";
+    for (name, pause) in [("at once", 0), ("steadily", 7), ("slowly", 90), ("with long pauses", 240)] {
+        for starts_with_a_key in [true, false] {
+            let directory = Directory::new();
+            let file = directory.file();
+            let api = Api::accepting_all();
+            let service = key_stack(&file, &api);
+            if starts_with_a_key {
+                write_old(&file, "sk-selam-one");
+                load(&service, &api, Duration::from_millis(500)).await;
+            }
+            let pauses = [pause; NEW.len()];
+            // The first request waits until there is a key, but only for so long.
+            let request = async {
+                sleep(Duration::from_millis(5_000_u64.min(pause * NEW.len() as u64 / 2))).await;
+                service.clone().oneshot(request()).await
+            };
+            let (sent, ()) = match starts_with_a_key {
+                true => tokio::join!(
+                    load(&service, &api, Duration::from_secs(9)),
+                    write_slowly(&file, NEW.as_bytes(), &pauses)
+                ),
+                false => {
+                    let (answered, ()) = tokio::join!(request, write_slowly(&file, NEW.as_bytes(), &pauses));
+                    assert_eq!(answered.unwrap().status(), StatusCode::OK, "{name}");
+                    (api.bearers(), ())
+                }
+            };
+            let before = requests_before_switch(&sent, "sk-selam-one", NEW);
+            let limit = (pause * NEW.len() as u64) as usize / 10 + 102;
+            assert!(before <= limit, "{name}: after {before} requests");
+        }
+    }
+}
+
+/// K1: a first read that ends while the file is empty or incomplete.
+#[tokio::test(start_paused = true)]
+async fn unfinished_first_file_is_an_error() {
+    let directory = Directory::new();
+    let file = directory.file();
+    let start = Instant::now();
+    fs::write(&file, "").unwrap();
+    let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(&file));
+    let error = keys.api_key().await.unwrap_err();
+    assert!(error.source().unwrap().to_string().ends_with("is empty"), "{error:?}");
+    assert_eq!(start.elapsed(), Duration::from_secs(6));
+
+    let pauses = [100; 100];
+    let keys: Refreshing<ApiKey> = Refreshing::new(FileSource::new(&file));
+    let (error, ()) = tokio::join!(keys.api_key(), write_slowly(&file, &[b'k'; 100], &pauses));
+    let error = error.unwrap_err();
+    assert!(error.source().unwrap().to_string().ends_with("is still being written"), "{error:?}");
+}
+
+/// K1: a rejected JWT or client secret in a file is replaced without a half in between.
+#[tokio::test(start_paused = true)]
+async fn half_a_secret_is_never_sent_to_the_token_endpoint() {
+    let directory = Directory::new();
+    let file = directory.file();
+    write_old(&file, "first secret");
+    let secrets: Refreshing<ClientSecret> = Refreshing::new(FileSource::new(&file));
+    assert_eq!(secrets.current().map(|_| ()), None);
+    secrets.prefetch().await.unwrap();
+    let first = secrets.current().unwrap();
+    let look = async {
+        secrets.invalidate(&first);
+        for _ in 0..1_000 {
+            sleep(Duration::from_millis(10)).await;
+            secrets.prefetch().await.unwrap();
+            let current = secrets.current().unwrap();
+            assert!(
+                ["first secret", "second secret"].contains(&current.expose_secret()),
+                "{}",
+                current.expose_secret()
+            );
+        }
+    };
+    tokio::join!(look, write_slowly(&file, b"second secret\n", &[200; 14]));
+    assert_eq!(secrets.current().unwrap().expose_secret(), "second secret");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// K1: any rhythm of a writer that never pauses for as long as two looks are apart.
+    #[test]
+    fn no_rhythm_of_writes_shows_a_half(pauses in prop::collection::vec(0u64..240, 1..20), phase in 0u64..1_000) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        let sent = runtime.block_on(async {
+            let directory = Directory::new();
+            let file = directory.file();
+            write_old(&file, "sk-selam-one");
+            let api = Api::accepting_all();
+            let service = key_stack(&file, &api);
+            load(&service, &api, Duration::from_millis(phase)).await;
+            let write = write_slowly(&file, b"sk-selam-two-0123456789", &pauses);
+            tokio::join!(load(&service, &api, Duration::from_secs(7)), write).0
+        });
+        prop_assert_eq!(sent.last().map(String::as_str), Some("sk-selam-two-0123456789"));
+        requests_before_switch(&sent, "sk-selam-one", "sk-selam-two-0123456789");
+    }
 }
 
 /// K1: a variable is read on each fetch.
@@ -407,8 +535,8 @@ fn environment_variables_name_files() {
     }
     let directory = Directory::new();
     let (key, jwt) = (directory.file(), directory.0.join("jwt"));
-    fs::write(&key, "sk-selam-from-a-file\n").unwrap();
-    fs::write(&jwt, "a.j.wt\n").unwrap();
+    write_old(&key, "sk-selam-from-a-file\n");
+    write_old(&jwt, "a.j.wt\n");
     let (key, jwt) = (key.to_str().unwrap(), jwt.to_str().unwrap());
     assert_eq!(
         run(NAME, "both", &[("SELAM_API_KEY_FILE", key), ("SELAM_JWT_FILE", jwt)]),

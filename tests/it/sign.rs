@@ -27,7 +27,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     environment::{CASE, run, tell},
-    files::Directory,
+    files::{Directory, write_old},
 };
 
 const SECRET: &[u8; 64] = b"a secret of sixty-four bytes, which is what HS512 asks for .....";
@@ -357,11 +357,11 @@ fn invalid_key_file_is_named() {
         (include_str!("../keys/encrypted.pem"), ENCRYPTED),
         (openssl_legacy, ENCRYPTED),
     ] {
-        std::fs::write(&file, content).unwrap();
+        write_old(&file, content);
         assert_eq!(refusal(&file), format!("{named} {message}"), "{content}");
     }
 
-    std::fs::write(&file, format!("\u{feff}{ED25519}")).unwrap();
+    write_old(&file, format!("\u{feff}{ED25519}"));
     let key = SigningKey::from_pem_file(&file).unwrap();
     let error = JwtSigner::new(SigningAlgorithm::Hs256, key).unwrap_err();
     assert_eq!(

@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use super::{SigningAlgorithm, algorithm::Kind};
 use crate::{
     error::{BoxError, ConfigError, ConfigErrorKind, Place, Setting},
-    source::file,
+    source::{SettledFile, file},
 };
 
 /// The key of a [`JwtSigner`](super::JwtSigner).
@@ -68,7 +68,8 @@ impl SigningKey {
     /// Fails if the file cannot be read or holds no such key. The error names the file.
     pub fn from_pem_file(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
-        let key = file::read(path).and_then(|pem| Key::from_pem(&Zeroizing::new(pem)));
+        let pem = SettledFile::new(path).read_blocking();
+        let key = pem.and_then(|pem| Key::from_pem(file::text(&pem)?));
         Self::new(key, Place::File(path.to_owned()))
     }
 
