@@ -9,25 +9,25 @@
 use std::{
     collections::HashMap,
     fmt::{self, Display},
-    io::Read,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use axum::http::{HeaderMap, HeaderName, Uri, Version, header::AUTHORIZATION};
+use secrecy::{ExposeSecret, SecretSlice};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
-use tower_selam::inbound::WebSocketProtocols;
+use tower_selam::{ConfigErrorKind, inbound::WebSocketProtocols, source::SettledFile};
 
 use crate::{config, local, reply::Refusal};
 
-/// How often the file is checked. A change takes effect once two checks in a row agree, since the file may be half written.
+/// How often the file is checked.
 const RECHECK: Duration = Duration::from_millis(300);
 
 /// The largest token file that is read.
-const MAX_FILE_LENGTH: u64 = 1024 * 1024;
+const MAX_FILE_SIZE: usize = 1024 * 1024;
 
 /// The longest name of a caller: names appear in every log line and metric.
 const MAX_NAME_LENGTH: usize = 64;
@@ -60,12 +60,13 @@ impl Callers {
     ///
     /// The file cannot be read, or one of its lines is invalid.
     pub fn from_file(path: PathBuf) -> Result<Self, config::Error> {
-        let content = read(&path).map_err(|error| config::Error::for_flag("--client-token-file", error))?;
+        let file = SettledFile::new(path).with_max_size(MAX_FILE_SIZE);
+        let content = file.read_blocking();
+        let digest = digest(&content);
         let table =
-            parse(&path, &content).map_err(|error| config::Error::for_flag("--client-token-file", error))?;
-        let digest = Sha256::digest(&content).into();
+            parse(&file, content).map_err(|error| config::Error::for_flag("--client-token-file", error))?;
         let (sender, receiver) = watch::channel(table);
-        tokio::spawn(follow(path, digest, sender));
+        tokio::spawn(follow(file, digest, sender));
         Ok(Self::WithToken(receiver))
     }
 
@@ -232,24 +233,24 @@ impl Display for BadLine {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
-    let unreadable = |error: std::io::Error| format!("{}: cannot be read: {}", path.display(), error.kind());
-    let mut content = Vec::new();
-    let file = std::fs::File::open(path).map_err(unreadable)?;
-    file.take(MAX_FILE_LENGTH + 1).read_to_end(&mut content).map_err(unreadable)?;
-    if content.len() as u64 > MAX_FILE_LENGTH {
-        return Err(format!("{}: is longer than 1 MiB", path.display()));
-    }
-    Ok(content)
+type Content = Result<SecretSlice<u8>, ConfigErrorKind>;
+
+type Digested = Result<[u8; 32], ConfigErrorKind>;
+
+fn digest(content: &Content) -> Digested {
+    let content = content.as_ref().map_err(Clone::clone)?;
+    Ok(Sha256::digest(content.expose_secret()).into())
 }
 
-fn parse(path: &Path, content: &[u8]) -> Result<TokenTable, String> {
-    TokenTable::parse(content).map_err(|error| format!("{}: {error}", path.display()))
+fn parse(file: &SettledFile, content: Content) -> Result<TokenTable, String> {
+    let named = |error: &dyn Display| format!("{}: {error}", file.path().display());
+    let content = content.map_err(|error| named(&error))?;
+    TokenTable::parse(content.expose_secret()).map_err(|error| named(&error))
 }
 
 /// Re-reads the file whenever it changes, until all receivers are gone. An invalid file leaves the table as it is.
-async fn follow(path: PathBuf, mut current: [u8; 32], sender: watch::Sender<TokenTable>) {
-    let mut previous = Ok(current);
+async fn follow(file: SettledFile, mut current: Digested, sender: watch::Sender<TokenTable>) {
+    let mut previous = current.clone();
     // The rejected state that the log has already mentioned.
     let mut reported = None;
     let mut ticks = time::interval(RECHECK);
@@ -259,24 +260,23 @@ async fn follow(path: PathBuf, mut current: [u8; 32], sender: watch::Sender<Toke
             _ = ticks.tick() => {}
             () = sender.closed() => return,
         }
-        let file = path.clone();
-        let Ok(content) = tokio::task::spawn_blocking(move || read(&file)).await else { continue };
-        let digest: Result<[u8; 32], String> =
-            content.as_ref().map(|content| Sha256::digest(content).into()).map_err(String::clone);
-        let settled = digest == previous;
+        let content = file.read().await;
+        let digest = digest(&content);
+        // A file that is missing for a moment is being replaced.
+        let is_passing = digest.is_err() && digest != previous;
         previous = digest.clone();
-        if digest == Ok(current) {
+        if digest == current {
             reported = None;
             continue;
         }
-        if !settled || reported.as_ref() == Some(&digest) {
+        if is_passing || reported.as_ref() == Some(&digest) {
             continue;
         }
-        match content.and_then(|content| parse(&path, &content)) {
+        match parse(&file, content) {
             Ok(table) => {
                 tracing::info!(callers = table.len(), "client tokens reloaded");
                 sender.send_replace(table);
-                current = digest.clone().unwrap_or(current);
+                current = digest.clone();
             }
             Err(error) => tracing::error!(%error, "client tokens not reloaded, keeping the previous ones"),
         }

@@ -123,6 +123,17 @@ async fn the_token_file_is_reloaded() {
     eventually("the old token is accepted again", async || is_accepted(&proxy, &old).await.then_some(()))
         .await;
     assert!(!is_accepted(&proxy, &new).await && !is_accepted(&proxy, &other).await);
+
+    // Written byte by byte: a table that lacks its end, or a token that is cut off, never takes effect.
+    let lines = format!("app:{old}\nlast:{new}{other}\n");
+    let mut file = std::fs::File::create(proxy.scratch().path("tokens")).unwrap();
+    for byte in lines.as_bytes() {
+        std::io::Write::write_all(&mut file, &[*byte]).unwrap();
+        assert!(is_accepted(&proxy, &old).await && !is_accepted(&proxy, &new).await);
+    }
+    let last = format!("{new}{other}");
+    eventually("the whole file is loaded", async || is_accepted(&proxy, &last).await.then_some(())).await;
+    assert!(is_accepted(&proxy, &old).await && !is_accepted(&proxy, &new).await);
 }
 
 #[tokio::test]
