@@ -465,7 +465,7 @@ async fn half_a_secret_is_never_sent_to_the_token_endpoint() {
     secrets.prefetch().await.unwrap();
     let first = secrets.current().unwrap();
     let look = async {
-        secrets.invalidate(&first);
+        secrets.rejected(&first);
         for _ in 0..1_000 {
             sleep(Duration::from_millis(10)).await;
             secrets.prefetch().await.unwrap();
