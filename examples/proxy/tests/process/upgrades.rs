@@ -176,6 +176,24 @@ async fn a_declined_upgrade_is_an_ordinary_answer() {
     assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
 }
 
+/// Java's client offers HTTP/2 with each request.
+#[tokio::test]
+async fn an_offer_of_http2_is_dropped_and_the_body_kept() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
+    let mut caller = raw(&proxy).await;
+    let request = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n\
+         Upgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Length: 4\r\n\r\nbody";
+    caller.write_all(request.as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    let head = read_head(&mut connection).await.to_ascii_lowercase();
+    assert!(!head.contains("upgrade") && !head.contains("http2-settings"), "{head}");
+    expect(&mut connection, b"body").await;
+    connection.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 200 "));
+    expect(&mut caller, b"ok").await;
+}
+
 #[tokio::test]
 async fn upgrades_need_a_token() {
     let api = TlsListener::listen(Protocol::Http1).await;
