@@ -58,7 +58,7 @@
 //! | handle invalid settings | [`ConfigError`], [`ConfigErrorKind`] |
 //! | hold secrets | [`ApiKey`], [`Token`], their trait [`Credential`], and [`KeyId`], which names one in logs |
 //! | read settings from the environment | [`mod@env`] |
-//! | forward requests in a proxy | [`inbound`] removes what the caller must not send upstream |
+//! | forward requests in a proxy | [`inbound`] removes what neither side may tell the other, and compares paths |
 //! | use reqwest, reqwest-middleware or tonic | `adapter` |
 //! | watch events and metrics | [`telemetry`], [`guide::telemetry`] |
 //! | test without a server | `simulator`, `TestClock` |

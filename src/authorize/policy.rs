@@ -57,7 +57,7 @@ impl Policy {
             self.strip(request)?;
             return Ok(Decision::Send(Sent::default()));
         }
-        if matches!(*request.method(), Method::TRACE | Method::CONNECT) {
+        if never_carries_credentials(request.method()) {
             return Err(refused_method(request.method()));
         }
         let (scope, subject) = match choice {
@@ -143,6 +143,12 @@ impl Policy {
         strip::remove_headers(request.headers_mut(), self.owner, &secrets);
         Ok(())
     }
+}
+
+/// Whether the method is TRACE or CONNECT, in any case, since some servers ignore it, or TRACK, which some treat as TRACE.
+pub(super) fn never_carries_credentials(method: &Method) -> bool {
+    matches!(method.as_str().len(), 5 | 7)
+        && ["TRACE", "TRACK", "CONNECT"].iter().any(|name| method.as_str().eq_ignore_ascii_case(name))
 }
 
 /// RFC 9110 section 9.3.8 forbids credentials in a TRACE request, which a server echoes; CONNECT is a request to a proxy

@@ -34,7 +34,7 @@ const SEPARATORS: [char; 2] = ['&', ';'];
 /// | identities that a proxy in front verified | `Cf-Access-Jwt-Assertion`, `X-Amzn-Oidc-*`, `X-Goog-*`, `X-MS-*`, `X-Auth-Request-*`, `X-Pomerium-*`, `X-Authentik-*`, `Tailscale-*`, `Remote-*`, `X-WebAuth-*`, `X-User-*`, `From`, `Baggage` | live tokens and personal data |
 /// | client certificates | `Client-Cert` ([RFC 9440](https://www.rfc-editor.org/rfc/rfc9440)), `X-Client-Cert-*`, `X-SSL-*`, `SSL-*` | the same |
 /// | what a browser adds | `Origin`, `Referer`, `Sec-Fetch-*`, `Sec-CH-*` | tells which page the user looks at; the API never meets the page |
-/// | overrides | `X-HTTP-Method-Override`, `X-Original-URL`, `X-Rewrite-URL` | the API would see another request than the one that was checked |
+/// | overrides | `X-HTTP-Method-Override`, `X-Original-URL`, `X-Rewrite-URL` | the API would read another method or path than was checked |
 /// | WebSocket subprotocols that carry a token | `bearer.TOKEN`, `openai-insecure-api-key.TOKEN` | see [`WebSocketProtocols`](super::WebSocketProtocols) |
 /// | query parameters | `token`, `api_key` | credentials |
 ///

@@ -7,10 +7,14 @@ use std::{
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_LENGTH, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, TE, TRANSFER_ENCODING, UPGRADE, VIA},
 };
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
+
+/// Headers that stay although `Connection` names them: those that are handled apart, and those that detect loops, which only
+/// an attacker would have removed ([RFC 8586 section 2](https://www.rfc-editor.org/rfc/rfc8586#section-2)).
+const NOT_REMOVED: [HeaderName; 5] = [CONNECTION, TE, UPGRADE, VIA, HeaderName::from_static("cdn-loop")];
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -22,6 +26,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 /// Removes `Connection` and every header that it names, `Keep-Alive`, `Proxy-Connection`, `TE`, `Transfer-Encoding` and
 /// `Upgrade`, and a `Content-Length` that `Transfer-Encoding` overrides. Keeps:
 ///
+/// - `Via` and `CDN-Loop`, even if `Connection` names them: they detect loops.
 /// - `TE: trailers`, which gRPC needs, and `Trailer`, which is end-to-end.
 /// - `Connection: upgrade` and `Upgrade` of an HTTP/1.1 request that asks for an upgrade, and of the 101 that answers
 ///   it. An upgrade to another HTTP version or to TLS is not forwarded, because the proxy would not see the requests
@@ -150,7 +155,7 @@ fn strip(headers: &mut HeaderMap, upgrade: bool) {
     if headers.contains_key(CONNECTION) {
         let named: Vec<_> = items(headers, CONNECTION)
             .filter_map(|name| HeaderName::from_bytes(name).ok())
-            .filter(|name| ![CONNECTION, TE, UPGRADE].contains(name))
+            .filter(|name| !NOT_REMOVED.contains(name))
             .collect();
         for name in named {
             headers.remove(name);

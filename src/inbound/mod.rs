@@ -1,8 +1,9 @@
 //! Layers for servers that forward requests: they remove what a caller sent that must not go upstream.
 //!
-//! [`StripCredentialsLayer`] removes the caller's credentials. Doing so is its job alone: the layers that write
-//! credentials replace the headers that they own and touch no others. [`StripHopByHopLayer`] removes the headers that
-//! were meant for the caller's connection. A proxy puts both outside of the stack that writes its own credentials:
+//! [`StripCredentialsLayer`] removes the caller's credentials, and what tells of its network or identity. Doing so is its job
+//! alone: the layers that write credentials replace the headers that they own and touch no others. [`StripHopByHopLayer`]
+//! removes the headers that were meant for the caller's connection. [`StripResponsesLayer`] removes from responses what would
+//! speak for the proxy, such as `Set-Cookie`. A proxy puts them outside of the stack that writes its own credentials:
 //!
 //! ```text
 //! caller ─▶ authenticate ─▶ StripHopByHop ─▶ StripCredentials ─▶ Selam ─▶ client
@@ -45,10 +46,13 @@
 //! all of them in a request that is sent without our credentials
 //! ([`RequestAuth::Anonymous`](crate::RequestAuth::Anonymous)).
 //!
+//! [`PathRule`] tells whether a path may be called, [`WebSocketProtocols`] finds the tokens that browsers hide among
+//! subprotocols, and [`is_forwarded`] recognises requests that passed through another proxy.
+//!
 //! # Order
 //!
 //! Outside of the layers that write credentials, and inside of the code that authenticates the caller, which needs to see
-//! the caller's credentials. The order of the two does not matter. A caller's `Connection` header cannot remove what inner
+//! the caller's credentials. Their order does not matter. A caller's `Connection` header cannot remove what inner
 //! layers write: `StripHopByHopLayer` has already dropped it, and the layers that write credentials also remove the names of
 //! the headers they own from it.
 

@@ -83,7 +83,7 @@ const PREFIXES: [&str; 12] = [
 /// | `Access-Control-*`, `Timing-Allow-Origin` | let web pages of its choice read the proxy's responses |
 /// | `Server` | name the wrong software |
 /// | `Proxy-*`, `Authentication-Info` | talk about a connection or login that is not the caller's |
-/// | `X-Accel-Redirect`, `X-Sendfile`, `X-Reproxy-URL` | have a web server in front of the proxy send a file of its own |
+/// | `X-Accel-Redirect`, `X-Sendfile`, `X-Reproxy-URL` | make a web server in front of the proxy send one of its files |
 ///
 /// `WWW-Authenticate` stays: a 401 must have one, and clients read the error in it. `Location` stays as well; a proxy whose
 /// paths differ from the upstream's has to rewrite it.

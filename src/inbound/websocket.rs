@@ -30,7 +30,7 @@ const CARRIERS: [&str; 15] = [
     "x-auth-token",
 ];
 
-/// Part of a carrier, with dots of its own.
+/// A part of carriers that contains dots.
 const KUBERNETES: &[u8] = b"authorization.k8s.io.";
 
 /// An entry with more pieces than this is removed rather than searched for a token.
@@ -78,8 +78,8 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// assert!(!protocols.accepts(&answer));
 /// ```
 ///
-/// A browser closes the connection if it offered subprotocols and the server chose none. A page should therefore offer one
-/// that the API speaks next to its token.
+/// A browser closes the connection if it offered subprotocols and the server chose none. A page should therefore offer a
+/// protocol that the API speaks next to its token.
 #[derive(Clone, Default)]
 pub struct WebSocketProtocols {
     offered: Vec<Zeroizing<Vec<u8>>>,

@@ -148,7 +148,8 @@ async fn the_stack_replaces_both_headers() {
 #[tokio::test]
 async fn trace_and_connect_are_refused() {
     let custom = RequestAuth::Custom(Credentials::bearer(key()));
-    for method in [http::Method::TRACE, http::Method::CONNECT] {
+    for method in ["TRACE", "CONNECT", "trace", "Connect", "TRACK"] {
+        let method = http::Method::from_bytes(method.as_bytes()).unwrap();
         for choice in [None, Some(RequestAuth::ApiKey), Some(RequestAuth::VoiceAgent), Some(custom.clone())] {
             let mut request = get(MODELS);
             *request.method_mut() = method.clone();

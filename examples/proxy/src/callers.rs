@@ -87,7 +87,7 @@ impl Callers {
                         None => refusal = Refusal::InvalidToken,
                     }
                 }
-                // Some clients send the token as a subprotocol of its own.
+                // Some clients send the token alone as a subprotocol.
                 let mut alone = protocols.offered().filter_map(|protocol| table.borrow().find(protocol));
                 alone.next().ok_or(refusal)
             }

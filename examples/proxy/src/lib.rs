@@ -20,6 +20,7 @@
 pub mod callers;
 pub mod config;
 pub mod local;
+pub mod location;
 pub mod metrics;
 pub mod proxy;
 pub mod reply;

@@ -19,8 +19,8 @@ const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// # Errors
 ///
 /// `Host` is missing, repeated or invalid ([RFC 9112 section 3.2](https://www.rfc-editor.org/rfc/rfc9112#section-3.2)), or
-/// differs from the URI ([RFC 9113 section 8.3.1](https://www.rfc-editor.org/rfc/rfc9113#section-8.3.1)): whoever checks one
-/// of the two must not be contradicted by the other.
+/// differs from the URI ([RFC 9113 section 8.3.1](https://www.rfc-editor.org/rfc/rfc9113#section-8.3.1)), so that a check of one
+/// would say nothing about the other.
 pub fn named_host(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Option<Authority>, Refusal> {
     let mut values = headers.get_all(HOST).iter();
     let host = match (values.next(), values.next()) {

@@ -13,7 +13,7 @@ use axum::{
     extract::{Request, State},
     http::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
-        header::{CONNECTION, CONTENT_LENGTH, HOST, SEC_WEBSOCKET_PROTOCOL, TRANSFER_ENCODING, UPGRADE, VIA},
+        header::{CONNECTION, HOST, SEC_WEBSOCKET_PROTOCOL, UPGRADE, VIA},
     },
     response::{IntoResponse, Response},
     routing::any,
@@ -31,6 +31,7 @@ use crate::{
     callers::{Callers, Name},
     config::{self, Config},
     local,
+    location::RewriteLocation,
     metrics::{self, Metrics, RequestTracker},
     reply::Refusal,
     rules::{self, BadPath, Rule},
@@ -138,8 +139,13 @@ fn stacks(
         .map_request(move |request: Request| to_api(&base, &via, request))
         // Add our credentials. After a 401, refresh them and replay the request once.
         .layer(layer.clone().buffered(REPLAY_LIMIT).annotated());
-    let stack = layers.clone().service(Upstream::new(settings, Versions::All));
-    let upgrade_stack = layers.service(Upstream::new(settings, Versions::Http1));
+    // Keep callers on the proxy.
+    let upstream = |versions| {
+        RewriteLocation::new(Upstream::new(settings, versions), &layer.base_url().to_string())
+            .map_err(|error| config::Error::for_flag("--base-url", error))
+    };
+    let stack = layers.clone().service(upstream(Versions::All)?);
+    let upgrade_stack = layers.service(upstream(Versions::Http1)?);
     Ok((BoxCloneSyncService::new(stack), BoxCloneSyncService::new(upgrade_stack)))
 }
 
@@ -220,14 +226,10 @@ impl Proxy {
     fn identify(&self, request: &Request) -> Result<Name, Refusal> {
         let (version, uri, headers) = (request.version(), request.uri(), request.headers());
         local::named_host(version, uri, headers)?;
-        // Only smugglers send both; RFC 9112 section 6.1 allows to refuse them.
-        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
-            return Err(Refusal::BadRequest);
-        }
         self.callers.identify(version, uri, headers)
     }
 
-    /// Takes the caller's token out of the WebSocket subprotocols, in whatever way it got there.
+    /// Takes the caller's token out of the WebSocket subprotocols.
     fn take_protocols(&self, headers: &mut HeaderMap) -> WebSocketProtocols {
         let mut protocols = WebSocketProtocols::from_headers(headers);
         if headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {

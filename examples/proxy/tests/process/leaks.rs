@@ -5,8 +5,8 @@ use http_body_util::BodyExt;
 use tokio::io::AsyncWriteExt;
 
 use crate::support::{
-    Caller, Launch, Protocol, TlsListener, channel_body, empty, random, raw, read, read_head, response_head,
-    secret,
+    Api, Caller, Launch, Protocol, TlsListener, channel_body, empty, random, raw, read, read_head,
+    response_head, secret,
 };
 
 /// Headers of edges, load balancers, tunnels, identity-aware proxies and browsers.
@@ -238,4 +238,47 @@ async fn interim_responses_do_not_speak_for_the_proxy() {
     connection.write_all(answer.as_bytes()).await.unwrap();
     let head = response_head(&mut caller).await;
     assert!(head.starts_with("HTTP/1.1 101 ") && !head.contains("theirs"), "{head}");
+}
+
+#[tokio::test]
+async fn locations_below_the_base_url_stay_on_the_proxy() {
+    for protocol in Protocol::BOTH {
+        let mut api = TlsListener::listen(protocol).await.exchanges();
+        let origin = api.base_url().replace("/v1", "");
+        let host = origin.replace("https://", "");
+        let key = secret(format!("sk-selam-{}", random()));
+        let base = format!("{origin}/gateway/v2");
+        let proxy =
+            Launch::for_api(&api).env("SELAM_API_KEY", &key).args(["--base-url", &base]).start().await;
+        let caller = Caller::new(&proxy, protocol);
+        for (name, value, expected) in [
+            ("location", format!("{base}/files/8?a=1#b"), "/v1/files/8?a=1#b"),
+            ("location", format!("http://{host}/gateway/v2/files/8"), "/v1/files/8"),
+            ("location", format!("//{}/gateway/v2", host.to_uppercase()), "/v1"),
+            ("location", "/gateway/v2/files/8".to_owned(), "/v1/files/8"),
+            ("location", "8".to_owned(), "/v1/files/8"),
+            ("location", format!("{base}/files/8?api_key={key}&a=1"), "/v1/files/8?a=1"),
+            ("content-location", format!("{base}/files/7"), "/v1/files/7"),
+            ("operation-location", format!("{base}/operations/7"), "/v1/operations/7"),
+            ("refresh", format!("1; url={base}/files/8"), "1; url=/v1/files/8"),
+            ("link", format!("<{base}/files?after=8>; rel=\"next\""), "</v1/files?after=8>; rel=\"next\""),
+            (
+                "location",
+                "https://elsewhere.example/v1/files/8?token=1".to_owned(),
+                "https://elsewhere.example/v1/files/8?token=1",
+            ),
+            ("location", format!("https://elsewhere.example/?k={key}&a=1"), "https://elsewhere.example/?a=1"),
+            ("location", "/elsewhere".to_owned(), "/elsewhere"),
+        ] {
+            let sending = tokio::spawn({
+                let request = caller.request(Method::GET, "/v1/files/7").body(empty()).unwrap();
+                let caller = caller.clone();
+                async move { read(caller.send(request).await).await }
+            });
+            let status = if name == "location" { 307 } else { 200 };
+            let response = Response::builder().status(status).header(name, &value).body(empty()).unwrap();
+            assert_eq!(api.next().await.answer(response).uri.path(), "/gateway/v2/files/7");
+            assert_eq!(sending.await.unwrap().headers[name], expected, "{value}");
+        }
+    }
 }

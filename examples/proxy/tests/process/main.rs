@@ -2,6 +2,7 @@
 //!
 //! They hold it to its README, and search all its output and all responses to callers for every secret of every test.
 
+mod admission;
 mod bodies;
 mod callers;
 mod configuration;

@@ -233,3 +233,102 @@ async fn the_voice_agent_gets_credentials_in_its_query() {
     assert!(query.contains("voice=x") && query.contains(&key) && query.contains(&jwt), "{query}");
     assert!(!query.contains("theirs"), "{query}");
 }
+
+/// The token of a caller among the WebSocket subprotocols, in every way that clients have of putting it there.
+#[tokio::test]
+async fn a_token_among_subprotocols_is_taken() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let token = secret(random());
+    let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
+    let encoded = base64(token.as_bytes());
+    secret(&encoded);
+    for (offered, left) in [
+        (
+            format!("realtime, openai-insecure-api-key.{token}, openai-beta.realtime-v1"),
+            "realtime, openai-beta.realtime-v1",
+        ),
+        (format!("openai-insecure-api-key.{token}"), ""),
+        (format!("bearer.{token}, chat"), "chat"),
+        (format!("chat, Bearer, {token}"), "chat"),
+        (format!("chat\r\nSec-WebSocket-Protocol: access_token.{token}"), "chat"),
+        (format!("base64url.bearer.authorization.k8s.io.{encoded}, v4.channel.k8s.io"), "v4.channel.k8s.io"),
+        (format!("chat, {token}"), "chat"),
+        (format!("bearer.{token}, chat, x-{token}-y, my~{encoded}"), "chat"),
+    ] {
+        let mut caller = raw(&proxy).await;
+        let head = handshake(&format!("Sec-WebSocket-Protocol: {offered}\r\n"));
+        caller.write_all(head.as_bytes()).await.unwrap();
+        let mut connection = api.accept().await;
+        let head = read_head(&mut connection).await;
+        assert!(!head.contains(&token) && !head.contains(&encoded), "{head}");
+        let lower = head.to_ascii_lowercase();
+        let sent = lower.split("\r\n").find_map(|line| line.strip_prefix("sec-websocket-protocol: "));
+        assert_eq!(sent.unwrap_or_default(), left);
+        let chosen = left.split(", ").next().filter(|chosen| !chosen.is_empty());
+        let answer = match chosen {
+            Some(chosen) => SWITCHED
+                .strip_suffix(b"\r\n")
+                .unwrap()
+                .iter()
+                .copied()
+                .chain(format!("Sec-WebSocket-Protocol: {chosen}\r\n\r\n").bytes())
+                .collect(),
+            None => SWITCHED.to_vec(),
+        };
+        connection.write_all(&answer).await.unwrap();
+        let head = response_head(&mut caller).await.to_ascii_lowercase();
+        assert!(head.starts_with("http/1.1 101 "), "{head}");
+        assert_eq!(head.contains("sec-websocket-protocol"), chosen.is_some());
+    }
+    // A wrong token is refused, and a token never reaches the API of a request that is not a handshake.
+    let mut caller = raw(&proxy).await;
+    caller
+        .write_all(handshake("Sec-WebSocket-Protocol: bearer.wrong\r\nConnection: close\r\n").as_bytes())
+        .await
+        .unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 401 "));
+    let mut caller = raw(&proxy).await;
+    let plain = format!(
+        "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nSec-WebSocket-Protocol: x.{token}, bearer.{token}\r\n\r\n"
+    );
+    caller.write_all(plain.as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    assert!(!read_head(&mut connection).await.contains(&token));
+}
+
+#[tokio::test]
+async fn the_api_cannot_choose_a_subprotocol_that_was_not_offered() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).start().await;
+    for chosen in ["other", "bearer.theirs", "chat, superchat", "chat\r\nSec-WebSocket-Protocol: chat"] {
+        let mut caller = raw(&proxy).await;
+        let head = handshake("Sec-WebSocket-Protocol: chat, bearer.theirs, superchat\r\n");
+        caller.write_all(head.as_bytes()).await.unwrap();
+        let mut connection = api.accept().await;
+        read_head(&mut connection).await;
+        let answer = [
+            SWITCHED.strip_suffix(b"\r\n").unwrap(),
+            b"Sec-WebSocket-Protocol: ",
+            chosen.as_bytes(),
+            b"\r\n\r\n",
+        ]
+        .concat();
+        connection.write_all(&answer).await.unwrap();
+        let head = response_head(&mut caller).await;
+        assert!(head.starts_with("HTTP/1.1 502 ") && !head.contains("theirs"), "{chosen}: {head}");
+    }
+}
+
+/// Encodes without padding, for URLs.
+fn base64(bytes: &[u8]) -> String {
+    let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut encoded = String::new();
+    for chunk in bytes.chunks(3) {
+        let bits =
+            chunk.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
+        for place in 0..=chunk.len() {
+            encoded.push(char::from(alphabet[(bits >> (18 - 6 * place) & 63) as usize]));
+        }
+    }
+    encoded
+}
