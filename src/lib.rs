@@ -73,6 +73,7 @@
 //! | `reqwest-middleware` | `adapter::reqwest_middleware`: the layers as a middleware of that crate |
 //! | `tonic` | `adapter::tonic`: the stack over tonic's `Channel`, for gRPC |
 //! | `tracing` | events for refreshes, rejections and replays, through the `tracing` crate |
+//! | `decompression` | reads compressed error bodies: gzip, deflate and Brotli. Without it, a compressed body tells neither its code nor which credential a 401 blames |
 //! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
 //! | `sign` | `source::JwtSigner`, which signs JWTs in the program |
 //! | `test-util` | `simulator::Simulator`: SelamAPI in process |

@@ -84,6 +84,7 @@
 //! |---|---|---|
 //! | `grpc-status` 16, or HTTP 401 | headers | the credential is refreshed and the request replayed once, [as after any 401](crate::replay) |
 //! | `grpc-status` 16 | trailers | the credential is refreshed for the next call; the status is returned to the caller |
+//! | `grpc-status` 16 with a message that says that a permission or scope is missing ([`AuthErrorKind`]) | either | the status is returned to the caller |
 //! | `grpc-status` 7, or HTTP 403 | either | the status is returned to the caller |
 //! | anything else | either | passes through unchanged |
 //!
@@ -659,6 +660,59 @@ mod tests {
             status(&[(GRPC_STATUS, b"16"), (GRPC_STATUS_DETAILS, b"no base64"), (GRPC_MESSAGE, b"%ff%4")]);
         assert_eq!((status.code(), status.details()), (Code::Unauthenticated, &b""[..]));
         assert_eq!(status.message(), "\u{fffd}%4");
+    }
+
+    /// J11: a missing permission, in headers or trailers, discards nothing and is not replayed.
+    #[tokio::test]
+    async fn missing_permissions_keep_the_credential() {
+        use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+        use crate::{
+            Refreshing, Token,
+            source::{Reason, source_fn},
+        };
+
+        for message in
+            ["insufficient_scope", "missing scope: greetings.write", "You have insufficient permissions"]
+        {
+            for in_trailers in [false, true] {
+                let fetches = Arc::new(AtomicUsize::new(0));
+                let counter = Arc::clone(&fetches);
+                let jwts = Refreshing::new(source_fn(move |_: Reason<Token>| {
+                    let number = counter.fetch_add(1, SeqCst);
+                    async move { Ok::<_, BoxError>(Token::new(format!("token-{number}"))?) }
+                }));
+                let sends = Arc::new(AtomicUsize::new(0));
+                let counter = Arc::clone(&sends);
+                let channel = tower::service_fn(move |_: Request<Body>| {
+                    counter.fetch_add(1, SeqCst);
+                    let response = Status::unauthenticated(message).into_http::<Body>();
+                    std::future::ready(Ok::<_, Status>(match in_trailers {
+                        false => response,
+                        true => {
+                            let trailers = response.headers().clone();
+                            let body = http_body_util::Empty::<Bytes>::new();
+                            Response::new(Body::new(body.with_trailers(async { Some(Ok(trailers)) })))
+                        }
+                    }))
+                });
+                let key = ApiKey::new("sk-selam-example").unwrap();
+                let selam = SelamLayer::builder().with_api_key(key).with_jwt(&jwts).build().unwrap();
+                let origin = Uri::from_static("https://api.selamgpt.com");
+                let service = SelamGrpcLayer::new(selam, &origin).unwrap().layer(channel);
+                for call in 1..=2 {
+                    let request = Request::post("/selam.Greeter/Greet").body(Body::empty()).unwrap();
+                    let status = match tower::ServiceExt::oneshot(service.clone(), request).await {
+                        Ok(response) => response.into_body().collect().await.unwrap_err(),
+                        Err(status) => status,
+                    };
+                    assert_eq!((status.code(), status.message()), (Code::Unauthenticated, message));
+                    let error = AuthError::find(&status).unwrap();
+                    assert_eq!(error.kind(), AuthErrorKind::InsufficientPermissions);
+                    assert_eq!((sends.load(SeqCst), fetches.load(SeqCst)), (call, 1), "{message}");
+                }
+            }
+        }
     }
 
     /// J7

@@ -8,12 +8,21 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes};
-use http::{HeaderMap, HeaderValue, Response, response::Parts};
+use http::{
+    HeaderMap, HeaderValue, Response,
+    header::{CONTENT_ENCODING, CONTENT_LENGTH},
+    response::Parts,
+};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use zeroize::Zeroizing;
 
-use crate::{AuthError, BoxError, authorize::Sent, error::Redactor, util::timer::Timer};
+use crate::{
+    AuthError, BoxError,
+    authorize::Sent,
+    error::{Redactor, decoded},
+    util::timer::Timer,
+};
 
 /// How much of an error body is read, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +61,8 @@ pub(crate) struct Inspection<B: Body> {
     timer: Timer,
     /// A copy of the data: frames may be tiny, or small parts of large buffers.
     read: Vec<u8>,
+    /// The same without its content encodings, if it has any that are known.
+    decoded: Option<Zeroizing<Vec<u8>>>,
     end: Option<End<B>>,
 }
 
@@ -76,13 +87,22 @@ impl<B: Body> Inspection<B> {
             limits.time = Duration::ZERO;
         }
         let timer = Timer::new(limits.time);
-        Box::new(Self { parts, body: Box::pin(body), limits, timer, read: Vec::new(), end: None })
+        Box::new(Self {
+            parts,
+            body: Box::pin(body),
+            limits,
+            timer,
+            read: Vec::new(),
+            decoded: None,
+            end: None,
+        })
     }
 
     /// Reads until the body ends or a limit is reached.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.end.is_none() {
             self.end = Some(ready!(self.poll_end(cx)));
+            self.decoded = decoded(&self.parts.headers, &self.read, self.limits.size);
         }
         Poll::Ready(())
     }
@@ -142,7 +162,7 @@ impl<B: Body> Inspection<B> {
     fn error_with(&self, source: Option<BoxError>) -> AuthError {
         let Parts { status, headers, .. } = &self.parts;
         let secrets = self.sent().map(Sent::exposed).unwrap_or_default();
-        AuthError::read(*status, headers, &self.read, secrets, source)
+        AuthError::read(*status, headers, self.decoded.as_deref().unwrap_or(&self.read), secrets, source)
     }
 
     pub(crate) fn error(&self) -> AuthError {
@@ -194,16 +214,31 @@ impl<B: Body> Inspection<B> {
         response
     }
 
-    /// Overwrites secrets in the headers, the body and the trailers, whose lengths stay.
+    /// Overwrites secrets in the headers, the body and the trailers. Lengths stay, unless the body was compressed: then it is
+    /// replaced by what was decoded of it.
     fn mask(&mut self, redactor: &Redactor) {
-        mask_headers(&mut self.parts.headers, redactor);
-        if redactor.in_place(&mut self.read) {
-            for name in DIGESTS {
-                self.parts.headers.remove(name);
+        let Self { parts: Parts { headers, .. }, read, decoded, end, .. } = self;
+        mask_headers(headers, redactor);
+        if let Some(End::Complete { trailers: Some(trailers) }) = end {
+            mask_headers(trailers, redactor);
+        }
+        if !redactor.in_place(decoded.as_deref_mut().unwrap_or(read)) {
+            return;
+        }
+        if let Some(decoded) = decoded {
+            *read = mem::take(&mut **decoded);
+            if !matches!(end, Some(End::Complete { .. } | End::Failed(_))) {
+                // The rest cannot be decoded without the beginning.
+                *end = Some(End::Complete { trailers: None });
+            }
+            headers.remove(CONTENT_ENCODING);
+            // Absent if the body was sent in chunks; then it still is.
+            if let Some(length) = headers.get_mut(CONTENT_LENGTH) {
+                *length = read.len().into();
             }
         }
-        if let Some(End::Complete { trailers: Some(trailers) }) = &mut self.end {
-            mask_headers(trailers, redactor);
+        for name in DIGESTS {
+            headers.remove(name);
         }
     }
 }

@@ -36,6 +36,11 @@
 //! its trailers and the part of its body that was read. Lengths stay, so `Content-Length` stays right; digests of a masked
 //! body are removed. What follows the part that was read is passed on as it comes.
 //!
+//! With the feature `decompression`, a body compressed with gzip, deflate or Brotli is decompressed, within the same limit, to read the
+//! error and to find echoes. A response whose body echoes a credential then has the decompressed and masked body, without
+//! `Content-Encoding`, as far as it was read. Without the feature, a compressed body is not read: the kind comes from headers and
+//! status alone.
+//!
 //! # Order
 //!
 //! Outside of the layers that write credentials: they tell this layer what was sent, so that a key which the API echoes

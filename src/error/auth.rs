@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     error::Error as StdError,
     fmt::{self, Write as _},
-    io, mem,
+    io,
     sync::Arc,
     time::Duration,
 };
@@ -12,11 +12,11 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, Response, StatusCode};
 use percent_encoding::percent_decode;
-use serde_json::Value;
+use zeroize::Zeroizing;
 
 use super::{
-    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge,
-    is_auth_status, rate_limit, redact::Redactor,
+    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge, decoded,
+    is_auth_status, rate_limit, redact::Redactor, with_causes,
 };
 use crate::util::clock::{self, Countdown};
 
@@ -24,6 +24,9 @@ const REQUEST_IDS: [HeaderName; 2] =
     [HeaderName::from_static("x-request-id"), HeaderName::from_static("request-id")];
 
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+
+/// How much of a compressed body is decompressed.
+const MAX_DECODED: usize = 64 * 1024;
 
 /// How many characters of a server's message `Display` shows.
 const MAX_EXCERPT: usize = 300;
@@ -80,13 +83,15 @@ impl AuthError {
     /// [`AuthErrorLayer`](crate::AuthErrorLayer) also redacts the exact credentials that were sent.
     #[must_use]
     pub fn from_response<B: AsRef<[u8]>>(response: &Response<B>) -> Option<Self> {
-        let status = response.status();
-        is_auth_status(status)
-            .then(|| Self::read(status, response.headers(), response.body().as_ref(), [], None))
+        let (status, headers, body) = (response.status(), response.headers(), response.body().as_ref());
+        is_auth_status(status).then(|| {
+            let decoded = decoded(headers, body, MAX_DECODED);
+            Self::read(status, headers, decoded.as_deref().map_or(body, Vec::as_slice), [], None)
+        })
     }
 
-    /// Reads a 401 or 403. `secrets` are the credentials of the request; `source` is the error that cut the body
-    /// off.
+    /// Reads a 401 or 403 with its decoded body. `secrets` are the credentials of the request; `source` is the error that cut
+    /// the body off.
     #[cold]
     pub(crate) fn read<'a>(
         status: StatusCode,
@@ -97,24 +102,18 @@ impl AuthError {
     ) -> Self {
         let now = clock::now();
         let redactor = Redactor::masking(secrets);
-        let mut json = parse_json(body);
-        let mut fields = json.as_ref().map(ErrorBody::from_json).unwrap_or_default();
+        let mut fields = parse_json(body).map(|json| ErrorBody::from_json(&json)).unwrap_or_default();
 
         let challenge = BearerChallenge::from_headers(headers);
-        let token_rejected = challenge.error.as_deref() == Some("invalid_token");
-        fields.code = fields.code.or(challenge.error);
         fields.message = fields.message.or_else(|| grpc_message(headers)).or(challenge.description);
+        let codes = [fields.code(), challenge.error.as_deref()];
+        let kind = AuthErrorKind::classify(status, codes, fields.error_type(), fields.message());
+        fields.code = fields.code.or(challenge.error);
         fields.request_id = REQUEST_IDS
             .iter()
             .find_map(|name| Some(headers.get(name)?.to_str().ok()?.trim().to_owned()))
             .filter(|id| !id.is_empty())
             .or(fields.request_id);
-
-        let kind = AuthErrorKind::classify(status, fields.code(), fields.error_type());
-        let kind = match kind {
-            AuthErrorKind::Unauthorized if token_rejected => AuthErrorKind::TokenRejected,
-            kind => kind,
-        };
 
         Self(Arc::new(Inner {
             kind,
@@ -124,10 +123,10 @@ impl AuthError {
                 fields: fields.redacted(&redactor),
                 retry_after: rate_limit::retry_after(headers, now),
                 rate_limit: RateLimit::read(headers, now),
-                body: redact_body(&redactor, body, json.as_mut()),
+                body: redactor.bytes(body).into_owned().into(),
             }),
             next_attempt: None,
-            source,
+            source: source.map(|source| redact_source(&redactor, source)),
         }))
     }
 
@@ -228,7 +227,7 @@ impl AuthError {
 
     /// Returns the response body as far as it was read, with credentials redacted; empty if nothing was sent.
     ///
-    /// A credential written with JSON escapes is redacted only if the body is complete JSON.
+    /// With the feature `decompression`, a compressed body is decompressed.
     #[must_use]
     pub fn body(&self) -> &[u8] {
         self.response().map(|response| &*response.body).unwrap_or_default()
@@ -264,38 +263,13 @@ pub(crate) fn grpc_message(headers: &HeaderMap) -> Option<String> {
     Some(percent_decode(encoded).decode_utf8_lossy().into_owned()).filter(|message| !message.is_empty())
 }
 
-/// Redacts `body`. If escapes in JSON hide a secret from the byte search, the parsed strings are redacted instead.
-fn redact_body(redactor: &Redactor, body: &[u8], json: Option<&mut Value>) -> Bytes {
-    let redacted = redactor.bytes(body).into_owned();
-    if let Some(json) = json
-        && redact_strings(redactor, json)
-        && parse_json(&redacted).as_ref() != Some(json)
-    {
-        return Bytes::from(json.to_string());
-    }
-    Bytes::from(redacted)
-}
-
-/// Redacts every string and key in `json`, and returns whether any of them held a secret.
-fn redact_strings(redactor: &Redactor, json: &mut Value) -> bool {
-    match json {
-        Value::String(text) => {
-            let original = mem::take(text);
-            *text = redactor.text(original.clone());
-            *text != original
-        }
-        Value::Array(items) => items.iter_mut().fold(false, |any, item| redact_strings(redactor, item) | any),
-        Value::Object(fields) => {
-            let mut any = false;
-            for (name, mut value) in mem::take(fields) {
-                any |= redact_strings(redactor, &mut value);
-                let redacted = redactor.text(name.clone());
-                any |= redacted != name;
-                fields.insert(redacted, value);
-            }
-            any
-        }
-        _ => false,
+/// Replaces a foreign error that shows a secret by its redacted text.
+fn redact_source(redactor: &Redactor, source: BoxError) -> BoxError {
+    let shown = Zeroizing::new(format!("{source:?}"));
+    let text = with_causes(&*source);
+    match redactor.find(shown.as_bytes()).is_empty() && redactor.find(text.as_bytes()).is_empty() {
+        true => source,
+        false => redactor.text(text).into(),
     }
 }
 

@@ -151,18 +151,74 @@ fn object(value: &Value, nesting: u32) -> Option<Cow<'_, Map<String, Value>>> {
             }
             item => object(item, nesting),
         },
-        Value::String(text) if is_json(text) => {
-            let value = serde_json::from_str(text).ok()?;
+        // Gateways quote the error that they got, alone or after a text of their own.
+        Value::String(text) => {
+            let start = if is_json(text) { 0 } else { text.find("{\"")? };
+            let value = parse_value(&text[start..])?;
             object(&value, nesting).map(|fields| Cow::Owned(fields.into_owned()))
         }
         _ => None,
     }
 }
 
-/// Parses JSON leniently: with a leading byte order mark, or with bytes that are not UTF-8.
+/// Parses JSON leniently: with a leading byte order mark, with bytes that are not UTF-8, cut off, followed by other text, or
+/// as a server-sent event.
 pub(super) fn parse_json(body: &[u8]) -> Option<Value> {
-    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
-    serde_json::from_str(&String::from_utf8_lossy(body)).ok()
+    let text = String::from_utf8_lossy(body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body));
+    parse_value(&text).or_else(|| parse_events(&text))
+}
+
+/// Parses the value that `text` begins with.
+fn parse_value(text: &str) -> Option<Value> {
+    match serde_json::Deserializer::from_str(text).into_iter().next()? {
+        Ok(value) => Some(value),
+        Err(error) if error.is_eof() => serde_json::from_str(&complete(text)?).ok(),
+        Err(_) => None,
+    }
+}
+
+/// Completes JSON that was cut off, without the member or item that it was cut off in.
+fn complete(text: &str) -> Option<String> {
+    let (mut open, mut in_string, mut is_escaped, mut end) = (Vec::new(), false, false, None);
+    for (at, char) in text.char_indices() {
+        if in_string {
+            in_string = is_escaped || char != '"';
+            is_escaped = !is_escaped && char == '\\';
+            continue;
+        }
+        match char {
+            '"' => in_string = true,
+            '{' => open.push('}'),
+            '[' => open.push(']'),
+            '}' | ']' => drop(open.pop()),
+            ',' => {}
+            _ => continue,
+        }
+        if char != '"' {
+            let is_comma = char == ',';
+            end = Some((at + usize::from(!is_comma), open.len()));
+        }
+    }
+    let (end, depth) = end?;
+    let closing = open.get(..depth)?.iter().rev();
+    Some(text[..end].chars().chain(closing.copied()).collect())
+}
+
+/// Parses the first of the server-sent events that is an object.
+fn parse_events(text: &str) -> Option<Value> {
+    let mut data = String::new();
+    for line in text.lines().chain([""]) {
+        if let Some(part) = line.strip_prefix("data:") {
+            data.push_str(part);
+            data.push('\n');
+        } else if line.trim().is_empty() {
+            if let Some(value @ Value::Object(_)) = parse_value(&data) {
+                return Some(value);
+            }
+            data.clear();
+        }
+    }
+    None
 }
 
 fn first(fields: &Map<String, Value>, names: &[&str]) -> Option<String> {
@@ -218,6 +274,23 @@ mod tests {
             (r#"{"error":"{\"code\":\"a\",\"message\":\"[b]\"}"}"#, "a", "[b]"),
             (r#"{"error":{"error":{"error":"a","error_description":"b"}}}"#, "a", "b"),
             (r#"{"errorCode":"E1","errorSummary":"b"}"#, "E1", "b"),
+            (
+                r#"{"message":"Upstream says {\"error\":{\"code\":\"a\",\"message\":\"b\"}} today","code":"401"}"#,
+                "a",
+                "b",
+            ),
+            (r#"{"detail":"{\"error\":{\"code\":\"a\",\"message\":\"b\"}}"}"#, "a", "b"),
+            (r#"[{"error":{"code":"a","message":"b"}}]"#, "a", "b"),
+            ("\u{feff}{\"code\":\"a\",\"message\":\"b\"}", "a", "b"),
+            (
+                "event: error\r\ndata: {\"error\":\r\ndata:  {\"code\":\"a\",\"message\":\"b\"}}\r\n\r\n",
+                "a",
+                "b",
+            ),
+            (": ping\n\ndata: {\"code\":\"a\",\"message\":\"b\"}\n\ndata: [DONE]\n\n", "a", "b"),
+            ("{\"code\":\"a\",\"message\":\"b\"}\n{\"code\":\"c\"}\n", "a", "b"),
+            (r#"{"error":{"code":"a","message":"b","details":[{"x":"cut o"#, "a", "b"),
+            (r#"{"error":{"code":"a","message":"b"},"request"#, "a", "b"),
             (r#"{"__type":"com.x#SlowException","message":"b"}"#, "SlowException", "b"),
         ] {
             assert_eq!(parse(body), (some(code), None, some(message), None), "{body}");
@@ -231,7 +304,11 @@ mod tests {
         {
             assert_eq!(ErrorBody::parse(without_fields.as_bytes()), ErrorBody::default(), "{without_fields}");
         }
-        assert_eq!(ErrorBody::parse("[".repeat(100_000).as_bytes()), ErrorBody::default());
+        for repeated in
+            ["[", "{\"a\":", "[\"", "data: {\n", "{\"a\":\"{", "\\\"", "{\"message\":\"{\\\"message\\\":"]
+        {
+            assert_eq!(ErrorBody::parse(repeated.repeat(30_000).as_bytes()), ErrorBody::default());
+        }
     }
 
     proptest! {

@@ -14,9 +14,13 @@ pub(super) struct BearerChallenge {
 }
 
 impl BearerChallenge {
-    /// Returns the first `Bearer` challenge that parses, even if it is surrounded by text that does not.
+    /// Returns the first `Bearer` challenge with an error, or else the first that parses. The text around it need not parse.
     pub(super) fn from_headers(headers: &HeaderMap) -> Self {
-        headers.get_all(WWW_AUTHENTICATE).iter().find_map(Self::from_value).unwrap_or_default()
+        let challenges = || headers.get_all(WWW_AUTHENTICATE).iter().filter_map(Self::from_value);
+        challenges()
+            .find(|challenge| challenge.error.is_some())
+            .or_else(|| challenges().next())
+            .unwrap_or_default()
     }
 
     fn from_value(value: &HeaderValue) -> Option<Self> {
@@ -60,6 +64,7 @@ mod tests {
         assert_eq!(read(&[challenge]), expected);
         assert_eq!(read(&["Basic realm=\"x\"", challenge]), expected);
         assert_eq!(read(&[&format!("Digest nonce=\"n\", {challenge}")]), expected);
+        assert_eq!(read(&["Bearer realm=\"x\"", challenge]), expected);
         assert_eq!(read(&["Bearer error=invalid_token"]).0.as_deref(), Some("invalid_token"));
         assert_eq!(read(&[&format!("Negotiate YII=, {challenge} ")]), expected);
         assert_eq!(read(&["Bearer error=\"invalid_token\", error_description=\"\u{e9}\""]).0, expected.0);

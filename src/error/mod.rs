@@ -6,6 +6,7 @@ mod auth;
 mod body;
 mod challenge;
 mod config;
+mod encoding;
 #[expect(clippy::module_inception, reason = "the file is named after the type `Error`")]
 mod error;
 mod kind;
@@ -22,7 +23,7 @@ use http::StatusCode;
 #[cfg(feature = "tonic")]
 pub(crate) use self::auth::grpc_message;
 #[cfg(feature = "metrics")]
-pub(crate) use self::kind::UNSENT;
+pub(crate) use self::kind::{CODES, UNSENT};
 pub use self::{
     auth::AuthError,
     body::ErrorBody,
@@ -35,7 +36,8 @@ pub(crate) use self::{
     auth::write_excerpt,
     body::is_code,
     config::{Place, Setting},
-    kind::CODES,
+    encoding::decoded,
+    kind::known_code,
     rate_limit::retry_after,
     redact::{MIN_SECRET, Redactor},
 };

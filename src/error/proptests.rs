@@ -245,15 +245,15 @@ proptest! {
         }
     }
 
-    /// S2: a secret with characters that begin an escape does not show either.
+    /// S2: a secret with characters that begin an escape is found as it stands.
     #[test]
-    fn no_encoding_shows_an_odd_secret(secret in "[!-~]{12,50}|[a-f0-9%\\\\&#x;]{12,40}", encoding in encoding()) {
+    fn odd_secrets_are_redacted(
+        secret in "[!-~]{12,50}|[a-f0-9%\\\\&#x;]{12,40}", before in "[ -~]{0,9}", after in "[ -~]{0,9}"
+    ) {
         let redactor = Redactor::masking([&*secret]);
-        for echo in [secret.clone(), encoding.encode(&secret)] {
-            let redacted = redactor.text(echo.clone());
-            for text in encoding.decode(&redacted).iter().chain([&redacted]) {
-                prop_assert_eq!(shown(text, &secret, 0), None, "{} of {}", text, echo);
-            }
+        for echo in [secret.clone(), secret.to_ascii_uppercase(), general_purpose::STANDARD.encode(&secret)] {
+            let redacted = redactor.text(format!("{before}{echo}{after}"));
+            prop_assert_eq!(shown(&redacted, &secret, 0), None, "{} of {}", redacted, echo);
         }
     }
 

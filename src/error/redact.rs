@@ -142,7 +142,11 @@ impl Redactor {
         let Some(shortest) = self.windows.first() else { return Some(()) };
         let mut readings: Vec<_> = view.readings().iter().map(|escapes| view.unescape(*escapes)).collect();
         drop(view);
-        readings.dedup_by(|one, other| one.bytes() == other.bytes());
+        for at in (1..readings.len()).rev() {
+            if readings[..at].iter().any(|reading| reading.bytes() == readings[at].bytes()) {
+                readings.swap_remove(at);
+            }
+        }
         for reading in &readings {
             self.windows.iter().for_each(|windows| windows.find(reading, &mut search.found));
         }

@@ -26,6 +26,8 @@ pub(super) enum Escapes {
     Verbatim,
     /// Resolved. `\n` is a line break, and dropped like any other space.
     Resolved,
+    /// Resolved, but `\n` is an `n`.
+    Letters,
     /// Resolved, but a backslash before any other character than `u` or `x` is superfluous: `\n` is an `n`, and `\%2d` is `%2d`.
     Plain,
     /// Resolved, except that every backslash is superfluous: it may have been added to each character of another escape.
@@ -159,7 +161,13 @@ impl View {
     /// The readings in which a secret is looked for. There is only one if the text holds no escape.
     pub(super) fn readings(&self) -> &'static [Escapes] {
         match self.bytes.iter().any(|byte| b"\\%&".contains(byte)) {
-            true => &[Escapes::Verbatim, Escapes::Resolved, Escapes::Plain, Escapes::WithoutBackslashes],
+            true => &[
+                Escapes::Verbatim,
+                Escapes::Resolved,
+                Escapes::Letters,
+                Escapes::Plain,
+                Escapes::WithoutBackslashes,
+            ],
             false => &[Escapes::Verbatim],
         }
     }
@@ -184,7 +192,9 @@ impl View {
                 Backslash::Open if is_plain && matches!(tail, [.., b'\\', b'%' | b'&']) => self.remove(2),
                 Backslash::Double if self.is_double() => escape = Some((2, b'\\')),
                 Backslash::Double | Backslash::Open => {}
-                Backslash::Space(length) if !is_plain => escape = Some((length, b' ')),
+                Backslash::Space(length) if !is_plain && escapes != Escapes::Letters => {
+                    escape = Some((length, b' '))
+                }
                 Backslash::Space(length) => escape = Some((length, last)),
                 Backslash::Escape(length, byte) => escape = Some((length, byte)),
                 Backslash::Superfluous(length) => self.remove(length),

@@ -18,15 +18,20 @@ pub(crate) struct Blame {
 impl Blame {
     /// Decides which of the credentials that were `sent` a 401 of this kind blames; `None` if that one cannot be replaced.
     ///
-    /// `invalid_api_key` blames the key, and `missing_api_key` neither. Any other 401 blames the JWT, or the key if there
-    /// was no JWT.
+    /// See [`AuthErrorKind`] for the table. A 401 that is not about the credential itself blames none: neither does a missing
+    /// permission come with the next one, nor was the credential rejected.
     pub(crate) fn assign(sent: &Sent, kind: AuthErrorKind) -> Option<Self> {
         let Sent { api_key, jwt, .. } = sent;
         let key = || Some((api_key.as_ref()?.engine()?, api_key.as_ref()?.fingerprint()));
         let (engine, rejected) = match (kind, jwt) {
-            (AuthErrorKind::MissingApiKey, _) => None,
-            (AuthErrorKind::InvalidApiKey, _) | (_, None) => key(),
-            (_, Some(jwt)) => Some((jwt.engine()?, jwt.fingerprint())),
+            (AuthErrorKind::TokenRejected | AuthErrorKind::Unauthorized, Some(jwt)) => {
+                Some((jwt.engine()?, jwt.fingerprint()))
+            }
+            (
+                AuthErrorKind::InvalidApiKey | AuthErrorKind::TokenRejected | AuthErrorKind::Unauthorized,
+                _,
+            ) => key(),
+            _ => None,
         }?;
         Some(Self { engine, rejected })
     }

@@ -13,7 +13,7 @@ use http::StatusCode;
 
 use crate::{
     ApiKey, AuthError, KeyId,
-    error::{CODES, Redactor, Setting, is_auth_status, with_causes},
+    error::{Redactor, Setting, is_auth_status, known_code, with_causes},
     telemetry,
 };
 
@@ -221,7 +221,10 @@ fn show_key(_: KeyId, _: bool) {}
 pub(crate) fn describe_metrics() {
     use metrics::{Unit, counter, describe_counter, describe_gauge};
 
-    use crate::{AuthErrorKind as Kind, error::UNSENT};
+    use crate::{
+        AuthErrorKind as Kind,
+        error::{CODES, UNSENT},
+    };
 
     describe_counter!(telemetry::REFRESHES, Unit::Count, "Refreshes of a credential, by outcome.");
     describe_counter!(telemetry::AUTH_ERRORS, Unit::Count, "Requests that the API rejected with 401 or 403.");
@@ -268,7 +271,7 @@ const OTHER_CODE: &str = "other";
 /// Maps codes to a fixed set of labels: servers can send any code, and recorders never drop a series.
 fn code_label(code: Option<&str>) -> &'static str {
     let Some(code) = code else { return NO_CODE };
-    CODES.iter().find(|(known, _)| *known == code).map_or(OTHER_CODE, |(known, _)| known)
+    known_code(code).map_or(OTHER_CODE, |(known, _)| known)
 }
 
 fn name(credential: Setting) -> &'static str {

@@ -194,6 +194,51 @@ async fn echoed_secrets_are_masked_in_place() {
     }
 }
 
+/// E6, S2: a compressed body that echoes a secret is sent decompressed, and any other as it came.
+#[cfg(feature = "decompression")]
+#[tokio::test]
+async fn compressed_echo_is_sent_decompressed() {
+    use std::io::Read;
+
+    for (text, is_whole) in
+        [(format!("bad key {KEY}"), true), ("no key".to_owned(), true), (format!("bad key {KEY}"), false)]
+    {
+        let mut gzip = Vec::new();
+        flate2::read::GzEncoder::new(text.as_bytes(), flate2::Compression::none())
+            .read_to_end(&mut gzip)
+            .unwrap();
+        if !is_whole {
+            // Longer than what is read of it.
+            gzip.truncate(text.len() + 15);
+            gzip.extend([0; 1 << 17]);
+        }
+        let echo = Response::builder()
+            .status(401)
+            .header("content-encoding", "gzip")
+            .header("content-length", gzip.len())
+            .body(Full::<Bytes>::from(gzip.clone()));
+        let (mock, mut handle) = tower_test::mock::pair();
+        let stack = ServiceBuilder::new()
+            .layer(AuthErrorLayer::new().annotated())
+            .layer(ApiKeyLayer::bearer(key()))
+            .service(mock);
+        let api = async {
+            let (_, send) = handle.next_request().await.unwrap();
+            send.send_response(echo.unwrap());
+        };
+        let (response, ()) = tokio::join!(stack.oneshot(get(MODELS)), api);
+        let (parts, body) = response.unwrap().into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        assert_eq!(parts.headers["content-length"], body.len().to_string());
+        if text.contains(KEY) {
+            assert_eq!(body, text.replace(KEY, &"*".repeat(KEY.len())));
+            assert!(!parts.headers.contains_key("content-encoding"));
+        } else {
+            assert_eq!((&*body, &parts.headers["content-encoding"]), (&*gzip, &"gzip".parse().unwrap()));
+        }
+    }
+}
+
 /// Returns a simulator and an annotating stack over it whose JWTs are refreshed.
 fn refreshing_stack() -> (Simulator, Selam<Simulator>) {
     let simulator = Simulator::new();

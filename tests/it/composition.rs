@@ -374,7 +374,11 @@ async fn inner_decompression_exposes_error_bodies() {
 
     let outside = ServiceBuilder::new().layer(DecompressionLayer::new()).layer(errors).service(client);
     let error = outside.oneshot(request()).await.err().unwrap();
-    assert_eq!(AuthError::find(&*error).unwrap().kind(), AuthErrorKind::Unauthorized);
+    let kind = match cfg!(feature = "decompression") {
+        true => AuthErrorKind::MissingApiKey,
+        false => AuthErrorKind::Unauthorized,
+    };
+    assert_eq!(AuthError::find(&*error).unwrap().kind(), kind);
 }
 
 /// E7: the `AuthError` is found through Tower's layers and their boxes.

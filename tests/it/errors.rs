@@ -207,6 +207,68 @@ async fn the_code_decides_first() {
     }
 }
 
+/// E3, J11: codes count in any spelling, and in the type; a message counts if nothing else does.
+#[tokio::test]
+async fn codes_are_found_where_servers_put_them() {
+    use AuthErrorKind as Kind;
+    let bodies = [
+        (r#"{"error":{"code":"INSUFFICIENT_SCOPE"}}"#, Kind::InsufficientPermissions),
+        (r#"{"error":{"code":"InsufficientPermission"}}"#, Kind::InsufficientPermissions),
+        (r#"{"error":{"code":"missing scope"}}"#, Kind::InsufficientPermissions),
+        (
+            r#"{"error":{"code":"permission-denied","type":"authentication_error"}}"#,
+            Kind::InsufficientPermissions,
+        ),
+        (r#"{"error":{"code":"E1","type":"missing_scopes"}}"#, Kind::InsufficientPermissions),
+        (r#"{"error":"insufficient_scope","error_description":"no"}"#, Kind::InsufficientPermissions),
+        (r#"{"errors":[{"code":"missing_permission"}]}"#, Kind::InsufficientPermissions),
+        (
+            r#"{"error":{"message":"Missing scopes: a.b","type":"invalid_request_error"}}"#,
+            Kind::InsufficientPermissions,
+        ),
+        (r#"{"detail":"Missing required scope a.b"}"#, Kind::InsufficientPermissions),
+        (r#"{"message":"permission_denied: a.b"}"#, Kind::InsufficientPermissions),
+        (r#"{"detail":"Invalid token."}"#, Kind::TokenRejected),
+        (r#"{"detail":"Invalid API key"}"#, Kind::InvalidApiKey),
+        (r#"{"error":{"code":"invalid_token","message":"Missing scope"}}"#, Kind::TokenRejected),
+        (r#"{"error":{"message":"Permission denied: the API key is invalid"}}"#, Kind::Unauthorized),
+        (r#"{"error":{"message":"Scope it out. Permission is good."}}"#, Kind::Unauthorized),
+        (r#"{"error":{"code":"invalid_api_keys"}}"#, Kind::Unauthorized),
+    ];
+    for (body, kind) in bodies {
+        assert_eq!(error(response(401, body)).await.kind(), kind, "{body}");
+    }
+    for (challenge, kind) in [
+        (r#"Bearer error="insufficient_scope", scope="a.b""#, Kind::InsufficientPermissions),
+        (r#"Bearer error="invalid_token""#, Kind::TokenRejected),
+        (r#"Bearer error_description="missing scope a.b""#, Kind::InsufficientPermissions),
+    ] {
+        let mut response = response(401, r#"{"error":{"code":"E1"}}"#);
+        response.headers_mut().insert("www-authenticate", challenge.parse().unwrap());
+        assert_eq!(error(response).await.kind(), kind, "{challenge}");
+    }
+}
+
+/// J11: a compressed body is read, whole or cut off.
+#[cfg(feature = "decompression")]
+#[tokio::test]
+async fn compressed_bodies_are_read() {
+    use std::io::Read;
+
+    let text = format!(r#"{{"error":{{"code":"invalid_api_key","message":"{}"}}}}"#, "x".repeat(500));
+    let mut gzip = Vec::new();
+    flate2::read::GzEncoder::new(text.as_bytes(), flate2::Compression::none())
+        .read_to_end(&mut gzip)
+        .unwrap();
+    for length in [gzip.len(), gzip.len() - 100] {
+        let mut response = response(401, gzip[..length].to_vec());
+        response.headers_mut().insert("content-encoding", "gzip".parse().unwrap());
+        let error = error(response).await;
+        assert_eq!(error.kind(), AuthErrorKind::InvalidApiKey);
+        assert!(text.as_bytes().starts_with(error.body()) && error.body().len() > 300);
+    }
+}
+
 /// E3: `WWW-Authenticate` supplies what the body lacks.
 #[tokio::test]
 async fn the_challenge_fills_gaps() {

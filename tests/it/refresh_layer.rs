@@ -304,7 +304,7 @@ async fn invalid_api_key_blames_the_key() {
     assert_eq!(keys.api_key().await.unwrap().expose_secret(), "sk-selam-new");
 }
 
-/// J6: a credential that the 401 does not blame is not fetched again.
+/// J6, J11: a credential that the 401 does not blame is not fetched again, and a missing permission blames none.
 #[tokio::test(start_paused = true)]
 async fn only_the_blamed_credential_is_refreshed() {
     const MISSING: &str = r#"{"error":{"message":"Missing API key.","code":"missing_api_key"}}"#;
@@ -315,6 +315,19 @@ async fn only_the_blamed_credential_is_refreshed() {
         (INVALID_KEY, true, (1, 2, 2)),
         (INVALID_TOKEN, true, (2, 1, 2)),
         ("", true, (2, 1, 2)),
+        (r#"{"error":{"code":"insufficient_permissions","type":"authentication_error"}}"#, true, (1, 1, 1)),
+        (r#"{"error":{"code":null,"type":"insufficient_scope"}}"#, true, (1, 1, 1)),
+        (r#"{"error":{"type":"permission_error","message":"no"}}"#, true, (1, 1, 1)),
+        (
+            r#"{"error":{"message":"You have insufficient permissions. Missing scopes: a.b."}}"#,
+            true,
+            (1, 1, 1),
+        ),
+        (r#"{"detail":"missing_scope: models.read"}"#, true, (1, 1, 1)),
+        (r#"{"detail":{"error":{"code":"invalid_api_key"}}}"#, true, (1, 2, 2)),
+        (r#"{"message":"upstream: {\"error\":{\"code\":\"invalid_api_key\"}}"}"#, true, (1, 2, 2)),
+        ("event: error\ndata: {\"error\":{\"code\":\"invalid_api_key\"}}\n\n", true, (1, 2, 2)),
+        (r#"{"detail":"Invalid API key"}"#, true, (1, 2, 2)),
     ] {
         for halves in [false, true] {
             let ((jwts, fetches), reads) = (counting(), Arc::new(AtomicUsize::new(0)));

@@ -398,7 +398,7 @@ fn described_metrics_start_at_zero() {
     telemetry::describe_metrics();
     let all = recorder.all();
     assert!(all.iter().all(|(_, value)| *value == 0.0));
-    assert_eq!(all.len(), 3 * 8 + 9 + 4 + 3 + 5 + 1, "{all:?}");
+    assert_eq!(all.len(), 3 * 8 + 16 + 4 + 3 + 5 + 1, "{all:?}");
     for (series, _) in &all {
         let (name, labels) = series.trim_end_matches('}').split_once('{').unwrap();
         let labels =

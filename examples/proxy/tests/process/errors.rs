@@ -68,6 +68,107 @@ async fn a_401_or_403_passes_unchanged() {
     }
 }
 
+fn compressed(encoding: &str, text: &[u8]) -> Vec<u8> {
+    use flate2::{Compression, read};
+
+    let read_all = |mut reader: Box<dyn std::io::Read + '_>| {
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        bytes
+    };
+    match encoding {
+        "gzip" => read_all(Box::new(read::GzEncoder::new(text, Compression::default()))),
+        "zlib" => read_all(Box::new(read::ZlibEncoder::new(text, Compression::default()))),
+        "deflate" => read_all(Box::new(read::DeflateEncoder::new(text, Compression::default()))),
+        "br" => read_all(Box::new(brotli::CompressorReader::new(text, 4096, 5, 20))),
+        _ => text.to_vec(),
+    }
+}
+
+/// The value of `Content-Encoding`, and the encodings in the order in which they are applied.
+const ENCODINGS: [(&str, &[&str]); 7] = [
+    ("identity", &[]),
+    ("gzip", &["gzip"]),
+    ("deflate", &["zlib"]),
+    ("deflate", &["deflate"]),
+    ("br", &["br"]),
+    ("gzip, br", &["gzip", "br"]),
+    ("br, deflate", &["br", "zlib"]),
+];
+
+/// E6, S2: an echo of the proxy's credentials does not reach callers, however the body is encoded.
+#[tokio::test]
+async fn an_echoed_key_is_masked() {
+    for (callers, apis) in [(Protocol::Http1, Protocol::Http1), (Protocol::Http2, Protocol::Http2)] {
+        let mut api = TlsListener::listen(apis).await.exchanges();
+        let key = secret(format!("sk-selam-{}", random()));
+        let proxy = Launch::for_api(&api).env("SELAM_API_KEY", &key).start().await;
+        let caller = Caller::new(&proxy, callers);
+        for (value, encodings) in ENCODINGS {
+            for echo in
+                [key.clone(), key.replace('-', "%2D"), key.replace('-', "\\u002d"), "nothing".to_owned()]
+            {
+                let text = format!(r#"{{"error":{{"message":"bad {echo}","code":"invalid_api_key"}}}}"#);
+                let body = encodings
+                    .iter()
+                    .fold(text.clone().into_bytes(), |body, encoding| compressed(encoding, &body));
+                let calling = tokio::spawn({
+                    let caller = caller.clone();
+                    async move { caller.post("/v1/chat/completions", BODY).await }
+                });
+                let response = Response::builder()
+                    .status(401)
+                    .header("content-encoding", value)
+                    .header("content-length", body.len())
+                    .body(full(body.clone()));
+                api.next().await.answer(response.unwrap());
+                let answer = calling.await.unwrap();
+                assert_eq!(answer.headers["content-length"], answer.body.len().to_string());
+                if echo == "nothing" {
+                    assert_eq!(
+                        (&answer.body[..], &answer.headers["content-encoding"]),
+                        (&body[..], &value.parse().unwrap())
+                    );
+                } else {
+                    assert_eq!(answer.body, text.replace(&echo, &"*".repeat(echo.len())), "{value}");
+                    assert_eq!(answer.headers.contains_key("content-encoding"), encodings.is_empty());
+                }
+            }
+        }
+    }
+}
+
+/// J11: a missing permission costs neither a JWT nor a second request, and a compressed `invalid_api_key` no JWT.
+#[tokio::test]
+async fn only_what_a_401_blames_is_refreshed() {
+    let simulator = Simulator::new();
+    let api = Server::tls(&simulator).await.unwrap();
+    let url = api.base_url().replace("/v1", "/oauth/token");
+    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    let proxy = launch.env("SELAM_TOKEN_URL", url).start().await;
+    let caller = Caller::http1(&proxy);
+    assert_eq!(caller.chat().await.status, 200);
+    let (requests, tokens) = (simulator.requests() - simulator.token_requests(), simulator.token_requests());
+
+    let mut sent = requests;
+    for (value, encodings) in ENCODINGS {
+        for text in [
+            r#"{"error":{"code":"insufficient_scope","type":"authentication_error"}}"#,
+            r#"{"error":{"message":"You have insufficient permissions. Missing scopes: a.b","code":null}}"#,
+            r#"{"detail":{"error":{"code":"invalid_api_key"}}}"#,
+        ] {
+            let body =
+                encodings.iter().fold(text.as_bytes().to_vec(), |body, encoding| compressed(encoding, &body));
+            let refusal = Response::builder().status(401).header("content-encoding", value).body(body.into());
+            simulator.inject(Fault::Answer(refusal.unwrap()));
+            assert_eq!(caller.chat().await.status, 401, "{value} {text}");
+            sent += 1;
+            assert_eq!(simulator.requests() - simulator.token_requests(), sent, "{value} {text}");
+            assert_eq!(simulator.token_requests(), tokens, "{value} {text}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_rotated_key_is_reread_and_the_request_replayed() {
     let simulator = Simulator::new();
