@@ -26,6 +26,8 @@ pub(super) enum Escapes {
     Verbatim,
     /// Resolved. `\n` is a line break, and dropped like any other space.
     Resolved,
+    /// Resolved, but two backslashes are never one: each begins an escape.
+    Single,
     /// Resolved, but `\n` is an `n`.
     Letters,
     /// Resolved, but a backslash before any other character than `u` or `x` is superfluous: `\n` is an `n`, and `\%2d` is `%2d`.
@@ -164,6 +166,7 @@ impl View {
             true => &[
                 Escapes::Verbatim,
                 Escapes::Resolved,
+                Escapes::Single,
                 Escapes::Letters,
                 Escapes::Plain,
                 Escapes::WithoutBackslashes,
@@ -190,7 +193,9 @@ impl View {
             let is_plain = escapes == Escapes::Plain;
             match backslash_escape(tail) {
                 Backslash::Open if is_plain && matches!(tail, [.., b'\\', b'%' | b'&']) => self.remove(2),
-                Backslash::Double if self.is_double() => escape = Some((2, b'\\')),
+                Backslash::Double if escapes != Escapes::Single && self.is_double() => {
+                    escape = Some((2, b'\\'))
+                }
                 Backslash::Double | Backslash::Open => {}
                 Backslash::Space(length) if !is_plain && escapes != Escapes::Letters => {
                     escape = Some((length, b' '))
