@@ -100,7 +100,7 @@ impl<L> AuthMiddleware<L> {
     ///
     /// Their error must convert into `reqwest_middleware::Error`, as the errors of this crate's layers do.
     ///
-    /// `Layer::layer` is called for each request. State that spans requests, such as a concurrency limit, must be
+    /// `Layer::layer` is called for each request, which is cheap for the layers of this crate. State that spans requests, such as a concurrency limit, must be
     /// shared by the layer itself.
     #[must_use]
     pub fn with_layers(layers: L) -> Self
@@ -187,7 +187,8 @@ impl<'a, B: Into<Body>> Service<Request<B>> for NextService<'a> {
         let Self { next, extensions } = self.clone();
         let has_secret_query = has_secret_query(&request);
         let request_extensions = request.extensions().clone();
-        let query = request.uri().query().map(|query| Zeroizing::new(query.to_owned()));
+        let query = request.uri().query().filter(|_| has_secret_query);
+        let query = query.map(|query| Zeroizing::new(query.to_owned()));
         let request = ::reqwest::Request::try_from(request);
         Box::pin(async move {
             let request = request.map_err(redact_url)?;

@@ -14,37 +14,30 @@ use crate::{ApiKey, JwtProvider, Origins, Provider};
 
 /// Sends an [`ApiKey`] with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct ApiKeyLayer(Config);
+pub struct ApiKeyLayer(Arc<Policy>);
 
 /// Sends a JWT with every request. See the [module docs](super).
 #[derive(Clone, Debug)]
-pub struct JwtLayer(Config);
-
-#[derive(Clone, Debug)]
-struct Config {
-    owner: Owner,
-    provider: Arc<CredentialProvider>,
-    settings: Settings,
-}
+pub struct JwtLayer(Arc<Policy>);
 
 impl ApiKeyLayer {
     /// Sends the key as `Authorization: Bearer <key>`. Owns `Authorization`.
     #[must_use]
     pub fn bearer(key: impl Into<Provider<ApiKey>>) -> Self {
-        Self(Config::new(Owner::KeyAsBearer, CredentialProvider::new(Some(key.into()), None)))
+        Self(policy(Owner::KeyAsBearer, CredentialProvider::new(Some(key.into()), None)))
     }
 
     /// Sends the key as `X-API-Key: <key>`: alone, or next to a [`JwtLayer`]. Owns `X-API-Key`.
     #[must_use]
     pub fn x_api_key(key: impl Into<Provider<ApiKey>>) -> Self {
-        Self(Config::new(Owner::KeyAsXApiKey, CredentialProvider::new(Some(key.into()), None)))
+        Self(policy(Owner::KeyAsXApiKey, CredentialProvider::new(Some(key.into()), None)))
     }
 
     /// Has no key: every request brings [`RequestAuth::Custom`](crate::RequestAuth::Custom), and a request without it is
     /// refused. Owns both headers.
     #[must_use]
     pub fn per_request() -> Self {
-        Self(Config::new(Owner::Both, CredentialProvider::default()))
+        Self(policy(Owner::Both, CredentialProvider::default()))
     }
 }
 
@@ -56,19 +49,12 @@ impl JwtLayer {
     /// inside of this layer.
     #[must_use]
     pub fn new(jwt: impl Into<JwtProvider>) -> Self {
-        Self(Config::new(Owner::Jwt, CredentialProvider::new(None, Some(jwt.into()))))
+        Self(policy(Owner::Jwt, CredentialProvider::new(None, Some(jwt.into()))))
     }
 }
 
-impl Config {
-    fn new(owner: Owner, provider: CredentialProvider) -> Self {
-        Self { owner, provider: Arc::new(provider), settings: Settings::default() }
-    }
-
-    fn layer<S>(&self, inner: S) -> Authorize<S> {
-        let Self { owner, provider, settings } = self.clone();
-        Authorize::new(inner, Arc::new(Policy { owner, provider, settings }))
-    }
+fn policy(owner: Owner, provider: CredentialProvider) -> Arc<Policy> {
+    Arc::new(Policy { owner, provider: Arc::new(provider), settings: Settings::default() })
 }
 
 macro_rules! settings {
@@ -77,7 +63,7 @@ macro_rules! settings {
             /// Sets the origins that receive the credentials; `https://api.selamgpt.com` by default.
             #[must_use]
             pub fn with_origins(mut self, origins: Origins) -> Self {
-                self.0.settings.origins = origins;
+                Arc::make_mut(&mut self.0).settings.origins = origins;
                 self
             }
 
@@ -85,7 +71,7 @@ macro_rules! settings {
             /// Origin and method are checked all the same.
             #[must_use]
             pub fn if_not_present(mut self) -> Self {
-                self.0.settings.if_not_present = true;
+                Arc::make_mut(&mut self.0).settings.if_not_present = true;
                 self
             }
 
@@ -93,7 +79,7 @@ macro_rules! settings {
             /// layer's own credentials.
             #[must_use]
             pub fn require_request_auth(mut self) -> Self {
-                self.0.settings.require_request_auth = true;
+                Arc::make_mut(&mut self.0).settings.require_request_auth = true;
                 self
             }
         }
@@ -102,7 +88,7 @@ macro_rules! settings {
             type Service = Authorize<S>;
 
             fn layer(&self, inner: S) -> Self::Service {
-                self.0.layer(inner)
+                Authorize::new(inner, Arc::clone(&self.0))
             }
         }
     };

@@ -18,7 +18,7 @@ const NO_REQUEST_AUTH: &str = "the request has no `RequestAuth` extension, and t
 const OTHER_HEADER: &str = "the request's credentials go into a header that this layer does not own";
 
 /// What a layer writes, and where to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Policy {
     pub(crate) owner: Owner,
     pub(crate) provider: Arc<CredentialProvider>,

@@ -22,14 +22,14 @@ use crate::{CloneClient, auth_error::InspectedBody, util::per_thread::PerThread}
 pub struct Refresh<S, R = CloneBody> {
     inner: S,
     replay: R,
-    spares: Arc<PerThread<Spare<S>>>,
-    /// Whether nothing can be replayed, because no credential is ever refreshed.
-    is_disabled: bool,
+    /// `None` if nothing is replayed, because no credential is ever refreshed.
+    spares: Option<Arc<PerThread<Spare<S>>>>,
 }
 
 impl<S, R> Refresh<S, R> {
     pub(super) fn new(inner: S, replay: R, is_disabled: bool) -> Self {
-        Self { inner, replay, spares: Arc::new(PerThread::new()), is_disabled }
+        let spares = (!is_disabled).then(|| Arc::new(PerThread::new()));
+        Self { inner, replay, spares }
     }
 
     /// Returns a reference to the inner service.
@@ -40,7 +40,7 @@ impl<S, R> Refresh<S, R> {
     /// Returns a mutable reference to the inner service.
     pub fn get_mut(&mut self) -> &mut S {
         // Spares made so far are clones of the unchanged service.
-        self.spares = Arc::new(PerThread::new());
+        self.spares = self.spares.as_ref().map(|_| Arc::new(PerThread::new()));
         &mut self.inner
     }
 
@@ -70,15 +70,13 @@ where
         let replay = self.replay.clone();
         let mut captured = None;
         let request = request.map(|body| {
-            if self.is_disabled {
-                return replay.pass_through(body);
-            }
+            let Some(spares) = &self.spares else { return replay.pass_through(body) };
             let (body, kept) = replay.capture(body);
-            captured = kept;
+            captured = kept.map(|kept| (kept, spares));
             body
         });
-        let captured = captured.and_then(|body| {
-            let spare = self.spares.get_or_init(|| Spare::new(&self.inner))?.clone();
+        let captured = captured.and_then(|(body, spares)| {
+            let spare = spares.get_or_init(|| Spare::new(&self.inner))?.clone();
             Some(Captured { head: Head::copy(&request), body, spare })
         });
         let response = self.inner.call(request);
@@ -88,9 +86,8 @@ where
 
 impl<S: Clone, R: Clone> Clone for Refresh<S, R> {
     fn clone(&self) -> Self {
-        let Self { inner, replay, spares, is_disabled } = self;
-        let (inner, replay, spares) = (inner.clone(), replay.clone(), Arc::clone(spares));
-        Self { inner, replay, spares, is_disabled: *is_disabled }
+        let Self { inner, replay, spares } = self;
+        Self { inner: inner.clone(), replay: replay.clone(), spares: spares.clone() }
     }
 }
 

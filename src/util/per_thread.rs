@@ -28,30 +28,51 @@ static SLOTS: LazyLock<usize> = LazyLock::new(|| {
 });
 
 /// One lazily made value per thread.
-pub(crate) struct PerThread<T>(Box<[OnceLock<T>]>);
+pub(crate) struct PerThread<T> {
+    /// The number and value of the thread that asked first.
+    first: OnceLock<(usize, T)>,
+    /// The values of other threads. Made when the second thread asks, because many owners serve only one: a service that
+    /// is made for each request, for example.
+    others: OnceLock<Box<[OnceLock<T>]>>,
+}
 
 impl<T> PerThread<T> {
     pub(crate) fn new() -> Self {
-        Self((0..*SLOTS).map(|_| OnceLock::new()).collect())
+        Self { first: OnceLock::new(), others: OnceLock::new() }
     }
 
     /// The calling thread's value, made by `make` when it is first needed.
     #[inline]
     pub(crate) fn get_or_init(&self, make: impl FnOnce() -> T) -> Option<&T> {
-        // The length is a power of two.
-        let slot = self.0.get(thread_number() & (self.0.len() - 1))?;
-        match slot.get() {
-            Some(value) => Some(value),
-            None => Some(init(slot, make)),
+        let number = thread_number();
+        if let Some((first, value)) = self.first.get()
+            && *first == number
+        {
+            return Some(value);
         }
+        match self.others.get().and_then(|others| slot(others, number)?.get()) {
+            Some(value) => Some(value),
+            None => self.init(number, make),
+        }
+    }
+
+    #[cold]
+    fn init(&self, number: usize, make: impl FnOnce() -> T) -> Option<&T> {
+        // Outside of any lock: `make` may run the code of others.
+        let value = make();
+        let Err((_, value)) = self.first.set((number, value)) else {
+            return self.first.get().map(|(_, value)| value);
+        };
+        let others = self.others.get_or_init(|| (0..*SLOTS).map(|_| OnceLock::new()).collect());
+        Some(slot(others, number)?.get_or_init(|| value))
     }
 }
 
-#[cold]
-fn init<T>(slot: &OnceLock<T>, make: impl FnOnce() -> T) -> &T {
-    // Outside of the slot's lock: `make` may run the code of others.
-    let value = make();
-    slot.get_or_init(|| value)
+/// The slot of the thread with this number.
+#[inline]
+fn slot<T>(slots: &[OnceLock<T>], number: usize) -> Option<&OnceLock<T>> {
+    // The length is a power of two.
+    slots.get(number & (slots.len() - 1))
 }
 
 /// A value that can be copied without sharing a reference count with the copy.
@@ -158,6 +179,23 @@ mod tests {
             assert!(addresses[..at].iter().all(|other| other[0] != *first), "{addresses:?}");
         }
         assert_eq!(Arc::strong_count(&value.original().0), 1);
+    }
+
+    #[test]
+    fn one_thread_needs_no_table() {
+        let value = PerThread::new();
+        assert_eq!((value.get_or_init(|| 1), value.get_or_init(|| 2)), (Some(&1), Some(&1)));
+        assert!(value.others.get().is_none());
+        let other = thread::scope(|scope| scope.spawn(|| value.get_or_init(|| 3).copied()).join().unwrap());
+        assert_eq!((other, value.get_or_init(|| 4)), (Some(3), Some(&1)));
+        assert!(value.others.get().is_some());
+    }
+
+    #[test]
+    fn a_value_may_be_asked_for_while_it_is_made() {
+        let value = PerThread::new();
+        assert_eq!(value.get_or_init(|| value.get_or_init(|| 1).copied().unwrap_or_default() + 1), Some(&2));
+        assert_eq!(value.get_or_init(|| 3), Some(&1), "the inner one was first");
     }
 
     #[test]

@@ -2,17 +2,20 @@
 
 use std::{
     fmt,
+    pin::pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering::SeqCst},
     },
+    task::{Context, Waker},
     time::Duration,
 };
 
+use allocation_counter::measure;
 use async_trait::async_trait;
 use http::{Extensions, Request, StatusCode};
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware, Error, Middleware, Next};
-use tower::{ServiceBuilder, timeout::TimeoutLayer};
+use tower::{ServiceBuilder, layer::util::Identity, timeout::TimeoutLayer};
 use tower_selam::{
     ApiKey, ApiKeyLayer, AuthError, AuthErrorKind, AuthErrorLayer, BoxError, Credentials, JwtLayer,
     PerSubject, RefreshLayer, RequestAuth, SelamLayer, Subject, Token,
@@ -123,6 +126,54 @@ async fn request_auth_applies_to_one_request() {
         let request = client.post(world.url("audio/agent/sessions")).body(SESSION);
         assert!(in_time(request.with_extension(Subject::new(subject)).send()).await.is_err());
         assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{subject}")]);
+    }
+}
+
+/// Answers without sending anything.
+struct Answers;
+
+#[async_trait]
+impl Middleware for Answers {
+    async fn handle(
+        &self,
+        _: reqwest::Request,
+        _: &mut Extensions,
+        _: Next<'_>,
+    ) -> Result<reqwest::Response, Error> {
+        Ok(http::Response::new(reqwest::Body::default()).into())
+    }
+}
+
+/// How often one request allocates in the middleware. The one before it may fill buffers that are kept.
+fn allocations(world: &World, middleware: impl Middleware) -> u64 {
+    let client = ClientBuilder::new(client(world)).with(middleware).with(Answers).build();
+    let send = || {
+        let request = client.post(world.url("chat/completions")).body(CHAT).build().unwrap();
+        let mut call = pin!(client.execute(request));
+        let mut context = Context::from_waker(Waker::noop());
+        measure(|| assert!(call.as_mut().poll(&mut context).is_ready())).count_total
+    };
+    send();
+    send()
+}
+
+#[tokio::test]
+async fn layers_are_cheap_to_build_per_request() {
+    let world = plain().await;
+    let (jwts, _) = world.refreshing();
+    jwts.prefetch().await.unwrap();
+    let key = ApiKeyLayer::bearer(world.api_key()).with_origins(world.base_url().origins());
+    let fixed = world.builder().build().unwrap();
+    let refreshing = world.builder().with_jwt(jwts).build().unwrap();
+    let none = allocations(&world, AuthMiddleware::with_layers(Identity::new()));
+    // What it takes to serve one request; the layers themselves share their configuration.
+    for (allocated, at_most) in [
+        (allocations(&world, AuthMiddleware::with_layers(key)), 2),
+        (allocations(&world, AuthMiddleware::new(fixed)), 2),
+        // With a copy of the head and the body, and the service to replay them with.
+        (allocations(&world, AuthMiddleware::new(refreshing)), 9),
+    ] {
+        assert!(allocated <= none + at_most, "{allocated} > {none} + {at_most}");
     }
 }
 
