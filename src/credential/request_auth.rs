@@ -12,6 +12,9 @@ use super::Credentials;
 /// Each layer applies it to the headers that it owns; [the table](crate::authorize#overriding-the-credentials-of-one-request)
 /// says what that means.
 ///
+/// Layers find it by its type, so they see only that of their own version of this crate. Cargo therefore
+/// [refuses two versions](crate::guide::layers#one-version-of-the-crate) in one dependency graph.
+///
 /// ```
 /// use http::Request;
 /// use tower_selam::RequestAuth;

@@ -7,7 +7,8 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 ///
 /// In a request's extensions it selects the token that [`PerSubject`](crate::PerSubject) sends. It applies to that request alone:
 /// if an outer layer drops it, as a redirect layer may, the next request is refused. A layer that has one token for all
-/// subjects refuses a request that names one. Cheap to clone; not a secret, so `Debug` prints it.
+/// subjects refuses a request that names one. Cheap to clone; not a secret, so `Debug` prints it. Like
+/// [`RequestAuth`](crate::RequestAuth), it is found by its type, by layers of the same version of this crate.
 ///
 /// ```
 /// use http::Request;

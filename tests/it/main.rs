@@ -46,5 +46,6 @@ mod subjects;
 mod support;
 mod telemetry;
 mod tower_contract;
+mod two_versions;
 mod waiting;
 mod wire;
