@@ -193,9 +193,7 @@ impl View {
             let is_plain = escapes == Escapes::Plain;
             match backslash_escape(tail) {
                 Backslash::Open if is_plain && matches!(tail, [.., b'\\', b'%' | b'&']) => self.remove(2),
-                Backslash::Double if escapes != Escapes::Single && self.is_double() => {
-                    escape = Some((2, b'\\'))
-                }
+                Backslash::Double if escapes != Escapes::Single => escape = Some((2, b'\\')),
                 Backslash::Double | Backslash::Open => {}
                 Backslash::Space(length) if !is_plain && escapes != Escapes::Letters => {
                     escape = Some((length, b' '))
@@ -208,12 +206,6 @@ impl View {
         let Some((length, byte)) = escape else { return false };
         self.replace_tail(length, byte);
         true
-    }
-
-    /// Whether the two backslashes at the top were encoded in the same way, and so are one that was escaped. Otherwise
-    /// the upper one begins an escape of its own.
-    fn is_double(&self) -> bool {
-        matches!(*self.spans, [.., one, other] if one.end - one.start == other.end - other.start)
     }
 
     /// Decodes every run of at least `min_run` characters of Base64, in either alphabet. The first character of a run is taken
