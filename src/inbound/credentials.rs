@@ -29,9 +29,9 @@ const SEPARATORS: [char; 2] = ['&', ';'];
 ///
 /// | Removed | Examples | Reason |
 /// |---|---|---|
-/// | credentials | `Authorization`, `X-API-Key`, `api-key`, `Cookie`, `Proxy-*`, `X-Auth-*`, `DPoP`; names that end with `-Token`, `-API-Key` or `-Authorization`, or have the word `JWT` or `OIDC` | they are for this server, not for the API |
+/// | credentials | `Authorization`, `X-API-Key`, `api-key`, `Cookie`, `Proxy-*`, `X-Auth-*`, `DPoP`; names that end with `-Token`, `-API-Key` or `-Authorization`, or have a word such as `Auth`, `JWT`, `OIDC`, `Password` or `Secret` | they are for this server, not for the API |
 /// | addresses and routes that an edge or load balancer adds | `Forwarded`, `X-Forwarded-*`, `X-Real-IP`, `True-Client-IP`, `CF-*`, `CloudFront-*`, `X-Amz-Cf-*`, `X-Amzn-*`, `Fastly-*`, `Akamai-*`, `Fly-*`, `X-Azure-*`, `X-ARR-*`, `X-Vercel-*`, `X-NF-*`, `X-Envoy-*`, `X-Original-*`; names with the word `IP` | the API's edge answers 403 to some, and the caller's network is not its business |
-/// | identities that a proxy in front verified | `Cf-Access-Jwt-Assertion`, `X-Amzn-Oidc-*`, `X-Goog-*`, `X-MS-*`, `X-Auth-Request-*`, `X-Pomerium-*`, `X-Authentik-*`, `Tailscale-*`, `Remote-*`, `X-WebAuth-*`, `X-User-*`, `From`, `Baggage` | live tokens and personal data |
+/// | identities that a proxy in front verified | `Cf-Access-Jwt-Assertion`, `X-Amzn-Oidc-*`, `X-Goog-*`, `X-MS-*`, `X-Auth-Request-*`, `X-Pomerium-*`, `X-Authentik-*`, `Tailscale-*`, `Remote-*`, `X-WebAuth-*`, `From`, `Baggage`; names with the word `User` or `Email` | live tokens and personal data |
 /// | client certificates | `Client-Cert` ([RFC 9440](https://www.rfc-editor.org/rfc/rfc9440)), `X-Client-Cert-*`, `X-SSL-*`, `SSL-*` | the same |
 /// | what a browser adds | `Origin`, `Referer`, `Sec-Fetch-*`, `Sec-CH-*` | tells which page the user looks at; the API never meets the page |
 /// | overrides | `X-HTTP-Method-Override`, `X-Original-URL`, `X-Rewrite-URL` | the API would read another method or path than was checked |

@@ -24,9 +24,30 @@ const CREDENTIALS: Family = Family {
         "x-apikey",
         "x-functions-key",
     ],
-    prefixes: &["proxy-", "x-api-secret", "x-auth-", "x-csrf-", "x-goog-api-key", "x-token-", "x-xsrf-"],
-    words: &["jwt", "oidc", "saml"],
-    endings: &["-api-key", "-authorization", "-client-secret", "-subscription-key", "-token"],
+    prefixes: &[
+        "proxy-",
+        "x-api-secret",
+        "x-auth-",
+        "x-csrf-",
+        "x-firebase-",
+        "x-goog-api-key",
+        "x-token-",
+        "x-xsrf-",
+    ],
+    words: &[
+        "auth",
+        "authentication",
+        "bearer",
+        "credential",
+        "credentials",
+        "csrftoken",
+        "jwt",
+        "oidc",
+        "password",
+        "saml",
+        "secret",
+    ],
+    endings: &["-access-key", "-api-key", "-authorization", "-client-secret", "-subscription-key", "-token"],
 };
 
 /// Headers that an edge, a load balancer, a tunnel or an identity-aware proxy adds: a request that has one did not come
@@ -63,6 +84,7 @@ const EDGE: Family = Family {
         "geoip-",
         "incap-",
         "l5d-",
+        "ngrok-",
         "oidc-",
         "remote-",
         "rndr-",
@@ -120,6 +142,7 @@ const EDGE: Family = Family {
         "x-netlify-",
         "x-nf-",
         "x-nginx-",
+        "x-ngrok-",
         "x-original-",
         "x-originating-",
         "x-pomerium-",
@@ -137,6 +160,7 @@ const EDGE: Family = Family {
         "x-tls-",
         "x-traefik-",
         "x-true-",
+        "x-up-",
         "x-varnish",
         "x-vercel-",
         "x-vouch-",
@@ -190,14 +214,14 @@ const CALLER: Family = Family {
         "x-subject-",
         "x-user-",
     ],
-    words: &[],
+    words: &["email", "user", "userid", "username"],
     endings: &["-method-override"],
 };
 
 /// Headers that belong to a family by their names, and stay.
 const KEPT: Family = Family {
     // RFC 8586 section 2 forbids to remove `CDN-Loop`, and a trace id tells nothing of the caller.
-    names: &["cdn-loop", "x-amzn-trace-id", "x-user-agent"],
+    names: &["cdn-loop", "user-agent", "x-amzn-trace-id", "x-user-agent"],
     prefixes: &["openai-", "x-stainless-"],
     words: &[],
     endings: &[],

@@ -54,15 +54,20 @@ const NAMES: [&str; 41] = [
     "x-xss-protection",
 ];
 
-const PREFIXES: [&str; 12] = [
+const PREFIXES: [&str; 17] = [
     "access-control-",
+    "ad-auction-",
     "attribution-reporting-",
     "content-security-policy",
     "cross-origin-",
+    "integrity-policy",
+    "private-network-access-",
     "proxy-",
     "public-key-pins",
     "sec-session-",
+    "sec-shared-storage-",
     "secure-session-",
+    "use-as-dictionary",
     "x-accel-redirect",
     "x-content-security-policy",
     "x-lighttpd-send-",

@@ -168,11 +168,28 @@ impl Sent {
         url.set_query(Some(&*kept).filter(|kept| !kept.is_empty()));
     }
 
+    /// Rewrites the URL after the number of seconds, where browsers find it: with or without `url=` and quotes
+    /// ([HTML section 4.2.5.3](https://html.spec.whatwg.org/multipage/semantics.html#shared-declarative-refresh-steps)).
     fn rewrite_refresh(&self, refresh: &str) -> Option<String> {
-        let at = refresh.to_ascii_lowercase().find("url")?;
-        let start = at + refresh[at..].find('=')? + 1;
-        let url = refresh[start..].trim().trim_matches(['"', '\'']);
-        Some(format!("{}{}", &refresh[..start], self.rewrite_url(url)?))
+        let after = |text: &str| refresh.len() - text.len();
+        let rest =
+            refresh.trim_start().trim_start_matches(|letter: char| letter.is_ascii_digit() || letter == '.');
+        let mut url = rest.trim_start_matches([';', ',', ' ', '\t']);
+        if let Some(value) = url.get(3..).filter(|_| url[..3].eq_ignore_ascii_case("url"))
+            && let Some(value) = value.trim_start().strip_prefix('=')
+        {
+            url = value;
+        }
+        let start = after(url);
+        let bare = url.trim();
+        if bare.is_empty() {
+            return None;
+        }
+        let bare = match bare.chars().next().filter(|first| matches!(first, '"' | '\'')) {
+            Some(quote) => bare[1..].split(quote).next().unwrap_or_default(),
+            None => bare,
+        };
+        Some(format!("{}{}", &refresh[..start], self.rewrite_url(bare)?))
     }
 
     /// Rewrites the targets of links ([RFC 8288 section 3](https://www.rfc-editor.org/rfc/rfc8288#section-3)).
@@ -372,7 +389,25 @@ mod tests {
         for link in ["<https://a.example/>; rel=x", "<", "no link", "<a", ""] {
             assert_eq!(rewritten("https://api.selamgpt.com/v1", &LINK, link), [link]);
         }
-        for refresh in ["5", "5; url", "", "5; url=https://elsewhere.example/"] {
+        for (refresh, expected) in [
+            ("0; https://api.selamgpt.com/v1/x", "0; /v1/x"),
+            ("0, https://api.selamgpt.com/v1/x", "0, /v1/x"),
+            ("0 https://api.selamgpt.com/v1/x", "0 /v1/x"),
+            ("0 ; https://api.selamgpt.com/v1/x", "0 ; /v1/x"),
+            ("0.5;;URL = 'https://api.selamgpt.com/v1/x' y", "0.5;;URL =/v1/x"),
+            ("0; \"https://api.selamgpt.com/v1/x", "0; /v1/x"),
+            ("0; https://api.selamgpt.com/v1/url=x", "0; /v1/url=x"),
+        ] {
+            assert_eq!(rewritten("https://api.selamgpt.com/v1", &REFRESH, refresh), [expected], "{refresh}");
+        }
+        for refresh in [
+            "5",
+            "5; url=",
+            "",
+            "5;",
+            "5; url=https://elsewhere.example/",
+            "5; https://elsewhere.example/?url=/v1/x",
+        ] {
             assert_eq!(rewritten("https://api.selamgpt.com/v1", &REFRESH, refresh), [refresh]);
         }
     }

@@ -102,6 +102,10 @@ impl Connection {
         self.opened + Duration::from_millis(self.moved_at.load(Relaxed))
     }
 
+    pub(super) fn idle_since(&self) -> Instant {
+        self.opened + Duration::from_millis(self.idle_since.load(Relaxed))
+    }
+
     pub(super) fn wrote(&self) {
         self.moved_at.store(self.now(), Relaxed);
     }

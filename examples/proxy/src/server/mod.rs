@@ -35,7 +35,7 @@ use tower::ServiceExt;
 pub use self::connection::Connection;
 use self::{
     connection::{Due, InFlight, Strangers},
-    socket::{LINGER_PAUSE, Socket},
+    socket::{LINGER_PAUSE, LINGER_TIME, Socket},
     upload::Upload,
 };
 use crate::{config::Limits, upstream};
@@ -234,7 +234,7 @@ impl Server {
         connection: &Connection,
         mut guard: ShutdownGuard,
     ) -> hyper::Result<()> {
-        let mut closing = false;
+        let (mut closing, mut closing_since) = (false, Instant::now());
         let mut timer = pin!(time::sleep_until(Instant::now()));
         loop {
             let close = tokio::select! {
@@ -247,9 +247,11 @@ impl Server {
                         false
                     }
                     Due::Cut => return Ok(()),
-                    // The last request of an HTTP/2 connection may still arrive: the caller has not read GOAWAY yet.
+                    // The last request of an HTTP/2 connection may still arrive: the caller has not read GOAWAY yet. Pings
+                    // are no reason to wait any longer.
                     _ if closing => {
-                        let due = connection.moved_at() + LINGER_PAUSE;
+                        let last = connection.idle_since().max(closing_since) + LINGER_TIME;
+                        let due = last.min(connection.moved_at() + LINGER_PAUSE);
                         if connection.is_idle() && Instant::now() >= due {
                             return Ok(());
                         }
@@ -260,7 +262,7 @@ impl Server {
                 },
             };
             if close {
-                closing = true;
+                (closing, closing_since) = (true, Instant::now());
                 timer.as_mut().reset(Instant::now() + LINGER_PAUSE);
                 if connection.is_idle() {
                     connection.close_at_once();
@@ -387,5 +389,37 @@ impl Drop for AnswerBody {
         if let Some(upload) = &self.upload {
             upload.answered();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A caller that sends pings and ignores `GOAWAY`.
+    #[tokio::test(start_paused = true)]
+    async fn pings_keep_no_connection_open() {
+        let limits = Limits::default();
+        let server = Server::new(Router::new(), limits);
+        let connection = Connection::new(&server.strangers);
+        connection.set_http2();
+        let serving = Box::pin(std::future::pending());
+        let pings = async {
+            for _ in 0..600 {
+                time::sleep(Duration::from_secs(1)).await;
+                connection.read();
+            }
+        };
+        let start = Instant::now();
+        let guard = Shutdown::default().guard();
+        tokio::select! {
+            served = server.watch(serving, |_| {}, &connection, guard) => served.unwrap(),
+            () = pings => {}
+        }
+        assert!(
+            start.elapsed() <= limits.head_timeout + LINGER_TIME + 2 * LINGER_PAUSE,
+            "{:?}",
+            start.elapsed()
+        );
     }
 }

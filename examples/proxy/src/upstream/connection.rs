@@ -131,20 +131,39 @@ struct State {
     timer: Mutex<Option<AbortHandle>>,
 }
 
-/// A connection that keeps a record.
+/// A connection that keeps a record, and does not lose the last response.
+///
+/// An API that refuses an upload early may close the connection while the body is still being written. The write fails, but the
+/// response has arrived. hyper would report the failed write instead, so writes seem to succeed from then on: the response, or
+/// the read that fails, ends the request.
 #[derive(Debug)]
 pub struct Recorded<T> {
     stream: T,
     record: Record,
+    write_failed: bool,
 }
 
 impl<T> Recorded<T> {
     pub(super) fn new(stream: T) -> Self {
-        Self { stream, record: Record::default() }
+        Self { stream, record: Record::default(), write_failed: false }
     }
+}
 
-    fn written(&self) {
+impl<T: Write + Unpin> Recorded<T> {
+    /// Writes, or discards the bytes after a failed write.
+    fn write(
+        &mut self,
+        length: usize,
+        write: impl FnOnce(Pin<&mut T>) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
         self.record.0.writes.fetch_add(1, Relaxed);
+        if !self.write_failed {
+            match write(Pin::new(&mut self.stream)) {
+                Poll::Ready(Err(_)) => self.write_failed = true,
+                written => return written,
+            }
+        }
+        Poll::Ready(Ok(length))
     }
 }
 
@@ -166,8 +185,7 @@ impl<T: Read + Unpin> Read for Recorded<T> {
 
 impl<T: Write + Unpin> Write for Recorded<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        self.written();
-        Pin::new(&mut self.stream).poll_write(cx, data)
+        self.write(data.len(), |stream| stream.poll_write(cx, data))
     }
 
     fn poll_write_vectored(
@@ -175,8 +193,8 @@ impl<T: Write + Unpin> Write for Recorded<T> {
         cx: &mut Context<'_>,
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.written();
-        Pin::new(&mut self.stream).poll_write_vectored(cx, data)
+        let length = data.iter().map(|part| part.len()).sum();
+        self.write(length, |stream| stream.poll_write_vectored(cx, data))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -184,7 +202,12 @@ impl<T: Write + Unpin> Write for Recorded<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        if matches!(flushed, Poll::Ready(Err(_))) {
+            self.write_failed = true;
+            return Poll::Ready(Ok(()));
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

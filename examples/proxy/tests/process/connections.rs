@@ -82,12 +82,20 @@ async fn a_refused_upload_gets_its_answer() {
     }
 }
 
-/// The API answers before the body, and does not read it. The connection stays open, or is closed.
+/// The API answers before the body, and does not read it. The connection stays open, or is closed at once, which resets it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_early_answer_of_the_api_arrives() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let proxy = Launch::with_key(&api).start().await;
-    for (status, length) in [(413, 20), (403, 20), (500, 0), (413, 2 * 1024 * 1024)] {
+    for (status, length, closes) in [
+        (413, 20, false),
+        (403, 20, false),
+        (500, 0, false),
+        (413, 2 * 1024 * 1024, false),
+        (413, 20, true),
+        (401, 20, true),
+        (200, 20, true),
+    ] {
         for (case, sent) in uploads("/v1/files", "none") {
             let calling = write_then_read(&proxy, &sent);
             let answering = async {
@@ -96,11 +104,11 @@ async fn an_early_answer_of_the_api_arrives() {
                 let answer =
                     format!("HTTP/1.1 {status} No\r\nContent-Length: {length}\r\n\r\n{}", "x".repeat(length));
                 with_timeout(connection.write_all(answer.as_bytes())).await.unwrap();
-                connection
+                (!closes).then_some(connection)
             };
             let (answer, connection) = tokio::join!(calling, answering);
             drop(connection);
-            assert_answer(&answer, status, &format!("{status} {case}"));
+            assert_answer(&answer, status, &format!("{status} {case}, closes: {closes}"));
         }
     }
 }

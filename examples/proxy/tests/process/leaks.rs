@@ -62,7 +62,10 @@ const TELL_OF_THE_CALLER: &str = "
     Private-Token X-GitHub-Token X-Functions-Key Origin Referer From Baggage Sec-Fetch-Site Sec-Fetch-Mode Sec-Fetch-Dest
     Sec-Fetch-User Sec-Fetch-Storage-Access Sec-CH-UA Sec-CH-UA-Platform Sec-CH-UA-Model X-Original-URL X-Original-Host
     X-Original-Proto X-Original-Remote-Addr X-Original-URI X-Rewrite-URL X-HTTP-Method-Override X-HTTP-Method X-Method-Override
-    X-HTTP-Host-Override X-MSISDN X-IMSI X-Nokia-MSISDN
+    X-HTTP-Host-Override X-MSISDN X-IMSI X-Nokia-MSISDN X-Up-Calling-Line-Id Ngrok-Auth-User-Email Ngrok-Auth-User-Id
+    Ngrok-Auth-User-Name X-Ngrok-Agent-Ips X-Firebase-AppCheck X-Auth Authentication X-Bearer X-Secret-Key Api-Secret X-Admin-Secret
+    X-Password X-Credentials X-CSRFToken X-Access-Key Helicone-Auth PayPal-Auth-Assertion User User-Id UserId X-Keycloak-User
+    X-Grafana-User Helicone-User-Id X-Webhook-Secret
 ";
 
 const STAY: &str = "
@@ -170,7 +173,9 @@ const SPEAK_FOR_THE_PROXY: &str = "
     Cross-Origin-Resource-Policy Permissions-Policy Feature-Policy Document-Policy Referrer-Policy X-Frame-Options
     X-XSS-Protection X-Permitted-Cross-Domain-Policies Origin-Trial Speculation-Rules Supports-Loading-Mode Set-Login
     Sec-Session-Registration Server Proxy-Authenticate Proxy-Authentication-Info Proxy-Status Authentication-Info
-    X-Accel-Redirect X-Sendfile X-Lighttpd-Send-File X-Reproxy-URL Attribution-Reporting-Register-Source
+    X-Accel-Redirect X-Sendfile X-Lighttpd-Send-File X-Reproxy-URL Attribution-Reporting-Register-Source Integrity-Policy
+    Integrity-Policy-Report-Only Private-Network-Access-Name Private-Network-Access-Id Ad-Auction-Allowed Sec-Shared-Storage-Write
+    Use-As-Dictionary
 ";
 
 #[tokio::test]
