@@ -75,7 +75,14 @@ fn parse(value: &str) -> Result<String, &'static str> {
     let port =
         uri.authority().and_then(|authority| authority.as_str().rsplit('@').next()?.strip_prefix(host));
     let is_port = |port: &str| port.is_empty() || port[1..].parse().is_ok_and(|number: u16| number != 0);
+    // A password with an unescaped `/`, `?`, `#` or `@` would become part of the host or path, which are printed.
+    let is_escaped = match url.matches('@').count() {
+        0 => true,
+        1 => uri.authority().is_some_and(|authority| authority.as_str().contains('@')),
+        _ => false,
+    };
     let is_usable = matches!(&*scheme, "http" | "https")
+        && is_escaped
         && !host.is_empty()
         && port.is_some_and(is_port)
         && Matcher::builder()
@@ -176,6 +183,10 @@ mod tests {
             ("http://s3cr3t:", "must be the URL of an HTTP proxy"),
             ("http://s3cr3t:99999", "must be the URL of an HTTP proxy"),
             ("http://us er:s3cr3t@one", "must be the URL of an HTTP proxy"),
+            ("http://user:p@s3cr3t@one:1", "must be the URL of an HTTP proxy"),
+            ("http://user:1/s3cr3t@one:1", "must be the URL of an HTTP proxy"),
+            ("http://s3cr3t:1#@one:1", "must be the URL of an HTTP proxy"),
+            ("http://user:1?s3cr3t@one:1", "must be the URL of an HTTP proxy"),
             ("://s3cr3t", "must be the URL of an HTTP proxy"),
             ("  ", "must be the URL of an HTTP proxy"),
         ] {
