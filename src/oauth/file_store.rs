@@ -10,14 +10,14 @@ use std::{
 };
 
 use fs4::{FileExt, TryLockError};
-use tokio::{
-    task::spawn_blocking,
-    time::{sleep, timeout},
-};
 use zeroize::Zeroizing;
 
 use super::{RefreshToken, RefreshTokenStore, StoreLock};
-use crate::error::BoxError;
+use crate::{
+    error::BoxError,
+    source::unblock,
+    util::timer::{TimeoutError, sleep, timeout},
+};
 
 /// How long to wait for a program that uses the login. Less than the default timeout of a refresh.
 const LOCK_PATIENCE: Duration = Duration::from_secs(20);
@@ -137,8 +137,12 @@ impl FileStore {
                 pause = max.min(pause * 2);
             }
         };
-        timeout(LOCK_PATIENCE, locking).await.unwrap_or_else(|_| {
-            Err(format!("another program has locked {} for {LOCK_PATIENCE:?}", self.path.display()).into())
+        timeout(LOCK_PATIENCE, locking).await.unwrap_or_else(|error| match error {
+            TimeoutError::NoTimers => Err(error.into()),
+            TimeoutError::Elapsed => {
+                let path = self.path.display();
+                Err(format!("another program has locked {path} for {LOCK_PATIENCE:?}").into())
+            }
         })
     }
 
@@ -147,7 +151,7 @@ impl FileStore {
         call: impl FnOnce(&Files) -> Result<T, BoxError> + Send + 'static,
     ) -> Result<T, BoxError> {
         let path = Arc::clone(&self.path);
-        spawn_blocking(move || call(&Files::of(&path)?)).await?
+        unblock(move || call(&Files::of(&path)?)).await?
     }
 
     /// Records the state of the file that this process has read, or written itself.

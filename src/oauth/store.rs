@@ -114,8 +114,8 @@ pub trait RefreshTokenStore: Send + Sync + 'static {
     /// Excludes all other users of this login, in this process and in others, until the returned guard is dropped.
     ///
     /// Called before each exchange. The guard is held while the token is loaded, spent and saved, and longer if saving
-    /// fails: until the token is saved, or the last clone of the source is dropped. A guard that can expire, such as a
-    /// lease, must extend itself.
+    /// fails: until the token is saved, or the runtime has shut down and the last clone of the source is dropped. A guard
+    /// that can expire, such as a lease, must extend itself.
     ///
     /// The default excludes nobody. Two sources may then load the same token and both spend it, for which an endpoint
     /// that detects reuse ends the login.
@@ -147,7 +147,7 @@ pub trait RefreshTokenStore: Send + Sync + 'static {
     ///
     /// The access token is not handed out before this call has succeeded, or 5 seconds have passed; a program that ends as
     /// soon as it has its access token loses nothing. A call that takes longer is not cancelled. A failed call is
-    /// repeated, after at most a minute, as long as the runtime lives.
+    /// repeated, after at most a minute, as long as the runtime lives, even if the source is dropped.
     ///
     /// # Errors
     ///

@@ -83,13 +83,14 @@ impl InFlight {
 
     /// Tells the refresh that its turn has come, and its waiters to keep the time from now on.
     pub(super) fn begin(&self) {
-        if let Some(turn) = &self.0.turn {
-            turn.began.get_or_init(monotonic);
+        if let Some(turn) = &self.0.turn
+            && turn.began.set(monotonic()).is_ok()
+        {
             self.0.results.send_if_modified(|_| true);
         }
     }
 
-    fn has_begun(&self) -> bool {
+    pub(super) fn has_begun(&self) -> bool {
         self.0.turn.as_ref().is_none_or(|turn| turn.began.get().is_some())
     }
 
@@ -207,7 +208,7 @@ impl Future for WaitForRefresh {
                 if let Some(Turn { turns, ticket, .. }) = &in_flight.0.turn
                     && has_taken_turn(Arc::as_ptr(turns).addr())
                 {
-                    turns.promote(*ticket);
+                    turns.promote(*ticket, in_flight);
                 }
                 let mut result = in_flight.0.results.subscribe();
                 completed.insert(Box::pin(async move {
@@ -231,9 +232,30 @@ mod tests {
     use tokio_test::{assert_pending, assert_ready, task};
 
     use super::*;
+    use crate::refresh::reentrancy::refresh_of;
 
     fn in_flight() -> InFlight {
         InFlight::new(None, None, Duration::ZERO, 0, Box::new(|| ()))
+    }
+
+    /// M2, F7: also if the refresh that waits for it comes before it is queued.
+    #[test]
+    fn refresh_that_another_waits_for_begins_out_of_turn() {
+        let turns = Arc::new(Turns::new(1));
+        let [running, next] = [(); 2]
+            .map(|()| InFlight::new(None, Some(Arc::clone(&turns)), Duration::ZERO, 0, Box::new(|| ())));
+        running.enter();
+        let wait = WaitForRefresh::new(next.clone());
+        let mut waiter = task::spawn(refresh_of(1, Arc::as_ptr(&turns).addr(), wait));
+        assert_pending!(waiter.poll());
+        next.enter();
+        assert!(running.has_begun() && next.has_begun());
+
+        // It does not count towards the limit.
+        running.complete(Ok(()));
+        let third = InFlight::new(None, Some(turns), Duration::ZERO, 0, Box::new(|| ()));
+        third.enter();
+        assert!(third.has_begun());
     }
 
     /// F1, F2: every waiter gets the first result.

@@ -35,10 +35,12 @@ impl Turns {
         self.next.fetch_add(1, Relaxed)
     }
 
-    /// Queues a refresh, which begins at once if it can.
+    /// Queues a refresh, which begins at once if it can, unless it has begun [out of turn](Self::promote) already.
     pub(super) fn enter(&self, ticket: u64, refresh: InFlight) {
         let mut refreshes = self.lock();
-        refreshes.waiting.insert(ticket, refresh);
+        if !refresh.has_begun() {
+            refreshes.waiting.insert(ticket, refresh);
+        }
         self.begin_next(refreshes);
     }
 
@@ -52,11 +54,11 @@ impl Turns {
     }
 
     /// Lets a refresh begin out of turn, because one that runs waits for it. It does not count towards the limit.
-    pub(super) fn promote(&self, ticket: u64) {
+    pub(super) fn promote(&self, ticket: u64, refresh: &InFlight) {
+        // First, because another thread may be about to queue it.
+        refresh.begin();
         let promoted = self.lock().waiting.remove(&ticket);
-        if let Some(refresh) = promoted {
-            refresh.begin();
-        }
+        drop(promoted);
     }
 
     /// Abandons the refreshes that should have ended by themselves: their runtime is not driven.

@@ -227,7 +227,9 @@ impl StdError for SourceError {
 }
 
 /// Runs a function that blocks its thread, on tokio's blocking pool.
-async fn unblock<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, SourceError> {
+pub(crate) async fn unblock<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, SourceError> {
     let runtime = Handle::try_current().map_err(|_| SourceError::transient(NO_RUNTIME))?;
     // The `JoinError` is dropped because a panic message may contain a secret.
     runtime.spawn_blocking(work).await.map_err(|_| SourceError::transient(ABORTED))

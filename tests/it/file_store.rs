@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::timeout;
+use tokio::{runtime::Builder, time::timeout};
+use tokio_test::{assert_ready_err, task::spawn};
 use tower_selam::{
     AuthErrorKind, Refreshing,
     oauth::{ClientAuth, FileStore, OAuthSource, RefreshToken, RefreshTokenStore, TokenEndpoint},
@@ -287,6 +288,20 @@ async fn dropped_waiters_release_the_lock() {
         drop(lock);
         drop(timeout(50 * SHORT, store.lock()).await.unwrap().unwrap());
     }
+}
+
+/// F5: a runtime without timers, and none at all.
+#[test]
+fn missing_runtime_is_an_error() {
+    let directory = Directory::new();
+    let store = FileStore::new(directory.file());
+    let without_timers = Builder::new_current_thread().build().unwrap();
+    assert!(without_timers.block_on(store.lock()).is_err());
+    assert!(without_timers.block_on(store.replace(&token("first"))).is_err());
+    assert!(without_timers.block_on(store.load()).unwrap().is_none());
+    assert_ready_err!(spawn(store.load()).poll());
+    assert_ready_err!(spawn(store.lock()).poll());
+    assert_ready_err!(spawn(store.replace(&token("first"))).poll());
 }
 
 /// Calls that are dropped in the middle leave a whole token, and none overtakes a holder of the lock.
