@@ -84,14 +84,14 @@ pub(crate) trait Unshare {
 /// A value that each thread clones from a copy of its own.
 pub(crate) struct Unshared<T> {
     original: T,
-    /// `None` for values that are cloned too rarely to be worth the memory.
-    copies: Option<PerThread<T>>,
+    /// `None` for values that are cloned too rarely to be worth the memory. There are many of those, so it is small.
+    copies: Option<Box<PerThread<T>>>,
 }
 
 impl<T: Unshare> Unshared<T> {
     /// Makes the calling thread's copy at once, so that its first request allocates nothing.
     pub(crate) fn per_thread(original: T) -> Self {
-        let unshared = Self { original, copies: Some(PerThread::new()) };
+        let unshared = Self { original, copies: Some(Box::new(PerThread::new())) };
         let _ = unshared.local();
         unshared
     }
