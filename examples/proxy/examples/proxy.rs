@@ -21,13 +21,16 @@ use example_proxy::{
 };
 use tokio::{
     net::TcpListener,
-    runtime::Runtime,
+    runtime::Builder,
     signal::unix::{Signal, SignalKind, signal},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// The exit code for an invalid configuration.
 const INVALID_CONFIGURATION: u8 = 2;
+
+/// How many names are looked up, and key files read, at once. A burst of new connections would start hundreds of threads.
+const BLOCKING_THREADS: usize = 16;
 
 /// How long tasks may take to log that they were cut off.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -52,7 +55,11 @@ fn main() -> ExitCode {
 }
 
 fn run(config: &Config) -> Result<(), Error> {
-    let runtime = Runtime::new().map_err(|error| Error::new(format!("runtime: {error}")))?;
+    let runtime = Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build()
+        .map_err(|error| Error::new(format!("runtime: {error}")))?;
     let result = runtime.block_on(listen(config));
     // Do not wait for a blocked read of a file or name lookup.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);

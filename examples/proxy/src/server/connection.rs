@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -18,6 +18,13 @@ use crate::config::Limits;
 
 /// No head of a request is incomplete.
 const NONE: u64 = u64::MAX;
+
+/// How long the incomplete heads of all strangers may be together, apart from the short ones. hyper takes up to three times
+/// that.
+const STRANGERS_HEADS: usize = 4 * 1024 * 1024;
+
+/// A head that every stranger may send: hyper's smallest buffer.
+const SHORT_HEAD: usize = 8 * 1024;
 
 /// One connection of a caller, shared by its socket, its requests and the task that enforces its limits. Every request carries
 /// it as an extension.
@@ -39,6 +46,8 @@ pub struct Connection {
     /// The socket is closed without waiting for the caller.
     closes_at_once: AtomicBool,
     known: AtomicBool,
+    /// How many bytes arrived of an incomplete head, until the caller is known.
+    head_bytes: AtomicUsize,
     id: u64,
     strangers: Arc<Strangers>,
     evicted: Notify,
@@ -57,7 +66,7 @@ pub(super) enum Due {
 
 impl Connection {
     pub(super) fn new(strangers: &Arc<Strangers>) -> Arc<Self> {
-        let mut known = strangers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = strangers.lock();
         let id = known.next_id;
         known.next_id += 1;
         let connection = Arc::new(Self {
@@ -71,6 +80,7 @@ impl Connection {
             discards: AtomicBool::new(false),
             closes_at_once: AtomicBool::new(false),
             known: AtomicBool::new(false),
+            head_bytes: AtomicUsize::new(0),
             id,
             strangers: Arc::clone(strangers),
             evicted: Notify::new(),
@@ -110,13 +120,30 @@ impl Connection {
         self.moved_at.store(self.now(), Relaxed);
     }
 
-    pub(super) fn read(&self) {
+    pub(super) fn read(&self, length: usize) {
         let now = self.now();
         self.moved_at.store(now, Relaxed);
+        if !self.is_idle() {
+            return;
+        }
         // Over HTTP/2, bytes also arrive without requests: answers to pings.
-        if self.requests.load(Relaxed) == 0 && self.head_since.load(Relaxed) == NONE && !self.is_http2() {
+        if self.head_since.load(Relaxed) == NONE && !self.is_http2() {
             self.head_since.store(now, Relaxed);
         }
+        if !self.known.load(Relaxed) {
+            let head = self.head_bytes.fetch_add(length, Relaxed) + length;
+            let all = self.strangers.head_bytes.fetch_add(length, Relaxed) + length;
+            if head > SHORT_HEAD && all > STRANGERS_HEADS {
+                self.evicted.notify_one();
+            }
+        }
+    }
+
+    /// Records that no head is incomplete any more.
+    fn head_ended(&self) {
+        self.head_since.store(NONE, Relaxed);
+        let length = self.head_bytes.swap(0, Relaxed);
+        self.strangers.head_bytes.fetch_sub(length, Relaxed);
     }
 
     pub(super) fn set_http2(&self) {
@@ -176,6 +203,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        self.head_ended();
         if !*self.known.get_mut() {
             self.strangers.forget(self.id);
         }
@@ -189,7 +217,7 @@ pub(super) struct InFlight(Arc<Connection>);
 impl InFlight {
     pub(super) fn new(connection: &Arc<Connection>) -> Self {
         connection.requests.fetch_add(1, Relaxed);
-        connection.head_since.store(NONE, Relaxed);
+        connection.head_ended();
         Self(Arc::clone(connection))
     }
 }
@@ -203,7 +231,11 @@ impl Drop for InFlight {
 
 /// The connections without an admitted request so far.
 #[derive(Debug, Default)]
-pub(super) struct Strangers(Mutex<Known>);
+pub(super) struct Strangers {
+    known: Mutex<Known>,
+    /// How many bytes arrived of all their incomplete heads.
+    head_bytes: AtomicUsize,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -213,12 +245,12 @@ struct Known {
 
 impl Strangers {
     pub(super) fn count(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).oldest_first.len()
+        self.lock().oldest_first.len()
     }
 
     /// Closes the oldest one, if it is at least this old. Returns whether it did.
     pub(super) fn evict(&self, age: Duration) -> bool {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.lock();
         let Some(entry) = known.oldest_first.first_entry() else { return false };
         let Some(connection) = entry.get().upgrade() else {
             // It is being dropped.
@@ -237,6 +269,10 @@ impl Strangers {
     }
 
     fn forget(&self, id: u64) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).oldest_first.remove(&id);
+        self.lock().oldest_first.remove(&id);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

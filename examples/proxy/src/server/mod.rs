@@ -32,7 +32,7 @@ use tokio::{
 };
 use tower::ServiceExt;
 
-pub use self::connection::Connection;
+pub use self::{connection::Connection, socket::GIVE_UP_AFTER};
 use self::{
     connection::{Due, InFlight, Strangers},
     socket::{LINGER_PAUSE, LINGER_TIME, Socket},
@@ -210,7 +210,11 @@ impl Server {
             () = guard.begun() => return,
         };
         let Ok(Ok(is_http2)) = version else { return };
-        let requests = Requests { app: self.app.clone(), connection: Arc::clone(&connection) };
+        let requests = Requests {
+            app: self.app.clone(),
+            connection: Arc::clone(&connection),
+            keep_alive: self.limits.keep_alive,
+        };
         let io = TokioIo::new(socket);
         // Boxed, so that a connection takes no more memory than its version needs.
         let served = if is_http2 {
@@ -318,6 +322,7 @@ async fn is_http2(socket: &Socket) -> io::Result<bool> {
 struct Requests {
     app: Router,
     connection: Arc<Connection>,
+    keep_alive: Duration,
 }
 
 impl Service<Request<Incoming>> for Requests {
@@ -328,7 +333,7 @@ impl Service<Request<Incoming>> for Requests {
     fn call(&self, request: Request<Incoming>) -> Self::Future {
         let connection = Arc::clone(&self.connection);
         let in_flight = InFlight::new(&connection);
-        let app = self.app.clone();
+        let (app, keep_alive) = (self.app.clone(), self.keep_alive);
         Box::pin(async move {
             let (mut parts, body) = request.into_parts();
             let (body, upload) = if body.is_end_stream() {
@@ -352,7 +357,7 @@ impl Service<Request<Incoming>> for Requests {
                     upload.give_up();
                 }
             }
-            Ok(response.map(|body| AnswerBody { body, upload, _in_flight: in_flight }))
+            Ok(response.map(|body| AnswerBody { body, upload, keep_alive, _in_flight: in_flight }))
         })
     }
 }
@@ -361,6 +366,8 @@ impl Service<Request<Incoming>> for Requests {
 struct AnswerBody {
     body: Body,
     upload: Option<Upload>,
+    /// How long an upload may pause after the answer, which is as long as the connection may be idle.
+    keep_alive: Duration,
     _in_flight: InFlight,
 }
 
@@ -387,7 +394,7 @@ impl http_body::Body for AnswerBody {
 impl Drop for AnswerBody {
     fn drop(&mut self) {
         if let Some(upload) = &self.upload {
-            upload.answered();
+            upload.answered(self.keep_alive);
         }
     }
 }
@@ -407,7 +414,7 @@ mod tests {
         let pings = async {
             for _ in 0..600 {
                 time::sleep(Duration::from_secs(1)).await;
-                connection.read();
+                connection.read(1);
             }
         };
         let start = Instant::now();

@@ -30,7 +30,7 @@ pub(super) const LINGER_PAUSE: Duration = Duration::from_secs(5);
 /// When a silent caller is probed, and how often; and when a caller is given up that acknowledges or reads nothing.
 const PROBE_AFTER: Duration = Duration::from_secs(30);
 const PROBE_EVERY: Duration = Duration::from_secs(10);
-const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(120);
 
 /// A caller's socket.
 ///
@@ -137,8 +137,9 @@ impl AsyncRead for Socket {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-        if buffer.filled().len() > before {
-            self.connection.read();
+        let length = buffer.filled().len() - before;
+        if length > 0 {
+            self.connection.read(length);
         }
         Poll::Ready(Ok(()))
     }

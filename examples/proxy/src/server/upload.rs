@@ -2,8 +2,9 @@
 
 use std::{
     pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use axum::body::{Body, Bytes};
@@ -34,6 +35,8 @@ struct State {
     /// The caller waits for `100 Continue`, and may never send the body.
     expects_continue: bool,
     answered: bool,
+    /// How many frames were read.
+    frames: u64,
     reader: Option<Waker>,
 }
 
@@ -46,6 +49,7 @@ impl Upload {
             drained: false,
             expects_continue,
             answered: false,
+            frames: 0,
             reader: None,
         })))
     }
@@ -81,19 +85,39 @@ impl Upload {
         }
     }
 
-    /// Fails a body that was given up: nothing more will come.
-    pub(super) fn answered(&self) {
+    /// Fails a body that was given up: nothing more will come. Gives up another one once the API reads nothing of it for
+    /// `pause`.
+    pub(super) fn answered(&self, pause: Duration) {
         let mut state = self.state();
         state.answered = true;
-        let reader = state.reader.take();
+        let (reader, is_sent) = (state.reader.take(), state.body.is_some());
         drop(state);
         if let Some(reader) = reader {
             reader.wake();
+        }
+        // Without a runtime, the process is ending.
+        if is_sent && let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(give_up_unread(Arc::downgrade(&self.0), pause));
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives up a body of which nothing is read for this long.
+async fn give_up_unread(state: Weak<Mutex<State>>, pause: Duration) {
+    let mut frames = None;
+    loop {
+        let Some(upload) = state.upgrade().map(Upload) else { return };
+        let read = upload.state().frames;
+        if frames == Some(read) {
+            return upload.give_up();
+        }
+        frames = Some(read);
+        drop(upload);
+        time::sleep(pause).await;
     }
 }
 
@@ -149,7 +173,11 @@ impl http_body::Body for UploadBody {
         };
         let polled = Pin::new(&mut *body).poll_frame(cx).map_err(axum::Error::new);
         let ended = match &polled {
-            Poll::Ready(Some(Ok(_))) => body.is_end_stream(),
+            Poll::Ready(Some(Ok(_))) => {
+                let ended = body.is_end_stream();
+                state.frames += 1;
+                ended
+            }
             Poll::Ready(None) => true,
             // The connection fails.
             Poll::Ready(Some(Err(_))) => {

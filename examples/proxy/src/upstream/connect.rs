@@ -24,7 +24,7 @@ use tower::{Service, ServiceBuilder, util::BoxCloneSyncService};
 use tower_selam::BoxError;
 
 use super::{connection::Recorded, http_proxy::HttpProxy};
-use crate::config;
+use crate::{config, server::GIVE_UP_AFTER};
 
 /// How long it may take to connect, with name resolution and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,6 +56,8 @@ pub(super) fn connector(tls: &ClientConfig, proxy: &HttpProxy, versions: Version
     http.set_keepalive(Some(PROBE_AFTER));
     http.set_keepalive_interval(Some(PROBE_EVERY));
     http.set_keepalive_retries(Some(PROBES));
+    #[cfg(target_os = "linux")]
+    http.set_tcp_user_timeout(Some(GIVE_UP_AFTER));
     let dial = Dial { https: (http.clone(), tls.clone()).into(), http, proxy: proxy.clone() };
     let https = HttpsConnectorBuilder::new().with_tls_config(tls.clone()).https_or_http();
     let https = match versions {

@@ -118,10 +118,13 @@ type RequestBody = ReplayBody<Body>;
 /// A body that is kept for a second attempt.
 type KeptBody = ReplayBody<RequestBody>;
 
+/// A body as the client sends it. Boxed: hyper's channel to a connection has 32 slots for requests.
+type SentBody = Pin<Box<HeldBody<KeptBody>>>;
+
 /// A client, and its number of requests in flight: each holds a clone of `in_flight`.
 #[derive(Clone, Debug)]
 struct Lane {
-    client: Client<Connector, HeldBody<KeptBody>>,
+    client: Client<Connector, SentBody>,
     in_flight: Arc<()>,
 }
 
@@ -164,7 +167,8 @@ impl Upstream {
 
     async fn attempt(&self, request: Request<KeptBody>) -> Result<Response<ResponseBody>, (Failure, Error)> {
         let Lane { client, in_flight } = self.lane();
-        let (mut request, held_back) = hold_body(request);
+        let (request, held_back) = hold_body(request);
+        let mut request = request.map(Box::pin);
         let connection = capture_connection(&mut request);
         let result = client.request(request).await;
         let used = Used::new(connection);

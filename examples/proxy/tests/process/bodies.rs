@@ -114,7 +114,7 @@ async fn a_download_streams() {
 /// How much memory the proxy may take in all, in KiB.
 const MAX_MEMORY: u64 = 64 * 1024;
 
-/// How many bytes each caller uploads one by one. Longer bodies take no more memory, only time.
+/// How many bytes each caller uploads one by one.
 const TINY_CHUNKS: usize = 64 * 1024;
 
 /// M1: a thousand streams are open, while four callers upload bodies in chunks of one byte.

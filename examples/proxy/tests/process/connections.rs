@@ -1,6 +1,6 @@
 //! Connections of callers: answers to uploads that are refused, idle and anonymous connections, and large headers.
 
-use std::time::Duration;
+use std::{io::ErrorKind, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Response};
@@ -530,4 +530,45 @@ async fn logged_texts_of_callers_are_short() {
     let log = proxy.errors();
     assert!(log.lines().all(|line| line.len() < 1024), "{log}");
     assert!(log.bytes().all(|byte| byte == b'\n' || !byte.is_ascii_control()), "{log:?}");
+}
+
+#[tokio::test]
+async fn half_sent_heads_take_little_memory() {
+    let proxy = Launch::new().env("SELAM_API_KEY", "sk-selam-x").start().await;
+    let head = format!("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: {}", "x".repeat(60_000));
+    let mut strangers = Vec::new();
+    for _ in 0..300 {
+        let mut stranger = raw(&proxy).await;
+        // The proxy may close it meanwhile.
+        let _ = stranger.write_all(head.as_bytes()).await;
+        strangers.push(stranger);
+    }
+    eventually("most of them are closed", async || {
+        let is_open = |stranger: &TcpStream| {
+            stranger.try_read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+        };
+        (strangers.iter().filter(|stranger| is_open(stranger)).count() < 100).then_some(())
+    })
+    .await;
+    // Short heads are not affected.
+    assert_eq!(Caller::http1(&proxy).get("/healthz").await.status, 200);
+}
+
+#[tokio::test]
+async fn uploads_after_the_answer_end() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let proxy = Launch::with_key(&api).arg("--keep-alive").arg("1").start().await;
+    let (mut reader, mut writer) = raw(&proxy).await.into_split();
+    let writing = tokio::spawn(async move {
+        let head = "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n";
+        writer.write_all(head.as_bytes()).await.unwrap();
+        while writer.write_all(&[b'u'; 64 * 1024]).await.is_ok() {}
+    });
+    let mut connection = api.accept().await;
+    read_head(&mut connection).await;
+    // The API answers, and reads nothing more.
+    connection.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+    let answer = String::from_utf8(read_to_end(&mut reader).await).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("ok"), "{answer}");
+    writing.abort();
 }
