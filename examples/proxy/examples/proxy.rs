@@ -19,12 +19,17 @@ use example_proxy::{
     proxy::router,
     server::{Shutdown, serve},
 };
+use tikv_jemallocator::Jemalloc;
 use tokio::{
     net::TcpListener,
     runtime::Builder,
     signal::unix::{Signal, SignalKind, signal},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+/// Takes less memory for the buffers of many connections than the C library's allocator.
+#[global_allocator]
+static ALLOCATOR: Jemalloc = Jemalloc;
 
 /// The exit code for an invalid configuration.
 const INVALID_CONFIGURATION: u8 = 2;

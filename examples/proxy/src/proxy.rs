@@ -43,6 +43,9 @@ use crate::{
 /// How much of a request's body is kept for a replay after a 401. Longer requests are not replayed.
 const REPLAY_LIMIT: usize = 1024 * 1024;
 
+/// How much of it is kept, until the response begins, to send a request once more that the API has not processed.
+const RESEND_LIMIT: usize = 256 * 1024;
+
 /// The voice agent's WebSocket, which expects JWT and key in its query.
 const VOICE_AGENT: &str = "/v1/audio/agent";
 
@@ -78,7 +81,7 @@ type Stack = BoxCloneSyncService<Request, Response, Error<upstream::Error>>;
 pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
     let http_proxy = HttpProxy::from_env(|name| std::env::var_os(name))?;
-    let settings = upstream::Settings::new(tls, http_proxy, config.api_idle, REPLAY_LIMIT);
+    let settings = upstream::Settings::new(tls, http_proxy, config.api_idle, RESEND_LIMIT);
     let layer = config.layer(SelamLayer::builder().with_token_client(settings.token_client()))?;
     if let Ok(api) = layer.base_url().to_string().parse()
         && let Some((variable, proxy)) = settings.proxy.describe(&api)

@@ -1,6 +1,7 @@
 //! Serves HTTP/1.1 and HTTP/2 on one port, within limits, and shuts down gracefully.
 
 mod connection;
+mod merge;
 mod socket;
 mod upload;
 

@@ -14,6 +14,7 @@ use tokio::{runtime::Handle, time};
 
 use super::{
     connection::{Connection, InFlight},
+    merge::Merged,
     socket::{LINGER_BYTES, LINGER_PAUSE, LINGER_TIME},
 };
 
@@ -56,7 +57,7 @@ impl Upload {
 
     /// Returns the body to forward.
     pub(super) fn body(&self) -> Body {
-        Body::new(UploadBody(self.clone()))
+        Body::new(Merged::new(UploadBody(self.clone())))
     }
 
     /// Whether the caller may still be sending, so much that the connection must be closed.

@@ -115,7 +115,7 @@ async fn a_download_streams() {
 const MAX_MEMORY: u64 = 64 * 1024;
 
 /// How many bytes each caller uploads one by one.
-const TINY_CHUNKS: usize = 64 * 1024;
+const TINY_CHUNKS: usize = 512 * 1024;
 
 /// M1: a thousand streams are open, while four callers upload bodies in chunks of one byte.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -534,20 +534,22 @@ async fn logged_texts_of_callers_are_short() {
 
 #[tokio::test]
 async fn half_sent_heads_take_little_memory() {
-    let proxy = Launch::new().env("SELAM_API_KEY", "sk-selam-x").start().await;
+    let launch = Launch::new().env("SELAM_API_KEY", "sk-selam-x");
+    let proxy = launch.arg("--head-timeout").arg("300").start().await;
     let head = format!("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: {}", "x".repeat(60_000));
     let mut strangers = Vec::new();
-    for _ in 0..300 {
+    // 6 MB of heads, from fewer strangers than may be connected.
+    for _ in 0..100 {
         let mut stranger = raw(&proxy).await;
         // The proxy may close it meanwhile.
         let _ = stranger.write_all(head.as_bytes()).await;
         strangers.push(stranger);
     }
-    eventually("most of them are closed", async || {
+    eventually("some of them are closed", async || {
         let is_open = |stranger: &TcpStream| {
             stranger.try_read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
         };
-        (strangers.iter().filter(|stranger| is_open(stranger)).count() < 100).then_some(())
+        (strangers.iter().filter(|stranger| is_open(stranger)).count() < 90).then_some(())
     })
     .await;
     // Short heads are not affected.
