@@ -36,7 +36,7 @@
 //! | The endpoint answers | Effect |
 //! |---|---|
 //! | a token ([RFC 6749 section 5.1](https://www.rfc-editor.org/rfc/rfc6749#section-5.1)) | It is used for `expires_in` from its arrival. If that is missing or not a number, the expiry in the JWT counts, and otherwise the [policy](crate::RefreshPolicy::with_assumed_lifetime). |
-//! | an error that blames the client, the grant or the user | If the rejected credential is a refreshing one, it is refreshed and the request is replayed. Otherwise the failure is [permanent](crate::AuthErrorKind::RefreshRejected) until one of the credentials changes. |
+//! | an error that blames the client, the grant or the user | If the rejected credential is a refreshing one, it is refreshed and the request is replayed. Otherwise the failure is [permanent](crate::AuthErrorKind::RefreshRejected) until one of the credentials changes, or the next attempt five minutes later. |
 //! | another error, 408, 429, 5xx, or nothing | The failure is transient and is retried after `Retry-After`, if given, or a back-off. |
 //! | a redirect | Likewise. It is not followed, because that would send the client secret to another URL. |
 //! | more than 64 KiB, a body that is not JSON, or a token that is not a bearer token | Likewise. |
@@ -81,7 +81,7 @@
 //! |---|---|---|
 //! | a new refresh token | is spent | It is never sent again by this source. |
 //! | a token without a new refresh token ([RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6)) | is still valid | It is sent for each refresh. |
-//! | `invalid_grant`, or another code that blames [the grant](#errors) | was spent elsewhere, has expired or was revoked | The store is read again. A different token in it is sent at once. Otherwise the failure is permanent until the store's [version](RefreshTokenStore::version) changes. |
+//! | `invalid_grant`, or another code that blames [the grant](#errors) | was spent elsewhere, has expired or was revoked | The store is read again. A different token in it is sent at once. Otherwise the failure is permanent until the store's [version](RefreshTokenStore::version) changes, or the next attempt five minutes later. |
 //! | another 4xx, an error in a 200, a redirect or 503 | is unspent | It is sent again after the back-off. |
 //! | no connection, or a refusal to send | was not sent | Likewise. |
 //! | a reset, a timeout, a 2xx without a token, another 5xx | **may be spent** | The failure is an [`UnansweredExchange`], and raises a `WARN` event. After the back-off the store is read, and if it holds no other token, this one is sent again. |

@@ -13,7 +13,8 @@
 //!                            └─▶ reply: 401, 403, 404, …
 //! ```
 //!
-//! [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
+//! Without client tokens, [`local`] refuses what does not come from a program on this machine. On the way back, [`location`]
+//! keeps callers on the proxy. [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
 //! Off the request path: [`config`] parses flags and environment, [`metrics`] counts and logs requests, and [`usage`] reports
 //! unusual activity found in those metrics.
 
