@@ -82,7 +82,7 @@ impl ChooseAuthLayer {
     ///
     /// Servers may read one path differently. A path gets the JWT only if every reading is below a prefix, so that an unusual
     /// spelling of another path cannot obtain it: `/v1/audio/a%2Fb` gets it, `/v1/audio/..%2Fmodels` and `/v1/%61udio` do
-    /// not. [`PathRule`](crate::inbound::PathRule) has the rules.
+    /// not. [`PathRule`] has the rules.
     ///
     /// # Errors
     ///

@@ -104,7 +104,7 @@ impl Settings {
 /// Sends any number of concurrent requests. A hyper-util client opens one HTTP/2 connection per server, and the server limits
 /// the streams on it, so there is one client for every hundred requests in flight.
 ///
-/// A request that the API has not processed is sent once more, see [`resend`].
+/// A request that the API has not processed is sent once more, see `resend.rs`.
 #[derive(Clone, Debug)]
 pub struct Upstream {
     settings: Arc<Settings>,
