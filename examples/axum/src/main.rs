@@ -132,7 +132,9 @@ impl IntoResponse for Failure {
         log(&self);
         let mut response = (status, Json(json!({ "error": message }))).into_response();
         if let Some(wait) = retry_after {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(wait.as_secs().max(1)));
+            // Rounded up, so that nobody comes too early.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response
     }
