@@ -30,7 +30,7 @@ use tower_selam::{
 };
 
 pub(crate) const KEY: &str = "sk-selam-canary-0123456789abcdef";
-pub(crate) const MESSAGE: &str = "token expired";
+pub(crate) const MESSAGE: &str = "the session has ended";
 pub(crate) const DETAILS: &[u8] = b"\x0a\x07details";
 
 /// Longer than any step takes on a loopback connection.
