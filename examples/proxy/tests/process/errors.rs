@@ -8,7 +8,7 @@ use tokio::{io::AsyncWriteExt, net::TcpListener};
 use tower_selam::simulator::{Fault, Server, Simulator, TokenFault};
 
 use crate::support::{
-    Answer, Api, Caller, Launch, Protocol, TlsListener, eventually, full, random, read_head, secret,
+    Answer, Api, Caller, Launch, Protocol, Proxy, TlsListener, eventually, full, random, read_head, secret,
 };
 
 const BODY: &str = r#"{"messages":[{"role":"user","content":"hi"}]}"#;
@@ -138,14 +138,19 @@ async fn an_echoed_key_is_masked() {
     }
 }
 
+/// Starts the proxy with a key, and with JWTs from the simulator's token endpoint.
+async fn start_with_token_url(simulator: &Simulator, api: &Server) -> Proxy {
+    let url = api.base_url().replace("/v1", "/oauth/token");
+    let launch = Launch::for_api(api).env("SELAM_API_KEY", secret(simulator.issue_key()));
+    launch.env("SELAM_TOKEN_URL", url).start().await
+}
+
 /// J11: a missing permission costs neither a JWT nor a second request, and a compressed `invalid_api_key` no JWT.
 #[tokio::test]
 async fn only_what_a_401_blames_is_refreshed() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
-    let url = api.base_url().replace("/v1", "/oauth/token");
-    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
-    let proxy = launch.env("SELAM_TOKEN_URL", url).start().await;
+    let proxy = start_with_token_url(&simulator, &api).await;
     let caller = Caller::http1(&proxy);
     assert_eq!(caller.chat().await.status, 200);
     let (requests, tokens) = (simulator.requests() - simulator.token_requests(), simulator.token_requests());
@@ -196,9 +201,7 @@ async fn a_rotated_key_is_reread_and_the_request_replayed() {
 async fn the_second_401_is_returned() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
-    let url = api.base_url().replace("/v1", "/oauth/token");
-    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
-    let proxy = launch.env("SELAM_TOKEN_URL", url).start().await;
+    let proxy = start_with_token_url(&simulator, &api).await;
     simulator.reject_jwts(true);
     let answer = Caller::http1(&proxy).post("/v1/audio/agent/sessions", "{}").await;
     answer.assert_error(401, "authentication_error", "invalid_token");
@@ -323,9 +326,7 @@ async fn invalid_http_from_the_api_is_a_502() {
 async fn an_unavailable_credential_is_a_503() {
     let simulator = Simulator::new();
     let api = Server::tls(&simulator).await.unwrap();
-    let url = api.base_url().replace("/v1", "/oauth/token");
-    let launch = Launch::for_api(&api).env("SELAM_API_KEY", secret(simulator.issue_key()));
-    let proxy = launch.env("SELAM_TOKEN_URL", url).start().await;
+    let proxy = start_with_token_url(&simulator, &api).await;
     let caller = Caller::http1(&proxy);
     simulator.set_token_outage(true);
     for _ in 0..3 {
