@@ -44,7 +44,7 @@
 //! | To | Use |
 //! |---|---|
 //! | do everything at once | [`SelamLayer`], built by [`SelamLayerBuilder`]; its service is [`Selam`] ([`stack`]) |
-//! | write credentials into requests | [`ApiKeyLayer`], [`JwtLayer`] ([`authorize`]); without Tower, [`Credentials::apply`] |
+//! | write credentials into requests | [`ApiKeyLayer`], [`JwtLayer`] ([`authorize`]); without Tower, [`SelamLayer::authorize`] and [`Authorized`] |
 //! | override the credentials of one request | [`RequestAuth`], [`Credentials`], and [`Subject`] for one of many users |
 //! | override them by path or method | [`ChooseAuthLayer`] ([`choose_auth`]) |
 //! | name the origins that may receive credentials | [`Origins`], [`BaseUrl`] |
@@ -117,7 +117,7 @@ pub use self::{
     origin::{BaseUrl, Origins},
     refresh::{JwtProvider, PerSubject, Provider, RefreshPolicy, Refreshing},
     replay::RefreshLayer,
-    stack::{Selam, SelamLayer, SelamLayerBuilder},
+    stack::{Authorized, Selam, SelamLayer, SelamLayerBuilder},
 };
 
 /// Runs the README's examples as doctests.

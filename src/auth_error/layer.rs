@@ -78,7 +78,6 @@ impl AuthErrorLayer {
         self
     }
 
-    #[cfg(feature = "tonic")]
     pub(crate) fn limits(&self) -> BodyLimits {
         self.limits
     }

@@ -67,7 +67,7 @@
 //! Innermost, next to the client: inner services see the credentials. A layer that follows redirects goes outside, with
 //! [`Origins::strip_for_other_origins`](crate::Origins::strip_for_other_origins).
 
-mod apply;
+mod head;
 mod headers;
 mod layer;
 mod policy;
@@ -78,7 +78,7 @@ mod strip;
 mod voice_agent;
 
 pub(crate) use self::{
-    headers::Owner,
+    headers::{Owner, X_API_KEY},
     policy::{Policy, Settings},
     provider::CredentialProvider,
     sent::Sent,

@@ -6,6 +6,7 @@ mod loom_tests;
 
 use std::{
     cell::OnceCell,
+    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -13,8 +14,7 @@ use std::{
 
 use super::{sent::Sent, strip::Secrets};
 use crate::{
-    ApiKey, AuthError, AuthErrorKind, Credentials, JwtProvider, PerSubject, Provider, Refreshing, Subject,
-    Token,
+    ApiKey, AuthError, AuthErrorKind, JwtProvider, PerSubject, Provider, Refreshing, Subject, Token,
     credential::Credential,
     refresh::{Demand, Lease, SubjectEngine, WaitForRefresh},
     telemetry::event,
@@ -76,14 +76,6 @@ impl CredentialProvider {
         Self { api_key: api_key.map(Into::into), jwt }
     }
 
-    /// Credentials that are used once.
-    pub(super) fn fixed(credentials: &Credentials) -> Self {
-        let api_key = Slot::Fixed(Unshared::single(Lease::fixed(credentials.api_key().clone())));
-        let jwt = credentials.jwt().map(|jwt| Unshared::single(Lease::fixed(jwt.clone())));
-        let jwt = jwt.map(|jwt| JwtSlot::Shared(Slot::Fixed(jwt)));
-        Self { api_key: Some(api_key), jwt }
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.api_key.is_none() && self.jwt.is_none()
     }
@@ -96,6 +88,20 @@ impl CredentialProvider {
     pub(crate) fn refreshes(&self) -> bool {
         matches!(&self.api_key, Some(Slot::Refreshing(_)))
             || matches!(&self.jwt, Some(JwtSlot::PerSubject(_) | JwtSlot::Shared(Slot::Refreshing(_))))
+    }
+
+    /// Waits until a request could be sent with what all requests share.
+    pub(crate) async fn prefetch(&self) -> Result<(), AuthError> {
+        let scope = match &self.jwt {
+            Some(JwtSlot::PerSubject(_)) => Scope::KeyOnly,
+            _ => Scope::All,
+        };
+        loop {
+            match self.lookup(scope, None)? {
+                Lookup::Ready(_) => return Ok(()),
+                Lookup::Wait(mut pending) => poll_fn(|cx| pending.poll(cx)).await?,
+            }
+        }
     }
 
     /// The credentials for a request: one consistent snapshot of key and token, or the refreshes to wait for. Starts

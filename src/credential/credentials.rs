@@ -8,21 +8,23 @@ use super::{ApiKey, Token};
 
 /// An API key, perhaps with a token, and the headers that they are sent in. Cheap to clone; `Debug` prints ids only.
 ///
-/// The layers write credentials on their own. [`apply`](Self::apply) does the same where there is no Tower stack: in a
-/// proxy's request filter, or for a WebSocket handshake.
+/// The layers write their own. [`RequestAuth::Custom`](crate::RequestAuth::Custom) sends others with one request:
 ///
 /// ```
 /// use http::Request;
-/// use tower_selam::{ApiKey, Credentials, Origins, Token};
+/// use tower_selam::{ApiKey, Credentials, RequestAuth, SelamLayer, Token};
 ///
-/// let credentials = Credentials::key_and_jwt(ApiKey::new("sk-selam-example")?, Token::new("a.b.c")?);
-/// let (mut parts, body) =
-///     Request::get("https://api.selamgpt.com/v1/models").body(()).unwrap().into_parts();
-/// credentials.apply(&Origins::selam(), &mut parts).unwrap();
+/// # tokio_test::block_on(async {
+/// let layer = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?).build()?;
+/// let tenant = Credentials::key_and_jwt(ApiKey::new("sk-selam-tenant")?, Token::new("a.b.c")?);
+/// let request = Request::post(layer.base_url().endpoint("chat/completions")?).extension(RequestAuth::Custom(tenant));
 ///
-/// assert_eq!(parts.headers["authorization"], "Bearer a.b.c");
-/// assert_eq!(parts.headers["x-api-key"], "sk-selam-example");
-/// # Ok::<(), tower_selam::ConfigError>(())
+/// let (mut head, ()) = request.body(())?.into_parts();
+/// layer.authorize(&mut head).await?;
+/// assert_eq!(head.headers["authorization"], "Bearer a.b.c");
+/// assert_eq!(head.headers["x-api-key"], "sk-selam-tenant");
+/// # Ok::<(), tower_selam::BoxError>(())
+/// # }).unwrap();
 /// ```
 #[derive(Clone)]
 pub struct Credentials {
@@ -68,14 +70,6 @@ impl Credentials {
         match &self.placement {
             Placement::JwtAsBearer(jwt) => Some(jwt),
             Placement::KeyAsBearer | Placement::KeyAsXApiKey => None,
-        }
-    }
-
-    /// The key alone, in the header that it is sent in without a JWT.
-    pub(crate) fn without_jwt(&self) -> Self {
-        match &self.placement {
-            Placement::KeyAsXApiKey => self.clone(),
-            Placement::KeyAsBearer | Placement::JwtAsBearer(_) => Self::bearer(self.api_key.clone()),
         }
     }
 

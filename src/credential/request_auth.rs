@@ -30,19 +30,21 @@ use super::Credentials;
 ///
 /// ```
 /// use http::Request;
-/// use tower_selam::{ApiKey, Credentials, Origins, RequestAuth, Token};
+/// use tower_selam::{ApiKey, RequestAuth, SelamLayer, Token};
 ///
-/// let credentials = Credentials::key_and_jwt(ApiKey::new("sk-selam-example")?, Token::new("a.b.c")?);
-/// let (mut parts, ()) = Request::get("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes")
+/// # tokio_test::block_on(async {
+/// let builder = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?);
+/// let layer = builder.with_jwt(Token::new("a.b.c")?).build()?;
+/// let (mut head, ()) = Request::get("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes")
 ///     .header("connection", "Upgrade")
 ///     .header("upgrade", "websocket")
 ///     .extension(RequestAuth::VoiceAgent)
-///     .body(())
-///     .unwrap()
+///     .body(())?
 ///     .into_parts();
-/// credentials.apply(&Origins::selam(), &mut parts).unwrap();
-/// assert_eq!(parts.uri.query(), Some("voice=mekdes&token=a.b.c&api_key=sk-selam-example"));
-/// # Ok::<(), tower_selam::ConfigError>(())
+/// layer.authorize(&mut head).await?;
+/// assert_eq!(head.uri.query(), Some("voice=mekdes&token=a.b.c&api_key=sk-selam-example"));
+/// # Ok::<(), tower_selam::BoxError>(())
+/// # }).unwrap();
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]

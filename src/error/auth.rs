@@ -80,14 +80,24 @@ impl AuthError {
     /// Reads a complete response, for code without a Tower stack around its client.
     ///
     /// Returns `None` if the status is neither 401 nor 403. Redacts text shaped like a SelamAPI key or a JWT;
-    /// [`AuthErrorLayer`](crate::AuthErrorLayer) also redacts the exact credentials that were sent.
+    /// [`AuthErrorLayer`](crate::AuthErrorLayer) and [`Authorized::should_replay`](crate::Authorized::should_replay) also
+    /// redact the exact credentials that were sent.
     #[must_use]
     pub fn from_response<B: AsRef<[u8]>>(response: &Response<B>) -> Option<Self> {
         let (status, headers, body) = (response.status(), response.headers(), response.body().as_ref());
-        is_auth_status(status).then(|| {
-            let decoded = decoded(headers, body, MAX_DECODED);
-            Self::read(status, headers, decoded.as_deref().map_or(body, Vec::as_slice), [], None)
-        })
+        is_auth_status(status).then(|| Self::of_answer(status, headers, body, []))
+    }
+
+    /// Reads a 401 or 403 whose body is at hand. `secrets` are the credentials of the request.
+    #[cold]
+    pub(crate) fn of_answer<'a>(
+        status: StatusCode,
+        headers: &HeaderMap,
+        body: &[u8],
+        secrets: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
+        let decoded = decoded(headers, body, MAX_DECODED);
+        Self::read(status, headers, decoded.as_deref().map_or(body, Vec::as_slice), secrets, None)
     }
 
     /// Reads a 401 or 403 with its decoded body. `secrets` are the credentials of the request; `source` is the error that cut

@@ -1,4 +1,4 @@
-//! The long pages: which layer goes where, how refreshing works, and what can be monitored.
+//! The long pages: which layer goes where, hosts that are not Tower, how refreshing works, and what can be monitored.
 
 pub mod layers {
     #![doc = include_str!("layers.md")]
@@ -6,6 +6,10 @@ pub mod layers {
 
 pub mod composition {
     #![doc = include_str!("composition.md")]
+}
+
+pub mod hosts {
+    #![doc = include_str!("hosts.md")]
 }
 
 pub mod refreshing {

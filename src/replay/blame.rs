@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use http::StatusCode;
+
 use crate::{
     AuthErrorKind,
     authorize::Sent,
@@ -48,12 +50,17 @@ impl Blame {
     }
 
     /// Whether the engine has another credential by now.
-    pub(super) fn has_replacement(&self) -> bool {
+    pub(crate) fn has_replacement(&self) -> bool {
         self.engine.has_replaced(self.rejected)
     }
 
     /// Reports to the engine that the replacement was accepted.
-    pub(super) fn accept(&self) {
+    pub(crate) fn accept(&self) {
         self.engine.report_accepted(self.rejected);
     }
+}
+
+/// Whether the API accepted the credentials. A server that fails, limits or redirects may not have looked at them.
+pub(crate) fn is_accepted(status: StatusCode) -> bool {
+    status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS
 }

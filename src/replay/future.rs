@@ -12,7 +12,11 @@ use http_body::Body;
 use pin_project_lite::pin_project;
 use tower::Service;
 
-use super::{Replay, blame::Blame, captured::Captured};
+use super::{
+    Replay,
+    blame::{Blame, is_accepted},
+    captured::Captured,
+};
 use crate::{
     CloneClient,
     auth_error::{BodyLimits, InspectedBody, Inspection},
@@ -161,7 +165,7 @@ where
                 Recovery::NotReady { service, .. } => ready!(service.poll_ready(cx))?,
                 Recovery::Replaying { response, blame } => {
                     let second = ready!(response.as_mut().poll(cx));
-                    if second.as_ref().is_ok_and(is_accepted) {
+                    if second.as_ref().is_ok_and(accepts) {
                         blame.accept();
                     }
                     event::request_replayed(second.as_ref().ok().map(Response::status));
@@ -217,11 +221,9 @@ where
     }
 }
 
-/// Whether the API accepted the credentials. A server that fails, limits or redirects may not have looked at them.
-fn is_accepted<B>(response: &Response<B>) -> bool {
-    let status = response.status();
-    (status.is_success() || status == StatusCode::SWITCHING_PROTOCOLS)
-        && response.extensions().get::<Undecided>().is_none()
+/// Whether the response accepts the credentials, whatever its trailers may say.
+fn accepts<B>(response: &Response<B>) -> bool {
+    is_accepted(response.status()) && response.extensions().get::<Undecided>().is_none()
 }
 
 impl<S, R, ReqBody, ResBody> fmt::Debug for Attempt<S, R, ReqBody, ResBody>

@@ -68,8 +68,7 @@ mod layer;
 mod pieces;
 mod service;
 
-#[cfg(feature = "tonic")]
-pub(crate) use self::blame::Blame;
+pub(crate) use self::blame::{Blame, is_accepted};
 pub use self::{
     body::{BufferBody, CapturedBody, CloneBody, NoReplay, Replay, ReplayBody},
     future::ResponseFuture,

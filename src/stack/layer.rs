@@ -6,7 +6,7 @@ use tower::Layer;
 
 use super::{Selam, SelamLayerBuilder};
 use crate::{
-    AuthErrorLayer, BaseUrl, ConfigError,
+    AuthError, AuthErrorLayer, BaseUrl, ConfigError,
     authorize::Policy,
     replay::{BufferBody, CloneBody, NoReplay},
 };
@@ -95,6 +95,40 @@ impl<R> SelamLayer<R> {
     pub fn annotated(mut self) -> Self {
         self.errors = self.errors.annotated();
         self
+    }
+
+    /// Fetches the key and the JWT now, unless valid ones are at hand: at start-up, so that the first request does not wait,
+    /// and as a readiness probe. A JWT for [each subject](crate::PerSubject) is fetched when a request needs it.
+    ///
+    /// A probe fails while requests would: when a source fails and no valid credential is left. It succeeds in an outage as
+    /// long as one is. It asks the sources no more often than requests do, and does not call the API, so it does not notice
+    /// that a key was revoked.
+    ///
+    /// ```
+    /// use tower_selam::{ApiKey, AuthErrorKind, BoxError, Refreshing, SelamLayer, source::{Reason, SourceError, source_fn}};
+    ///
+    /// # tokio_test::block_on(async {
+    /// let keys = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
+    ///     Err::<ApiKey, _>(SourceError::transient("the vault is sealed"))
+    /// }));
+    /// let layer = SelamLayer::builder().with_api_key(keys).build()?;
+    ///
+    /// let error = layer.prefetch().await.unwrap_err();
+    /// assert_eq!(error.kind(), AuthErrorKind::RefreshFailed); // not ready yet
+    /// # Ok::<(), BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`RefreshFailed`](crate::AuthErrorKind::RefreshFailed) or [`RefreshRejected`](crate::AuthErrorKind::RefreshRejected),
+    /// with the source's error as the cause.
+    ///
+    /// # Cancel safety
+    ///
+    /// A refresh continues without its caller.
+    pub async fn prefetch(&self) -> Result<(), AuthError> {
+        self.policy.provider.prefetch().await
     }
 
     /// Returns where the API lives, to build the URIs of requests from.

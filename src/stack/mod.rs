@@ -26,13 +26,16 @@
 //! # }).unwrap();
 //! ```
 //!
-//! A proxy passes the API's own answers on: [`SelamLayer::annotated`].
+//! A proxy passes the API's own answers on: [`SelamLayer::annotated`]. A host that is no Tower service calls
+//! [`SelamLayer::authorize`]; see [`guide::hosts`](crate::guide::hosts).
 
+mod authorized;
 mod builder;
 mod layer;
 mod service;
 
 pub use self::{
+    authorized::Authorized,
     builder::SelamLayerBuilder,
     layer::SelamLayer,
     service::{ResponseBody, Selam},

@@ -7,7 +7,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt;
 use tower::{Layer, ServiceBuilder, ServiceExt};
 use tower_selam::{
-    ApiKey, ApiKeyLayer, AuthErrorKind, BaseUrl, Credentials, Error, JwtLayer, Origins, RequestAuth, Token,
+    ApiKey, ApiKeyLayer, AuthErrorKind, BaseUrl, Error, JwtLayer, RequestAuth, Token,
     simulator::{JwtAlgorithm, Server, Simulator},
 };
 
@@ -78,19 +78,6 @@ async fn only_handshakes_to_allowed_origins_are_sent() {
     plain.extensions_mut().clear();
     let sent = send(&layer, plain).await.unwrap();
     assert_eq!((sent.uri(), sent.headers().len()), (&AGENT.parse().unwrap(), 6));
-}
-
-#[test]
-fn imperative_form_writes_the_query() {
-    let credentials = Credentials::key_and_jwt(key(), jwt());
-    let (mut parts, ()) = handshake(AGENT).into_parts();
-    credentials.apply(&Origins::selam(), &mut parts).unwrap();
-    assert_eq!(parts.uri.to_string(), expected());
-
-    // Custom credentials of a handshake are written into its headers.
-    parts.extensions.insert(RequestAuth::Custom(Credentials::x_api_key(key())));
-    credentials.apply(&Origins::selam(), &mut parts).unwrap();
-    assert_eq!(parts.headers["x-api-key"], KEY);
 }
 
 /// E5: the 101 response passes through untouched, and the connection switches protocols.

@@ -23,6 +23,7 @@ mod file_store;
 mod files;
 mod handshake;
 mod headers;
+mod hosts;
 mod inbound;
 mod logins;
 mod memory;

@@ -283,18 +283,17 @@ async fn secrets_are_wiped_on_last_drop() {
     assert_eq!(resident(&masked_key), 1, "the request holds a reference, not a copy");
 
     let voice = handshake("wss://api.selamgpt.com/v1/audio/agent");
-    let credentials = Credentials::key_and_jwt(
-        ApiKey::new(unmasked(&masked_key)).unwrap(),
-        Token::new(unmasked(&masked_jwt)).unwrap(),
-    );
+    let key = ApiKey::new(unmasked(&masked_key)).unwrap();
+    let jwt = Token::new(unmasked(&masked_jwt)).unwrap();
+    let layer = SelamLayer::builder().with_api_key(key).with_jwt(jwt).build().unwrap();
     let (mut parts, ()) = voice.into_parts();
-    credentials.apply(&Origins::selam(), &mut parts).unwrap();
+    layer.authorize(&mut parts).await.unwrap();
     assert!(
         resident(&masked_jwt) >= 3,
-        "the earlier request, these credentials and the handshake's query hold one each"
+        "the earlier request, this layer and the handshake's query hold one each"
     );
 
-    drop((replaced, parts, credentials));
+    drop((replaced, parts, layer));
     assert_eq!((resident(&masked_key), resident(&masked_jwt)), (0, 0));
     tell("wiped");
 }
