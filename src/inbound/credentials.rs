@@ -2,12 +2,13 @@
 
 use std::{
     borrow::Cow,
+    mem,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Request, Uri, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, Request, Uri, request::Parts, uri::PathAndQuery};
 use percent_encoding::percent_decode;
 use tower::{Layer, Service};
 
@@ -135,6 +136,21 @@ impl StripCredentialsLayer {
         self
     }
 
+    /// Removes what the layer removes from a request's head, for [hosts that are not Tower services](crate::guide::hosts).
+    ///
+    /// ```
+    /// use http::Request;
+    /// use tower_selam::inbound::StripCredentialsLayer;
+    ///
+    /// let request = Request::post("/v1/chat/completions?api_key=the-callers-own").header("cookie", "session=1");
+    /// let (mut head, ()) = request.body(()).unwrap().into_parts();
+    /// StripCredentialsLayer::new().strip_head(&mut head);
+    /// assert_eq!((head.uri.to_string(), head.headers.len()), ("/v1/chat/completions".to_owned(), 0));
+    /// ```
+    pub fn strip_head(&self, head: &mut Parts) {
+        self.0.strip(&mut head.headers, &mut head.uri);
+    }
+
     /// Removes from trailers what the layer removes from headers, because some servers merge the two. The layer does not
     /// touch the body, so forwarding code calls this on the trailers that it reads.
     ///
@@ -188,15 +204,21 @@ where
 
     #[inline]
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        self.extra.strip_headers(request.headers_mut());
-        if let Some(uri) = self.extra.uri_without(request.uri()) {
-            *request.uri_mut() = uri;
-        }
+        let mut uri = mem::take(request.uri_mut());
+        self.extra.strip(request.headers_mut(), &mut uri);
+        *request.uri_mut() = uri;
         self.inner.call(request)
     }
 }
 
 impl Extra {
+    fn strip(&self, headers: &mut HeaderMap, uri: &mut Uri) {
+        self.strip_headers(headers);
+        if let Some(without) = self.uri_without(uri) {
+            *uri = without;
+        }
+    }
+
     fn strip_headers(&self, headers: &mut HeaderMap) {
         let found: Vec<_> = headers.keys().filter(|name| self.is_header(name)).cloned().collect();
         for name in found {

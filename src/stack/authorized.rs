@@ -79,7 +79,7 @@ impl Authorized {
     /// Reports the API's answer, and returns whether to replay the request: call
     /// [`authorize_again`](Self::authorize_again) then, and send it once more.
     ///
-    /// Report every answer. A 401 is handled [as by `RefreshLayer`](crate::replay#what-a-401-causes): it blames the key or the
+    /// Report every answer; an informational one (1xx) changes nothing. A 401 is handled [as by `RefreshLayer`](crate::replay#what-a-401-causes): it blames the key or the
     /// JWT, which is refreshed, and the request is to be replayed once there is another. One request is replayed at most
     /// once. An accepted replay tells the engine that the refresh has helped.
     ///
@@ -100,6 +100,9 @@ impl Authorized {
         headers: &HeaderMap,
         body: &[u8],
     ) -> Result<bool, AuthError> {
+        if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(false);
+        }
         let progress = mem::replace(&mut self.progress, Progress::Last);
         if let Progress::Replay(blame) = &progress {
             if is_accepted(status) {

@@ -182,6 +182,7 @@ async fn rejected_key_is_replayed_once() {
     let mut head = head(get(MODELS));
     let mut authorized = layer.authorize(&mut head).await.unwrap();
     assert_eq!(bearer(&head), "sk-selam-1");
+    assert_eq!(answer(&mut authorized, StatusCode::CONTINUE, "").await, Ok(false));
     assert_eq!(answer(&mut authorized, UNAUTHORIZED, INVALID_KEY).await, Ok(true));
     authorized.authorize_again(&mut head).await.unwrap();
     assert_eq!(bearer(&head), "sk-selam-2");
