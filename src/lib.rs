@@ -60,7 +60,7 @@
 //! | read settings from the environment | [`mod@env`] |
 //! | forward requests in a proxy | [`inbound`] removes what neither side may tell the other, and compares paths |
 //! | use reqwest, reqwest-middleware or tonic | `adapter` |
-//! | watch events and metrics | [`telemetry`], [`guide::telemetry`] |
+//! | watch events, spans and metrics | [`telemetry`], [`guide::telemetry`] |
 //! | test without a server | `simulator`, `TestClock` |
 //!
 //! # Features
@@ -72,7 +72,7 @@
 //! | `reqwest` | `adapter::reqwest`: the layers over a `reqwest::Client`, with reqwest's requests and responses |
 //! | `reqwest-middleware` | `adapter::reqwest_middleware`: the layers as a middleware of that crate |
 //! | `tonic` | `adapter::tonic`: the stack over tonic's `Channel`, for gRPC |
-//! | `tracing` | events for refreshes, rejections and replays, through the `tracing` crate |
+//! | `tracing` | events for refreshes, rejections and replays, and OpenTelemetry's spans, through the `tracing` crate |
 //! | `decompression` | reads compressed error bodies: gzip, deflate and Brotli. Without it, a compressed body tells neither its code nor which credential a 401 blames |
 //! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
 //! | `sign` | `source::JwtSigner`, which signs JWTs in the program |

@@ -14,7 +14,7 @@ use tokio::task::consume_budget;
 use tower::{Service, ServiceExt};
 use zeroize::Zeroizing;
 
-use crate::{error::BoxError, util::timer::timeout};
+use crate::{error::BoxError, telemetry::span::Span, util::timer::timeout};
 
 const MAX_BODY_SIZE: usize = 64 * 1024;
 
@@ -27,7 +27,7 @@ const OUT_OF_BOUNDS: &str = "the token endpoint's response is too long, or takes
 #[derive(Clone)]
 pub(crate) struct TokenClient(Arc<SendFn>);
 
-type SendFn = dyn Fn(Request<Bytes>) -> Sending + Send + Sync;
+type SendFn = dyn Fn(Request<Bytes>, Span) -> Sending + Send + Sync;
 type Sending = Pin<Box<dyn Future<Output = Result<TokenResponse, BoxError>> + Send>>;
 
 /// A response whose body was read completely.
@@ -48,19 +48,31 @@ impl TokenClient {
         R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
     {
         let client = Mutex::new(client);
-        Self(Arc::new(move |request: Request<Bytes>| {
+        Self(Arc::new(move |request: Request<Bytes>, span| {
             let client = client.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            Box::pin(async {
+            Box::pin(async move {
                 let response = client.oneshot(request.map(B::from)).await.map_err(Into::into)?;
                 let (head, body) = response.into_parts();
+                span.responded(head.status);
                 let body = timeout(BODY_TIMEOUT, read(body)).await.map_err(|_| OUT_OF_BOUNDS)??;
                 Ok(TokenResponse { status: head.status, headers: head.headers, body })
             })
         }))
     }
 
-    pub(super) async fn send(&self, request: Request<Bytes>) -> Result<TokenResponse, BoxError> {
-        (self.0)(request).await
+    /// Sends a request, in a span. `resends` counts the sends before it, if there were any.
+    pub(super) async fn send(
+        &self,
+        request: Request<Bytes>,
+        resends: Option<u64>,
+    ) -> Result<TokenResponse, BoxError> {
+        let span = Span::http_request(request.method(), request.uri(), resends);
+        let sending = (self.0)(request, span.clone());
+        let result = span.clone().instrument(sending).await;
+        if result.is_err() {
+            span.failed();
+        }
+        result
     }
 }
 

@@ -53,12 +53,12 @@ impl Exchange {
     /// another, replays the request.
     pub(super) async fn run(&self, refresh_token: Option<&RefreshToken>) -> Result<Granted, SourceError> {
         let sent = self.credentials(refresh_token).await?;
-        let result = self.send(&sent).await;
+        let result = self.send(&sent, None).await;
         if let Err(error) = &result
             && let Some(error) = OAuthError::of(error)
             && self.refresh_rejected(&sent, error).await
         {
-            let replayed = self.send(&self.credentials(refresh_token).await?).await;
+            let replayed = self.send(&self.credentials(refresh_token).await?, Some(1)).await;
             if replayed.is_ok() {
                 self.endpoint.auth.accepted_after(&sent.client);
                 for (token, sent) in self.tokens.iter().zip(&sent.tokens) {
@@ -78,8 +78,8 @@ impl Exchange {
         hasher.finish()
     }
 
-    async fn send(&self, sent: &Sent<'_>) -> Result<Granted, SourceError> {
-        let response = self.endpoint.client.send(self.request(sent)).await?;
+    async fn send(&self, sent: &Sent<'_>, resends: Option<u64>) -> Result<Granted, SourceError> {
+        let response = self.endpoint.client.send(self.request(sent), resends).await?;
         let secrets = self.secrets(sent);
         Ok(response::read(&response, secrets.iter().map(|secret| &***secret))?)
     }

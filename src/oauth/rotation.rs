@@ -24,7 +24,7 @@ use crate::{
     error::BoxError,
     refresh::on_behalf,
     source::{Fetched, Fetching, SourceError},
-    telemetry::event,
+    telemetry::{event, span::Span},
     util::{
         clock::{Clock, Time, monotonic},
         timer::{sleep, timeout},
@@ -97,7 +97,8 @@ impl<S: RefreshTokenStore> Rotate for Rotation<S> {
     fn fetch(self: Arc<Self>, exchange: Arc<Exchange>) -> Fetching<'static, Token> {
         Box::pin(async move {
             let (sender, receiver) = oneshot::channel();
-            tokio::spawn(on_behalf(async move { self.run(&exchange, sender).await }));
+            let span = Span::current();
+            tokio::spawn(on_behalf(async move { self.run(&exchange, sender, span).await }));
             receiver.await.unwrap_or_else(|_| Err(SourceError::transient(ABORTED)))
         })
     }
@@ -108,7 +109,8 @@ impl<S: RefreshTokenStore> Rotation<S> {
         Self { store, state: Mutex::default() }
     }
 
-    async fn run(&self, exchange: &Exchange, caller: Caller) {
+    /// `span` is the refresh's. It must not stay open while the token is being saved in the background.
+    async fn run(&self, exchange: &Exchange, caller: Caller, span: Span) {
         let mut state = self.state.lock().await;
         if caller.is_closed() {
             // The caller left while it waited. Do not spend a token for it.
@@ -116,11 +118,14 @@ impl<S: RefreshTokenStore> Rotation<S> {
         }
         // Not kept in the state, which would keep it locked if the runtime drops this task.
         let mut lock = state.lock.take();
-        let fetched = match state.claim(self.store.version()) {
-            Some(fetched) => Ok(fetched),
-            None => self.exchange(&mut state, &mut lock, exchange, &caller).await,
+        let fetch_and_save = async {
+            let fetched = match state.claim(self.store.version()) {
+                Some(fetched) => Ok(fetched),
+                None => self.exchange(&mut state, &mut lock, exchange, &caller).await,
+            };
+            self.save_and_answer(&mut state, fetched, caller).await;
         };
-        self.save_and_answer(&mut state, fetched, caller).await;
+        span.instrument(fetch_and_save).await;
         state.lock = lock.filter(|_| state.login.unsaved().is_some());
         self.keep_saving(state).await;
     }

@@ -27,7 +27,10 @@ use crate::{
     AuthError, AuthErrorKind,
     credential::{Credential, Fingerprint},
     source::{DynSource, Fetched, SourceError},
-    telemetry::event::{self, KeyInUse, RefreshOutcome},
+    telemetry::{
+        event::{self, KeyInUse, RefreshOutcome},
+        span::Span,
+    },
     util::{
         clock::Time,
         sync::{AbortHandle, Handle, Mutex, MutexGuard},
@@ -216,8 +219,10 @@ impl<C: Credential> Driver<C> {
     /// Spawns the task of a refresh. Not under the lock: a runtime that is shutting down drops the task at once.
     fn spawn(self: &Arc<Self>, launch: Launch<C>) {
         let Launch { start: Start { id, reason }, in_flight, task } = launch;
+        let span = Span::refresh(C::SETTING, reason.label());
+        let engine = Arc::downgrade(self);
         let mut completion =
-            Completion { engine: Arc::downgrade(self), id, in_flight: Some(in_flight.clone()) };
+            Completion { engine, id, in_flight: Some(in_flight.clone()), span: span.clone() };
         let Ok(runtime) = Handle::try_current() else {
             return completion.complete(Some(Err(SourceError::transient(NO_RUNTIME).into())));
         };
@@ -229,7 +234,7 @@ impl<C: Credential> Driver<C> {
             completion.complete(Some(fetched));
         };
         let turns = self.turns.as_ref().map_or(0, |turns| Arc::as_ptr(turns).addr());
-        let spawned = runtime.spawn(refresh_of(self.address(), turns, refresh));
+        let spawned = runtime.spawn(refresh_of(self.address(), turns, span.instrument(refresh)));
         let _ = task.set(spawned.abort_handle());
         // A source that blocks its thread also blocks its own timeout; another thread can keep the time.
         if let Ok(runtime) = Runtime::try_current()
@@ -242,7 +247,13 @@ impl<C: Credential> Driver<C> {
     }
 
     /// Records how refresh `id` ended and wakes its waiters, unless the refresh has to be repeated.
-    fn complete(self: &Arc<Self>, id: u64, ended: Option<Result<Fetched<C>, Failed>>, in_flight: InFlight) {
+    fn complete(
+        self: &Arc<Self>,
+        id: u64,
+        ended: Option<Result<Fetched<C>, Failed>>,
+        in_flight: InFlight,
+        span: Option<&Span>,
+    ) {
         let version = self.version();
         let (outcome, failed, cause) = match ended {
             Some(Ok(fetched)) => (Outcome::Fetched(fresh(fetched)), RefreshOutcome::Failed, None),
@@ -273,8 +284,10 @@ impl<C: Credential> Driver<C> {
         self.publish(locked, now);
         drop(running);
         // Before the waiters wake, so that they find it reported.
-        if let Some(report) = report {
-            self.report(&report);
+        match (report, span) {
+            (Some(report), span) => self.report(&report, span),
+            (None, Some(span)) => span.refreshed(RefreshOutcome::Aborted, None),
+            (None, None) => {}
         }
         in_flight.complete(result);
     }
@@ -285,17 +298,18 @@ impl<C: Credential> Driver<C> {
         let running = locked.running.clone().filter(|_| locked.state.is_running(id));
         drop(locked);
         if let Some(Running { in_flight, task }) = running {
-            self.complete(id, None, in_flight);
+            self.complete(id, None, in_flight, None);
             task.get().inspect(|task| task.abort());
         }
     }
 
     /// Emits the event and the metrics of a refresh. Not under the lock: subscribers and recorders are third-party code.
-    fn report(&self, report: &Report<C>) {
+    fn report(&self, report: &Report<C>, span: Option<&Span>) {
         let Report { outcome, last, error } = report;
         let secret = last.as_ref().map(|last| last.secret());
         let (id, exposed) = (secret.map(|secret| secret.id()), secret.map(|secret| secret.expose()));
         event::refresh_ended(C::SETTING, *outcome, id, error.as_ref(), exposed);
+        span.inspect(|span| span.refreshed(*outcome, id));
         self.in_use.show(|| Some(self.lock().state.last()?.secret().id()));
     }
 
@@ -411,12 +425,13 @@ struct Completion<C: Credential> {
     engine: Weak<Driver<C>>,
     id: u64,
     in_flight: Option<InFlight>,
+    span: Span,
 }
 
 impl<C: Credential> Completion<C> {
     fn complete(&mut self, ended: Option<Result<Fetched<C>, Failed>>) {
         match (self.in_flight.take(), self.engine.upgrade()) {
-            (Some(in_flight), Some(engine)) => engine.complete(self.id, ended, in_flight),
+            (Some(in_flight), Some(engine)) => engine.complete(self.id, ended, in_flight, Some(&self.span)),
             // Nobody can ask the engine any more.
             (Some(in_flight), None) => in_flight.complete(Ok(())),
             (None, _) => {}

@@ -22,7 +22,7 @@ use crate::{
     auth_error::{BodyLimits, InspectedBody, Inspection},
     authorize::Undecided,
     refresh::{Rejection, WaitForRefresh},
-    telemetry::event,
+    telemetry::{event, span::Span},
     util::timer::Timer,
 };
 
@@ -71,7 +71,7 @@ where
     /// The service is not ready for the replay.
     NotReady { service: S, request: Request<B>, blame: Blame },
     /// The second response is awaited, which is returned whatever it is.
-    Replaying { response: Pin<Box<S::Future>>, blame: Blame },
+    Replaying { response: Pin<Box<S::Future>>, blame: Blame, span: Span },
 }
 
 /// What follows a step.
@@ -163,8 +163,12 @@ where
                     }
                 }
                 Recovery::NotReady { service, .. } => ready!(service.poll_ready(cx))?,
-                Recovery::Replaying { response, blame } => {
-                    let second = ready!(response.as_mut().poll(cx));
+                Recovery::Replaying { response, blame, span } => {
+                    let second = ready!(span.in_scope(|| response.as_mut().poll(cx)));
+                    match &second {
+                        Ok(response) => span.responded(response.status()),
+                        Err(_) => span.failed(),
+                    }
                     if second.as_ref().is_ok_and(accepts) {
                         blame.accept();
                     }
@@ -207,7 +211,9 @@ where
                 None => return give_up(rejected),
             },
             Recovery::NotReady { mut service, request, blame } => {
-                Recovery::Replaying { response: Box::pin(service.call(request)), blame }
+                let span = Span::http_request(request.method(), request.uri(), Some(1));
+                let response = span.in_scope(|| Box::pin(service.call(request)));
+                Recovery::Replaying { response, blame, span }
             }
             replaying @ Recovery::Replaying { .. } => replaying,
         })

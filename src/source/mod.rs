@@ -102,6 +102,17 @@ pub enum Reason<C> {
     Rejected(C),
 }
 
+impl<C> Reason<C> {
+    /// The stable name in spans.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::First => "first",
+            Self::Expiring(_) => "expiring",
+            Self::Rejected(_) => "rejected",
+        }
+    }
+}
+
 /// A fetched credential, with what the source knows about its lifetime.
 ///
 /// A [`Token`](crate::Token) that is a JWT carries its expiry in its claims; for anything else, state it here.

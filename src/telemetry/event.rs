@@ -59,8 +59,8 @@ pub(crate) enum RefreshOutcome {
 }
 
 impl RefreshOutcome {
-    /// The stable name in metrics and events.
-    fn label(self) -> &'static str {
+    /// The stable name in metrics, events and spans.
+    pub(super) fn label(self) -> &'static str {
         match self {
             Self::Refreshed => "renewed",
             Self::Unchanged => "unchanged",
@@ -274,7 +274,7 @@ fn code_label(code: Option<&str>) -> &'static str {
     known_code(code).map_or(OTHER_CODE, |(known, _)| known)
 }
 
-fn name(credential: Setting) -> &'static str {
+pub(super) fn name(credential: Setting) -> &'static str {
     match credential {
         Setting::ApiKey => "api_key",
         Setting::ClientSecret => "client_secret",
@@ -283,7 +283,7 @@ fn name(credential: Setting) -> &'static str {
 }
 
 /// Displays the id of a credential, or `none`.
-struct Id(Option<KeyId>);
+pub(super) struct Id(pub(super) Option<KeyId>);
 
 impl fmt::Display for Id {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,8 +1,9 @@
-//! Names of the metrics and events; [the guide](crate::guide::telemetry) lists their labels, fields and uses.
+//! Names of the metrics and events; [the guide](crate::guide::telemetry) lists their labels, fields and uses, and the spans.
 
 pub(crate) mod event;
+pub(crate) mod span;
 
-/// The target of every event.
+/// The target of every event and span.
 pub const TARGET: &str = "tower_selam";
 
 /// Counter: completed refreshes, by `credential` and `outcome`.

@@ -1,4 +1,4 @@
-//! Tests of metrics and events: their names, and what they must not contain.
+//! Tests of metrics, events and spans: their names, and what they must not contain.
 
 #[cfg(feature = "tracing")]
 mod events;
@@ -8,6 +8,8 @@ mod metrics;
 mod recorder;
 #[cfg(any(feature = "metrics", feature = "tracing"))]
 mod scenario;
+#[cfg(feature = "tracing")]
+mod spans;
 
 use tower_selam::telemetry;
 

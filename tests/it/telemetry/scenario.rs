@@ -45,6 +45,12 @@ impl Source<ApiKey> for RotatingKey {
 /// A store that fails to save, with an error that contains the token.
 pub(super) struct FailingStore(RefreshToken);
 
+impl FailingStore {
+    pub(super) fn new(token: RefreshToken) -> Self {
+        Self(token)
+    }
+}
+
 impl RefreshTokenStore for FailingStore {
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
         Ok(Some(self.0.clone()))
@@ -88,7 +94,8 @@ pub(super) async fn login_with_failing_store(simulator: &Simulator) {
     let (id, secret) = simulator.issue_client();
     let auth = ClientAuth::client_secret_basic(id, secret).unwrap();
     let token = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
-    let source = OAuthSource::refresh_token(endpoint.unwrap().with_client_auth(auth), FailingStore(token));
+    let source =
+        OAuthSource::refresh_token(endpoint.unwrap().with_client_auth(auth), FailingStore::new(token));
     Refreshing::new(source).prefetch().await.unwrap();
     settle().await;
 }
