@@ -29,12 +29,13 @@ impl ApiKey {
     /// Validates a key: a `&str`, a `String` or a [`SecretString`]. Keys belong in the environment or in a file, never in
     /// source code.
     ///
-    /// Surrounding blanks and one trailing newline are trimmed.
+    /// Surrounding blanks and one trailing newline are trimmed. SelamAPI's keys begin with `sk-selam-`; other shapes are accepted,
+    /// because gateways and tests may have other keys, and the API answers 401 to a key that it does not know.
     ///
     /// # Errors
     ///
-    /// When the rest is empty, contains white space, control characters or non-ASCII characters, is quoted, or
-    /// starts with `Bearer `. The error never contains the value.
+    /// When the rest is empty, contains white space, control characters or non-ASCII characters, is quoted,
+    /// starts with `Bearer `, or is a JWT, which belongs in a [`Token`](crate::Token). The error never contains the value.
     pub fn new(value: impl Into<SecretString>) -> Result<Self, ConfigError> {
         Secret::new(value.into().expose_secret(), Setting::ApiKey, Place::Argument).map(Self)
     }

@@ -18,6 +18,8 @@ use crate::{
 
 const SCHEME: &str = "Bearer ";
 
+const KEY_PREFIX: &str = "sk-selam-";
+
 /// An API key or a token, validated. Clones share one buffer, `Bearer <secret>`, and so do the header values that are
 /// made from it; the buffer is wiped when the last of them is dropped.
 #[derive(Clone)]
@@ -46,6 +48,12 @@ impl Secret {
             Setting::ClientSecret => text(value)?,
             _ => checked(value)?,
         };
+        // Each in the other's place would be noticed by the API only, with a 401.
+        match setting {
+            Setting::ApiKey if is_jwt(secret) => return Err(ConfigErrorKind::IsJwt),
+            Setting::Token if secret.starts_with(KEY_PREFIX) => return Err(ConfigErrorKind::IsApiKey),
+            _ => {}
+        }
 
         // Sized up front: a buffer that grows leaves unwiped copies behind.
         let mut buffer = Zeroizing::new(Vec::with_capacity(SCHEME.len() + secret.len()));
@@ -149,6 +157,12 @@ fn checked(value: &str) -> Result<&str, ConfigErrorKind> {
     Ok(secret)
 }
 
+/// Whether it has the shape of a signed JWT: three parts, of which the first is a JSON object in Base64
+/// ([RFC 7515 section 7.1](https://www.rfc-editor.org/rfc/rfc7515#section-7.1)).
+fn is_jwt(secret: &str) -> bool {
+    secret.starts_with("eyJ") && secret.split('.').count() == 3
+}
+
 fn check_bytes(text: &str, may_have_spaces: bool) -> Result<(), ConfigErrorKind> {
     for (at, byte) in text.bytes().enumerate() {
         return Err(match byte {
@@ -216,6 +230,22 @@ mod tests {
             assert_eq!(parse(value).map(|_| ()), Err(kind), "{value:?}");
         }
         assert!(parse("bearers-of-news").is_ok());
+    }
+
+    /// S1: opaque tokens, and the keys of gateways and tests, may have any other shape.
+    #[test]
+    fn key_and_jwt_in_each_others_place_are_refused() {
+        let token = |value| Secret::parse(value, Setting::Token).map(|_| ());
+        let jwt = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhIn0.c2ln";
+        assert_eq!(parse(jwt).map(|_| ()), Err(ConfigErrorKind::IsJwt));
+        assert_eq!(parse(&format!(" {jwt}\n")).map(|_| ()), Err(ConfigErrorKind::IsJwt));
+        assert_eq!(token("sk-selam-a"), Err(ConfigErrorKind::IsApiKey));
+        for key in ["sk-openai-123", "gateway.key.1", "eyJ-key", "eyJ.two"] {
+            assert!(parse(key).is_ok(), "{key}");
+        }
+        for opaque in [jwt, "opaque", "a.b.c", "sk-other-1", "xsk-selam-a"] {
+            assert_eq!(token(opaque), Ok(()), "{opaque}");
+        }
     }
 
     proptest! {

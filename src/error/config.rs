@@ -158,6 +158,12 @@ pub enum ConfigErrorKind {
     NotAnObject,
     /// The claims contain `iat` or `exp`, which the signer sets itself.
     ReservedClaim,
+    /// The path leads away from the base URL, or cannot be part of a URI. See [`BaseUrl::endpoint`](crate::BaseUrl::endpoint).
+    InvalidEndpoint,
+    /// The API key is a JWT.
+    IsJwt,
+    /// The JWT is an API key.
+    IsApiKey,
     /// The value is not a plain path. A plain path starts with `/` and has no empty segments, no segments made only
     /// of dots, and no percent-encoding.
     InvalidPath,
@@ -202,6 +208,12 @@ impl fmt::Display for ConfigErrorKind {
                 return write!(f, "is {key}, but its algorithm signs with {needed}");
             }
             Self::NotAnObject => "is not a JSON object, or is nested too deeply",
+            Self::InvalidEndpoint => {
+                "is not a path such as chat/completions: remove any host, fragment, backslash and dot segment, and \
+                 percent-encode other characters"
+            }
+            Self::IsJwt => "is a JWT: set it as the JWT, and a key that begins with `sk-selam-` as the API key",
+            Self::IsApiKey => "is an API key: set it as the API key, or leave the JWT out if you have none",
             Self::InvalidPath => "is not a plain path such as /v1/audio",
             Self::ReservedClaim => "has an `iat` or `exp`, which the signer sets",
         })
@@ -215,6 +227,7 @@ pub(crate) enum Setting {
     Token,
     BaseUrl,
     Origin,
+    Endpoint,
     TokenUrl,
     ClientId,
     ClientSecret,
@@ -235,6 +248,7 @@ impl fmt::Display for Setting {
             Self::Token => "JWT",
             Self::BaseUrl => "base URL",
             Self::Origin => "origin",
+            Self::Endpoint => "endpoint",
             Self::TokenUrl => "token endpoint's URL",
             Self::ClientId => "client id",
             Self::ClientSecret => "client secret",

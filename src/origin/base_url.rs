@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use http::uri::{InvalidUri, Uri};
+use http::Uri;
+use percent_encoding::percent_decode_str;
 
 use super::{
     Origins,
@@ -21,7 +22,7 @@ use crate::{
 /// let base = BaseUrl::default();
 /// assert_eq!(base.to_string(), "https://api.selamgpt.com/v1");
 /// assert_eq!(base.endpoint("chat/completions")?, "https://api.selamgpt.com/v1/chat/completions");
-/// # Ok::<(), http::uri::InvalidUri>(())
+/// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseUrl {
@@ -83,13 +84,36 @@ impl BaseUrl {
         parse().map_err(|kind| ConfigError::new(Setting::BaseUrl, place, kind))
     }
 
-    /// Returns the URI of an endpoint: the base URL followed by `path`, which may have a query.
+    /// Returns the URI of an endpoint: the base URL followed by `path`, which may have a query. A leading slash makes no
+    /// difference.
+    ///
+    /// The URI stays below the base URL, also if a part of `path` comes from a caller. Percent-encode such a part all the same:
+    /// a `?` in it would begin a query.
+    ///
+    /// ```
+    /// use tower_selam::{BaseUrl, ConfigErrorKind};
+    ///
+    /// let base = BaseUrl::default();
+    /// assert_eq!(base.endpoint("audio/agent?voice=mekdes")?, "https://api.selamgpt.com/v1/audio/agent?voice=mekdes");
+    ///
+    /// for path in ["../admin", "audio/%2e%2e/x", "https://api.selamgpt.com/v1/audio", "audio#a"] {
+    ///     assert_eq!(*base.endpoint(path).unwrap_err().kind(), ConfigErrorKind::InvalidEndpoint);
+    /// }
+    /// # Ok::<(), tower_selam::ConfigError>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// If `path` has characters that a URI cannot have.
-    pub fn endpoint(&self, path: &str) -> Result<Uri, InvalidUri> {
-        format!("{self}/{}", path.trim_start_matches('/')).parse()
+    /// If `path` is an absolute URL or starts with `//`; if it has a fragment, a backslash, a segment `.` or `..`, also
+    /// percent-encoded ([RFC 3986 section 5.2.4](https://www.rfc-editor.org/rfc/rfc3986#section-5.2.4)); or characters that a
+    /// URI cannot have. The error never contains the path.
+    pub fn endpoint(&self, path: &str) -> Result<Uri, ConfigError> {
+        let below = path.strip_prefix('/').unwrap_or(path);
+        let is_refused = leads_elsewhere(below) || !below.is_ascii();
+        let uri = if is_refused { None } else { format!("{self}/{below}").parse().ok() };
+        uri.ok_or_else(|| {
+            ConfigError::new(Setting::Endpoint, Place::Argument, ConfigErrorKind::InvalidEndpoint)
+        })
     }
 
     pub(crate) fn origin(&self) -> &Origin {
@@ -101,6 +125,17 @@ impl BaseUrl {
     pub fn origins(&self) -> Origins {
         Origins::of(self.origin.clone())
     }
+}
+
+/// Whether some reader of URLs takes `path` for more than a path below the base URL and a query.
+fn leads_elsewhere(path_and_query: &str) -> bool {
+    let (path, _query) = path_and_query.split_once('?').unwrap_or((path_and_query, ""));
+    let decoded = percent_decode_str(path).decode_utf8_lossy();
+    path.starts_with('/')
+        || path.contains("://")
+        || path.contains('\\')
+        || path_and_query.contains('#')
+        || decoded.split(['/', '\\']).any(|segment| matches!(segment, "." | ".."))
 }
 
 impl Default for BaseUrl {
@@ -130,17 +165,50 @@ mod tests {
         let base = BaseUrl::new(" https://GATEWAY.example:443/selam/v1/ \n").unwrap();
         assert_eq!(base.to_string(), "https://gateway.example/selam/v1");
         for (path, expected) in [
-            ("models", "https://gateway.example/selam/v1/models"),
-            ("/models?limit=2", "https://gateway.example/selam/v1/models?limit=2"),
-            ("//evil.com/", "https://gateway.example/selam/v1/evil.com/"),
+            ("chat/completions", "https://gateway.example/selam/v1/chat/completions"),
+            ("/files?limit=2", "https://gateway.example/selam/v1/files?limit=2"),
+            ("files?next=../a/./b", "https://gateway.example/selam/v1/files?next=../a/./b"),
+            ("files?at=https://evil.com", "https://gateway.example/selam/v1/files?at=https://evil.com"),
+            ("models/org%2Fmodel", "https://gateway.example/selam/v1/models/org%2Fmodel"),
+            ("a..b/...", "https://gateway.example/selam/v1/a..b/..."),
             ("@evil.com", "https://gateway.example/selam/v1/@evil.com"),
+            ("evil.com:80", "https://gateway.example/selam/v1/evil.com:80"),
             ("", "https://gateway.example/selam/v1/"),
         ] {
             assert_eq!(base.endpoint(path).unwrap(), expected);
         }
-        assert!(base.endpoint("a b").is_err());
         let bare = BaseUrl::new("https://gateway.example").unwrap();
         assert_eq!(bare.endpoint("@evil.com").unwrap().host(), Some("gateway.example"));
+    }
+
+    #[test]
+    fn endpoints_elsewhere_are_refused() {
+        let base = BaseUrl::default();
+        for path in [
+            "/../secret",
+            "..",
+            "a/..",
+            "a/./secret",
+            "a/%2e%2E/secret",
+            "a/.%2e?b",
+            "a/..%2fsecret",
+            "a%2f..%2fsecret",
+            "a/..%5csecret",
+            "..\\secret",
+            "a\\secret",
+            "//secret.example/",
+            "///secret",
+            "https://secret.example/v1",
+            "a#secret",
+            "a?b#secret",
+            "a secret",
+            "secr\u{e9}t",
+            "a\nsecret",
+        ] {
+            let error = base.endpoint(path).unwrap_err();
+            assert_eq!(error.kind(), &ConfigErrorKind::InvalidEndpoint, "{path}");
+            assert!(!format!("{error} {error:?}").contains("secret"));
+        }
     }
 
     #[test]

@@ -18,10 +18,10 @@
 //!     Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
 //! });
 //! let layer = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?).build()?;
-//! let models = layer.base_url().endpoint("models").unwrap();
+//! let chat = layer.base_url().endpoint("chat/completions")?;
 //! let service = ServiceBuilder::new().layer(layer).service(client);
 //!
-//! service.oneshot(Request::get(models).body(()).unwrap()).await.unwrap();
+//! service.oneshot(Request::post(chat).body(()).unwrap()).await.unwrap();
 //! # Ok::<(), tower_selam::ConfigError>(())
 //! # }).unwrap();
 //! ```

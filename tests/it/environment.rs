@@ -88,6 +88,20 @@ fn invalid_variable_is_named_and_not_shown() {
                 .to_owned(),
         ),
         (
+            "key",
+            &[("SELAM_API_KEY", "eyJhbGciOiJIUzI1NiJ9.e30.c2VjcmV0")],
+            format!(
+                "API key from the environment variable SELAM_API_KEY is a JWT: set it as the JWT, and a key that begins \
+                 with `sk-selam-` as the API key {key}"
+            ),
+        ),
+        (
+            "jwt",
+            &[("SELAM_JWT", "sk-selam-secret")],
+            r#"JWT from the environment variable SELAM_JWT is an API key: set it as the API key, or leave the JWT out if you have none (Some("SELAM_JWT"))"#
+                .to_owned(),
+        ),
+        (
             "url",
             &[("SELAM_BASE_URL", "http://secret.example/v1")],
             r#"base URL from the environment variable SELAM_BASE_URL is not https (Some("SELAM_BASE_URL"))"#.to_owned(),

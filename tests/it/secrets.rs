@@ -366,10 +366,7 @@ async fn replaced_credentials_are_wiped_everywhere() {
 #[test]
 fn key_id_is_stable_and_short() {
     assert_eq!(ApiKey::new("sk-selam-example").unwrap().id().to_string(), "9da0f3");
-    assert_eq!(
-        ApiKey::new(" sk-selam-example\n").unwrap().id(),
-        Token::new("sk-selam-example").unwrap().id()
-    );
+    assert_eq!(ApiKey::new(" opaque\n").unwrap().id(), Token::new("opaque").unwrap().id());
     assert_ne!(key().id(), ApiKey::new(format!("{KEY}x")).unwrap().id());
     assert!(!KEY.contains(&key().id().to_string()));
 }
