@@ -5,9 +5,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
-use p256::{SecretKey, elliptic_curve::rand_core::OsRng, pkcs8::EncodePrivateKey};
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
+use hmac::{Hmac, Mac};
+use p256::{
+    ecdsa::{Signature, SigningKey, signature::Signer},
+    elliptic_curve::rand_core::OsRng,
+};
 use serde_json::json;
+use sha2::Sha256;
 
 use super::{random_bytes, random_hex};
 
@@ -26,22 +31,15 @@ pub enum JwtAlgorithm {
 
 /// Mints JWTs and accepts those it minted.
 pub(super) struct Issuer {
-    hs256: EncodingKey,
-    es256: EncodingKey,
+    hs256: [u8; 16],
+    es256: SigningKey,
     /// Every JWT that was minted and not revoked by `expire_all`, with its expiry in milliseconds since the epoch.
     live: HashMap<String, u128>,
 }
 
 impl Default for Issuer {
     fn default() -> Self {
-        let es256 = SecretKey::random(&mut OsRng).to_pkcs8_der();
-        // Encoding a fresh key does not fail. If it did, the empty key would sign nothing.
-        let es256 = es256.map(|der| der.as_bytes().to_vec()).unwrap_or_default();
-        Self {
-            hs256: EncodingKey::from_secret(&random_bytes()),
-            es256: EncodingKey::from_ec_der(&es256),
-            live: HashMap::new(),
-        }
+        Self { hs256: random_bytes(), es256: SigningKey::random(&mut OsRng), live: HashMap::new() }
     }
 }
 
@@ -63,12 +61,20 @@ impl Issuer {
             "exp": expires.as_millis() as f64 / 1000.0,
             "jti": random_hex(),
         });
-        let (algorithm, key) = match algorithm {
-            JwtAlgorithm::Hs256 => (Algorithm::HS256, &self.hs256),
-            JwtAlgorithm::Es256 => (Algorithm::ES256, &self.es256),
+        let name = match algorithm {
+            JwtAlgorithm::Hs256 => "HS256",
+            JwtAlgorithm::Es256 => "ES256",
         };
-        // Signing with a generated key does not fail. If it did, the empty token would be refused.
-        let jwt = encode(&Header::new(algorithm), &claims, key).unwrap_or_default();
+        let part = |json: serde_json::Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
+        let message = format!("{}.{}", part(json!({ "typ": "JWT", "alg": name })), part(claims));
+        let signature = match algorithm {
+            JwtAlgorithm::Hs256 => hs256(&self.hs256, message.as_bytes()).finalize().into_bytes().to_vec(),
+            JwtAlgorithm::Es256 => {
+                let signature: Signature = self.es256.sign(message.as_bytes());
+                signature.to_bytes().to_vec()
+            }
+        };
+        let jwt = format!("{message}.{}", BASE64_URL_SAFE_NO_PAD.encode(signature));
         self.live.insert(jwt.clone(), expires.as_millis());
         jwt
     }
@@ -81,6 +87,14 @@ impl Issuer {
     pub(super) fn accepts(&self, jwt: &str, now: SystemTime) -> bool {
         self.live.get(jwt).is_some_and(|expires| *expires > since_epoch(now).as_millis())
     }
+}
+
+/// HMAC with SHA-256 over `message`, to be finished or verified.
+#[expect(clippy::expect_used, reason = "it never fails")]
+pub(super) fn hs256(key: &[u8], message: &[u8]) -> Hmac<Sha256> {
+    Hmac::new_from_slice(key)
+        .map(|hmac: Hmac<Sha256>| hmac.chain_update(message))
+        .expect("HMAC takes keys of any length")
 }
 
 pub(super) fn epoch_seconds(time: SystemTime) -> u64 {
@@ -113,6 +127,34 @@ mod tests {
             assert!(!issuer.accepts(&jwt, now), "expired by `expire_all`");
             let next = issuer.mint(algorithm, SUBJECT, now, MINUTE);
             assert!(issuer.accepts(&next, now), "minted after `expire_all`");
+        }
+    }
+
+    /// Verified with independent code.
+    #[test]
+    fn signatures_are_valid() {
+        use ring::{hmac, signature};
+
+        let mut issuer = Issuer::default();
+        for (algorithm, name) in [(JwtAlgorithm::Hs256, "HS256"), (JwtAlgorithm::Es256, "ES256")] {
+            let jwt = issuer.mint(algorithm, SUBJECT, at(0), MINUTE);
+            let (message, signed) = jwt.rsplit_once('.').unwrap();
+            let signed = BASE64_URL_SAFE_NO_PAD.decode(signed).unwrap();
+            let head = BASE64_URL_SAFE_NO_PAD.decode(message.split('.').next().unwrap()).unwrap();
+            let head: serde_json::Value = serde_json::from_slice(&head).unwrap();
+            assert_eq!(head, json!({ "alg": name, "typ": "JWT" }));
+            match algorithm {
+                JwtAlgorithm::Hs256 => {
+                    let key = hmac::Key::new(hmac::HMAC_SHA256, &issuer.hs256);
+                    hmac::verify(&key, message.as_bytes(), &signed).unwrap();
+                }
+                JwtAlgorithm::Es256 => {
+                    let key = issuer.es256.verifying_key().to_encoded_point(false);
+                    signature::UnparsedPublicKey::new(&signature::ECDSA_P256_SHA256_FIXED, key.as_bytes())
+                        .verify(message.as_bytes(), &signed)
+                        .unwrap();
+                }
+            }
         }
     }
 

@@ -56,7 +56,7 @@
 //! # tokio_test::block_on(async {
 //! let simulator = Simulator::new();
 //! simulator.inject(Fault::RateLimited { retry_after: Duration::from_secs(2) });
-//! # let request = Request::get("/v1/models").body(String::new())?;
+//! # let request = Request::post("/v1/chat/completions").body(String::new())?;
 //! let response = simulator.oneshot(request).await?;
 //! assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
 //! assert_eq!(response.headers()["retry-after"], "2");
@@ -80,11 +80,6 @@
 //! ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)) and JWT bearer
 //! ([RFC 7523](https://www.rfc-editor.org/rfc/rfc7523)). Refresh tokens are single-use: reuse of a spent token revokes
 //! every token descended from the same first one.
-//!
-//! # Signing
-//!
-//! JWTs are signed by `jsonwebtoken` with its `rust_crypto` backend. If your program enables another of its
-//! backends too, `jsonwebtoken` asks you to choose: call `CryptoProvider::install_default`.
 
 mod api;
 mod body;
