@@ -144,7 +144,7 @@ impl<S> Client<S> {
     ///     .map_err(Error::into_boxed)
     ///     .layer(layer.with_replay(TryCloneBody));
     /// let selam = Client::with_layers(&layers, HttpService::new(reqwest::Client::builder())?);
-    /// # drop(selam.execute(selam.reqwest().get("https://api.selamgpt.com/v1/models")));
+    /// # drop(selam.execute(selam.reqwest().post("https://api.selamgpt.com/v1/chat/completions")));
     /// # Ok(())
     /// # }
     /// ```

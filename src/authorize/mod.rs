@@ -24,7 +24,7 @@
 //!     .layer(ApiKeyLayer::x_api_key(ApiKey::new("sk-selam-example")?))
 //!     .service(client);
 //!
-//! service.oneshot(Request::get("https://api.selamgpt.com/v1/models").body(())?).await?;
+//! service.oneshot(Request::post("https://api.selamgpt.com/v1/chat/completions").body(())?).await?;
 //! # Ok::<(), BoxError>(())
 //! # }).unwrap();
 //! ```

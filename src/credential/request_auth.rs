@@ -19,7 +19,7 @@ use super::Credentials;
 /// use http::Request;
 /// use tower_selam::RequestAuth;
 ///
-/// let request = Request::get("https://api.selamgpt.com/v1/models")
+/// let request = Request::post("https://api.selamgpt.com/v1/chat/completions")
 ///     .extension(RequestAuth::ApiKey)
 ///     .body(())
 ///     .unwrap();
@@ -56,6 +56,7 @@ pub enum RequestAuth {
     /// No credentials: the layer removes what the request brought in its headers. The request may go to any origin.
     Anonymous,
     /// Other credentials than the layer's, such as another tenant's.
+    #[doc(alias("tenant"))]
     Custom(Credentials),
     /// The key and the JWT as query parameters, for the WebSocket handshake of the voice agent; refused on any other
     /// request.

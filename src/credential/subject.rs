@@ -14,9 +14,10 @@ use std::{borrow::Borrow, fmt, sync::Arc};
 /// use http::Request;
 /// use tower_selam::Subject;
 ///
-/// let request = Request::get("https://api.selamgpt.com/v1/models").extension(Subject::new("user-7")).body(());
+/// let request = Request::post("https://api.selamgpt.com/v1/chat/completions").extension(Subject::new("user-7")).body(());
 /// # assert_eq!(request.unwrap().extensions().get::<Subject>().unwrap().as_str(), "user-7");
 /// ```
+#[doc(alias("user", "sub", "tenant"))]
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Subject(Arc<str>);
 

@@ -21,6 +21,7 @@ use crate::error::{ConfigError, Place, Setting};
 /// assert_eq!(token.expires_at(), Some(UNIX_EPOCH + Duration::from_secs(1_900_000_000)));
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
+#[doc(alias("JWT", "access_token", "bearer"))]
 #[derive(Clone)]
 pub struct Token(pub(crate) Secret);
 
@@ -29,7 +30,8 @@ impl Token {
     ///
     /// # Errors
     ///
-    /// As [`ApiKey::new`](crate::ApiKey::new).
+    /// As [`ApiKey::new`](crate::ApiKey::new), except that the value may be a JWT and must not begin with `sk-selam-`, as
+    /// API keys do.
     pub fn new(value: impl Into<SecretString>) -> Result<Self, ConfigError> {
         Secret::new(value.into().expose_secret(), Setting::Token, Place::Argument).map(Self)
     }

@@ -36,6 +36,9 @@ const MAX_EXCERPT: usize = 300;
 /// One pointer wide and cheap to clone. `Display` shows what happened, the API's message and the documented remedy,
 /// but not the body. The credentials that were sent are redacted everywhere.
 ///
+/// It shows one level of the chain. If a source failed, it says `the source failed`, and [`source`](StdError::source) says why:
+/// print the whole chain, as `anyhow`'s `{error:#}` does.
+///
 /// ```
 /// use bytes::Bytes;
 /// use http::Response;

@@ -23,7 +23,7 @@ use super::{AuthError, BoxError};
 ///     .map_err(Error::Inner)
 ///     .service(client);
 ///
-/// match service.oneshot(Request::get("http://api.selamgpt.com/v1/models").body(()).unwrap()).await {
+/// match service.oneshot(Request::post("http://api.selamgpt.com/v1/chat/completions").body(()).unwrap()).await {
 ///     Err(Error::Auth(error)) => assert_eq!(error.kind(), AuthErrorKind::OriginNotAllowed),
 ///     other => panic!("{other:?}"),
 /// }

@@ -21,7 +21,25 @@ const USER_AGENT: HeaderValue =
 /// The HTTP client is any Tower service for HTTP requests whose body is `From<Bytes>`, as `Full<Bytes>` and the
 /// body types of most clients are. Each token request calls a clone of it. It should not follow redirects.
 ///
-/// See the [module docs](super) for an example.
+/// See the [module docs](super) for an example. A function that is generic over the client repeats the bounds of
+/// [`new`](Self::new), the second `Send` included:
+///
+/// ```
+/// # use bytes::Bytes;
+/// # use http::{Request, Response};
+/// # use http_body_util::Full;
+/// # use tower::Service;
+/// # use tower_selam::{BoxError, ConfigError, oauth::TokenEndpoint};
+/// fn endpoint<S, R>(client: S) -> Result<TokenEndpoint, ConfigError>
+/// where
+///     S: Service<Request<Full<Bytes>>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
+///     S: Clone + Send + 'static,
+///     R: http_body::Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+/// {
+///     TokenEndpoint::new("https://login.example/oauth/token", client)
+/// }
+/// # assert!(endpoint(tower_selam::simulator::Simulator::new()).is_ok());
+/// ```
 #[derive(Clone)]
 pub struct TokenEndpoint {
     pub(super) uri: Uri,

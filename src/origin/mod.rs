@@ -26,8 +26,8 @@ use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind};
 /// use tower_selam::Origins;
 ///
 /// let origins = Origins::selam().with_origin("https://gateway.example:8443")?;
-/// assert!(origins.allows(&"https://API.selamgpt.com.:443/v1/models".parse().unwrap()));
-/// assert!(!origins.allows(&"http://api.selamgpt.com/v1/models".parse().unwrap()));
+/// assert!(origins.allows(&"https://API.selamgpt.com.:443/v1/chat/completions".parse().unwrap()));
+/// assert!(!origins.allows(&"http://api.selamgpt.com/v1/chat/completions".parse().unwrap()));
 /// assert!(!origins.allows(&"https://api.selamgpt.com@evil.com/".parse().unwrap()));
 ///
 /// assert!(Origins::new("http://api.selamgpt.com").is_err());
@@ -35,6 +35,7 @@ use crate::error::{AuthError, AuthErrorKind, ConfigError, ConfigErrorKind};
 /// assert!(origins.allow_insecure_loopback("http://localhost.evil.com:8080").is_err());
 /// # Ok::<(), tower_selam::ConfigError>(())
 /// ```
+#[doc(alias("allowlist", "whitelist"))]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origins {
     allowed: Vec<Origin>,

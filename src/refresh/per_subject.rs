@@ -79,7 +79,7 @@ const RETRY_WHEN_FULL: Duration = Duration::from_secs(1);
 ///     Ok::<_, BoxError>(Response::new(()))
 /// });
 /// let service = JwtLayer::new(jwts).layer(client);
-/// let request = Request::get("https://api.selamgpt.com/v1/models").extension(Subject::new("user-7")).body(())?;
+/// let request = Request::post("https://api.selamgpt.com/v1/chat/completions").extension(Subject::new("user-7")).body(())?;
 /// service.oneshot(request).await?;
 /// # Ok::<(), BoxError>(())
 /// # }).unwrap();
@@ -88,6 +88,7 @@ const RETRY_WHEN_FULL: Duration = Duration::from_secs(1);
 /// A subject that was evicted gets a new source. If subjects have refresh tokens, create the
 /// [`OAuthSource`](crate::oauth::OAuthSource) of each once, at login, and return clones of it: clones share what they know
 /// of the refresh token.
+#[doc(alias("user", "tenant"))]
 #[derive(Clone)]
 pub struct PerSubject(Arc<Subjects>);
 

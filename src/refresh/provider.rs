@@ -8,6 +8,7 @@ use super::{PerSubject, Refreshing, in_flight::WaitForRefresh};
 use crate::{AuthError, Token, credential::Credential};
 
 /// A credential for a layer: fixed, or one that refreshes itself.
+#[doc(alias("TokenProvider"))]
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Provider<C: Credential> {

@@ -38,6 +38,7 @@ use crate::{
 /// # Ok::<(), BoxError>(())
 /// # }).unwrap();
 /// ```
+#[doc(alias("TokenProvider", "TokenCache", "refresh", "renew", "rotate"))]
 pub struct Refreshing<C: Credential>(pub(super) Arc<Driver<C>>);
 
 impl<C: Credential> Refreshing<C> {
@@ -102,6 +103,7 @@ impl<C: Credential> Refreshing<C> {
     /// ```
     ///
     /// [`RefreshLayer`]: crate::RefreshLayer
+    #[doc(alias("invalidate", "revoke"))]
     pub fn rejected(&self, credential: &C) {
         let _ = self.0.reject(credential.secret().fingerprint());
     }

@@ -5,6 +5,7 @@ use tower::Layer;
 use super::{BufferBody, CloneBody, NoReplay, Refresh};
 
 /// Replays a request once after a 401, with a refreshed credential. See the [module docs](super).
+#[doc(alias("retry"))]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RefreshLayer<R = CloneBody> {
     replay: R,

@@ -28,7 +28,7 @@
 //!     .layer(JwtLayer::new(jwts))
 //!     .service(api);
 //!
-//! let request = Request::post("https://api.selamgpt.com/v1/models").body(Full::default())?;
+//! let request = Request::post("https://api.selamgpt.com/v1/chat/completions").body(Full::default())?;
 //! assert_eq!(service.oneshot(request).await?.status(), 200);
 //! # Ok::<(), BoxError>(())
 //! # }).unwrap();

@@ -15,7 +15,27 @@ pub struct SourceFn<F, C> {
 ///
 /// The closure returns an [`ApiKey`](crate::ApiKey), a [`Token`](crate::Token), or a [`Fetched`] that also
 /// carries a lifetime. Its error is a [`SourceError`], or a [`BoxError`](crate::BoxError), which counts as
-/// transient.
+/// transient. Map another error type to one of these:
+///
+/// ```
+/// use std::{error::Error, fmt};
+/// use tower_selam::{Refreshing, Token, source::{Reason, SourceError, source_fn}};
+///
+/// #[derive(Debug)]
+/// struct LoginError;
+/// # impl fmt::Display for LoginError {
+/// #     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str("the login service is down") }
+/// # }
+/// # impl Error for LoginError {}
+///
+/// async fn log_in() -> Result<Token, LoginError> { Err(LoginError) }
+///
+/// # tokio_test::block_on(async {
+/// let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async { log_in().await.map_err(SourceError::transient) }));
+/// let error = jwts.token().await.unwrap_err();
+/// assert!(error.source().unwrap().is::<LoginError>());
+/// # });
+/// ```
 pub fn source_fn<C, F, R>(fetch: F) -> SourceFn<F, C>
 where
     F: Fn(Reason<C>) -> R,

@@ -133,6 +133,7 @@ impl<C> Fetched<C> {
     /// Sets the remaining lifetime, counted from now: `expires_in` in OAuth 2.0.
     ///
     /// It takes precedence over the claims of a JWT, which a machine with a wrong clock misreads.
+    #[doc(alias("expires_in", "ttl"))]
     #[must_use]
     pub fn with_lifetime(mut self, lifetime: Duration) -> Self {
         self.lifetime = Some(lifetime);
@@ -173,7 +174,8 @@ pub struct SourceError {
 }
 
 impl SourceError {
-    /// Reports a failure that a later attempt may not meet. Any other error type converts to this.
+    /// Reports a failure that a later attempt may not meet. As a function, it maps an error of your own:
+    /// `.map_err(SourceError::transient)`.
     pub fn transient(error: impl Into<BoxError>) -> Self {
         Self::of(false, None, error)
     }
