@@ -224,15 +224,15 @@ impl AuthError {
         self.response()?.fields.request_id()
     }
 
-    /// Returns how long to wait: the response's `Retry-After`; or, if a refresh failed, the time that is left until the
-    /// next attempt, which becomes shorter as time passes.
+    /// Returns how long to wait: what the response says, as [`RateLimit::retry_after`] reads it; or, if a refresh failed,
+    /// the time that is left until the next attempt, which becomes shorter as time passes.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         let next_attempt = self.0.next_attempt.as_ref().map(Countdown::remaining);
         next_attempt.or_else(|| self.response()?.retry_after)
     }
 
-    /// Returns the account's rate limit, from the response's `X-RateLimit-*` headers.
+    /// Returns the account's rate limit, as [`RateLimit::from_headers`] reads it from the response.
     #[must_use]
     pub fn rate_limit(&self) -> Option<&RateLimit> {
         self.response()?.rate_limit.as_ref()
