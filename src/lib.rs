@@ -53,6 +53,7 @@
 //! | fetch credentials from files, variables, closures, services, or sign them | [`mod@source`] |
 //! | fetch tokens from an OAuth 2.0 token endpoint | [`oauth`] |
 //! | replay a request after a 401 | [`RefreshLayer`] ([`replay`]) |
+//! | retry other failures, wait for the rate limit | `retry` |
 //! | read 401 and 403 as typed errors | [`AuthErrorLayer`] ([`auth_error`]) |
 //! | handle those errors | [`AuthError`], [`AuthErrorKind`], [`Error`]; [`ErrorBody`] and [`RateLimit`] read any response |
 //! | handle invalid settings | [`ConfigError`], [`ConfigErrorKind`] |
@@ -72,6 +73,7 @@
 //! | `reqwest` | `adapter::reqwest`: the layers over a `reqwest::Client`, with reqwest's requests and responses |
 //! | `reqwest-middleware` | `adapter::reqwest_middleware`: the layers as a middleware of that crate |
 //! | `tonic` | `adapter::tonic`: the stack over tonic's `Channel`, for gRPC |
+//! | `retry` | `retry::RetryPolicy`, for tower's `retry`, and `retry::ThrottleLayer`, which waits for the rate limit |
 //! | `tracing` | events for refreshes, rejections and replays, and OpenTelemetry's spans, through the `tracing` crate |
 //! | `decompression` | reads compressed error bodies: gzip, deflate and Brotli. Without it, a compressed body tells neither its code nor which credential a 401 blames |
 //! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
@@ -97,6 +99,8 @@ pub mod oauth;
 mod origin;
 pub mod refresh;
 pub mod replay;
+#[cfg(feature = "retry")]
+pub mod retry;
 #[cfg(feature = "test-util")]
 pub mod simulator;
 pub mod source;

@@ -4,5 +4,7 @@
 pub mod reqwest;
 #[cfg(feature = "reqwest-middleware")]
 pub mod reqwest_middleware;
+#[cfg(all(feature = "reqwest", feature = "retry"))]
+mod reqwest_retry;
 #[cfg(feature = "tonic")]
 pub mod tonic;

@@ -18,7 +18,7 @@
 //!
 //! let client = reqwest::Client::builder().redirect(redirect_policy()).build()?;
 //! let client = ClientBuilder::new(client)
-//!     // Retries, logging and tracing go here.
+//!     // Logging and tracing go here.
 //!     .with(AuthMiddleware::new(layer))
 //!     .build();
 //!
@@ -45,10 +45,32 @@
 //! Add this middleware last, next to the client. Middlewares after it see the credentials, and can change the response
 //! before the layers see it.
 //!
-//! Add `reqwest-retry` before it. Each attempt then gets a credential that is fresh at that moment, however long the
-//! wait before it; a 401 is handled within one attempt, by a refresh and a replay; and `reqwest-retry` treats an
-//! [`AuthError`] as final, as it does every error of a middleware. In the opposite order it would retry with the old
-//! credential, and run through all its attempts a second time after a 401.
+//! # Retries
+//!
+//! `reqwest-retry` retries each 5xx with any method, a POST that was processed included, and does not read `Retry-After`. With the feature `retry`, use this crate's policy and throttle instead, in the same middleware:
+//!
+//! ```
+//! # #[cfg(feature = "retry")]
+//! # {
+//! use tower::ServiceBuilder;
+//! use tower_selam::{ApiKey, SelamLayer, retry::{RetryPolicy, ThrottleLayer}};
+//! use tower_selam::adapter::{reqwest::TryCloneBody, reqwest_middleware::AuthMiddleware};
+//!
+//! let layer = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?).build()?;
+//! let layers = ServiceBuilder::new()
+//!     .retry(RetryPolicy::new().with_clone(TryCloneBody))
+//!     .layer(ThrottleLayer::new())
+//!     .layer(layer.with_replay(TryCloneBody));
+//! let middleware = AuthMiddleware::with_layers(layers);
+//! # let _ = middleware;
+//! # }
+//! # Ok::<(), tower_selam::BoxError>(())
+//! ```
+//!
+//! If you keep `reqwest-retry`, add it before this middleware. Each attempt then gets a credential that is fresh at that
+//! moment, however long the wait before it; a 401 is handled within one attempt, by a refresh and a replay; and
+//! `reqwest-retry` treats an [`AuthError`] as final, as it does every error of a middleware. In the opposite order it would
+//! retry with the old credential, and run through all its attempts a second time after a 401.
 //!
 //! # Errors
 //!

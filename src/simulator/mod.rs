@@ -117,7 +117,7 @@ pub use self::{
 };
 use self::{
     jwt::{Issuer, SUBJECT},
-    quota::Window,
+    quota::{MINUTE, Window},
     token::TokenEndpoint,
 };
 use crate::{
@@ -217,7 +217,13 @@ impl Simulator {
 
     /// Sets the rate limit, and starts a new minute. Requests beyond the limit get 429.
     pub fn set_rate_limit(&self, requests_per_minute: u64) {
-        self.state().window = Window::new(requests_per_minute);
+        self.set_rate_limit_per(MINUTE, requests_per_minute);
+    }
+
+    /// Sets the rate limit for windows of another length than a minute, and starts a new one: for tests that run in real
+    /// time. Headers still tell whole seconds.
+    pub fn set_rate_limit_per(&self, window: Duration, requests: u64) {
+        self.state().window = Window::new(requests, window);
     }
 
     /// Queues `fault`. Each API request takes one fault from the queue, oldest first.

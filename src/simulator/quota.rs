@@ -8,25 +8,26 @@ use tokio::time::Instant;
 use super::{jwt::epoch_seconds, replies::set};
 use crate::util::clock;
 
-const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-/// Counts requests in fixed windows of one minute.
+/// Counts requests in windows of one length, a minute by default.
 #[derive(Clone, Copy)]
 pub(super) struct Window {
     limit: u64,
+    length: Duration,
     used: u64,
     ends: Instant,
 }
 
 impl Window {
-    pub(super) fn new(limit: u64) -> Self {
-        Self { limit, used: 0, ends: Instant::now() + MINUTE }
+    pub(super) fn new(limit: u64, length: Duration) -> Self {
+        Self { limit, length, used: 0, ends: Instant::now() + length }
     }
 
     /// Counts a request and returns the window as of that request.
     pub(super) fn count(&mut self) -> Self {
         if Instant::now() >= self.ends {
-            *self = Self::new(self.limit);
+            *self = Self::new(self.limit, self.length);
         }
         self.used += 1;
         *self
@@ -56,7 +57,7 @@ impl Window {
 
 impl Default for Window {
     fn default() -> Self {
-        Self::new(600)
+        Self::new(600, MINUTE)
     }
 }
 

@@ -15,5 +15,6 @@ mod contract;
 #[cfg(feature = "middleware")]
 mod middleware;
 mod redirects;
+mod retry;
 mod secrets;
 mod support;

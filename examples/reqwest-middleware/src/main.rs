@@ -1,4 +1,4 @@
-//! Uses `AuthMiddleware` with reqwest-middleware: it refreshes JWTs, and `reqwest-retry` retries outages.
+//! Uses `AuthMiddleware` with reqwest-middleware: it refreshes JWTs, and retries outages.
 //!
 //! ```console
 //! $ cargo run -p example-reqwest-middleware
@@ -10,15 +10,19 @@
 #[path = "../../support/reqwest.rs"]
 mod support;
 
-use std::{process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use reqwest::StatusCode;
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
-use reqwest_retry::{RetryTransientMiddleware, policies::ExponentialBackoff};
 use serde_json::{Value, json};
+use tower::ServiceBuilder;
 use tower_selam::{
     AuthError, AuthErrorKind, BoxError, Credentials, RequestAuth, SelamLayer,
-    adapter::{reqwest::redirect_policy, reqwest_middleware::AuthMiddleware},
+    adapter::{
+        reqwest::{TryCloneBody, redirect_policy},
+        reqwest_middleware::AuthMiddleware,
+    },
+    retry::{MayProcessTwice, RetryPolicy, ThrottleLayer},
     simulator::Fault,
 };
 
@@ -37,15 +41,14 @@ fn client(
     layer: SelamLayer,
     builder: reqwest::ClientBuilder,
 ) -> Result<ClientWithMiddleware, reqwest::Error> {
-    let backoff = ExponentialBackoff::builder()
-        .retry_bounds(Duration::from_millis(50), Duration::from_secs(5))
-        .build_with_max_retries(3);
+    // `reqwest-retry` would ignore `Retry-After`, and send each POST again after a 5xx.
+    let layers = ServiceBuilder::new()
+        .retry(RetryPolicy::new().with_clone(TryCloneBody))
+        .layer(ThrottleLayer::new())
+        .layer(layer.with_replay(TryCloneBody));
     // A middleware does not see redirects, so the client itself has to keep the key from other origins.
     let client = builder.redirect(redirect_policy()).build()?;
-    Ok(ClientBuilder::new(client)
-        .with(RetryTransientMiddleware::new_with_policy(backoff))
-        .with(AuthMiddleware::new(layer))
-        .build())
+    Ok(ClientBuilder::new(client).with(AuthMiddleware::with_layers(layers)).build())
 }
 
 async fn run() -> Result<(), BoxError> {
@@ -66,7 +69,7 @@ async fn run() -> Result<(), BoxError> {
         step("Valid JWT: the request is sent once");
         open_session(&client, &sessions).await?;
 
-        step("Outage and expired JWT: reqwest-retry handles the 503, the layers the 401");
+        step("Outage and expired JWT: the policy retries the 503, and the layers replay the 401");
         simulator.inject(Fault::Unavailable);
         simulator.expire_jwts();
         let before = simulator.requests();
@@ -102,7 +105,9 @@ fn question() -> Value {
 /// Sends a request that needs a JWT and the key.
 async fn open_session(client: &ClientWithMiddleware, sessions: &str) -> Result<(), BoxError> {
     line("request", format_args!("POST {sessions}"));
-    let response = client.post(sessions).json(&json!({ "voice": "mekdes" })).send().await?;
+    // A session may be opened twice, so the request is repeated even if it was perhaps processed.
+    let request = client.post(sessions).json(&json!({ "voice": "mekdes" })).with_extension(MayProcessTwice);
+    let response = request.send().await?;
     line("status", response.status());
     match response.status() {
         StatusCode::OK => Ok(()),
@@ -120,7 +125,7 @@ async fn expect_error(
     line("request", format_args!("POST {url}"));
     let result = client.post(url).json(&question()).with_extension(auth).send().await;
     let error = result.err().ok_or_else(|| format!("expected {expected:?}, but the request succeeded"))?;
-    // reqwest-middleware and reqwest-retry wrap the error; `find` looks through both.
+    // reqwest-middleware wraps the error; `find` looks through it.
     match AuthError::find(&error) {
         Some(found) if found.kind() == expected => {
             auth_error(found);

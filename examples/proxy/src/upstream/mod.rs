@@ -4,7 +4,6 @@ mod connect;
 mod connection;
 mod expect;
 mod http_proxy;
-mod resend;
 
 use std::{
     error::Error as _,
@@ -29,13 +28,15 @@ use hyper_util::{
 use tokio::time;
 use tokio_rustls::rustls::ClientConfig;
 use tower::Service;
-use tower_selam::replay::{BufferBody, Replay, ReplayBody};
+use tower_selam::{
+    replay::{BufferBody, Replay, ReplayBody},
+    retry::Failure,
+};
 
 use self::{
     connect::{Connector, connector},
     connection::{IdleLimit, MAX_IDLE, Used, idle_time},
     expect::{AnswerSender, HeldBody, hold_body},
-    resend::Failure,
 };
 pub use self::{
     connect::{Versions, tls},
@@ -104,7 +105,8 @@ impl Settings {
 /// Sends any number of concurrent requests. A hyper-util client opens one HTTP/2 connection per server, and the server limits
 /// the streams on it, so there is one client for every hundred requests in flight.
 ///
-/// A request that the API has not processed is sent once more, see `resend.rs`.
+/// A request that the API has not processed is sent once more, as is an idempotent one whose connection broke off before the
+/// answer: see [`Failure`].
 #[derive(Clone, Debug)]
 pub struct Upstream {
     settings: Arc<Settings>,
@@ -156,7 +158,9 @@ impl Upstream {
             Ok(response) => return Ok(response),
             Err(failed) => failed,
         };
-        let Some(mut kept) = kept.filter(|_| failure.may_resend(&head.method)) else { return Err(error) };
+        let Some(mut kept) = kept.filter(|_| failure.may_retry(head.method.is_idempotent())) else {
+            return Err(error);
+        };
         let released = poll_fn(|cx| keep.poll_captured(&mut kept, cx));
         // If it is not released in time, it cannot be restored.
         let _ = time::timeout(BODY_RELEASE_TIMEOUT, released).await;
