@@ -160,7 +160,7 @@ impl ClientAuth {
     /// ```
     /// use tower_selam::{oauth::ClientAuth, source::{JwtSigner, SigningAlgorithm, SigningKey}};
     ///
-    /// # let key = SigningKey::from_pem(include_str!("../../tests/keys/p256.pem"))?;
+    /// # let key = SigningKey::from_pem(include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/keys/p256.pem")))?;
     /// // let key = SigningKey::from_pem_file("/run/secrets/client-key.pem")?;
     /// let signer = JwtSigner::new(SigningAlgorithm::Es256, key)?.with_key_id("2026-01");
     /// let auth = ClientAuth::private_key_jwt("my-service", signer)?;
