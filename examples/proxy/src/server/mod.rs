@@ -404,6 +404,24 @@ impl Drop for AnswerBody {
 mod tests {
     use super::*;
 
+    #[tokio::test(start_paused = true)]
+    async fn requests_in_flight_have_the_grace_period_to_finish() {
+        for finishes in [None, Some(GRACE / 2)] {
+            let shutdown = Shutdown::default();
+            let in_flight = shutdown.guard();
+            let request = async move {
+                time::sleep(finishes.unwrap_or(2 * GRACE)).await;
+                drop(in_flight);
+            };
+            tokio::spawn(request);
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let (stop, abort) = (std::future::ready(()), std::future::pending());
+            let start = Instant::now();
+            serve(listener, Router::new(), Limits::default(), shutdown, stop, abort).await;
+            assert_eq!(start.elapsed().as_secs(), finishes.unwrap_or(GRACE).as_secs());
+        }
+    }
+
     /// A caller that sends pings and ignores `GOAWAY`.
     #[tokio::test(start_paused = true)]
     async fn pings_keep_no_connection_open() {

@@ -11,12 +11,12 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::oneshot,
-    time::{self, Instant},
+    time,
 };
 
 use crate::support::{
     Caller, Launch, Protocol, Proxy, TlsListener, assert_ended, channel_body, empty, eventually, frame, full,
-    random, raw, read, read_head, read_to_end, response_head, with_timeout,
+    random, raw, read, read_to_end, response_head, upgraded, with_timeout,
 };
 
 /// How long requests in flight have to finish.
@@ -141,14 +141,7 @@ async fn a_connection_closes_after_its_last_answer() {
 async fn upgraded_connections_are_finished() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let mut proxy = Launch::with_key(&api).start().await;
-    let mut caller = raw(&proxy).await;
-    let head = "GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
-    caller.write_all(head.as_bytes()).await.unwrap();
-    let mut connection = api.accept().await;
-    read_head(&mut connection).await;
-    let switched = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
-    connection.write_all(switched).await.unwrap();
-    response_head(&mut caller).await;
+    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
 
     proxy.terminate();
     stopped_accepting(&proxy).await;
@@ -165,19 +158,31 @@ async fn upgraded_connections_are_finished() {
     exits(&mut proxy).await;
 }
 
+/// What is in flight is cut off, as it is when the grace period is over.
 #[tokio::test]
 async fn a_second_signal_ends_the_grace_period() {
     let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
     let mut proxy = Launch::with_key(&api).start().await;
     let caller = Caller::http1(&proxy);
-    let calling = tokio::spawn(async move { caller.get("/v1/models").await });
+    let begin = || {
+        let caller = caller.clone();
+        tokio::spawn(async move {
+            caller.try_send(caller.request(Method::GET, "/v1/models").body(empty()).unwrap()).await
+        })
+    };
+    let streaming = begin();
+    let (_feed, body) = channel_body();
+    api.next().await.respond(200, body);
+    let mut streaming = with_timeout(streaming).await.unwrap().unwrap();
+    let waiting = begin();
     let _unanswered = api.next().await;
     proxy.terminate();
     stopped_accepting(&proxy).await;
     assert!(proxy.is_running());
     proxy.terminate();
     exits(&mut proxy).await;
-    assert!(calling.await.is_err());
+    assert!(waiting.await.unwrap().is_err());
+    assert!(matches!(frame(streaming.body_mut()).await, Some(Err(_))));
 }
 
 #[tokio::test]
@@ -193,23 +198,4 @@ async fn a_blocked_file_read_does_not_delay_the_exit() {
     let _silent = with_timeout(pipe_opened).await.unwrap().unwrap();
     proxy.terminate();
     exits(&mut proxy).await;
-}
-
-#[tokio::test]
-async fn streams_are_cut_after_the_grace_period() {
-    let mut api = TlsListener::listen(Protocol::Http2).await.exchanges();
-    let mut proxy = Launch::with_key(&api).start().await;
-    let caller = Caller::http1(&proxy);
-    let calling = tokio::spawn(async move {
-        caller.send(caller.request(Method::GET, "/v1/models").body(empty()).unwrap()).await
-    });
-    let (feed, body) = channel_body();
-    api.next().await.respond(200, body);
-    let mut response = with_timeout(calling).await.unwrap();
-    let signaled = Instant::now();
-    proxy.terminate();
-    assert_eq!(proxy.exit_status().await.code(), Some(0));
-    assert!(signaled.elapsed() >= GRACE - Duration::from_secs(1), "{:?}", signaled.elapsed());
-    assert!(matches!(frame(response.body_mut()).await, Some(Err(_))));
-    drop(feed);
 }

@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
-    Launch, Protocol, Proxy, Tls, TlsListener, random, raw, read_head, read_to_end, response_head, secret,
+    Launch, Protocol, TlsListener, random, raw, read_head, read_to_end, response_head, secret, upgraded,
     with_timeout,
 };
 
@@ -22,17 +19,6 @@ fn handshake(more: &str) -> String {
         "GET /v1/audio/live?voice=x HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, Upgrade\r\nUpgrade: echo/2\r\n\
          Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Mine: hop\r\nX-Api-Key: theirs\r\n{more}\r\n"
     )
-}
-
-/// Opens an upgraded connection, and returns its two ends.
-async fn upgraded(proxy: &Proxy, api: &TlsListener) -> (TcpStream, Tls) {
-    let mut caller = raw(proxy).await;
-    caller.write_all(handshake("").as_bytes()).await.unwrap();
-    let mut connection = api.accept().await;
-    read_head(&mut connection).await;
-    connection.write_all(SWITCHED).await.unwrap();
-    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 101 "));
-    (caller, connection)
 }
 
 async fn expect(stream: &mut (impl tokio::io::AsyncRead + Unpin), expected: &[u8]) {

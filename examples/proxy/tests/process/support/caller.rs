@@ -13,11 +13,11 @@ use hyper_util::{
 };
 use serde_json::Value;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use super::{Body, Protocol, Proxy, assert_clean, empty, full, with_timeout};
+use super::{Body, Protocol, Proxy, Tls, TlsListener, assert_clean, empty, full, with_timeout};
 
 /// A client with a separate connection pool, and optionally a token.
 #[derive(Clone, Debug)]
@@ -155,6 +155,20 @@ pub(crate) async fn raw(proxy: &Proxy) -> TcpStream {
     let stream = with_timeout(TcpStream::connect(proxy.address())).await.unwrap();
     stream.set_nodelay(true).unwrap();
     stream
+}
+
+/// Opens a connection that is upgraded; returns the caller's end and the API's.
+pub(crate) async fn upgraded(proxy: &Proxy, api: &TlsListener) -> (TcpStream, Tls) {
+    let upgrade = "Connection: Upgrade\r\nUpgrade: echo\r\n\r\n";
+    let mut caller = raw(proxy).await;
+    let head = format!("GET /v1/live HTTP/1.1\r\nHost: localhost\r\n{upgrade}");
+    caller.write_all(head.as_bytes()).await.unwrap();
+    let mut connection = api.accept().await;
+    super::read_head(&mut connection).await;
+    let switched = format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}");
+    connection.write_all(switched.as_bytes()).await.unwrap();
+    assert!(response_head(&mut caller).await.starts_with("HTTP/1.1 101 "));
+    (caller, connection)
 }
 
 /// Reads the head of a response from a raw connection, up to and including the empty line.

@@ -18,7 +18,7 @@ use tower_selam::BoxError;
 
 pub(crate) use self::{
     api::{Api, Exchange, Exchanges, Protocol, REMOTE_HOST, SYSTEM, TRUSTED, Tls, TlsListener, read_head},
-    caller::{Answer, Caller, assert_ended, frame, raw, read, read_to_end, response_head},
+    caller::{Answer, Caller, assert_ended, frame, raw, read, read_to_end, response_head, upgraded},
     program::{Launch, Proxy, random},
     scan::{assert_clean, secret},
     scratch::Scratch,
