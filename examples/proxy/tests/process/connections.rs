@@ -12,10 +12,11 @@ use tokio::{
 
 use crate::support::{
     Caller, Exchange, Launch, Protocol, Proxy, TlsListener, channel_body, empty, eventually, full, random,
-    raw, read, read_head, read_to_end, response_head, secret, with_timeout,
+    raw, read, read_head, read_to_end, response_head, secret, upgraded, with_timeout,
 };
 
-const UPLOAD: usize = 50 * 1024 * 1024;
+/// More than all buffers between the two sides can hold.
+const UPLOAD: usize = 16 * 1024 * 1024;
 
 /// How the caller frames the upload, and the bytes that it sends before it reads.
 fn uploads(target: &str, token: &str) -> Vec<(&'static str, Vec<u8>)> {
@@ -347,9 +348,9 @@ async fn late_heads_are_cut_off() {
 
 #[tokio::test]
 async fn requests_outlast_every_limit() {
-    let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
-    let proxy = Launch::with_key(&api).args(["--keep-alive", "1", "--head-timeout", "1"]).start().await;
-    for protocol in Protocol::BOTH {
+    let outlast = async |protocol| {
+        let mut api = TlsListener::listen(Protocol::Http1).await.exchanges();
+        let proxy = Launch::with_key(&api).args(["--keep-alive", "1", "--head-timeout", "1"]).start().await;
         let caller = Caller::new(&proxy, protocol);
         let (upload, body) = channel_body();
         let request = caller.request(Method::POST, "/v1/files").body(body).unwrap();
@@ -362,7 +363,8 @@ async fn requests_outlast_every_limit() {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         exchange.respond(200, full("later"));
         assert_eq!(read(calling.await.unwrap()).await.body, "later");
-    }
+    };
+    tokio::join!(outlast(Protocol::Http1), outlast(Protocol::Http2));
 }
 
 #[tokio::test]
@@ -429,14 +431,7 @@ async fn strangers_cannot_occupy_all_connections() {
 async fn idle_upgraded_connections_are_closed() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let proxy = Launch::with_key(&api).args(["--upgrade-idle", "1", "--keep-alive", "1"]).start().await;
-    let mut caller = raw(&proxy).await;
-    let head = "GET /v1/live HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
-    caller.write_all(head.as_bytes()).await.unwrap();
-    let mut connection = api.accept().await;
-    read_head(&mut connection).await;
-    let switched = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n";
-    connection.write_all(switched).await.unwrap();
-    response_head(&mut caller).await;
+    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
     // Bytes in either direction count.
     let started = Instant::now();
     for turn in 0.. {
