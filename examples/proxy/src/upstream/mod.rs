@@ -353,7 +353,7 @@ mod tests {
         for _ in 0..count {
             simulator.inject(Fault::StallBody { after: 10 });
             let response = upstream.clone().oneshot(request(&server, &key));
-            running.push(time::timeout(Duration::from_secs(20), response).await.unwrap().unwrap());
+            running.push(time::timeout(Duration::from_secs(60), response).await.unwrap().unwrap());
         }
         assert!(running.iter().all(|response| response.version() == axum::http::Version::HTTP_2));
         assert_eq!(upstream.lanes.lock().unwrap().len(), 5);
@@ -397,7 +397,7 @@ mod tests {
         let mut settings = settings(&path);
         std::fs::remove_file(path).unwrap();
         (settings.ping_every, settings.ping_timeout) =
-            (Duration::from_millis(100), Duration::from_millis(100));
+            (Duration::from_millis(100), Duration::from_millis(500));
         let upstream = Upstream::new(&settings, Versions::All);
         let (base_url, stop) = forwarder(&server).await;
         let send = |method: Method, path: &str| {
@@ -405,7 +405,7 @@ mod tests {
             let request = Request::builder().method(method).uri(format!("{base_url}{path}"));
             let request = request.header("authorization", format!("Bearer {key}"));
             let request = request.body(BufferBody::new(0).pass_through(body)).unwrap();
-            time::timeout(Duration::from_secs(20), upstream.clone().oneshot(request))
+            time::timeout(Duration::from_secs(60), upstream.clone().oneshot(request))
         };
         let post = || send(Method::POST, "/chat/completions");
         assert_eq!(post().await.unwrap().unwrap().status(), 200);
@@ -422,7 +422,7 @@ mod tests {
         }
         // An idle connection is given up before the next request.
         stop.send_replace(());
-        time::sleep(Duration::from_millis(500)).await;
+        time::sleep(Duration::from_millis(1200)).await;
         assert_eq!(post().await.unwrap().unwrap().status(), 200);
     }
 
