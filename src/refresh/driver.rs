@@ -499,7 +499,7 @@ mod tests {
             let sent = matches!(pin!(service.call(request)).poll(&mut context), Poll::Ready(Ok(_)));
             results.send((demanded, read, sent)).unwrap();
         });
-        let received = received.recv_timeout(Duration::from_secs(10));
+        let received = received.recv_timeout(Duration::from_secs(60));
         drop(locked);
         assert_eq!(received.expect("nothing waits for the lock"), (true, true, true));
     }

@@ -298,9 +298,9 @@ async fn second_401_is_returned_unchanged() {
 #[tokio::test]
 async fn error_body_of_any_size_survives_the_stack() {
     for status in [401, 403] {
-        for size in [0, 1, 65_535, 65_536, 65_537, 1 << 20] {
+        for size in [0, 1, 65_535, 65_536, 65_537, 300_000] {
             let (simulator, selam) = refreshing_stack();
-            let sent = Bytes::from("x".repeat(size));
+            let sent = Bytes::from(" ".repeat(size));
             for _ in 0..2 {
                 let answer =
                     Response::builder().status(status).header("content-length", size).body(sent.clone());

@@ -25,7 +25,7 @@ use tower_selam::{
     auth_error::InspectedBody,
 };
 
-use crate::support::{Body, Fed, KEY, MODELS, get, jwt, key, response};
+use crate::support::{Body, Fed, HANG, KEY, MODELS, get, jwt, key, response};
 
 /// An error body seen in the wild, with what reading it must give.
 #[derive(serde::Deserialize)]
@@ -592,7 +592,7 @@ async fn errors_survive_tower_layers() {
     for (body, sends) in [(INVALID, 1), (r#"{"error":{"code":"invalid_token"}}"#, 3)] {
         let (mock, mut handle) = tower_test::mock::pair();
         let stack = ServiceBuilder::new()
-            .timeout(Duration::from_secs(5))
+            .timeout(HANG)
             .buffer(4)
             .retry(RetryTransient(2))
             .layer(AuthErrorLayer::new())

@@ -16,7 +16,11 @@ use tower_selam::{
     simulator::Simulator,
 };
 
-use crate::{environment::CASE, files::Directory, support::Body};
+use crate::{
+    environment::CASE,
+    files::Directory,
+    support::{Body, HANG},
+};
 
 const SHORT: Duration = Duration::from_millis(100);
 
@@ -178,7 +182,7 @@ async fn symbolic_links_are_followed() {
     let other = FileStore::new(&target);
     assert!(timeout(SHORT, other.lock()).await.is_err());
     drop(lock);
-    timeout(20 * SHORT, other.lock()).await.unwrap().unwrap();
+    timeout(HANG, other.lock()).await.unwrap().unwrap();
 
     // A loop is an error.
     let [one, two] = ["one", "two"].map(|name| directory.path().join(name));
@@ -286,7 +290,7 @@ async fn dropped_waiters_release_the_lock() {
         tokio::task::yield_now().await;
         waiter.abort();
         drop(lock);
-        drop(timeout(50 * SHORT, store.lock()).await.unwrap().unwrap());
+        drop(timeout(HANG, store.lock()).await.unwrap().unwrap());
     }
 }
 
@@ -360,7 +364,7 @@ async fn killed_programs_lose_no_saved_token() {
         program.kill().unwrap();
         program.wait().unwrap();
         reported = saved.last().unwrap_or(reported);
-        drop(timeout(50 * SHORT, store.lock()).await.unwrap().unwrap());
+        drop(timeout(HANG, store.lock()).await.unwrap().unwrap());
         let kept = held(&store).await.unwrap();
         let kept: u64 = kept.strip_prefix("token-").unwrap().parse().unwrap();
         assert!(kept == reported || kept == reported + 1, "{kept} after {reported}");

@@ -287,13 +287,14 @@ async fn last_good_key_is_kept() {
         load(&service, &api, Duration::from_millis(500)).await;
         damage(&file);
         // Long enough for a back-off to grow, if one applied.
-        let sent = load(&service, &api, Duration::from_secs(40)).await;
-        assert_eq!(requests_before_switch(&sent, "sk-selam-one", "never"), 4_000, "{name}");
+        let sent = load(&service, &api, Duration::from_secs(20)).await;
+        assert_eq!(requests_before_switch(&sent, "sk-selam-one", "never"), 2_000, "{name}");
         let _ = fs::remove_dir(&file);
         replace(&file, b"sk-selam-two");
         let sent = load(&service, &api, Duration::from_millis(2_500)).await;
         let after = requests_before_switch(&sent, "sk-selam-one", "sk-selam-two");
-        assert!(after <= 102, "{name}: after {after} requests");
+        // A read of an empty file takes half a second longer: it may be about to be written.
+        assert!(after <= 152, "{name}: after {after} requests");
     }
 }
 
@@ -482,7 +483,7 @@ async fn half_a_secret_is_never_sent_to_the_token_endpoint() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     /// K1: any rhythm of a writer that never pauses for as long as two looks are apart.
     #[test]

@@ -66,10 +66,13 @@ async fn ask(stack: &Stack, uri: &str) -> StatusCode {
     stack.clone().oneshot(request).await.unwrap().status()
 }
 
-/// Sends a request to the rejecting endpoint and to another one every second. Returns how many of the others waited.
+/// How many times requests are sent in an hour: every five seconds.
+const ROUNDS: usize = 720;
+
+/// Sends a request to the rejecting endpoint and to another one in each round. Returns how many of the others waited.
 async fn an_hour_of_rejections(stack: &Stack) -> usize {
     let mut waits = 0;
-    for _ in 0..3_600 {
+    for _ in 0..ROUNDS {
         let other = async {
             let started = Instant::now();
             (ask(stack, OTHER).await, started.elapsed())
@@ -77,7 +80,7 @@ async fn an_hour_of_rejections(stack: &Stack) -> usize {
         let (rejected, (accepted, wait)) = tokio::join!(ask(stack, REJECTING), other);
         assert_eq!((rejected, accepted), (StatusCode::UNAUTHORIZED, StatusCode::OK));
         waits += usize::from(!wait.is_zero());
-        sleep(SECOND).await;
+        sleep(5 * SECOND).await;
     }
     waits
 }
@@ -115,7 +118,7 @@ async fn files_stay_in_use() {
     let jwts = Refreshing::with_policy(FileSource::<Token>::new(directory.file()), policy);
     for (stack, sends) in [stack_of_key(&keys), stack_of_jwt(&jwts)] {
         an_hour_of_rejections(&stack).await;
-        assert_eq!(sends.load(SeqCst), 2 * 3_600, "nothing is replayed");
+        assert_eq!(sends.load(SeqCst), 2 * ROUNDS, "nothing is replayed");
     }
 }
 
@@ -130,8 +133,8 @@ async fn cached_tokens_stay_in_use() {
     // The first token, and the first rejection.
     assert!(waits <= 2, "{waits} requests waited");
     let calls = calls.load(SeqCst);
-    assert!((60..=80).contains(&calls), "{calls} requests of the token endpoint in an hour");
-    let replays = sends.load(SeqCst) - 2 * 3_600;
+    assert!((50..=80).contains(&calls), "{calls} requests of the token endpoint in an hour");
+    let replays = sends.load(SeqCst) - 2 * ROUNDS;
     assert!(replays <= 3, "{replays} replays");
 }
 
@@ -144,8 +147,8 @@ async fn new_tokens_are_fetched_in_the_background() {
     let (stack, sends) = stack_of_jwt(&jwts);
     let waits = an_hour_of_rejections(&stack).await;
     assert!(waits <= 2, "{waits} requests waited");
-    assert!((60..=80).contains(&mint.asked()), "{} fetches in an hour", mint.asked());
-    assert!(sends.load(SeqCst) - 2 * 3_600 < mint.asked(), "a request is replayed with another token only");
+    assert!((50..=80).contains(&mint.asked()), "{} fetches in an hour", mint.asked());
+    assert!(sends.load(SeqCst) - 2 * ROUNDS < mint.asked(), "a request is replayed with another token only");
 }
 
 /// J10: the source fails whenever the API has rejected its token, in each way.
@@ -159,7 +162,7 @@ async fn failing_source_hurts_nobody() {
         let (stack, _) = stack_of_jwt(&jwts);
         let waits = an_hour_of_rejections(&stack).await;
         assert!(waits <= 1, "{waits} requests waited");
-        assert!(mint.asked() < 3_700 && mint.asked() > 10, "{}", mint.asked());
+        assert!(mint.asked() < ROUNDS + 20 && mint.asked() > 10, "{}", mint.asked());
     }
 }
 
@@ -193,17 +196,17 @@ async fn exchanged_tokens_stay_in_use() {
         let exchange = OAuthSource::token_exchange(endpoint, &subjects, TokenType::AccessToken);
         let jwts = Refreshing::with_policy(exchange, policy);
         let (stack, _) = stack_of_jwt(&jwts);
-        for minute in 0..30 {
+        for minute in 0..12 {
             // Every token endpoint fails at times.
             fails.store(minute % 7 == 3, SeqCst);
-            for _ in 0..60 {
+            for _ in 0..20 {
                 assert_eq!(ask(&stack, REJECTING).await, StatusCode::UNAUTHORIZED);
                 assert_eq!(ask(&stack, OTHER).await, StatusCode::OK, "{refusal}, minute {minute}");
-                sleep(SECOND).await;
+                sleep(3 * SECOND).await;
             }
         }
         assert_eq!(subjects.current().unwrap().expose_secret(), "the-subject-token");
-        assert!(calls.load(SeqCst) < 80, "{refusal}: {} requests of the token endpoint", calls.load(SeqCst));
+        assert!(calls.load(SeqCst) < 32, "{refusal}: {} requests of the token endpoint", calls.load(SeqCst));
     }
 }
 
@@ -262,10 +265,10 @@ async fn accepted_replays_do_not_lift_the_limit() {
     });
     let service =
         RefreshLayer::new().layer((JwtLayer::new(&jwts), ApiKeyLayer::x_api_key(key())).layer(flaky));
-    for _ in 0..7_200 {
+    for _ in 0..1_800 {
         let request = Request::post(OTHER).body(Full::from("the body")).unwrap();
         service.clone().oneshot(request).await.unwrap();
-        sleep(SECOND / 2).await;
+        sleep(2 * SECOND).await;
     }
     // An hour: 64 at once, then one a minute.
     assert!((60..=150).contains(&mint.asked()), "{}", mint.asked());

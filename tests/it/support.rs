@@ -182,4 +182,4 @@ pub(crate) const CHAT: &str = r#"{"messages":[{"role":"user","content":"Selam!"}
 pub(crate) const CHAT_STREAM: &str = r#"{"stream":true,"messages":[{"role":"user","content":"Selam!"}]}"#;
 
 /// Time limit that only a hanging test reaches: far longer than any loopback operation.
-pub(crate) const HANG: Duration = Duration::from_secs(20);
+pub(crate) const HANG: Duration = Duration::from_secs(60);
