@@ -76,15 +76,19 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// assert!(protocols.accepts(&answer));
 /// answer.insert("sec-websocket-protocol", HeaderValue::from_static("chat"));
 /// assert!(!protocols.accepts(&answer));
-/// ```
 ///
-/// A browser closes the connection if it offered subprotocols and the server chose none. A page should therefore offer a
-/// protocol that the API speaks next to its token.
+/// // The upstream chose none, but a browser would close the WebSocket.
+/// let mut answer = HeaderMap::new();
+/// protocols.choose(&mut answer);
+/// assert_eq!(answer["sec-websocket-protocol"], "realtime");
+/// ```
 #[derive(Clone, Default)]
 pub struct WebSocketProtocols {
     offered: Vec<Zeroizing<Vec<u8>>>,
     /// Each token in all its decodings.
     tokens: Vec<Zeroizing<Vec<u8>>>,
+    /// The entry in front of a token: `bearer` in `bearer, TOKEN`.
+    carrier: Option<Zeroizing<Vec<u8>>>,
     has_removed: bool,
 }
 
@@ -99,6 +103,9 @@ impl WebSocketProtocols {
         for entry in entries(headers) {
             if let Some(tokens) = tokens_in(entry) {
                 is_next = tokens.is_empty();
+                if is_next {
+                    protocols.carrier.get_or_insert_with(|| Zeroizing::new(entry.to_vec()));
+                }
                 protocols.has_removed = true;
                 protocols.tokens.extend(tokens.into_iter().flat_map(decodings));
             } else if std::mem::take(&mut is_next) || is_bare_token(entry) {
@@ -124,7 +131,10 @@ impl WebSocketProtocols {
     /// Removes the subprotocols that contain a token: any part between punctuation, as it is or decoded, for which `is_token`
     /// returns true. Subprotocols with more than sixteen such parts are removed as well.
     pub fn remove_if(&mut self, mut is_token: impl FnMut(&[u8]) -> bool) {
+        let offered = self.offered.len();
         self.offered.retain(|protocol| !contains(protocol, &mut is_token));
+        self.has_removed |= self.offered.len() < offered;
+        self.carrier.take_if(|carrier| contains(carrier, &mut is_token));
     }
 
     /// Replaces the subprotocols in `headers` by those that are left.
@@ -144,6 +154,24 @@ impl WebSocketProtocols {
             (None, _) => true,
             (Some(chosen), None) => self.offered().any(|offered| offered == chosen.as_bytes()),
             (Some(_), Some(_)) => false,
+        }
+    }
+
+    /// Chooses a subprotocol in an answer that chose none, if a token was among those offered: the first that carries no token,
+    /// or else the name in front of the token, as in `bearer, TOKEN`.
+    ///
+    /// A page that sends its token in this way has to offer a subprotocol, and a browser closes the WebSocket if none of them is
+    /// chosen ([WebSockets section 2](https://websockets.spec.whatwg.org/#concept-websocket-establish)). The upstream, which does
+    /// not see the token, may have had nothing to choose from. If the only entry is one such as `bearer.TOKEN`, nothing is
+    /// chosen, since the answer would repeat the token. Where no token was offered, the upstream's answer stands.
+    pub fn choose(&self, answer: &mut HeaderMap) {
+        if self.has_removed
+            && !answer.contains_key(SEC_WEBSOCKET_PROTOCOL)
+            && let Some(chosen) =
+                self.offered().next().or(self.carrier.as_ref().map(|carrier| carrier.as_slice()))
+            && let Ok(chosen) = HeaderValue::from_bytes(chosen)
+        {
+            answer.insert(SEC_WEBSOCKET_PROTOCOL, chosen);
         }
     }
 }
@@ -311,6 +339,42 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_answer_without_a_choice_gets_one() {
+        for (entries, expected) in [
+            (&["realtime, openai-insecure-api-key.s3cr3t, openai-beta.realtime-v1"][..], "realtime"),
+            (&["openai-insecure-api-key.s3cr3t, realtime"], "realtime"),
+            (&["bearer.s3cr3t", "chat"], "chat"),
+            (&["Bearer, s3cr3t"], "Bearer"),
+            (&["bearer, s3cr3t, chat"], "chat"),
+            (&["x-s3cr3t-y, chat"], "chat"),
+            (&["s3cr3t, chat"], "chat"),
+            (&["bearer.s3cr3t"], ""),
+            (&["s3cr3t"], ""),
+            (&["eyJ.e30.s3cr3t"], ""),
+            // The API's to answer: no token was offered.
+            (&["chat"], ""),
+            (&[], ""),
+        ] {
+            let mut protocols = protocols(entries);
+            protocols.remove_if(|candidate| candidate == b"s3cr3t");
+            let mut answer = HeaderMap::new();
+            protocols.choose(&mut answer);
+            let chosen = answer.get(SEC_WEBSOCKET_PROTOCOL).map_or("", |value| value.to_str().unwrap());
+            assert_eq!(chosen, expected, "{entries:?}");
+        }
+        // What the upstream chose stands, and a token that is called like a carrier is not repeated.
+        let mut answer = HeaderMap::new();
+        answer.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static("chat"));
+        protocols(&["bearer.s3cr3t, a, chat"]).choose(&mut answer);
+        assert_eq!(answer[SEC_WEBSOCKET_PROTOCOL], "chat");
+        let mut protocols = protocols(&["bearer, token"]);
+        protocols.remove_if(|candidate| candidate == b"bearer");
+        let mut answer = HeaderMap::new();
+        protocols.choose(&mut answer);
+        assert!(answer.is_empty());
+    }
+
     proptest! {
         #[test]
         fn no_entry_with_a_token_is_left(
@@ -327,7 +391,9 @@ mod tests {
             // What base64 decodes to is unique only from the start of a piece.
             let mut protocols = protocols(&[&format!("chat, {before}{encoded}{after}, b")]);
             protocols.remove_if(|candidate| candidate == token.as_bytes());
-            for offered in protocols.offered() {
+            let mut answer = HeaderMap::new();
+            protocols.choose(&mut answer);
+            for offered in protocols.offered().chain(answer.values().map(HeaderValue::as_bytes)) {
                 prop_assert!(!String::from_utf8_lossy(offered).contains(&encoded), "{:?}", offered);
             }
         }

@@ -278,6 +278,7 @@ impl Proxy {
             tracing::warn!("the API chose a WebSocket subprotocol that was not offered");
             return tracker.track_response(Refusal::NoUpstream.into_response());
         }
+        protocols.choose(response.headers_mut());
         let api = hyper::upgrade::on(&mut response);
         let tracker = tracker.track_upgrade(&response);
         let guard = self.shutdown.guard();

@@ -282,6 +282,34 @@ async fn a_token_among_subprotocols_is_taken() {
     assert!(!read_head(&mut connection).await.contains(&token));
 }
 
+/// A browser closes a WebSocket for which it offered subprotocols and none was chosen.
+#[tokio::test]
+async fn a_subprotocol_is_chosen_for_who_offered_a_token() {
+    let api = TlsListener::listen(Protocol::Http1).await;
+    let token = secret(random());
+    let proxy = Launch::with_key(&api).callers(&format!("web:{token}\n")).start().await;
+    for (offered, expected) in [
+        (format!("realtime, openai-insecure-api-key.{token}, openai-beta.realtime-v1"), Some("realtime")),
+        (format!("bearer, {token}"), Some("bearer")),
+        (format!("{token}, chat"), Some("chat")),
+        // The answer would have to repeat the token.
+        (format!("bearer.{token}"), None),
+        // The token is in a header, so the answer is the API's alone.
+        (format!("chat\r\nAuthorization: Bearer {token}"), None),
+    ] {
+        let mut caller = raw(&proxy).await;
+        let head = handshake(&format!("Sec-WebSocket-Protocol: {offered}\r\n"));
+        caller.write_all(head.as_bytes()).await.unwrap();
+        let mut connection = api.accept().await;
+        read_head(&mut connection).await;
+        connection.write_all(SWITCHED).await.unwrap();
+        let head = response_head(&mut caller).await.to_ascii_lowercase();
+        assert!(head.starts_with("http/1.1 101 "), "{head}");
+        let chosen = head.split("\r\n").find_map(|line| line.strip_prefix("sec-websocket-protocol: "));
+        assert_eq!(chosen, expected, "{head}");
+    }
+}
+
 #[tokio::test]
 async fn the_api_cannot_choose_a_subprotocol_that_was_not_offered() {
     let api = TlsListener::listen(Protocol::Http1).await;
