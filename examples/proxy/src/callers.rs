@@ -21,7 +21,7 @@ use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
 use tower_selam::{ConfigErrorKind, inbound::WebSocketProtocols, source::SettledFile};
 
-use crate::{config, local, reply::Refusal};
+use crate::{browsers::Origins, config, local, reply::Refusal};
 
 /// How often the file is checked.
 const RECHECK: Duration = Duration::from_millis(300);
@@ -42,16 +42,16 @@ pub type Name = Arc<str>;
 /// The callers that the proxy serves. Cheap to clone.
 #[derive(Clone, Debug)]
 pub enum Callers {
-    /// Every program on this machine, under one name.
-    Anyone(Name),
+    /// Every program on this machine and every listed page, under one name.
+    Anyone(Name, Origins),
     /// Callers with a token from the file.
     WithToken(watch::Receiver<TokenTable>),
 }
 
 impl Callers {
-    /// Serves everyone, under the name `local`.
-    pub fn anyone() -> Self {
-        Self::Anyone(Name::from("local"))
+    /// Serves everyone on this machine, and the pages of these origins, under the name `local`.
+    pub fn anyone(pages: Origins) -> Self {
+        Self::Anyone(Name::from("local"), pages)
     }
 
     /// Serves the callers in this file. A background task re-reads it when it changes.
@@ -77,7 +77,7 @@ impl Callers {
     /// The reason to refuse the request.
     pub fn identify(&self, version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Name, Refusal> {
         match self {
-            Self::Anyone(name) => local::check(version, uri, headers).map(|()| name.clone()),
+            Self::Anyone(name, pages) => local::check(version, uri, headers, pages).map(|()| name.clone()),
             Self::WithToken(table) => {
                 let protocols = WebSocketProtocols::from_headers(headers);
                 let mut refusal = Refusal::MissingToken;
@@ -97,7 +97,7 @@ impl Callers {
     /// Whether this is the token of a caller.
     pub fn knows(&self, token: &[u8]) -> bool {
         match self {
-            Self::Anyone(_) => false,
+            Self::Anyone(..) => false,
             Self::WithToken(table) => table.borrow().find(token).is_some(),
         }
     }

@@ -17,6 +17,7 @@ use tower_selam::{
 };
 
 use crate::{
+    browsers::Origin,
     callers,
     rules::{self, Rule},
 };
@@ -42,6 +43,11 @@ Serving
                               POST, PUT, PATCH, DELETE and OPTIONS. PATH is one path, or
                               ends with `/*` to allow everything below it:
                               POST:/v1/chat/completions, GET:/v1/*, '*:/v1/audio/*'
+  --allow-origin ORIGIN       let web pages of this origin call the proxy, and refuse all
+                              others with a 403; https://app.example,
+                              https://*.example.com for its subdomains, or `*`, which
+                              requires client tokens; repeatable, or separated by commas
+                              [SELAM_PROXY_ALLOW_ORIGIN]
   --strip-header NAME         also remove this header from requests; NAME may end with
                               `*`; repeatable, or separated by commas
                               [SELAM_PROXY_STRIP_HEADER]
@@ -128,6 +134,8 @@ pub struct Config {
     pub client_token_file: Option<PathBuf>,
     /// If empty, every method and path is allowed.
     pub allow: Vec<Rule>,
+    /// The origins whose web pages may call the proxy. If empty, answers have no CORS headers.
+    pub allow_origins: Vec<Origin>,
     pub ca: Option<PathBuf>,
     pub log: tracing::level_filters::LevelFilter,
     /// Requests to these paths carry JWT and key, others the key alone. If empty, all carry both.
@@ -172,7 +180,7 @@ impl Default for Limits {
 }
 
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 7] = [
+const WITH_VARIABLE: [&str; 8] = [
     "--keep-alive",
     "--head-timeout",
     "--upgrade-idle",
@@ -180,6 +188,7 @@ const WITH_VARIABLE: [&str; 7] = [
     "--api-idle",
     "--strip-header",
     "--keep-header",
+    "--allow-origin",
 ];
 
 /// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
@@ -235,6 +244,7 @@ impl Command {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             client_token_file: None,
             allow: Vec::new(),
+            allow_origins: Vec::new(),
             ca: None,
             log: tracing::level_filters::LevelFilter::INFO,
             jwt_paths: Vec::new(),
@@ -258,7 +268,10 @@ impl Command {
                 // The value is not shown: it may be a secret whose flag is missing.
                 Arg::Value(_) => return Err(Error::new("unexpected argument; see --help")),
             };
-            let repeats = matches!(&*flag, "--allow" | "--jwt-path" | "--strip-header" | "--keep-header");
+            let repeats = matches!(
+                &*flag,
+                "--allow" | "--allow-origin" | "--jwt-path" | "--strip-header" | "--keep-header"
+            );
             if !repeats && seen.contains(&flag) {
                 return Err(Error::for_flag(&flag, "is given twice"));
             }
@@ -305,6 +318,12 @@ impl Config {
             "--allow" => {
                 let rule = Rule::parse(&text(value()?)?).map_err(|message| Error::for_flag(name, message))?;
                 self.allow.push(rule);
+            }
+            "--allow-origin" => {
+                for origin in list(&text(value()?)?) {
+                    let origin = Origin::parse(origin).map_err(|message| Error::for_flag(name, message))?;
+                    self.allow_origins.push(origin);
+                }
             }
             "--base-url" => self.base_url = Some(text(value()?)?),
             "--ca" => self.ca = Some(value()?.into()),
@@ -370,6 +389,9 @@ impl Config {
                 "--listen",
                 format!("{} is not a loopback address, so --client-token-file FILE is required", self.listen),
             ));
+        }
+        if self.client_token_file.is_none() && self.allow_origins.contains(&Origin::Any) {
+            return Err(Error::for_flag("--allow-origin", "* requires --client-token-file FILE"));
         }
         if !self.jwt_paths.is_empty() && !self.has_jwt {
             return Err(Error::for_flag(
@@ -656,6 +678,23 @@ mod tests {
     }
 
     #[test]
+    fn origins_are_repeated_or_separated_by_commas() {
+        let origins = |arguments: &str, value: &'static str| {
+            let variable = |name: &str| (name == "SELAM_PROXY_ALLOW_ORIGIN").then(|| value.into());
+            match parse_with(arguments, variable).unwrap() {
+                Command::Serve(config) => config.allow_origins,
+                Command::Help => panic!("{arguments}"),
+            }
+        };
+        let two = ["https://a.example", "http://localhost:3000"].map(|origin| Origin::parse(origin).unwrap());
+        assert_eq!(origins("--allow-origin https://a.example --allow-origin http://localhost:3000", ""), two);
+        assert_eq!(origins("--allow-origin https://a.example,http://localhost:3000", "null"), two);
+        assert_eq!(origins("", "https://a.example, http://localhost:3000"), two);
+        assert_eq!(origins("--client-token-file x", "*"), [Origin::Any]);
+        assert_eq!(origins("", ""), []);
+    }
+
+    #[test]
     fn invalid_arguments_are_named_without_their_values() {
         for (arguments, expected) in [
             ("--nonsense", "unknown flag --nonsense; see --help"),
@@ -683,6 +722,11 @@ mod tests {
                 "--jwt-path /v1/audio",
                 "--jwt-path: no JWT is configured; set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL",
             ),
+            (
+                "--allow-origin https://app.example/",
+                "--allow-origin: \"https://app.example/\" must end with the host or port, without a slash: https://app.example",
+            ),
+            ("--allow-origin *", "--allow-origin: * requires --client-token-file FILE"),
             ("--strip-header a*b", "--strip-header: \"a*b\" is not the name of a header"),
             ("--strip-header *", "--strip-header: \"\" is not the name of a header"),
             ("--keep-header X-Forwarded-*", "--keep-header: \"X-Forwarded-*\" is not the name of a header"),
@@ -725,6 +769,7 @@ mod tests {
             "--listen",
             "--client-token-file",
             "--allow",
+            "--allow-origin",
             "--base-url",
             "--ca",
             "--allow-insecure-loopback",

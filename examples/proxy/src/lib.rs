@@ -13,11 +13,13 @@
 //!                            └─▶ reply: 401, 403, 404, …
 //! ```
 //!
-//! Without client tokens, [`local`] refuses what does not come from a program on this machine. On the way back, [`location`]
+//! With `--allow-origin`, [`browsers`] goes before all of it, for web pages. Without client tokens, [`local`] refuses what does not
+//! come from a program on this machine. On the way back, [`location`]
 //! keeps callers on the proxy. [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
 //! Off the request path: [`config`] parses flags and environment, [`metrics`] counts and logs requests, and [`usage`] reports
 //! unusual activity found in those metrics.
 
+pub mod browsers;
 pub mod callers;
 pub mod config;
 pub mod local;

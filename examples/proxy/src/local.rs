@@ -5,12 +5,11 @@ use std::net::IpAddr;
 use axum::http::{
     HeaderMap, HeaderName, Uri, Version,
     header::{HOST, ORIGIN, REFERER},
-    request::Parts,
     uri::Authority,
 };
 use tower_selam::inbound::is_forwarded;
 
-use crate::reply::Refusal;
+use crate::{browsers::Origins, reply::Refusal};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
@@ -54,17 +53,20 @@ fn normalized(authority: &Authority) -> (String, u16) {
 
 /// Checks that a program on this machine sent the request directly. Without client tokens nothing else tells it from a web
 /// page that the user happens to visit, whose host name may also resolve to this machine (DNS rebinding), or from a caller on
-/// the internet, if somebody puts a tunnel in front of the proxy.
+/// the internet, if somebody puts a tunnel in front of the proxy. Only a listed page may send it as well.
 ///
 /// # Errors
 ///
 /// The reason to refuse the request.
-pub fn check(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
+pub fn check(version: Version, uri: &Uri, headers: &HeaderMap, pages: &Origins) -> Result<(), Refusal> {
     if !named_host(version, uri, headers)?.is_some_and(|host| is_loopback(host.host())) {
         return Err(Refusal::ForeignHost);
     }
     if is_forwarded(headers) {
         return Err(Refusal::Forwarded);
+    }
+    if pages.list(headers) {
+        return Ok(());
     }
     // A page on another port of this machine is `same-site`: it may belong to anybody.
     let is_own = |site: &[u8]| matches!(site, b"same-origin" | b"none");
@@ -75,11 +77,6 @@ pub fn check(version: Version, uri: &Uri, headers: &HeaderMap) -> Result<(), Ref
         return Err(Refusal::ForeignOrigin);
     }
     Ok(())
-}
-
-/// As [`check`], for the head of a request.
-pub fn check_parts(parts: &Parts) -> Result<(), Refusal> {
-    check(parts.version, &parts.uri, &parts.headers)
 }
 
 fn is_local_page(page: &[u8]) -> bool {
@@ -101,9 +98,10 @@ fn is_loopback(host: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use axum::http::{HeaderValue, Request};
+    use axum::http::{HeaderValue, Request, request::Parts};
 
     use super::*;
+    use crate::browsers::Origin;
 
     fn head(version: Version, uri: &str, headers: &[(&'static str, &'static str)]) -> Parts {
         let mut request = Request::builder().version(version).uri(uri).body(()).unwrap();
@@ -111,6 +109,10 @@ mod tests {
             request.headers_mut().append(*name, HeaderValue::from_static(value));
         }
         request.into_parts().0
+    }
+
+    fn check_parts(parts: &Parts) -> Result<(), Refusal> {
+        check(parts.version, &parts.uri, &parts.headers, &Origins::default())
     }
 
     #[test]
@@ -245,6 +247,26 @@ mod tests {
             "x-original-host",
         ] {
             assert_eq!(find(name, "1"), Err(Refusal::Forwarded), "{name}");
+        }
+    }
+
+    #[test]
+    fn listed_pages_are_local_on_this_host_only() {
+        let listed = Origins::new(vec![Origin::parse("https://app.example").unwrap()]);
+        let page = ("origin", "https://app.example");
+        for (headers, expected) in [
+            (&[("host", "localhost"), page, ("sec-fetch-site", "cross-site")][..], Ok(())),
+            (&[("host", "localhost"), page, ("referer", "https://app.example/chat")], Ok(())),
+            (&[("host", "proxy.example"), page], Err(Refusal::ForeignHost)),
+            (&[("host", "localhost"), page, ("x-forwarded-for", "192.0.2.7")], Err(Refusal::Forwarded)),
+            (&[("host", "localhost"), page, page], Err(Refusal::ForeignOrigin)),
+            (&[("host", "localhost"), ("origin", "https://evil.example")], Err(Refusal::ForeignOrigin)),
+            // An image or a link on a listed page: browsers do not say which page has it.
+            (&[("host", "localhost"), ("sec-fetch-site", "cross-site")], Err(Refusal::ForeignOrigin)),
+        ] {
+            let parts = head(Version::HTTP_11, "/v1", headers);
+            let checked = check(parts.version, &parts.uri, &parts.headers, &listed);
+            assert_eq!(checked, expected, "{headers:?}");
         }
     }
 }

@@ -77,7 +77,7 @@ pub fn install() -> Result<Metrics, config::Error> {
     for side in ["api", "caller"] {
         counter!(ABORTED, "by" => side).absolute(0);
     }
-    for refusal in [Refusal::MissingToken, Refusal::InvalidToken] {
+    for refusal in [Refusal::MissingToken, Refusal::InvalidToken, Refusal::OriginNotAllowed] {
         counter!(REFUSALS, "reason" => refusal.name(), "caller" => UNKNOWN).absolute(0);
     }
 

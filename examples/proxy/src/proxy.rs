@@ -15,6 +15,7 @@ use axum::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
         header::{CONNECTION, HOST, SEC_WEBSOCKET_PROTOCOL, UPGRADE, VIA},
     },
+    middleware,
     response::{IntoResponse, Response},
     routing::any,
 };
@@ -28,6 +29,7 @@ use tower_selam::{
 };
 
 use crate::{
+    browsers::{self, Origins},
     callers::{Callers, Name},
     config::{self, Config},
     local,
@@ -90,10 +92,11 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
     }
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
     let (stack, upgrade_stack) = stacks(config, &layer, &settings, &via)?;
+    let pages = Origins::new(config.allow_origins.clone());
     let proxy = Proxy {
         callers: match &config.client_token_file {
             Some(path) => Callers::from_file(path.clone())?,
-            None => Callers::anyone(),
+            None => Callers::anyone(pages.clone()),
         },
         allow: config.allow.clone().into(),
         metrics,
@@ -105,11 +108,15 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
         shutdown,
         upgrade_idle: config.limits.upgrade_idle,
     };
-    Ok(Router::new()
+    let router = Router::new()
         .route("/healthz", any(healthz))
         .route("/metrics", any(show_metrics))
         .fallback(forward)
-        .with_state(proxy))
+        .with_state(proxy);
+    Ok(match &*config.allow_origins {
+        [] => router,
+        _ => router.layer(middleware::from_fn_with_state(pages, browsers::share)),
+    })
 }
 
 /// Builds the layers between caller and API: once over all versions of HTTP, once over HTTP/1.1 alone.

@@ -22,6 +22,8 @@ pub enum Refusal {
     MissingToken,
     /// The token is not in the file.
     InvalidToken,
+    /// A web page sent the request that `--allow-origin` does not list.
+    OriginNotAllowed,
     /// Without client tokens: a web page sent the request, or the user followed a link on one.
     ForeignOrigin,
     /// Without client tokens: the request names another host than this machine.
@@ -59,6 +61,7 @@ impl Refusal {
         match self {
             Self::MissingToken => "missing_token",
             Self::InvalidToken => "invalid_token",
+            Self::OriginNotAllowed => "origin_not_allowed",
             Self::ForeignOrigin => "foreign_origin",
             Self::ForeignHost => "foreign_host",
             Self::Forwarded => "forwarded",
@@ -90,11 +93,17 @@ impl Refusal {
                 "invalid_api_key",
                 "Invalid API key provided. Ask the operator of this proxy for a client token.",
             ),
+            Self::OriginNotAllowed => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "origin_not_allowed",
+                "This proxy does not serve pages of this origin. Start it with --allow-origin ORIGIN to list one more.",
+            ),
             Self::ForeignOrigin => (
                 StatusCode::FORBIDDEN,
                 "authorization_error",
                 "insufficient_permissions",
-                "Requests from web pages on other machines or ports require a client token. Start the proxy with --client-token-file.",
+                "Without client tokens, this proxy does not serve web pages on other machines or ports. Start it with --allow-origin ORIGIN to list one, or with --client-token-file.",
             ),
             Self::ForeignHost => (
                 StatusCode::FORBIDDEN,
@@ -213,6 +222,7 @@ mod tests {
         for (refusal, status, kind, code) in [
             (Refusal::MissingToken, 401, "authentication_error", "missing_api_key"),
             (Refusal::InvalidToken, 401, "authentication_error", "invalid_api_key"),
+            (Refusal::OriginNotAllowed, 403, "authorization_error", "origin_not_allowed"),
             (Refusal::ForeignOrigin, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::ForeignHost, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::Forwarded, 403, "authorization_error", "insufficient_permissions"),

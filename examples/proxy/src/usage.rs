@@ -150,6 +150,7 @@ impl Report {
                 &format!("requests from {caller} with an ambiguous path (an attempt to evade --allow?)"),
             );
         }
+        add(refused("origin_not_allowed"), "requests from web pages that --allow-origin does not list");
         add(refused("foreign_origin"), "requests from web pages on other machines");
         add(refused("foreign_host"), "requests that name another host than this machine");
         add(refused("forwarded"), "requests through a reverse proxy or tunnel, without client tokens");

@@ -4,6 +4,7 @@
 
 mod admission;
 mod bodies;
+mod browsers;
 mod callers;
 mod configuration;
 mod connections;
