@@ -6,6 +6,7 @@ mod admission;
 mod bodies;
 mod browsers;
 mod callers;
+mod chromium;
 mod configuration;
 mod connections;
 mod credentials;

@@ -3,6 +3,7 @@
 mod api;
 mod caller;
 pub(crate) mod frames;
+pub(crate) mod npm;
 mod program;
 mod scan;
 mod scratch;
@@ -19,7 +20,7 @@ use tower_selam::BoxError;
 pub(crate) use self::{
     api::{Api, Exchange, Exchanges, Protocol, REMOTE_HOST, SYSTEM, TRUSTED, Tls, TlsListener, read_head},
     caller::{Answer, Caller, assert_ended, frame, raw, read, read_to_end, response_head, upgraded},
-    program::{Launch, Proxy, random},
+    program::{Launch, Proxy, example, random},
     scan::{assert_clean, secret},
     scratch::Scratch,
 };

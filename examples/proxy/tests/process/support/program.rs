@@ -17,31 +17,34 @@ use tokio::sync::oneshot;
 use super::{Api, SYSTEM, Scratch, assert_clean, eventually, secret, with_timeout};
 
 /// Returns the path of the program, and builds it if necessary.
-///
-/// `cargo test` without a target builds the examples too, but `cargo test --test process` does not: the program may then be
-/// missing or older than its sources.
 pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let test = std::env::current_exe().unwrap();
-        let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
-        let program = folder.join("examples/proxy");
-        if !is_current(&program) {
-            let profile = match folder.file_name().and_then(OsStr::to_str) {
-                Some("debug") | None => "dev",
-                Some(profile) => profile,
-            };
-            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-            let built = Command::new(cargo)
-                .args(["build", "--package", "example-proxy", "--example", "proxy", "--profile", profile])
-                .arg("--target-dir")
-                .arg(folder.parent().expect("target/PROFILE"))
-                .current_dir(env!("CARGO_MANIFEST_DIR"))
-                .status();
-            assert!(built.unwrap().success());
-        }
-        program
-    })
+    PROGRAM.get_or_init(|| example("proxy"))
+}
+
+/// Returns the path of an example, and builds it if necessary.
+///
+/// `cargo test` without a target builds the examples too, but `cargo test --test process` does not: the example may then be
+/// missing or older than its sources.
+pub(crate) fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/TEST");
+    let program = folder.join("examples").join(name);
+    if !is_current(&program) {
+        let profile = match folder.file_name().and_then(OsStr::to_str) {
+            Some("debug") | None => "dev",
+            Some(profile) => profile,
+        };
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let built = Command::new(cargo)
+            .args(["build", "--package", "example-proxy", "--example", name, "--profile", profile])
+            .arg("--target-dir")
+            .arg(folder.parent().expect("target/PROFILE"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status();
+        assert!(built.unwrap().success());
+    }
+    program
 }
 
 /// Whether the program exists and is newer than all its sources.
