@@ -26,7 +26,7 @@ use super::Credentials;
 /// # assert!(matches!(request.extensions().get(), Some(RequestAuth::ApiKey)));
 /// ```
 ///
-/// The voice agent's handshake, for a WebSocket client that takes a request:
+/// The voice agent's WebSocket handshake, for a client that takes a request:
 ///
 /// ```
 /// use http::Request;
@@ -35,14 +35,15 @@ use super::Credentials;
 /// # tokio_test::block_on(async {
 /// let builder = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?);
 /// let layer = builder.with_jwt(Token::new("a.b.c")?).build()?;
-/// let (mut head, ()) = Request::get("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes")
+/// let (mut head, ()) = Request::get("wss://api.selamgpt.com/socket.io/?EIO=4&transport=websocket&voice=mekdes")
 ///     .header("connection", "Upgrade")
 ///     .header("upgrade", "websocket")
 ///     .extension(RequestAuth::VoiceAgent)
 ///     .body(())?
 ///     .into_parts();
 /// layer.authorize(&mut head).await?;
-/// assert_eq!(head.uri.query(), Some("voice=mekdes&token=a.b.c&api_key=sk-selam-example"));
+/// let query = "EIO=4&transport=websocket&voice=mekdes&token=a.b.c&api_key=sk-selam-example";
+/// assert_eq!(head.uri.query(), Some(query));
 /// # Ok::<(), tower_selam::BoxError>(())
 /// # }).unwrap();
 /// ```
@@ -58,8 +59,16 @@ pub enum RequestAuth {
     /// Other credentials than the layer's, such as another tenant's.
     #[doc(alias("tenant"))]
     Custom(Credentials),
-    /// The key and the JWT as query parameters, for the WebSocket handshake of the voice agent; refused on any other
-    /// request.
+    /// The key and the JWT as the query parameters `api_key` and `token`, for the voice agent.
+    ///
+    /// The voice agent speaks [Socket.IO](https://socket.io/docs/v4/engine-io-protocol/), whose clients send requests to
+    /// `/socket.io/` with `EIO` and `transport` in the query: `GET` and `POST` while they poll, and a WebSocket handshake. Every one
+    /// of them gets the credentials, those of an open session too. Other requests are refused.
+    ///
+    /// A 401 refreshes and replays such a request like any other: the API did not process it. A session outlives the rotation of
+    /// the key that it was opened with, for its next request carries the new one. Credentials that the API refuses later, with a
+    /// connect error in the namespace, are part of the conversation and not seen by any layer; report them with
+    /// [`Refreshing::rejected`](crate::Refreshing::rejected).
     ///
     /// The URI then contains secrets: inner layers must not log it.
     VoiceAgent,

@@ -94,7 +94,7 @@ impl BaseUrl {
     /// use tower_selam::{BaseUrl, ConfigErrorKind};
     ///
     /// let base = BaseUrl::default();
-    /// assert_eq!(base.endpoint("audio/agent?voice=mekdes")?, "https://api.selamgpt.com/v1/audio/agent?voice=mekdes");
+    /// assert_eq!(base.endpoint("models?limit=2")?, "https://api.selamgpt.com/v1/models?limit=2");
     ///
     /// for path in ["../admin", "audio/%2e%2e/x", "https://api.selamgpt.com/v1/audio", "audio#a"] {
     ///     assert_eq!(*base.endpoint(path).unwrap_err().kind(), ConfigErrorKind::InvalidEndpoint);

@@ -1,16 +1,14 @@
 //! Routes requests, checks their credentials and picks the response.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use http::{
-    HeaderMap, HeaderName, Method, Request, Response,
-    header::{AUTHORIZATION, SEC_WEBSOCKET_KEY},
-};
+use http::{HeaderMap, HeaderName, Method, Request, Response, header::AUTHORIZATION};
 use http_body::Body;
 use http_body_util::BodyExt;
 use serde_json::Value;
 
 use super::{
     Access, Fault, Received, Simulator, SimulatorBody, State,
+    agent::{self, Routed},
     quota::set_if_absent,
     refusal::{self, Refusal},
     replies, token,
@@ -44,26 +42,34 @@ where
         return token::answer(simulator, received, body).await;
     }
 
-    let (fault, answer, window, number) = {
+    let (fault, routed, window, number) = {
         let mut state = simulator.state();
         state.record(received.clone());
         let fault = state.faults.pop_front();
         let window = state.window.count();
-        let answer = match &fault {
-            Some(Fault::Html(status)) => replies::html(*status),
+        let routed = match &fault {
+            Some(Fault::Html(status)) => Ok(Routed::Now(replies::html(*status))),
             Some(Fault::RateLimited { retry_after }) => {
-                refusal::RATE_LIMITED.answer_with_retry_after(*retry_after)
+                Ok(Routed::Now(refusal::RATE_LIMITED.answer_with_retry_after(*retry_after)))
             }
-            Some(Fault::Unavailable) => refusal::UNAVAILABLE.answer(),
-            Some(Fault::Answer(answer)) => answer.clone().map(SimulatorBody::whole),
-            _ if window.is_exceeded() => refusal::RATE_LIMITED.answer_with_retry_after(window.reset_after()),
-            _ => route(&state, &received, &body).unwrap_or_else(Refusal::answer),
+            Some(Fault::Unavailable) => Err(refusal::UNAVAILABLE),
+            Some(Fault::Answer(answer)) => Ok(Routed::Now(answer.clone().map(SimulatorBody::whole))),
+            _ if window.is_exceeded() => {
+                Ok(Routed::Now(refusal::RATE_LIMITED.answer_with_retry_after(window.reset_after())))
+            }
+            _ if received.uri.path() == agent::PATH => agent::route(&mut state, &received, &body),
+            _ => route(&state, &received, &body).map(Routed::Now),
         };
-        (fault, answer, window, state.requests)
+        (fault, routed, window, state.requests)
     };
     if let Some(Fault::Stall) = fault {
         std::future::pending::<()>().await;
     }
+    let answer = match routed {
+        Ok(Routed::Now(answer)) => answer,
+        Ok(Routed::Poll(session)) => agent::poll(&session).await,
+        Err(refusal) => refusal.answer(),
+    };
     let mut answer = match &fault {
         Some(fault) => answer.map(|body| body.with_fault(fault)),
         None => answer,
@@ -88,7 +94,6 @@ async fn read<B: Body>(body: B) -> (Bytes, u64) {
 
 fn route(state: &State, request: &Received, body: &[u8]) -> Result<Answer, Refusal> {
     let reply = match request.uri.path() {
-        "/v1/audio/agent" | "/v1/audio/agent/" | "/socket.io/" => return handshake(state, request),
         "/v1/chat/completions" => replies::chat,
         "/v1/chat/completions/batch" => replies::batch,
         "/v1/images/generations" => |_: &Value| replies::image(),
@@ -118,8 +123,8 @@ fn call(state: &State, request: &Received, body: &[u8]) -> Result<Value, Refusal
     serde_json::from_slice(body).map_err(|_| refusal::BAD_JSON)
 }
 
-struct Caller {
-    access: Access,
+pub(super) struct Caller {
+    pub(super) access: Access,
     has_jwt: bool,
 }
 
@@ -137,7 +142,7 @@ fn authenticate(state: &State, headers: &HeaderMap) -> Result<Caller, Refusal> {
     }
 }
 
-fn check(state: &State, jwt: Option<&str>, key: &str) -> Result<Caller, Refusal> {
+pub(super) fn check(state: &State, jwt: Option<&str>, key: &str) -> Result<Caller, Refusal> {
     let access = *state.keys.get(key).ok_or(refusal::INVALID_API_KEY)?;
     match jwt {
         Some(_) if state.reject_jwts => Err(refusal::INVALID_JWT),
@@ -154,26 +159,4 @@ fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>
         Some(_) => Err(refusal::DUPLICATE_HEADER),
         None => Ok(value),
     }
-}
-
-fn handshake(state: &State, request: &Received) -> Result<Answer, Refusal> {
-    if request.method != Method::GET {
-        return Err(refusal::METHOD_NOT_ALLOWED);
-    }
-    let (Some(jwt), Some(key)) = (param(request, "token"), param(request, "api_key")) else {
-        return Err(refusal::MISSING_API_KEY);
-    };
-    if check(state, Some(&jwt), &key)?.access == Access::Limited {
-        return Err(refusal::INSUFFICIENT_PERMISSIONS);
-    }
-    let nonce = request.headers.get(SEC_WEBSOCKET_KEY).ok_or(refusal::NO_WEBSOCKET)?;
-    Ok(replies::switch_to_websocket(nonce))
-}
-
-/// Returns the value of a query parameter that occurs exactly once.
-fn param(request: &Received, name: &str) -> Option<String> {
-    let params = form_urlencoded::parse(request.uri.query()?.as_bytes());
-    let mut values = params.filter(|(found, _)| found == name).map(|(_, value)| value);
-    let value = values.next()?.into_owned();
-    values.next().is_none().then_some(value)
 }

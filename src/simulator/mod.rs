@@ -32,10 +32,35 @@
 //! | `POST /v1/images/generations` | key with full access | a link |
 //! | `POST /v1/audio/speech` | key with full access | a WAV file |
 //! | `POST /v1/audio/agent/sessions` | JWT and key | a session; invented, as no documented HTTP endpoint needs both |
-//! | `GET /v1/audio/agent`, `GET /socket.io/` | JWT and key, in the query | the voice agent's WebSocket handshake |
+//! | `/socket.io/` | JWT and key, in the query | the [voice agent](#the-voice-agent) |
 //! | `POST /oauth/token` | client or key | an access token, accepted as a JWT by the above; invented, as none is documented |
 //!
 //! Every response has an `x-request-id`. Every response of the API also has the `X-RateLimit-*` headers.
+//!
+//! # The voice agent
+//!
+//! The voice agent speaks [Socket.IO](https://socket.io/docs/v4/socket-io-protocol/) 5 over Engine.IO 4: polling in process, polling
+//! and WebSocket over a `Server`. Clients connect to the namespace `/v1/audio/agent`, which echoes every event, with its
+//! attachments, and acknowledges it with its arguments. The credentials are checked in a handshake, a request without `sid`,
+//! and once more when the client connects to the namespace. A session that is open stays so when its key is revoked.
+//!
+//! ```
+//! # use std::time::Duration;
+//! # use http::Request;
+//! # use http_body_util::BodyExt;
+//! # use tower::ServiceExt;
+//! use tower_selam::simulator::{JwtAlgorithm, Simulator};
+//!
+//! # tokio_test::block_on(async {
+//! let simulator = Simulator::new();
+//! let jwt = simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(60));
+//! let uri = format!("/socket.io/?EIO=4&transport=polling&token={jwt}&api_key={}", simulator.issue_key());
+//! let open = simulator.oneshot(Request::get(uri).body(String::new())?).await?;
+//! let packet = open.into_body().collect().await?.to_bytes();
+//! assert!(packet.starts_with(br#"0{""#));
+//! # Ok::<(), tower_selam::BoxError>(())
+//! # }).unwrap();
+//! ```
 //!
 //! # Injecting faults
 //!
@@ -81,6 +106,7 @@
 //! ([RFC 7523](https://www.rfc-editor.org/rfc/rfc7523)). Refresh tokens are single-use: reuse of a spent token revokes
 //! every token descended from the same first one.
 
+mod agent;
 mod api;
 mod body;
 mod fault;
@@ -110,15 +136,16 @@ use tower::Service;
 
 #[cfg(feature = "test-server")]
 pub use self::server::Server;
+use self::{
+    agent::{Agent, Pings},
+    jwt::{Issuer, SUBJECT},
+    quota::{MINUTE, Window},
+    token::TokenEndpoint,
+};
 pub use self::{
     body::SimulatorBody,
     fault::{Fault, TokenFault},
     jwt::JwtAlgorithm,
-};
-use self::{
-    jwt::{Issuer, SUBJECT},
-    quota::{MINUTE, Window},
-    token::TokenEndpoint,
 };
 use crate::{
     BoxError,
@@ -141,6 +168,7 @@ struct State {
     issuer: Issuer,
     reject_jwts: bool,
     tokens: TokenEndpoint,
+    agent: Agent,
     faults: VecDeque<Fault>,
     window: Window,
     received: VecDeque<Received>,
@@ -213,6 +241,18 @@ impl Simulator {
     /// Sets whether every JWT is refused, even a valid one.
     pub fn reject_jwts(&self, reject: bool) {
         self.state().reject_jwts = reject;
+    }
+
+    /// Sets how often the voice agent pings its clients, and how long they may take to answer: 25 and 20 seconds by default.
+    /// Sessions that are open keep what they were announced.
+    pub fn set_voice_agent_pings(&self, interval: Duration, timeout: Duration) {
+        self.state().agent.pings = Pings { interval, timeout };
+    }
+
+    /// Sets whether the voice agent accepts every handshake, and refuses bad credentials in the namespace with a connect error, as
+    /// Socket.IO servers with a middleware do. By default, it refuses the handshake.
+    pub fn refuse_in_voice_namespace(&self, refuse: bool) {
+        self.state().agent.refuses_in_namespace = refuse;
     }
 
     /// Sets the rate limit, and starts a new minute. Requests beyond the limit get 429.

@@ -32,6 +32,8 @@ enum Format {
     Api,
     /// [RFC 6749 section 5.2](https://www.rfc-editor.org/rfc/rfc6749#section-5.2).
     OAuth,
+    /// Engine.IO's, whose codes are numbers.
+    EngineIo,
 }
 
 // The three errors that SelamAPI's authentication page documents.
@@ -59,6 +61,13 @@ pub(super) const NO_WEBSOCKET: Refusal =
 pub(super) const UNAVAILABLE: Refusal = Refusal::api(503, "unavailable", "Try again later.");
 pub(super) const RATE_LIMITED: Refusal = Refusal::api(429, "rate_limit_exceeded", "Rate limit exceeded.");
 
+// Those of the voice agent.
+pub(super) const UNKNOWN_TRANSPORT: Refusal = Refusal::engine_io("0", "Transport unknown");
+pub(super) const UNKNOWN_SESSION: Refusal = Refusal::engine_io("1", "Session ID unknown");
+pub(super) const BAD_HANDSHAKE_METHOD: Refusal = Refusal::engine_io("2", "Bad handshake method");
+pub(super) const BAD_REQUEST: Refusal = Refusal::engine_io("3", "Bad request");
+pub(super) const UNSUPPORTED_PROTOCOL: Refusal = Refusal::engine_io("5", "Unsupported protocol version");
+
 // Those of the token endpoint.
 pub(super) const INVALID_CLIENT: Refusal =
     Refusal::oauth(401, "invalid_client", "The client is not authenticated.");
@@ -80,19 +89,17 @@ impl Refusal {
         Self { status, format: Format::OAuth, code, message, challenge: None }
     }
 
+    const fn engine_io(code: &'static str, message: &'static str) -> Self {
+        Self { status: 400, format: Format::EngineIo, code, message, challenge: None }
+    }
+
     pub(super) const fn with_challenge(self, challenge: &'static str) -> Self {
         Self { challenge: Some(challenge), ..self }
     }
 
     pub(super) fn answer(self) -> Answer {
+        let error_type = self.error_type();
         let Self { status, format, code, message, challenge } = self;
-        let error_type = match status {
-            401 => "authentication_error",
-            403 => "authorization_error",
-            429 => "rate_limit_error",
-            500.. => "server_error",
-            _ => "invalid_request_error",
-        };
         let status = StatusCode::from_u16(status).unwrap_or_default();
         let mut answer = match format {
             Format::Api => {
@@ -104,12 +111,31 @@ impl Refusal {
                 );
                 answered(status, "application/json", SimulatorBody::whole(body))
             }
+            Format::EngineIo => {
+                let body = format!(r#"{{"code":{code},"message":"{message}"}}"#);
+                answered(status, "application/json", SimulatorBody::whole(body))
+            }
             Format::OAuth => uncached_json(status, &json!({ "error": code, "error_description": message })),
         };
         if let Some(challenge) = challenge {
             answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
         }
         answer
+    }
+
+    fn error_type(self) -> &'static str {
+        match self.status {
+            401 => "authentication_error",
+            403 => "authorization_error",
+            429 => "rate_limit_error",
+            500.. => "server_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// The data of a connect error of Socket.IO, whose `data` is what a middleware adds.
+    pub(super) fn connect_error(self) -> Value {
+        json!({ "message": self.message, "data": { "type": self.error_type(), "code": self.code } })
     }
 
     /// Adds `Retry-After` to the response.

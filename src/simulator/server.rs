@@ -6,15 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use http::{Request, Response, StatusCode};
-use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
+use http::{Request, Response};
+use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::watch,
     task::{JoinHandle, JoinSet},
@@ -28,11 +28,11 @@ use tokio_rustls::{
 };
 use tower::Service;
 
-use super::{Simulator, SimulatorBody};
+use super::{
+    Simulator, SimulatorBody,
+    agent::{self, Session},
+};
 use crate::BoxError;
-
-/// Engine.IO's open packet, sent as a WebSocket text frame.
-const OPEN_PACKET: &str = r#"0{"sid":"simulated","upgrades":[],"pingInterval":25000,"pingTimeout":20000}"#;
 
 /// Serves a [`Simulator`] over HTTP/1.1 and HTTP/2 on a free port of `127.0.0.1`, until dropped.
 ///
@@ -199,37 +199,15 @@ impl Host {
 
     async fn exchange(mut self, mut request: Request<Incoming>) -> Result<Response<SimulatorBody>, BoxError> {
         let upgrade = hyper::upgrade::on(&mut request);
-        let response = self.simulator.call(request).await?;
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let mut response = self.simulator.call(request).await?;
+        if let Some(session) = response.extensions_mut().remove::<Arc<Session>>() {
             tokio::spawn(async move {
                 tokio::select! {
                     _ = self.hung_up.changed() => {}
-                    _ = speak_websocket(upgrade) => {}
+                    _ = agent::serve(self.simulator, session, upgrade) => {}
                 }
             });
         }
         Ok(response)
     }
-}
-
-/// Sends the open packet of Socket.IO, then reads until the client closes the WebSocket or the connection.
-async fn speak_websocket(upgrade: OnUpgrade) -> Result<(), BoxError> {
-    // RFC 6455 section 5.2: the FIN bit, with the opcode for text or close.
-    const TEXT: u8 = 0x81;
-    const CLOSE: u8 = 0x88;
-
-    let mut stream = TokioIo::new(upgrade.await?);
-    // Unmasked; the length fits in 7 bits.
-    stream.write_all(&[TEXT, OPEN_PACKET.len() as u8]).await?;
-    stream.write_all(OPEN_PACKET.as_bytes()).await?;
-    stream.flush().await?;
-    let mut frame = [0; 1024];
-    while stream.read(&mut frame).await? > 0 {
-        if frame[0] == CLOSE {
-            stream.write_all(&[CLOSE, 0]).await?;
-            break;
-        }
-    }
-    stream.shutdown().await?;
-    Ok(())
 }

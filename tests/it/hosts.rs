@@ -133,9 +133,9 @@ async fn headers_are_listed_for_other_hosts() {
 #[tokio::test]
 async fn handshake_is_authorized() {
     let layer = SelamLayer::builder().with_api_key(key()).with_jwt(jwt()).build().unwrap();
-    let mut head = head(handshake("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes"));
+    let mut head = head(handshake("wss://api.selamgpt.com/socket.io/?EIO=4&transport=websocket"));
     let authorized = layer.authorize(&mut head).await.unwrap();
-    assert_eq!(head.uri.query(), Some(&*format!("voice=mekdes&token={JWT}&api_key={KEY}")));
+    assert_eq!(head.uri.query(), Some(&*format!("EIO=4&transport=websocket&token={JWT}&api_key={KEY}")));
     assert!(authorized.headers().iter().all(|(_, value)| value.is_none()));
 }
 

@@ -50,5 +50,6 @@ mod telemetry;
 mod throttle;
 mod tower_contract;
 mod two_versions;
+mod voice_agent;
 mod waiting;
 mod wire;

@@ -176,13 +176,14 @@ async fn rotated_credentials_do_not_leave() {
         JwtLayer::new(&jwts).with_origins(Origins::selam().strip_for_other_origins()),
         ApiKeyLayer::x_api_key(key()).with_origins(Origins::selam().strip_for_other_origins()),
     );
-    let sent = send(&layer, handshake("wss://api.selamgpt.com/v1/audio/agent")).await.unwrap();
+    let sent =
+        send(&layer, handshake("wss://api.selamgpt.com/socket.io/?EIO=4&transport=websocket")).await.unwrap();
     let query = sent.uri().query().unwrap().to_owned();
     assert!(query.contains("token=token-1"), "{query}");
     let assert_stripped = async || {
-        let echo = format!("https://evil.com/v1/audio/agent?x=1&{query}");
+        let echo = format!("https://evil.com/socket.io/?{query}");
         let sent = send(&layer, with_referer(&echo, &format!("https://a.example/?{query}"))).await.unwrap();
-        assert_eq!(sent.uri(), "https://evil.com/v1/audio/agent?x=1");
+        assert_eq!(sent.uri(), "https://evil.com/socket.io/?EIO=4&transport=websocket");
         assert!(!sent.headers().contains_key("referer"));
     };
     assert_stripped().await;

@@ -24,6 +24,7 @@ use tower_selam::{
 use crate::environment::{CASE, run, tell};
 use crate::support::{
     BOTH, Body, CHAT, HANG, Http, JWT, KEY, MODELS, builder, get, handshake, https, jwt, key, post, send,
+    voice_agent,
 };
 
 fn assert_no_secret(shown: &str) {
@@ -169,8 +170,7 @@ async fn logs_hold_no_secret_at_any_level() {
         }
     }
     // The handshake, whose URI holds the credentials.
-    let uri = layer.base_url().endpoint("audio/agent?voice=mekdes").unwrap();
-    let request = handshake(&uri.to_string()).map(|()| Body::default());
+    let request = handshake(&voice_agent(&server)).map(|()| Body::default());
     let refused = layer.layer(https(&server, Http::One)).oneshot(request);
     let refused = tokio::time::timeout(HANG, refused).await.unwrap().unwrap_err();
     assert_no_secret(&format!("{refused} {refused:?} {refused:#?}"));
@@ -282,7 +282,7 @@ async fn secrets_are_wiped_on_last_drop() {
     drop(layer);
     assert_eq!(resident(&masked_key), 1, "the request holds a reference, not a copy");
 
-    let voice = handshake("wss://api.selamgpt.com/v1/audio/agent");
+    let voice = handshake("wss://api.selamgpt.com/socket.io/?EIO=4&transport=websocket");
     let key = ApiKey::new(unmasked(&masked_key)).unwrap();
     let jwt = Token::new(unmasked(&masked_jwt)).unwrap();
     let layer = SelamLayer::builder().with_api_key(key).with_jwt(jwt).build().unwrap();

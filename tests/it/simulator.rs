@@ -62,7 +62,7 @@ async fn credentials_are_checked_by_the_contract() {
         (SESSIONS, &[(auth, &*bearer)], 401, "missing_token"),
         (SESSIONS, &[(auth, &*jwt), (x_api_key, &*key)], 200, ""),
         ("/v1/unknown", &[(auth, &*bearer)], 404, "not_found"),
-        ("/v1/audio/agent", &[(auth, &*bearer)], 405, "method_not_allowed"),
+        ("/v1/audio/agent", &[(auth, &*bearer)], 404, "not_found"),
     ] {
         let response = call(&simulator, path, headers, json!({})).await;
         assert_eq!(response.status().as_u16(), status, "{path} {headers:?}");

@@ -131,10 +131,13 @@ async fn subject_combines_with_request_auth() {
         "a token that is not needed is not fetched"
     );
 
-    let mut agent = handshake("wss://api.selamgpt.com/v1/audio/agent?voice=mekdes");
+    let mut agent = handshake("wss://api.selamgpt.com/socket.io/?EIO=4&transport=websocket");
     agent.extensions_mut().insert(Subject::new("two"));
     let agent = send(&layer, agent).await.unwrap();
-    assert_eq!(agent.uri().query(), Some(&*format!("voice=mekdes&token=jwt-of-two-1&api_key={KEY}")));
+    assert_eq!(
+        agent.uri().query(),
+        Some(&*format!("EIO=4&transport=websocket&token=jwt-of-two-1&api_key={KEY}"))
+    );
 }
 
 /// H4: a layer with one JWT for all, or with none, refuses a request that names a subject.

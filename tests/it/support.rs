@@ -80,6 +80,12 @@ pub(crate) fn handshake(uri: &str) -> Request<()> {
         .unwrap()
 }
 
+/// Returns the URL of the voice agent's WebSocket handshake.
+pub(crate) fn voice_agent(server: &Server) -> String {
+    let origin = server.base_url().strip_suffix("/v1").unwrap();
+    format!("{origin}/socket.io/?EIO=4&transport=websocket&voice=mekdes")
+}
+
 /// A response body whose frames come from a channel.
 #[derive(Debug)]
 pub(crate) struct Fed(pub(crate) UnboundedReceiver<io::Result<Frame<Bytes>>>);

@@ -280,7 +280,7 @@ async fn handshake_query_is_not_shown() {
     let jwt = world.jwt();
     let client = with_layer(&world, world.builder().with_jwt(jwt.clone()).build().unwrap());
     let send = || {
-        let request = handshake(client.as_ref(), &world.url("audio/agent?voice=mekdes"));
+        let request = handshake(client.as_ref(), &world.voice_agent("&voice=mekdes"));
         let request = request.timeout(Duration::from_millis(500)).build().unwrap();
         let request = reqwest_middleware::RequestBuilder::from_parts(client.clone(), request);
         in_time(request.with_extension(RequestAuth::VoiceAgent).send())
@@ -399,13 +399,13 @@ async fn wrapped_handshake_errors_show_no_credential() {
     let client =
         ClientBuilder::new(client(&world)).with(AuthMiddleware::new(layer)).with(WrapsErrors).build();
     world.simulator.inject(Fault::Stall);
-    let request = handshake(client.as_ref(), &world.url("audio/agent?voice=mekdes"));
+    let request = handshake(client.as_ref(), &world.voice_agent("&voice=mekdes"));
     let request = request.timeout(Duration::from_millis(100)).build().unwrap();
     let request = reqwest_middleware::RequestBuilder::from_parts(client.clone(), request);
     let error = in_time(request.with_extension(RequestAuth::VoiceAgent).send()).await.unwrap_err();
     let text = shown(&error);
     assert!(!text.contains(&world.key) && !text.contains(jwt.expose_secret()), "{text}");
-    assert!(text.contains("all attempts failed") && text.contains("/v1/audio/agent"), "{text}");
+    assert!(text.contains("all attempts failed") && text.contains("/socket.io/"), "{text}");
 }
 
 /// Records the `Subject` in the extensions.

@@ -44,8 +44,8 @@ async fn plain_reqwest_leaks_key_and_query() {
         let _ = in_time(selam.execute(plain.post(api.url("chat/completions")).body(CHAT))).await;
         assert_eq!(header(&elsewhere.last(), "x-api-key"), [&*api.key], "{status}");
         let agent = selam.with_extension(RequestAuth::VoiceAgent);
-        api.redirect(status, &elsewhere.url("audio/agent"));
-        let _ = in_time(agent.execute(handshake(&plain, &api.url("audio/agent")))).await;
+        api.redirect(status, &elsewhere.voice_agent(""));
+        let _ = in_time(agent.execute(handshake(&plain, &api.voice_agent("")))).await;
         assert!(header(&elsewhere.last(), "referer")[0].contains(&api.key), "{status}");
     }
 }
@@ -61,7 +61,7 @@ async fn cross_origin_redirects_are_not_followed() {
             api.redirect(status, &location);
             let selam = selam.clone().with_extension(auth.clone());
             let request = match auth {
-                RequestAuth::VoiceAgent => handshake(selam.reqwest(), &api.url("audio/agent")),
+                RequestAuth::VoiceAgent => handshake(selam.reqwest(), &api.voice_agent("")),
                 _ => selam.reqwest().post(api.url("chat/completions?x=1")).body(CHAT),
             };
             let response = in_time(selam.execute(request)).await.unwrap();

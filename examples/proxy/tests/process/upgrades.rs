@@ -1,9 +1,6 @@
 //! Upgraded connections, such as WebSockets.
 
-use std::time::Duration;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
     Launch, Protocol, TlsListener, random, raw, read_head, read_to_end, response_head, secret, upgraded,
@@ -194,30 +191,6 @@ async fn upgrades_need_a_token() {
     caller.write_all(head.as_bytes()).await.unwrap();
     let mut connection = api.accept().await;
     assert!(!read_head(&mut connection).await.contains(&token));
-}
-
-#[tokio::test]
-async fn the_voice_agent_gets_credentials_in_its_query() {
-    let simulator = Simulator::new();
-    let api = Server::tls(&simulator).await.unwrap();
-    let (key, jwt) =
-        (simulator.issue_key(), simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
-    let proxy =
-        Launch::for_api(&api).env("SELAM_API_KEY", secret(&key)).env("SELAM_JWT", secret(&jwt)).start().await;
-    let mut caller = raw(&proxy).await;
-    let head = "GET /v1/audio/agent?voice=x&token=theirs&api_key=theirs HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n\
-         Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-    caller.write_all(head.as_bytes()).await.unwrap();
-    let head = response_head(&mut caller).await;
-    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
-    // A WebSocket text frame with the first packet of Engine.IO.
-    let mut frame = [0; 4];
-    with_timeout(caller.read_exact(&mut frame)).await.unwrap();
-    assert_eq!((frame[0], &frame[2..]), (0x81, &b"0{"[..]));
-    let sent = simulator.received().pop().unwrap();
-    let query = sent.uri.query().unwrap();
-    assert!(query.contains("voice=x") && query.contains(&key) && query.contains(&jwt), "{query}");
-    assert!(!query.contains("theirs"), "{query}");
 }
 
 /// The token of a caller among the WebSocket subprotocols, in every way that clients have of putting it there.
