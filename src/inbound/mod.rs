@@ -47,7 +47,8 @@
 //! ([`RequestAuth::Anonymous`](crate::RequestAuth::Anonymous)).
 //!
 //! [`PathRule`] tells whether a path may be called, [`WebSocketProtocols`] finds the tokens that browsers hide among
-//! subprotocols, and [`is_forwarded`] recognises requests that passed through another proxy.
+//! subprotocols, [`is_forwarded`] recognises requests that passed through another proxy, and [`EchoMask`] overwrites our
+//! credentials in what the API sends back.
 //!
 //! # Order
 //!
@@ -58,6 +59,7 @@
 
 mod credentials;
 mod hop_by_hop;
+mod mask;
 mod names;
 mod path;
 mod responses;
@@ -66,6 +68,7 @@ mod websocket;
 pub use self::{
     credentials::{StripCredentials, StripCredentialsLayer},
     hop_by_hop::{ResponseFuture, StripHopByHop, StripHopByHopLayer},
+    mask::EchoMask,
     names::is_forwarded,
     path::PathRule,
     responses::{StripResponses, StripResponsesLayer, StrippedBody, StrippedResponseFuture},
