@@ -9,7 +9,7 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, Request, Response, StatusCode};
-use http_body::Body;
+use http_body::{Body, Frame};
 use tokio::task::consume_budget;
 use tower::{Service, ServiceExt};
 use zeroize::Zeroizing;
@@ -45,7 +45,7 @@ impl TokenClient {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         let client = Mutex::new(client);
         Self(Arc::new(move |request: Request<Bytes>, span| {
@@ -83,15 +83,25 @@ where
     let mut body = pin!(body);
     // Sized up front: a buffer that grows leaves unwiped copies behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_BODY_SIZE));
-    while let Some(frame) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
-        // Trailers end the body.
-        let Ok(data) = frame.map_err(Into::into)?.into_data() else { break };
-        if data.remaining() > MAX_BODY_SIZE - bytes.len() {
-            return Err(OUT_OF_BOUNDS.into());
-        }
-        bytes.put(data);
+    while poll_fn(|cx| body.as_mut().poll_frame(cx).map(|frame| append(frame, &mut bytes))).await? {
         // A body may be ready forever without sending a byte.
         consume_budget().await;
     }
     Ok(bytes)
+}
+
+/// Appends the data of a frame, and returns whether more may follow. No await point holds the frame, so that neither its
+/// data nor its error has to be `Send`.
+fn append<D: Buf, E: Into<BoxError>>(
+    frame: Option<Result<Frame<D>, E>>,
+    bytes: &mut Vec<u8>,
+) -> Result<bool, BoxError> {
+    let Some(frame) = frame.transpose().map_err(Into::into)? else { return Ok(false) };
+    // Trailers end the body.
+    let Ok(data) = frame.into_data() else { return Ok(false) };
+    if data.remaining() > MAX_BODY_SIZE - bytes.len() {
+        return Err(OUT_OF_BOUNDS.into());
+    }
+    bytes.put(data);
+    Ok(true)
 }

@@ -52,7 +52,26 @@ impl TokenEndpoint {
     /// Makes an endpoint of an `https` URL, which may have a query
     /// ([RFC 6749 section 3.2](https://www.rfc-editor.org/rfc/rfc6749#section-3.2)).
     ///
-    /// `B` is the body type that `client` takes; it is inferred if there is only one.
+    /// `B` is the body type that `client` takes; it is inferred if there is only one. A function that is generic over the
+    /// client repeats the bounds:
+    ///
+    /// ```
+    /// use bytes::Bytes;
+    /// use http::{Request, Response};
+    /// use http_body::Body;
+    /// use tower::Service;
+    /// use tower_selam::{BoxError, ConfigError, oauth::TokenEndpoint};
+    ///
+    /// fn endpoint<S, B, R>(client: S) -> Result<TokenEndpoint, ConfigError>
+    /// where
+    ///     S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
+    ///     B: From<Bytes> + Send + 'static,
+    ///     R: Body<Error: Into<BoxError>> + Send + 'static,
+    /// {
+    ///     TokenEndpoint::new("https://login.example/oauth/token", client)
+    /// }
+    /// # let _ = endpoint::<tower_selam::simulator::Simulator, http_body_util::Full<Bytes>, _>;
+    /// ```
     ///
     /// # Errors
     ///
@@ -63,7 +82,7 @@ impl TokenEndpoint {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::over(TokenClient::new(client), url, Place::Argument, false)
     }
@@ -79,7 +98,7 @@ impl TokenEndpoint {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::over(TokenClient::new(client), url, Place::Argument, true)
     }

@@ -79,7 +79,7 @@ impl SelamLayerBuilder {
             + Send
             + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         self.token_client = Some(TokenClient::new(client));
         self
