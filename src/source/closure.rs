@@ -15,7 +15,7 @@ pub struct SourceFn<F, C> {
 ///
 /// The closure returns an [`ApiKey`](crate::ApiKey), a [`Token`](crate::Token), or a [`Fetched`] that also
 /// carries a lifetime. Its error is a [`SourceError`], or a [`BoxError`](crate::BoxError), which counts as
-/// transient. Map another error type to one of these:
+/// transient. Map another error type to one of these, with [`permanent`](SourceError::permanent) if a retry cannot help:
 ///
 /// ```
 /// use std::{error::Error, fmt};
@@ -49,7 +49,7 @@ where
     F: Fn(Reason<C>) -> R + Send + Sync + 'static,
     R: Future<Output = Result<T, E>> + Send + 'static,
     T: Into<Fetched<C>>,
-    E: Into<SourceError>,
+    E: IntoSourceError,
 {
     async fn fetch(&self, reason: Reason<C>) -> Result<Fetched<C>, SourceError> {
         (self.fetch)(reason).await.map(Into::into).map_err(Into::into)
@@ -57,3 +57,16 @@ where
 }
 
 opaque_debug!(SourceFn<F, C>);
+
+/// An error that the closure of [`source_fn`] may return: whatever is `Into<SourceError>`.
+///
+/// Implemented for all of them. The trait exists for the compiler message that other error types get.
+#[diagnostic::on_unimplemented(
+    message = "a source cannot fail with `{Self}`: convert it with `.map_err(SourceError::transient)`",
+    label = "not known to be transient or permanent",
+    note = "`SourceError::permanent` is for an error after which a retry cannot help; a `BoxError` counts as transient"
+)]
+pub trait IntoSourceError: Into<SourceError> {}
+
+#[diagnostic::do_not_recommend]
+impl<E: Into<SourceError>> IntoSourceError for E {}

@@ -46,7 +46,7 @@ use tokio::runtime::Handle;
 #[cfg(feature = "sign")]
 pub use self::sign::{HmacSecret, JwtSigner, SigningAlgorithm, SigningKey};
 pub use self::{
-    closure::{SourceFn, source_fn},
+    closure::{IntoSourceError, SourceFn, source_fn},
     env::EnvSource,
     file::FileSource,
     service::ServiceSource,
