@@ -47,6 +47,7 @@
 //! | write credentials into requests | [`ApiKeyLayer`], [`JwtLayer`] ([`authorize`]); without Tower, [`SelamLayer::authorize`] and [`Authorized`] |
 //! | override the credentials of one request | [`RequestAuth`], [`Credentials`], and [`Subject`] for one of many users |
 //! | override them by path or method | [`ChooseAuthLayer`] ([`choose_auth`]) |
+//! | name the user of a client that hides its requests | [`Selam::for_subject`], [`WithExtensionLayer`] ([`mod@with_extension`]) |
 //! | name the origins that may receive credentials | [`Origins`], [`BaseUrl`] |
 //! | refresh a JWT, or re-read a rotated key | [`Refreshing`], [`RefreshPolicy`] ([`refresh`], [`guide::refreshing`]) |
 //! | keep a JWT for each subject | [`PerSubject`]; [`Provider`] and [`JwtProvider`] are what the layers accept |
@@ -106,6 +107,7 @@ pub mod simulator;
 pub mod source;
 pub mod stack;
 pub mod telemetry;
+pub mod with_extension;
 
 #[cfg(feature = "test-util")]
 pub use self::util::clock::TestClock;
@@ -116,12 +118,13 @@ pub use self::{
     credential::{ApiKey, Credential, Credentials, KeyId, RequestAuth, Subject, Token, env},
     error::{
         AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, ConfigErrorKind, Error, ErrorBody,
-        FromAuthError, RateLimit,
+        FromAuthError, HttpClient, RateLimit,
     },
     origin::{BaseUrl, Origins},
     refresh::{JwtProvider, PerSubject, Provider, RefreshPolicy, Refreshing},
     replay::RefreshLayer,
     stack::{Authorized, Selam, SelamLayer, SelamLayerBuilder},
+    with_extension::{WithExtension, WithExtensionLayer},
 };
 
 /// Runs the README's examples as doctests.

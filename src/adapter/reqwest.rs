@@ -6,9 +6,9 @@
 //!  reqwest::Response ◀ http's types                          reqwest's types
 //! ```
 //!
-//! Most programs need only [`Client`]: [`SelamLayer`] over a `reqwest::ClientBuilder`. Build requests with reqwest and
-//! pass them to [`Client::execute`]. It returns a `reqwest::Response`, or an [`Error`] that holds either an
-//! [`AuthError`](crate::AuthError) or a `reqwest::Error`.
+//! Most programs need only [`Client`]: [`SelamLayer`] over a `reqwest::ClientBuilder`. It is used like reqwest's. `send`
+//! returns a `reqwest::Response`, or an [`Error`] that holds either an [`AuthError`](crate::AuthError) or a
+//! `reqwest::Error`.
 //!
 //! ```
 //! use tower_selam::{ApiKey, AuthErrorKind, Error, SelamLayer, adapter::reqwest::Client};
@@ -25,14 +25,11 @@
 //! let chat = layer.base_url().endpoint("chat/completions")?.to_string();
 //! let selam = Client::new(layer, reqwest::Client::builder())?;
 //!
-//! let question = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
-//! // Or `.json(…)`, with reqwest's feature `json`.
-//! let request = selam.reqwest().post(&chat).body(question);
-//! let response = selam.execute(request).await?;
+//! let question = serde_json::json!({ "messages": [{ "role": "user", "content": "Selam!" }] });
+//! let response = selam.post(&chat).json(&question).send().await?;
 //! assert!(response.text().await?.contains("You said: Selam!"));
 //!
-//! let elsewhere = selam.reqwest().post("https://evil.example/v1/chat/completions").body(question);
-//! match selam.execute(elsewhere).await {
+//! match selam.post("https://evil.example/v1/chat/completions").json(&question).send().await {
 //!     Err(Error::Auth(error)) => assert_eq!(error.kind(), AuthErrorKind::OriginNotAllowed),
 //!     other => panic!("{other:?}"),
 //! }
@@ -40,24 +37,32 @@
 //! # }).unwrap();
 //! ```
 //!
-//! A request sent with reqwest's own `send` bypasses the layers, and the API refuses it.
+//! [`RequestBuilder`] has the methods that most requests need, and [`map`](RequestBuilder::map) for all others of
+//! reqwest's builder. [`Client::execute`] sends requests that were built elsewhere: a `reqwest::Request`, a
+//! `reqwest::RequestBuilder` or an `http::Request`. What reqwest's own builder sends bypasses the layers, and the API
+//! refuses it.
 //!
-//! # Credentials of a single request
+//! # Credentials of a single request, or of a user
 //!
-//! [`Client::with_extension`] makes a client whose requests use other credentials or name their subject. It is cheap
-//! and shares everything else with the client it was cloned from:
+//! [`RequestBuilder::with_extension`] overrides the credentials of one request. [`Client::for_subject`] makes a client
+//! whose requests are made for one user, and [`Client::with_extension`] one with any extension. It is cheap and shares
+//! everything else with the client it was made from:
 //!
 //! ```
-//! # use tower_selam::{RequestAuth, Subject, adapter::reqwest::Client};
-//! # fn choose(selam: &Client) {
-//! let for_user = selam.clone().with_extension(Subject::new("user-7"));
-//! let with_key_alone = selam.clone().with_extension(RequestAuth::ApiKey);
-//! # let _ = (for_user, with_key_alone);
+//! # use tower_selam::{Error, RequestAuth, Subject, adapter::reqwest::Client};
+//! # async fn choose(selam: &Client) -> Result<(), Error<reqwest::Error>> {
+//! let chat = "https://api.selamgpt.com/v1/chat/completions";
+//! let question = r#"{"messages":[{"role":"user","content":"Selam!"}]}"#;
+//! let with_key_alone = selam.post(chat).body(question).with_extension(RequestAuth::ApiKey).send().await?;
+//! let for_user = selam.for_subject(&Subject::new("user-7"));
+//! let of_user = for_user.post(chat).body(question).send().await?;
+//! # let _ = (with_key_alone, of_user);
+//! # Ok(())
 //! # }
 //! ```
 //!
-//! [`execute`](Client::execute) also takes an `http::Request`. Its extensions take precedence over those of the client,
-//! as do those of a `reqwest::Request` that was converted from one.
+//! The extensions of a request take precedence over those of its client, also those of an `http::Request`, and of a
+//! `reqwest::Request` that was converted from one.
 //!
 //! # Redirects
 //!
@@ -93,17 +98,20 @@ use std::{
     fmt, mem,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
-use ::reqwest::{Body, ClientBuilder, RequestBuilder, ResponseBuilderExt, Url, redirect};
+use ::reqwest::{Body, ClientBuilder, IntoUrl, ResponseBuilderExt, Url, redirect};
 use bytes::Bytes;
-use http::{Extensions, Method, Request, Response};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use pin_project_lite::pin_project;
+use serde::Serialize;
 use tower::{Layer, Service, ServiceExt, util::Oneshot};
 
 use crate::{
-    BoxError, Error, RequestAuth, Selam, SelamLayer,
+    BoxError, Error, RequestAuth, Selam, SelamLayer, Subject,
     replay::{Replay, ReplayBody},
+    with_extension::add_missing,
 };
 
 /// Sends reqwest's requests through layers. See the [module docs](self).
@@ -117,12 +125,13 @@ pub struct Client<S = Selam<HttpService, TryCloneBody>> {
 }
 
 impl Client {
-    /// Builds a client from `builder` with [`redirect_policy`], and wraps it in `layer`.
+    /// Builds a client from a `reqwest::ClientBuilder` with [`redirect_policy`], and wraps it in `layer`. For a client that
+    /// is already built, see [`HttpService::dangerous_with_client`].
     ///
     /// # Errors
     ///
     /// When reqwest cannot build the client.
-    pub fn new(layer: SelamLayer, builder: ClientBuilder) -> Result<Self, ::reqwest::Error> {
+    pub fn new(layer: SelamLayer, builder: impl UnbuiltClient) -> Result<Self, ::reqwest::Error> {
         Ok(Self::with_layers(&layer.with_replay(TryCloneBody), HttpService::new(builder)?))
     }
 }
@@ -144,7 +153,7 @@ impl<S> Client<S> {
     ///     .map_err(Error::into_boxed)
     ///     .layer(layer.with_replay(TryCloneBody));
     /// let selam = Client::with_layers(&layers, HttpService::new(reqwest::Client::builder())?);
-    /// # drop(selam.execute(selam.reqwest().post("https://api.selamgpt.com/v1/chat/completions")));
+    /// # drop(selam.post("https://api.selamgpt.com/v1/chat/completions").send());
     /// # Ok(())
     /// # }
     /// ```
@@ -156,15 +165,43 @@ impl<S> Client<S> {
         Self { inner: layers.layer(http), reqwest, extensions: Extensions::new() }
     }
 
-    /// Adds this extension to every request that has none of its type: a [`RequestAuth`], a
-    /// [`Subject`](crate::Subject), or an extension that another layer reads.
+    with_extension!();
+
+    /// Returns a client whose requests are made for `subject`: they get its JWT from a
+    /// [`PerSubject`](crate::PerSubject). It shares everything with this one.
     #[must_use]
-    pub fn with_extension<T: Clone + Send + Sync + 'static>(mut self, extension: T) -> Self {
-        self.extensions.insert(extension);
-        self
+    pub fn for_subject(&self, subject: &Subject) -> Self
+    where
+        S: Clone,
+    {
+        self.clone().with_extension(subject.clone())
     }
 
-    /// Returns the innermost client, to build requests with. Requests it sends itself carry no credentials.
+    /// Starts a `GET` request, which [`send`](RequestBuilder::send) sends through the layers.
+    pub fn get(&self, url: impl IntoUrl) -> RequestBuilder<S>
+    where
+        S: Clone,
+    {
+        self.request(Method::GET, url)
+    }
+
+    /// Starts a `POST` request, which [`send`](RequestBuilder::send) sends through the layers.
+    pub fn post(&self, url: impl IntoUrl) -> RequestBuilder<S>
+    where
+        S: Clone,
+    {
+        self.request(Method::POST, url)
+    }
+
+    /// Starts a request, which [`send`](RequestBuilder::send) sends through the layers.
+    pub fn request(&self, method: Method, url: impl IntoUrl) -> RequestBuilder<S>
+    where
+        S: Clone,
+    {
+        RequestBuilder { client: self.clone(), request: self.reqwest.request(method, url) }
+    }
+
+    /// Returns the innermost client. Requests that it sends itself carry no credentials.
     pub fn reqwest(&self) -> &::reqwest::Client {
         &self.reqwest
     }
@@ -184,10 +221,7 @@ impl<S> Client<S> {
 
     fn convert(&self, request: ::reqwest::Request) -> Result<Request<Body>, ::reqwest::Error> {
         let mut request = Request::<Body>::try_from(request)?;
-        if !self.extensions.is_empty() {
-            let request_extensions = mem::replace(request.extensions_mut(), self.extensions.clone());
-            request.extensions_mut().extend(request_extensions);
-        }
+        add_missing(request.extensions_mut(), &self.extensions);
         Ok(request)
     }
 }
@@ -218,6 +252,74 @@ impl<S: fmt::Debug> fmt::Debug for Client<S> {
     }
 }
 
+/// A request that is being built, and sent through the layers of a [`Client`]. Made by [`Client::post`] and others.
+///
+/// Its methods are those of reqwest's builder. Mistakes, such as an invalid URL, are errors of [`send`](Self::send).
+#[must_use = "a request does nothing until it is sent"]
+pub struct RequestBuilder<S = Selam<HttpService, TryCloneBody>> {
+    client: Client<S>,
+    request: ::reqwest::RequestBuilder,
+}
+
+impl<S> RequestBuilder<S> {
+    /// Adds a header.
+    pub fn header<K, V>(self, name: K, value: V) -> Self
+    where
+        HeaderName: TryFrom<K, Error: Into<http::Error>>,
+        HeaderValue: TryFrom<V, Error: Into<http::Error>>,
+    {
+        self.map(|request| request.header(name, value))
+    }
+
+    /// Adds headers. They replace those of the same name.
+    pub fn headers(self, headers: HeaderMap) -> Self {
+        self.map(|request| request.headers(headers))
+    }
+
+    /// Sets the body.
+    pub fn body(self, body: impl Into<Body>) -> Self {
+        self.map(|request| request.body(body))
+    }
+
+    /// Sets the body to `value` in JSON, and `Content-Type` if it is not set.
+    pub fn json<T: Serialize + ?Sized>(self, value: &T) -> Self {
+        self.map(|request| request.json(value))
+    }
+
+    /// Sets how long each send may take, from connecting to the end of the response's body. A wait for a refresh does not
+    /// count.
+    pub fn timeout(self, time: Duration) -> Self {
+        self.map(|request| request.timeout(time))
+    }
+
+    /// Adds an extension to this request, instead of that of its client: a [`RequestAuth`], a [`Subject`], or any other that
+    /// a layer reads.
+    pub fn with_extension<T: Clone + Send + Sync + 'static>(mut self, extension: T) -> Self {
+        self.client = self.client.with_extension(extension);
+        self
+    }
+
+    /// Changes the request by reqwest's builder: `.map(|request| request.query(&page))`, with reqwest's feature `query`.
+    pub fn map(
+        mut self,
+        change: impl FnOnce(::reqwest::RequestBuilder) -> ::reqwest::RequestBuilder,
+    ) -> Self {
+        self.request = change(self.request);
+        self
+    }
+
+    /// Sends the request through the layers: see [`Client::execute`].
+    pub fn send(self) -> Execute<S>
+    where
+        S: Service<Request<Body>> + Clone,
+    {
+        self.client.execute(self.request)
+    }
+}
+
+// reqwest's shows its headers, and the query of its URL.
+opaque_debug!(RequestBuilder<S>);
+
 /// A request that [`Client::execute`] can send. Implement it to pass your own request type.
 pub trait IntoRequest {
     /// Converts this into reqwest's request.
@@ -234,7 +336,7 @@ impl IntoRequest for ::reqwest::Request {
     }
 }
 
-impl IntoRequest for RequestBuilder {
+impl IntoRequest for ::reqwest::RequestBuilder {
     fn into_request(self) -> Result<::reqwest::Request, ::reqwest::Error> {
         self.build()
     }
@@ -317,13 +419,13 @@ where
 pub struct HttpService(::reqwest::Client);
 
 impl HttpService {
-    /// Builds a client from `builder`, whose redirect policy is replaced by [`redirect_policy`].
+    /// Builds a client from a `reqwest::ClientBuilder`, whose redirect policy is replaced by [`redirect_policy`].
     ///
     /// # Errors
     ///
     /// When reqwest cannot build the client.
-    pub fn new(builder: ClientBuilder) -> Result<Self, ::reqwest::Error> {
-        builder.redirect(redirect_policy()).build().map(Self)
+    pub fn new(builder: impl UnbuiltClient) -> Result<Self, ::reqwest::Error> {
+        builder.into().redirect(redirect_policy()).build().map(Self)
     }
 
     /// Wraps a client that is already built, and whose redirect policy is therefore unknown.
@@ -340,6 +442,20 @@ impl HttpService {
         &self.0
     }
 }
+
+/// A `reqwest::ClientBuilder`, whose redirect policy can still be set.
+///
+/// The trait exists for the compiler message that a client which is already built gets.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a `reqwest::ClientBuilder`",
+    label = "expected `reqwest::Client::builder()`",
+    note = "the redirect policy must be replaced, because reqwest's own takes `X-API-Key` to other origins",
+    note = "a client that is already built: `Client::with_layers(&layer.with_replay(TryCloneBody), \
+            HttpService::dangerous_with_client(client))`"
+)]
+pub trait UnbuiltClient: Into<ClientBuilder> {}
+
+impl UnbuiltClient for ClientBuilder {}
 
 /// Returns a policy that follows at most ten redirects, all within the origin that a layer approved.
 ///

@@ -32,8 +32,25 @@
 //! # }).unwrap();
 //! ```
 //!
+//! # Credentials of a single request, or of a user
+//!
 //! A single request overrides its credentials or names its subject through `RequestBuilder::with_extension`, with a
-//! [`RequestAuth`](crate::RequestAuth) or a [`Subject`](crate::Subject).
+//! [`RequestAuth`](crate::RequestAuth) or a [`Subject`]. A generated client that takes a `ClientWithMiddleware` hides its
+//! requests: give it one for each user, whose last middleware is [`AuthMiddleware::for_subject`]. They share credentials
+//! and connections:
+//!
+//! ```
+//! use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
+//! use tower_selam::{Subject, adapter::reqwest_middleware::AuthMiddleware};
+//!
+//! // `base` has all middlewares but this one.
+//! fn for_user(base: &ClientWithMiddleware, auth: &AuthMiddleware, user: &str) -> ClientWithMiddleware {
+//!     ClientBuilder::from_client(base.clone()).with(auth.for_subject(&Subject::new(user))).build()
+//! }
+//! ```
+//!
+//! The request's own extension takes precedence. (`reqwest_middleware::Extension`, which sets extensions for a client too,
+//! does so only for requests that its builder sends, and not for those that are built first and then given to `execute`.)
 //!
 //! # Redirects
 //!
@@ -99,14 +116,16 @@ use zeroize::Zeroizing;
 
 use super::reqwest::{TryCloneBody, has_secret_query, into_reqwest, redact_url, to_http};
 use crate::{
-    AuthError, BoxError, SelamLayer,
+    AuthError, BoxError, SelamLayer, Subject,
     error::{Redactor, with_causes},
+    with_extension::add_missing,
 };
 
 /// Sends requests through layers. See the [module docs](self).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AuthMiddleware<L = SelamLayer<TryCloneBody>> {
     layers: L,
+    extensions: Extensions,
 }
 
 impl AuthMiddleware {
@@ -129,7 +148,18 @@ impl<L> AuthMiddleware<L> {
     where
         L: for<'a> Layers<'a>,
     {
-        Self { layers }
+        Self { layers, extensions: Extensions::new() }
+    }
+
+    with_extension!();
+
+    /// Returns a middleware that makes requests for `subject`. It shares the layers with this one.
+    #[must_use]
+    pub fn for_subject(&self, subject: &Subject) -> Self
+    where
+        L: Clone,
+    {
+        self.clone().with_extension(subject.clone())
     }
 }
 
@@ -146,6 +176,7 @@ where
     ) -> Result<::reqwest::Response, Error> {
         let mut request = Request::<Body>::try_from(request).map_err(redact_url)?;
         request.extensions_mut().extend(extensions.clone());
+        add_missing(request.extensions_mut(), &self.extensions);
         let shared = Arc::new(Mutex::new(extensions.clone()));
         let result = self.layers.send(NextService { next, extensions: Arc::clone(&shared) }, request).await;
         // Hand back what the inner middlewares stored.

@@ -119,9 +119,24 @@
 //! the rest. If more than the limit was sent, the status is returned to the caller and the next call uses the new
 //! credential. The copy is dropped once the response begins.
 //!
+//! # A user per call
+//!
+//! With one JWT for each of many users ([`PerSubject`](crate::PerSubject)), a call names its user by a [`Subject`] in its
+//! extensions; a [`RequestAuth`](crate::RequestAuth) there overrides its credentials. There are three ways to put it there:
+//!
+//! | For | Use |
+//! |---|---|
+//! | one call | `request.extensions_mut().insert(Subject::new("user-7"))` on the `tonic::Request` |
+//! | all calls of a client | `GreeterClient::new(selam.for_subject(&Subject::new("user-7")))`: [`SelamGrpc::for_subject`] |
+//! | calls whose user an interceptor knows | `GreeterClient::with_interceptor(selam, interceptor)`, which inserts it in the same way |
+//!
+//! A handle costs little and shares the channel. The call's own extension takes precedence over that of `for_subject`. An
+//! interceptor runs after the call is built, so what it inserts replaces the call's. None affects other calls.
+//!
 //! # Order
 //!
-//! Place the layer directly around the channel. A deadline set on a request applies to each send separately; for one
+//! Place the layer directly around the channel, and interceptors around the layer. What they write into `authorization`
+//! or `x-api-key` is replaced; an interceptor inside, next to the channel, would replace ours. A deadline set on a request applies to each send separately; for one
 //! deadline over everything, put `tower::timeout` or tokio's around the layer.
 
 use std::{
@@ -143,7 +158,8 @@ use tonic::{Code, Status, body::Body, metadata::MetadataMap};
 use tower::{Layer, Service};
 
 use crate::{
-    AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, RefreshLayer, SelamLayer,
+    AuthError, AuthErrorKind, BoxError, CloneClient, ConfigError, RefreshLayer, SelamLayer, Subject,
+    WithExtension,
     auth_error::{BodyLimits, InspectedBody, Inspection},
     authorize::{Authorize, Policy, Sent, Settings, Undecided},
     error::{Redactor, grpc_message, is_auth_status},
@@ -230,6 +246,16 @@ pub struct SelamGrpc<S> {
 type Inner<S> = Refresh<Authorize<HttpStatus<S>>, ReplayRequests>;
 
 impl<S> SelamGrpc<S> {
+    /// Returns a handle whose calls are made for `subject`: see [the module docs](self#a-user-per-call). It shares the
+    /// channel and everything else with this service. A call that names its own subject keeps it.
+    #[must_use]
+    pub fn for_subject(&self, subject: &Subject) -> WithExtension<Self>
+    where
+        S: Clone,
+    {
+        WithExtension::new(self.clone(), subject.clone())
+    }
+
     /// Returns a reference to the inner channel.
     pub fn get_ref(&self) -> &S {
         &self.inner.get_ref().get_ref().0
@@ -384,6 +410,13 @@ where
 }
 
 opaque_debug!(ResponseBody<B>);
+
+/// Required by `with_interceptor` of generated clients.
+impl<B: Default> Default for ResponseBody<B> {
+    fn default() -> Self {
+        Self { body: B::default(), sent: None }
+    }
+}
 
 /// Gives `Unauthenticated` or `PermissionDenied`, never `Unknown`, with the error as the source.
 ///

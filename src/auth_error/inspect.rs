@@ -300,6 +300,13 @@ impl<B: Body> InspectedBody<B> {
     }
 }
 
+/// Generated gRPC clients require it of a response body.
+impl<B: Body + Default> Default for InspectedBody<B> {
+    fn default() -> Self {
+        Self::unread(B::default())
+    }
+}
+
 impl<B: Body> Body for InspectedBody<B> {
     type Data = Bytes;
     type Error = B::Error;

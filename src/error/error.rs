@@ -1,7 +1,10 @@
 //! [`Error`], which pairs an [`AuthError`] with the client's own error, and what the layers ask of clients:
-//! [`FromAuthError`] and [`CloneClient`].
+//! [`FromAuthError`], [`CloneClient`] and [`HttpClient`].
 
 use std::{error::Error as StdError, fmt};
+
+use http::Request;
+use tower::Service;
 
 use super::{AuthError, BoxError};
 
@@ -117,3 +120,18 @@ pub trait CloneClient: Clone {}
 
 #[diagnostic::do_not_recommend]
 impl<S: Clone> CloneClient for S {}
+
+/// A client that takes requests of the `http` crate with the body `B`.
+///
+/// Implemented for every `tower::Service<http::Request<B>>`. The trait exists for the compiler message that other clients
+/// get.
+#[diagnostic::on_unimplemented(
+    message = "the client `{Self}` takes no `http::Request<{B}>`",
+    label = "the layers need a `tower::Service` that takes this request",
+    note = "for reqwest: `tower_selam::adapter::reqwest::Client::new(layer, reqwest::Client::builder())`",
+    note = "any other client must take the body that the requests have"
+)]
+pub trait HttpClient<B>: Service<Request<B>> {}
+
+#[diagnostic::do_not_recommend]
+impl<S: Service<Request<B>>, B> HttpClient<B> for S {}

@@ -28,7 +28,7 @@ pub use self::{
     auth::AuthError,
     body::ErrorBody,
     config::{ConfigError, ConfigErrorKind},
-    error::{CloneClient, Error, FromAuthError},
+    error::{CloneClient, Error, FromAuthError, HttpClient},
     kind::AuthErrorKind,
     rate_limit::RateLimit,
 };

@@ -22,7 +22,7 @@ const USER_AGENT: HeaderValue =
 /// body types of most clients are. Each token request calls a clone of it. It should not follow redirects.
 ///
 /// See the [module docs](super) for an example. A function that is generic over the client repeats the bounds of
-/// [`new`](Self::new), the second `Send` included:
+/// [`new`](Self::new):
 ///
 /// ```
 /// # use bytes::Bytes;
@@ -34,7 +34,7 @@ const USER_AGENT: HeaderValue =
 /// where
 ///     S: Service<Request<Full<Bytes>>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
 ///     S: Clone + Send + 'static,
-///     R: http_body::Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+///     R: http_body::Body<Error: Into<BoxError>> + Send + 'static,
 /// {
 ///     TokenEndpoint::new("https://login.example/oauth/token", client)
 /// }
@@ -52,26 +52,7 @@ impl TokenEndpoint {
     /// Makes an endpoint of an `https` URL, which may have a query
     /// ([RFC 6749 section 3.2](https://www.rfc-editor.org/rfc/rfc6749#section-3.2)).
     ///
-    /// `B` is the body type that `client` takes; it is inferred if there is only one. A function that is generic over the
-    /// client repeats the bounds:
-    ///
-    /// ```
-    /// use bytes::Bytes;
-    /// use http::{Request, Response};
-    /// use http_body::Body;
-    /// use tower::Service;
-    /// use tower_selam::{BoxError, ConfigError, oauth::TokenEndpoint};
-    ///
-    /// fn endpoint<S, B, R>(client: S) -> Result<TokenEndpoint, ConfigError>
-    /// where
-    ///     S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
-    ///     B: From<Bytes> + Send + 'static,
-    ///     R: Body<Error: Into<BoxError>> + Send + 'static,
-    /// {
-    ///     TokenEndpoint::new("https://login.example/oauth/token", client)
-    /// }
-    /// # let _ = endpoint::<tower_selam::simulator::Simulator, http_body_util::Full<Bytes>, _>;
-    /// ```
+    /// `B` is the body type that `client` takes; it is inferred if there is only one.
     ///
     /// # Errors
     ///

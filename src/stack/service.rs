@@ -13,13 +13,16 @@ use tower::{Layer, Service, ServiceExt};
 
 use super::SelamLayer;
 use crate::{
-    BoxError, CloneClient, Error, RefreshLayer,
+    BoxError, CloneClient, Error, HttpClient, RefreshLayer, Subject, WithExtension,
     auth_error::{InspectedBody, MapAuthError},
     authorize::Authorize,
     replay::{CloneBody, Refresh, Replay},
 };
 
 /// Sends authenticated requests. Made by [`SelamLayer`]; see the [module docs](super).
+///
+/// Its error is [`Error`]. A `BoxCloneSyncService` of Tower's, whose error is `BoxError`, takes it with
+/// `ServiceBuilder::new().map_err(Error::into_boxed).service(selam)`.
 #[derive(Clone, Debug)]
 pub struct Selam<S, R = CloneBody> {
     inner: Inner<S, R>,
@@ -56,6 +59,45 @@ impl<S, R> Selam<S, R> {
         self.inner.into_inner().into_inner().into_inner().0
     }
 
+    /// Returns a handle whose requests are made for `subject`: they get its JWT from a
+    /// [`PerSubject`](crate::PerSubject). It shares everything with this service. A request that names its own subject
+    /// keeps it.
+    ///
+    /// ```
+    /// # use http::{Request, Response};
+    /// # use http_body_util::Empty;
+    /// # use tower::{BoxError, Layer, service_fn};
+    /// use tower_selam::{ApiKey, PerSubject, SelamLayer, Subject, Token, source::{Reason, source_fn}};
+    ///
+    /// # tokio_test::block_on(async {
+    /// # let client = service_fn(|request: Request<()>| async move {
+    /// #     assert_eq!(request.headers()["authorization"], "Bearer jwt.of.user-7");
+    /// #     Ok::<_, BoxError>(Response::new(Empty::<bytes::Bytes>::new()))
+    /// # });
+    /// let jwts = PerSubject::new(|subject: &Subject| {
+    ///     let jwt = format!("jwt.of.{}", subject.as_str());
+    ///     source_fn(move |_: Reason<Token>| std::future::ready(Token::new(jwt.clone())))
+    /// });
+    /// let layer = SelamLayer::builder().with_api_key(ApiKey::new("sk-selam-example")?).with_jwt(jwts).build()?;
+    /// let chat = layer.base_url().endpoint("chat/completions")?;
+    /// let selam = layer.layer(client);
+    ///
+    /// let for_user = selam.for_subject(&Subject::new("user-7"));
+    /// assert_eq!(for_user.send(Request::post(&chat).body(())?).await?.status(), 200);
+    /// // Without a subject, there is no JWT to send, and nothing is sent.
+    /// assert!(selam.send(Request::post(&chat).body(())?).await.is_err());
+    /// # Ok::<(), BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    #[must_use]
+    pub fn for_subject(&self, subject: &Subject) -> WithExtension<Self>
+    where
+        S: Clone,
+        R: Clone,
+    {
+        WithExtension::new(self.clone(), subject.clone())
+    }
+
     /// Sends a request through a clone of the stack, as soon as that is ready: like tower's `ServiceExt::oneshot`, but the
     /// compiler explains what to do if the client does not fit.
     ///
@@ -87,7 +129,7 @@ impl<S, R> Selam<S, R> {
         request: Request<ReqBody>,
     ) -> Result<Response<ResponseBody<ResBody>>, Error<S::Error>>
     where
-        S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+        S: HttpClient<R::Body, Response = Response<ResBody>> + CloneClient,
         R: Replay<ReqBody> + Clone,
         ResBody: Body,
         ResBody::Error: Into<BoxError>,
@@ -98,7 +140,7 @@ impl<S, R> Selam<S, R> {
 
 impl<S, R, ReqBody, ResBody> Service<Request<ReqBody>> for Selam<S, R>
 where
-    S: Service<Request<R::Body>, Response = Response<ResBody>> + CloneClient,
+    S: HttpClient<R::Body, Response = Response<ResBody>> + CloneClient,
     R: Replay<ReqBody> + Clone,
     ResBody: Body,
     ResBody::Error: Into<BoxError>,

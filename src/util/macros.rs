@@ -1,4 +1,4 @@
-//! Methods that every service of this crate has, `Debug` for opaque types, and lists of conversions.
+//! Methods that several services of this crate have, `Debug` for opaque types, and lists of conversions.
 
 /// Access to the inner service, in the field `inner`.
 macro_rules! inner_accessors {
@@ -16,6 +16,19 @@ macro_rules! inner_accessors {
         /// Returns the inner service and discards this one.
         pub fn into_inner(self) -> S {
             self.inner
+        }
+    };
+}
+
+/// Adds an extension to the requests of a client, in the field `extensions`.
+macro_rules! with_extension {
+    () => {
+        /// Adds this extension to every request that has none of its type: a [`RequestAuth`](crate::RequestAuth), a
+        /// [`Subject`](crate::Subject), or any other that a layer reads. It replaces an earlier one of its type.
+        #[must_use]
+        pub fn with_extension<T: Clone + Send + Sync + 'static>(mut self, extension: T) -> Self {
+            self.extensions.insert(extension);
+            self
         }
     };
 }

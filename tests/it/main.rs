@@ -53,3 +53,4 @@ mod two_versions;
 mod voice_agent;
 mod waiting;
 mod wire;
+mod with_extension;

@@ -15,7 +15,7 @@ use tower_selam::{
     stack::ResponseBody,
 };
 
-use crate::support::{CHAT, PROTOCOLS, SESSION, handshake, header, in_time, plain, stream, world};
+use crate::support::{CHAT, DEADLINE, PROTOCOLS, SESSION, handshake, header, in_time, plain, stream, world};
 
 /// H1: a completion with the key alone.
 #[tokio::test]
@@ -96,25 +96,85 @@ async fn request_auth_applies_to_its_client_or_request() {
     assert_eq!(refused.auth().unwrap().kind(), AuthErrorKind::MissingApiKey);
 }
 
-/// H4: the client's `Subject` extension selects the JWT.
+/// H4: the client's `Subject` selects the JWT, unless the request names another.
 #[tokio::test]
 async fn each_subject_gets_its_own_jwt() {
     let world = world(PROTOCOLS[0]).await;
     let jwts = PerSubject::new(|subject: &Subject| {
-        let token = Token::new(format!("jwt-of-{}", subject.as_str())).unwrap();
-        source_fn(move |_: Reason<Token>| {
-            let token = token.clone();
-            async move { Ok::<_, BoxError>(token) }
-        })
+        let token = Token::new(format!("jwt-of-{}", subject.as_str()));
+        source_fn(move |_: Reason<Token>| std::future::ready(token.clone()))
     });
     let selam = Client::new(world.builder().with_jwt(jwts).build().unwrap(), world.reqwest()).unwrap();
-    for subject in ["user-7", "user-8"] {
-        let for_subject = selam.clone().with_extension(Subject::new(subject));
-        // The API rejects these made-up tokens.
-        let request = selam.reqwest().post(world.url("audio/agent/sessions")).body(SESSION);
-        assert!(in_time(for_subject.execute(request)).await.is_err());
-        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{subject}")]);
+    let url = world.url("audio/agent/sessions");
+    let [almaz, kaleb] = ["almaz", "kaleb"].map(|name| selam.for_subject(&Subject::new(name)));
+    // The API rejects these made-up tokens.
+    for (request, expected) in [
+        (almaz.post(&url), "almaz"),
+        (kaleb.post(&url), "kaleb"),
+        (almaz.post(&url).with_extension(Subject::new("kaleb")), "kaleb"),
+        (almaz.post(&url), "almaz"),
+    ] {
+        assert!(in_time(request.body(SESSION).send()).await.is_err());
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{expected}")]);
     }
+    let sent = world.simulator.requests();
+    let refused = in_time(selam.post(&url).body(SESSION).send()).await.unwrap_err();
+    assert_eq!(refused.auth().unwrap().kind(), AuthErrorKind::CredentialUnavailable, "no subject");
+    assert_eq!(world.simulator.requests(), sent);
+}
+
+/// H1, H3: what the client's own builder sends goes through the layers.
+#[tokio::test]
+async fn the_builder_sends_through_the_layers() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let layer = world.builder().with_jwt(world.jwt()).build().unwrap();
+        let selam = Client::new(layer, world.reqwest()).unwrap();
+        let url = world.url("chat/completions");
+        let mut headers = http::HeaderMap::new();
+        headers.insert("x-mine", "1".parse().unwrap());
+        let question: serde_json::Value = serde_json::from_str(CHAT).unwrap();
+        let request = selam.post(&url).headers(headers).header("authorization", "Bearer theirs");
+        let request = request.timeout(DEADLINE).json(&question).map(|request| request.bearer_auth("theirs"));
+        assert!(!format!("{request:?}").contains("theirs"));
+        let response = in_time(request.send()).await.unwrap();
+        assert_eq!((response.status(), response.version()), (StatusCode::OK, protocol.version()));
+        let received = world.last();
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&received.body).unwrap(), question);
+        assert_eq!(header(&received, "content-type"), ["application/json"]);
+        assert_eq!(header(&received, "x-mine"), ["1"]);
+        assert_eq!(header(&received, "x-api-key"), [&*world.key]);
+        let bearer = header(&received, "authorization");
+        assert!(bearer.len() == 1 && !bearer[0].contains("theirs"), "{bearer:?}");
+
+        let request = selam.post(&url).body(CHAT).with_extension(RequestAuth::ApiKey);
+        in_time(request.send()).await.unwrap();
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
+        in_time(selam.get(&url).send()).await.unwrap();
+        assert_eq!(world.last().method, http::Method::GET);
+        assert_eq!(header(&world.last(), "x-api-key"), [&*world.key], "the extension applied to one request");
+        in_time(selam.request(http::Method::DELETE, &url).send()).await.unwrap();
+        assert_eq!(world.last().method, http::Method::DELETE);
+    }
+}
+
+/// What cannot be built is an error of `send`; nothing is sent, not even before the future is polled.
+#[tokio::test]
+async fn the_builder_reports_mistakes_when_it_sends() {
+    let world = plain().await;
+    let selam = world.key_alone();
+    let not_json = std::collections::HashMap::from([((), ())]);
+    let url = world.url("chat/completions");
+    for request in
+        [selam.get("no url"), selam.post(&url).json(&not_json), selam.post(&url).header("x", "a\nb")]
+    {
+        match in_time(request.send()).await {
+            Err(Error::Inner(error)) => assert!(error.is_builder()),
+            other => panic!("{other:?}"),
+        }
+    }
+    drop(selam.post(&url).body(CHAT).send());
+    assert_eq!(world.simulator.requests(), 0);
 }
 
 /// J2: every request is replayed after the single refresh.

@@ -1,6 +1,7 @@
 //! `adapter::reqwest_middleware`: alone, and next to other middlewares.
 
 use std::{
+    collections::HashMap,
     fmt,
     pin::pin,
     sync::{
@@ -126,6 +127,77 @@ async fn request_auth_applies_to_one_request() {
         let request = client.post(world.url("audio/agent/sessions")).body(SESSION);
         assert!(in_time(request.with_extension(Subject::new(subject)).send()).await.is_err());
         assert_eq!(header(&world.last(), "authorization"), [format!("Bearer jwt-of-{subject}")]);
+    }
+}
+
+/// A generated client: it builds its requests itself, by the client's builder or as reqwest's own.
+struct Generated {
+    client: ClientWithMiddleware,
+    url: String,
+}
+
+impl Generated {
+    async fn open_session(&self) -> Result<reqwest::Response, Error> {
+        self.client.post(&self.url).body(SESSION).send().await
+    }
+
+    async fn open_built_session(&self) -> Result<reqwest::Response, Error> {
+        let request = self.client.post(&self.url).body(SESSION).build().unwrap();
+        self.client.execute(request).await
+    }
+}
+
+/// H4: a middleware speaks for its subject, in whatever way the client sends; a request's own subject wins.
+#[tokio::test]
+async fn a_generated_client_speaks_for_a_user() {
+    for &protocol in PROTOCOLS {
+        let world = world(protocol).await;
+        let users = ["almaz", "kaleb"].map(|name| (name, world.jwt()));
+        let jwts: HashMap<_, _> = users.iter().cloned().collect();
+        let jwts = PerSubject::new(move |subject: &Subject| {
+            let token = jwts[subject.as_str()].clone();
+            source_fn(move |_: Reason<Token>| std::future::ready(Ok::<_, BoxError>(token.clone())))
+        });
+        let auth = AuthMiddleware::new(world.builder().with_jwt(jwts.clone()).build().unwrap());
+        let retries = Arc::new(AtomicUsize::new(0));
+        let base = ClientBuilder::new(client(&world)).with(Retry(Arc::clone(&retries))).build();
+        let url = world.url("audio/agent/sessions");
+        let generated = |auth: AuthMiddleware| Generated {
+            client: ClientBuilder::from_client(base.clone()).with(auth).build(),
+            url: url.clone(),
+        };
+        let clients =
+            users.clone().map(|(name, token)| (generated(auth.for_subject(&Subject::new(name))), token));
+        for _ in 0..2 {
+            for (client, token) in &clients {
+                let expected = [format!("Bearer {}", token.expose_secret())];
+                for response in
+                    [in_time(client.open_session()).await, in_time(client.open_built_session()).await]
+                {
+                    assert_eq!(response.unwrap().status(), StatusCode::OK);
+                }
+                let received = world.simulator.received();
+                for sent in &received[received.len() - 2..] {
+                    assert_eq!(header(sent, "authorization"), expected);
+                    assert_eq!(header(sent, "x-api-key"), [&*world.key]);
+                }
+            }
+        }
+        assert_eq!((jwts.len(), retries.load(SeqCst)), (2, 8), "they share JWTs and middlewares");
+
+        let [(almaz, _), (_, of_kaleb)] = &clients;
+        let request = almaz.client.post(&url).body(SESSION).with_extension(Subject::new("kaleb"));
+        in_time(request.send()).await.unwrap();
+        let bearer = |token: &Token| [format!("Bearer {}", token.expose_secret())];
+        assert_eq!(header(&world.last(), "authorization"), bearer(of_kaleb));
+        let key_alone = generated(auth.clone().with_extension(RequestAuth::ApiKey));
+        assert!(in_time(key_alone.open_session()).await.is_err(), "sessions need a JWT");
+        assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
+
+        let sent = world.simulator.requests();
+        let error = in_time(generated(auth).open_built_session()).await.unwrap_err();
+        assert_eq!(AuthError::find(&error).unwrap().kind(), AuthErrorKind::CredentialUnavailable);
+        assert_eq!(world.simulator.requests(), sent, "a forgotten subject is refused");
     }
 }
 

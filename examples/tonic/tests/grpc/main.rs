@@ -3,5 +3,6 @@
 mod errors;
 mod redirects;
 mod refusals;
+mod subjects;
 mod support;
 mod wire;
