@@ -35,7 +35,7 @@
 //! # Credentials of a single request, or of a user
 //!
 //! A single request overrides its credentials or names its subject through `RequestBuilder::with_extension`, with a
-//! [`RequestAuth`](crate::RequestAuth) or a [`Subject`]. A generated client that takes a `ClientWithMiddleware` hides its
+//! [`RequestAuth`] or a [`Subject`]. A generated client that takes a `ClientWithMiddleware` hides its
 //! requests: give it one for each user, whose last middleware is [`AuthMiddleware::for_subject`]. They share credentials
 //! and connections:
 //!
@@ -116,7 +116,7 @@ use zeroize::Zeroizing;
 
 use super::reqwest::{TryCloneBody, has_secret_query, into_reqwest, redact_url, to_http};
 use crate::{
-    AuthError, BoxError, SelamLayer, Subject,
+    AuthError, BoxError, RequestAuth, SelamLayer, Subject,
     error::{Redactor, with_causes},
     with_extension::add_missing,
 };
@@ -179,8 +179,16 @@ where
         add_missing(request.extensions_mut(), &self.extensions);
         let shared = Arc::new(Mutex::new(extensions.clone()));
         let result = self.layers.send(NextService { next, extensions: Arc::clone(&shared) }, request).await;
-        // Hand back what the inner middlewares stored.
-        *extensions = mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+        // Hand back what the inner middlewares stored, but no choice that was made for this request: the caller may use its
+        // extensions for a request of another user.
+        let mut stored = mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+        if extensions.get::<Subject>().is_none() {
+            stored.remove::<Subject>();
+        }
+        if extensions.get::<RequestAuth>().is_none() {
+            stored.remove::<RequestAuth>();
+        }
+        *extensions = stored;
         result
     }
 }

@@ -190,6 +190,19 @@ async fn a_generated_client_speaks_for_a_user() {
         in_time(request.send()).await.unwrap();
         let bearer = |token: &Token| [format!("Bearer {}", token.expose_secret())];
         assert_eq!(header(&world.last(), "authorization"), bearer(of_kaleb));
+
+        // A caller that reuses its extensions takes neither the subject nor the choice of one client to another.
+        let mut extensions = Extensions::new();
+        let choosing =
+            generated(auth.for_subject(&Subject::new("almaz")).with_extension(RequestAuth::ApiKeyAndJwt));
+        for (client, expected) in
+            [(&choosing, &clients[0].1), (&clients[1].0, of_kaleb), (almaz, &clients[0].1)]
+        {
+            let request = client.client.post(&url).body(SESSION).build().unwrap();
+            in_time(client.client.execute_with_extensions(request, &mut extensions)).await.unwrap();
+            assert_eq!(header(&world.last(), "authorization"), bearer(expected));
+            assert!(extensions.get::<Subject>().is_none() && extensions.get::<RequestAuth>().is_none());
+        }
         let key_alone = generated(auth.clone().with_extension(RequestAuth::ApiKey));
         assert!(in_time(key_alone.open_session()).await.is_err(), "sessions need a JWT");
         assert_eq!(header(&world.last(), "authorization"), [format!("Bearer {}", world.key)]);
