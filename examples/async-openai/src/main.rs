@@ -1,4 +1,4 @@
-//! Runs async-openai through the layers: a completion, a stream, a refreshed token and typed errors.
+//! Runs async-openai through the layers: a completion, a stream, a refreshed token, two users and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-async-openai
@@ -20,11 +20,15 @@ use async_openai::{
         ChatCompletionRequestUserMessageArgs, CreateChatCompletionRequest, CreateChatCompletionRequestArgs,
     },
 };
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use futures_util::StreamExt;
+use serde_json::Value;
 use tower::service_fn;
 use tower_selam::{
-    ApiKey, AuthError, BoxError, Refreshing, SelamLayer, Token,
-    adapter::reqwest::Client,
+    ApiKey, AuthError, BaseUrl, BoxError, PerSubject, Refreshing, Subject, Token,
+    adapter::reqwest::{Client, HttpService},
+    oauth::{ClientAuth, OAuthSource, TokenEndpoint, TokenType},
+    simulator::{Received, Simulator},
     source::{Reason, source_fn},
 };
 
@@ -37,17 +41,32 @@ type OpenAI = async_openai::Client<OpenAIConfig>;
 
 /// Makes a client whose requests are built by async-openai and sent through the layers.
 ///
-/// async-openai writes the key from its `OpenAIConfig` into `Authorization`; the layers replace it.
-fn openai(layer: SelamLayer, http: reqwest::ClientBuilder) -> Result<OpenAI, reqwest::Error> {
-    let config = OpenAIConfig::new().with_api_base(layer.base_url().to_string()).with_api_key("replaced");
-    let selam = Client::new(layer, http)?;
+/// async-openai writes the key from its `OpenAIConfig` into `Authorization`; the layers replace it. To speak for a user,
+/// give it `selam.for_subject(&user)`: that costs no more than a clone.
+fn openai(base_url: &BaseUrl, selam: Client) -> OpenAI {
+    let config = OpenAIConfig::new().with_api_base(base_url.to_string()).with_api_key("replaced");
     let service = service_fn(move |request: HttpRequestFactory| {
         let selam = selam.clone();
         async move {
             selam.execute(request.build().await?).await.map_err(|error| OpenAIError::Boxed(error.into()))
         }
     });
-    Ok(async_openai::Client::with_config(config).with_http_service(service))
+    async_openai::Client::with_config(config).with_http_service(service)
+}
+
+/// A JWT for each user, by token exchange (RFC 8693). A real server exchanges the token with which the user came to it; the
+/// simulator takes a name, and makes it the JWT's `sub`.
+fn jwts_of_users(api: &Api, key: &ApiKey) -> Result<PerSubject, BoxError> {
+    // A token endpoint does not redirect.
+    let http = client_builder(api)?.redirect(reqwest::redirect::Policy::none()).build()?;
+    let http = HttpService::dangerous_with_client(http);
+    let url = api.base_url().to_string().replace("/v1", "/oauth/token");
+    let endpoint = TokenEndpoint::new::<_, reqwest::Body, _>(&url, http)?
+        .with_client_auth(ClientAuth::api_key(key.clone()));
+    let token_of = |user: &Subject| Token::new(user.as_str()).expect("a name without white space");
+    Ok(PerSubject::new(move |user: &Subject| {
+        OAuthSource::token_exchange(endpoint.clone(), token_of(user), TokenType::AccessToken)
+    }))
 }
 
 #[tokio::main]
@@ -57,7 +76,7 @@ async fn main() -> ExitCode {
 
 async fn run() -> Result<(), BoxError> {
     let api = Api::start("tower-selam under async-openai").await?;
-    let client = openai(api.layer().clone(), client_builder(&api)?)?;
+    let client = openai(api.base_url(), Client::new(api.layer().clone(), client_builder(&api)?)?);
 
     step("Chat completion");
     answer(&client).await?;
@@ -72,21 +91,63 @@ async fn run() -> Result<(), BoxError> {
     answer(&client).await?;
     line("sent", format_args!("{} times", simulator.requests() - before));
 
+    step("Two users: each request carries the JWT of its user");
+    let key = ApiKey::new(simulator.issue_key())?;
+    let layer = api.builder().with_api_key(key.clone()).with_jwt(jwts_of_users(&api, &key)?).build()?;
+    let selam = Client::new(layer, client_builder(&api)?)?;
+    for user in ["almaz", "kaleb"] {
+        let client = openai(api.base_url(), selam.for_subject(&Subject::new(user)));
+        let before = simulator.requests();
+        line("user", user);
+        answer(&client).await?;
+        stream(&client).await?;
+        for sent in users_of_requests(simulator, before) {
+            line("sent", format_args!("the JWT of {sent}"));
+            if sent != user {
+                return Err("a request carried another user's JWT".into());
+            }
+        }
+    }
+
+    step("Forgotten user: nothing is sent, and nobody else's JWT is used");
+    error(&openai(api.base_url(), selam)).await?;
+
     step("Revoked key: the typed error is found inside async-openai's");
     let layer = api.builder().with_api_key(api.revoked_key()?).build()?;
-    error(&openai(layer, client_builder(&api)?)?).await?;
+    error(&openai(api.base_url(), Client::new(layer, client_builder(&api)?)?)).await?;
 
     step("JWT source that fails: nothing is sent");
     let failing = Refreshing::new(source_fn(|_: Reason<Token>| async {
         Err::<Token, BoxError>("the login service is down".into())
     }));
-    let key = ApiKey::new(simulator.issue_key())?;
     let layer = api.builder().with_api_key(key).with_jwt(failing).build()?;
-    error(&openai(layer, client_builder(&api)?)?).await
+    error(&openai(api.base_url(), Client::new(layer, client_builder(&api)?)?)).await
+}
+
+/// The `sub` of the JWT of each chat completion, except for the `skipped` first requests.
+fn users_of_requests(simulator: &Simulator, skipped: u64) -> Vec<String> {
+    let received = simulator.received().into_iter().skip(skipped as usize);
+    received
+        .filter(|request| request.uri.path().ends_with("/chat/completions"))
+        .map(|request| user(&request))
+        .collect()
+}
+
+/// The `sub` of the JWT of a request.
+fn user(request: &Received) -> String {
+    let authorization = request.headers["authorization"].to_str().unwrap_or_default();
+    let claims =
+        authorization.split('.').nth(1).and_then(|claims| BASE64_URL_SAFE_NO_PAD.decode(claims).ok());
+    let claims: Value = serde_json::from_slice(&claims.unwrap_or_default()).unwrap_or_default();
+    claims["sub"].as_str().unwrap_or("nobody").to_owned()
 }
 
 fn question(stream: bool) -> Result<CreateChatCompletionRequest, OpenAIError> {
-    let message = ChatCompletionRequestUserMessageArgs::default().content("What does selam mean?").build()?;
+    saying("What does selam mean?", stream)
+}
+
+fn saying(text: &str, stream: bool) -> Result<CreateChatCompletionRequest, OpenAIError> {
+    let message = ChatCompletionRequestUserMessageArgs::default().content(text).build()?;
     CreateChatCompletionRequestArgs::default()
         .model("selam-turbo")
         .messages([message.into()])
@@ -127,6 +188,7 @@ async fn error(client: &OpenAI) -> Result<(), BoxError> {
 mod tests {
     use std::error::Error as _;
 
+    use tokio::task::JoinSet;
     use tower_selam::{AuthErrorKind, JwtProvider, simulator::Fault};
 
     use super::*;
@@ -138,7 +200,64 @@ mod tests {
             Some(jwt) => builder.with_jwt(jwt).build().unwrap(),
             None => builder.build().unwrap(),
         };
-        openai(layer, client_builder(api).unwrap()).unwrap()
+        openai(api.base_url(), Client::new(layer, client_builder(api).unwrap()).unwrap())
+    }
+
+    /// A client for all users, with a JWT for each.
+    fn for_users(api: &Api) -> Client {
+        let key = ApiKey::new(api.simulator().unwrap().issue_key()).unwrap();
+        let jwts = jwts_of_users(api, &key).unwrap();
+        let layer = api.builder().with_api_key(key).with_jwt(jwts).build().unwrap();
+        Client::new(layer, client_builder(api).unwrap()).unwrap()
+    }
+
+    /// H4: also of requests that are under way at the same time, streamed ones included.
+    #[tokio::test]
+    async fn each_user_speaks_with_their_own_jwt() {
+        let api = Api::simulated().await.unwrap();
+        let simulator = api.simulator().unwrap();
+        let selam = for_users(&api);
+        let mut calls = JoinSet::new();
+        for user in ["almaz", "kaleb"] {
+            let client = openai(api.base_url(), selam.for_subject(&Subject::new(user)));
+            for _ in 0..4 {
+                let (asking, streaming) = (client.clone(), client.clone());
+                calls.spawn(async move {
+                    asking.chat().create(saying(user, false).unwrap()).await.unwrap();
+                    let events = streaming.chat().create_stream(saying(user, true).unwrap()).await.unwrap();
+                    assert!(events.count().await > 1);
+                });
+            }
+        }
+        calls.join_all().await;
+        let received = simulator.received();
+        let (exchanges, completions): (Vec<_>, Vec<_>) =
+            received.into_iter().partition(|request| request.uri.path() == "/oauth/token");
+        assert_eq!((exchanges.len(), completions.len()), (2, 16), "one exchange for each user");
+        for request in completions {
+            let body: Value = serde_json::from_slice(&request.body).unwrap();
+            assert_eq!(body["messages"][0]["content"], user(&request));
+        }
+    }
+
+    /// H4: a request without a user is refused, whoever was served before.
+    #[tokio::test]
+    async fn a_forgotten_user_is_refused() {
+        let api = Api::simulated().await.unwrap();
+        let simulator = api.simulator().unwrap();
+        let selam = for_users(&api);
+        answer(&openai(api.base_url(), selam.for_subject(&Subject::new("almaz")))).await.unwrap();
+        let sent = simulator.requests();
+        let client = openai(api.base_url(), selam);
+        let error = client.chat().create(question(false).unwrap()).await.unwrap_err();
+        let streamed = match client.chat().create_stream(question(true).unwrap()).await {
+            Err(error) => error,
+            Ok(mut events) => events.next().await.unwrap().unwrap_err(),
+        };
+        for error in [error, streamed] {
+            assert_eq!(AuthError::find(&error).unwrap().kind(), AuthErrorKind::CredentialUnavailable);
+        }
+        assert_eq!(simulator.requests(), sent);
     }
 
     #[tokio::test]

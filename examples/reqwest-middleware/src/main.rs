@@ -1,4 +1,4 @@
-//! Uses `AuthMiddleware` with reqwest-middleware: it refreshes JWTs, and retries outages.
+//! Uses `AuthMiddleware` with reqwest-middleware: it refreshes JWTs, retries outages and speaks for users.
 //!
 //! ```console
 //! $ cargo run -p example-reqwest-middleware
@@ -10,20 +10,22 @@
 #[path = "../../support/reqwest.rs"]
 mod support;
 
-use std::process::ExitCode;
+use std::{collections::HashMap, process::ExitCode, time::Duration};
 
 use reqwest::StatusCode;
 use reqwest_middleware::{ClientBuilder, ClientWithMiddleware};
 use serde_json::{Value, json};
 use tower::ServiceBuilder;
 use tower_selam::{
-    AuthError, AuthErrorKind, BoxError, Credentials, RequestAuth, SelamLayer,
+    ApiKey, AuthError, AuthErrorKind, BoxError, Credentials, PerSubject, RequestAuth, SelamLayer, Subject,
+    Token,
     adapter::{
         reqwest::{TryCloneBody, redirect_policy},
         reqwest_middleware::AuthMiddleware,
     },
     retry::{MayProcessTwice, RetryPolicy, ThrottleLayer},
-    simulator::Fault,
+    simulator::{Fault, JwtAlgorithm, Simulator},
+    source::{Reason, source_fn},
 };
 
 use self::support::{
@@ -31,9 +33,24 @@ use self::support::{
     transcript::{auth_error, finish, line, step},
 };
 
+const MINUTE: Duration = Duration::from_secs(60);
+
 #[tokio::main]
 async fn main() -> ExitCode {
     finish(run().await)
+}
+
+/// Stands for a generated client: it is given a `ClientWithMiddleware`, and builds its requests itself.
+struct Sessions {
+    client: ClientWithMiddleware,
+    url: String,
+}
+
+impl Sessions {
+    async fn open(&self) -> Result<StatusCode, reqwest_middleware::Error> {
+        let request = self.client.post(&self.url).json(&json!({ "voice": "mekdes" })).build()?;
+        Ok(self.client.execute(request).await?.status())
+    }
 }
 
 /// Puts the retries outside the authentication, so that every attempt carries a fresh credential.
@@ -79,6 +96,28 @@ async fn run() -> Result<(), BoxError> {
         if sent != 3 {
             return Err("expected a 503, a 401 and a 200".into());
         }
+
+        step("Generated client: it sends the JWT of the user whose middleware it was given");
+        let http = client_builder(&api)?.redirect(redirect_policy()).build()?;
+        let jwts = ["almaz", "kaleb"].map(|user| (user, simulator.mint_jwt(JwtAlgorithm::Es256, MINUTE)));
+        let auth = AuthMiddleware::new(for_users(&api, simulator, HashMap::from(jwts.clone()))?);
+        for (user, jwt) in jwts {
+            let auth = auth.for_subject(&Subject::new(user));
+            let client = ClientBuilder::new(http.clone()).with(auth).build();
+            let status = Sessions { client, url: sessions.clone() }.open().await?;
+            line("user", format_args!("{user}: {status}"));
+            let sent = simulator.received().pop().ok_or("nothing was sent")?;
+            if sent.headers["authorization"] != format!("Bearer {jwt}") {
+                return Err("the request carried another JWT".into());
+            }
+        }
+
+        step("Forgotten user: nothing is sent");
+        let client = ClientBuilder::new(http).with(auth).build();
+        match (Sessions { client, url: sessions }).open().await {
+            Ok(status) => return Err(format!("expected an error, but the API answered {status}").into()),
+            Err(error) => auth_error(AuthError::find(&error).ok_or("the error is not an `AuthError`")?),
+        }
     }
 
     step("Revoked key: the 401 is final and is not retried");
@@ -96,6 +135,23 @@ async fn run() -> Result<(), BoxError> {
     step("Plain http: the layers refuse to send the key");
     let plain = "http://api.selamgpt.com/v1/chat/completions";
     expect_error(&client, plain, RequestAuth::ApiKey, AuthErrorKind::OriginNotAllowed).await
+}
+
+/// A layer with a JWT for each user. A real server would exchange the token with which the user came to it.
+fn for_users(
+    api: &Api,
+    simulator: &Simulator,
+    jwts: HashMap<&'static str, String>,
+) -> Result<SelamLayer, BoxError> {
+    let jwts = PerSubject::new(move |user: &Subject| {
+        let jwt = jwts.get(user.as_str()).cloned();
+        source_fn(move |_: Reason<Token>| {
+            let jwt = jwt.clone();
+            async { Ok::<_, BoxError>(Token::new(jwt.ok_or("there is no such user")?)?) }
+        })
+    });
+    let key = ApiKey::new(simulator.issue_key())?;
+    Ok(api.builder().with_api_key(key).with_jwt(jwts).build()?)
 }
 
 fn question() -> Value {

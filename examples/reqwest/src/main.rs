@@ -97,7 +97,7 @@ async fn run() -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Sends a request that reqwest builds, with the credentials that `auth` asks for.
+/// Sends a request with the credentials that `auth` asks for.
 async fn call(
     selam: &Client,
     url: &str,
@@ -105,8 +105,8 @@ async fn call(
     body: &Value,
 ) -> Result<Response, Error<reqwest::Error>> {
     line("request", format_args!("POST {url}"));
-    let request = selam.reqwest().post(url).timeout(Duration::from_secs(60)).json(body);
-    let response = selam.clone().with_extension(auth).execute(request).await?;
+    let request = selam.post(url).with_extension(auth).timeout(Duration::from_secs(60)).json(body);
+    let response = request.send().await?;
     line("status", format_args!("{} over {:?}", response.status(), response.version()));
     Ok(response)
 }

@@ -1,4 +1,4 @@
-//! Authenticates gRPC calls over tonic: unary and streaming calls, a refresh, a replay and typed errors.
+//! Authenticates gRPC calls over tonic: unary and streaming calls, a refresh, a replay, a user per call and typed errors.
 //!
 //! ```console
 //! $ cargo run -p example-tonic
@@ -15,6 +15,7 @@ use std::{
     collections::HashMap,
     env,
     error::Error,
+    future::ready,
     pin::Pin,
     process::ExitCode,
     sync::{
@@ -34,7 +35,7 @@ use tonic::{
 };
 use tower::Layer;
 use tower_selam::{
-    ApiKey, AuthError, BaseUrl, BoxError, RefreshPolicy, Refreshing, SelamLayer, Token,
+    ApiKey, AuthError, BaseUrl, BoxError, PerSubject, RefreshPolicy, Refreshing, SelamLayer, Subject, Token,
     adapter::tonic::{SelamGrpc, SelamGrpcLayer},
     env::SELAM_API_KEY,
     source::{Reason, source_fn},
@@ -44,6 +45,11 @@ use self::transcript::{auth_error, finish, line, step, title};
 
 /// The generated client over a channel that authenticates.
 type Client = GreeterClient<SelamGrpc<Channel>>;
+
+tokio::task_local! {
+    /// The user whose request a server is handling, as its own middleware would set it.
+    static USER: Subject;
+}
 
 const KEY: &str = "sk-selam-example";
 const TOKEN_LIFETIME: Duration = Duration::from_millis(500);
@@ -68,7 +74,7 @@ async fn call_a_local_server() -> Result<(), BoxError> {
     // An application would log in here. These tokens do not say when they expire, so only a rejection shows it.
     let login = issuer.clone();
     let source = source_fn(move |_: Reason<Token>| {
-        let token = login.issue();
+        let token = login.issue("service");
         async move { Ok::<_, BoxError>(Token::new(token)?) }
     });
     // Refreshes after repeated rejections are spaced out; tokens with such a short lifetime need a short back-off.
@@ -116,6 +122,32 @@ async fn call_a_local_server() -> Result<(), BoxError> {
         line("answer", greeting.text);
     }
 
+    step("Two users: a handle for each, over the same channel");
+    let selam = for_users(&issuer, &server)?;
+    for user in ["Almaz", "Kaleb"] {
+        let mut client = GreeterClient::new(selam.for_subject(&Subject::new(user)));
+        line("answer", client.greet(Name::of(user)).await?.into_inner().text);
+        issuer.show_token_of(user)?;
+    }
+
+    step("Two users: an interceptor names the user of each call");
+    let interceptor = |mut request: Request<()>| {
+        if let Ok(user) = USER.try_with(Subject::clone) {
+            request.extensions_mut().insert(user);
+        }
+        Ok(request)
+    };
+    let mut client = GreeterClient::with_interceptor(selam, interceptor);
+    for user in ["Almaz", "Kaleb"] {
+        let greeting = USER.scope(Subject::new(user), client.greet(Name::of(user))).await?;
+        line("answer", greeting.into_inner().text);
+        issuer.show_token_of(user)?;
+    }
+
+    step("Forgotten user: nothing is sent");
+    show(&expect_error(client.greet(Name::of("Almaz")).await, Code::Unauthenticated)?);
+
+    let mut client = GreeterClient::new(layer.layer(endpoint.connect_lazy()));
     step("Permission denied: the status carries a typed error");
     show(&expect_error(client.forget(Name::of("Almaz")).await, Code::PermissionDenied)?);
 
@@ -133,6 +165,22 @@ async fn call_a_local_server() -> Result<(), BoxError> {
         Ok(_) => return Err("the layer would send the key to another origin".into()),
     }
     Ok(())
+}
+
+/// A channel for all users, with a token for each.
+fn for_users(issuer: &Issuer, server: &Server) -> Result<SelamGrpc<Channel>, BoxError> {
+    let issuer = issuer.clone();
+    let tokens = PerSubject::new(move |user: &Subject| {
+        let (login, user) = (issuer.clone(), user.clone());
+        source_fn(move |_: Reason<Token>| ready(Token::new(login.issue(user.as_str()))))
+    });
+    let selam = SelamLayer::builder()
+        .with_base_url(BaseUrl::new(&server.url())?)
+        .with_api_key(ApiKey::new(KEY)?)
+        .with_jwt(tokens)
+        .build()?;
+    let endpoint = server.endpoint()?;
+    Ok(SelamGrpcLayer::new(selam, endpoint.uri())?.layer(endpoint.connect_lazy()))
 }
 
 async fn call_the_api() -> Result<(), BoxError> {
@@ -181,15 +229,17 @@ struct Issuer(Arc<State>);
 #[derive(Default)]
 struct State {
     expiries: Mutex<HashMap<String, Instant>>,
+    /// The token of the last call.
+    last: Mutex<String>,
     issued: AtomicUsize,
     rejected: AtomicUsize,
     closed: AtomicBool,
 }
 
 impl Issuer {
-    fn issue(&self) -> String {
-        let token = format!("token-{}", self.0.issued.fetch_add(1, Relaxed) + 1);
-        self.expiries().insert(token.clone(), Instant::now() + TOKEN_LIFETIME);
+    fn issue(&self, owner: &str) -> String {
+        let token = format!("token-{}-of-{owner}", self.0.issued.fetch_add(1, Relaxed) + 1);
+        lock(&self.0.expiries).insert(token.clone(), Instant::now() + TOKEN_LIFETIME);
         token
     }
 
@@ -201,7 +251,8 @@ impl Issuer {
     fn check(&self, request: Request<()>) -> Result<Request<()>, Status> {
         let token = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
         let token = token.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-        let message = match self.expiries().get(token) {
+        token.clone_into(&mut lock(&self.0.last));
+        let message = match lock(&self.0.expiries).get(token) {
             _ if self.0.closed.load(Relaxed) => "the account is closed",
             Some(expiry) if Instant::now() < *expiry => return Ok(request),
             _ => "the token has expired",
@@ -210,8 +261,14 @@ impl Issuer {
         Err(Status::unauthenticated(message))
     }
 
-    fn expiries(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        self.0.expiries.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Prints the token of the last call; an error if it is not one of `user`.
+    fn show_token_of(&self, user: &str) -> Result<(), BoxError> {
+        let token = lock(&self.0.last).clone();
+        line("sent", &token);
+        let is_theirs = token.ends_with(&format!("-of-{user}"));
+        is_theirs
+            .then_some(())
+            .ok_or_else(|| format!("the call carried a token that is not of {user}").into())
     }
 
     /// Prints and returns the tokens issued and the calls rejected so far.
@@ -230,6 +287,10 @@ impl Issuer {
             Err("expected a rejection and a refresh".into())
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Greets. The interceptor in front of it checks the tokens.
