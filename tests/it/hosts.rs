@@ -152,7 +152,7 @@ async fn credentials_are_valid_after_the_wait() {
     advance(53 * SECOND).await;
     let mut head = head(get(MODELS));
     layer.authorize(&mut head).await.unwrap();
-    assert_eq!((bearer(&head), &*head.headers["x-api-key"].as_bytes()), ("token-2", KEY.as_bytes()));
+    assert_eq!((bearer(&head), head.headers["x-api-key"].as_bytes()), ("token-2", KEY.as_bytes()));
 }
 
 /// T3, F3: a caller that stops waiting loses nothing, and its head is whole.

@@ -113,7 +113,7 @@ async fn only_harmless_repetitions_are_sent() {
             (marked(Method::POST), 2),
             (keyed(Method::POST), 2),
         ] {
-            let (api, method) = (Api::new(&[outcome.clone()]), request.method().clone());
+            let (api, method) = (Api::new(std::slice::from_ref(&outcome)), request.method().clone());
             api.send(RetryPolicy::new(), request).await;
             assert_eq!(api.sends(), expected, "{outcome:?} {method}");
         }
