@@ -27,9 +27,9 @@ const MAX_AGE: HeaderValue = HeaderValue::from_static("7200");
 
 /// The headers of an answer that pages may read. CORS has no prefixes.
 const EXPOSED: HeaderValue = HeaderValue::from_static(
-    "x-request-id, retry-after, retry-after-ms, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset, \
-     x-ratelimit-reset-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, \
-     x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens",
+    "x-request-id, retry-after, retry-after-ms, ratelimit, ratelimit-policy, x-ratelimit-limit, x-ratelimit-remaining, \
+     x-ratelimit-reset, x-ratelimit-reset-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, \
+     x-ratelimit-reset-requests, x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens",
 );
 
 const REQUEST_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-request-private-network");

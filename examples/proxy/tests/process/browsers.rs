@@ -59,9 +59,14 @@ fn header<'a>(answer: &'a Answer, name: &str) -> Option<&'a str> {
 fn assert_readable(answer: &Answer, origin: &str) {
     assert_eq!(header(answer, "access-control-allow-origin"), Some(origin));
     let exposed: Vec<_> = header(answer, "access-control-expose-headers").unwrap().split(", ").collect();
-    for name in
-        ["x-request-id", "retry-after", "retry-after-ms", "x-ratelimit-remaining", "x-ratelimit-reset-after"]
-    {
+    for name in [
+        "x-request-id",
+        "retry-after",
+        "retry-after-ms",
+        "ratelimit",
+        "x-ratelimit-remaining",
+        "x-ratelimit-reset-after",
+    ] {
         assert!(exposed.contains(&name), "{name} is not in {exposed:?}");
     }
     assert_eq!(header(answer, "access-control-allow-credentials"), None);
