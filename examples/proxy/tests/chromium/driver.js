@@ -33,8 +33,11 @@ const [line] = await once(input, "line");
 input.close();
 const { authenticated, local, token, demo, screenshots } = JSON.parse(line);
 
+// Generous, for busy machines.
+const timeout = 120_000;
 const browser = await chromium.launchPersistentContext(profile, {
   executablePath,
+  timeout,
   args: [
     "--no-sandbox",
     "--disable-gpu",
@@ -45,6 +48,8 @@ const browser = await chromium.launchPersistentContext(profile, {
     "--disable-sync",
   ],
 });
+
+browser.setDefaultTimeout(timeout);
 
 // Everything that a page receives, for the search for secrets.
 const received = [];
