@@ -61,6 +61,7 @@
 //! | hold secrets | [`ApiKey`], [`Token`], their trait [`Credential`], and [`KeyId`], which names one in logs |
 //! | read settings from the environment | [`mod@env`] |
 //! | forward requests in a proxy | [`inbound`] removes what neither side may tell the other, and compares paths |
+//! | know who calls, by the JWT of an app's own login | `verify` |
 //! | use reqwest, reqwest-middleware or tonic | `adapter` |
 //! | watch events, spans and metrics | [`telemetry`], [`guide::telemetry`] |
 //! | test without a server | `simulator`, `TestClock` |
@@ -78,6 +79,7 @@
 //! | `tracing` | events for refreshes, rejections and replays, and OpenTelemetry's spans, through the `tracing` crate |
 //! | `decompression` | reads compressed error bodies: gzip, deflate and Brotli. Without it, a compressed body tells neither its code nor which credential a 401 blames |
 //! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
+//! | `verify` | `verify::JwtVerifier`, which verifies the JWTs that callers of a server present |
 //! | `sign` | `source::JwtSigner`, which signs JWTs in the program |
 //! | `test-util` | `simulator::Simulator`: SelamAPI in process |
 //! | `test-server` | `simulator::Server`: the simulator on a loopback port, over http or TLS, HTTP/1.1 and HTTP/2 |
@@ -107,6 +109,8 @@ pub mod simulator;
 pub mod source;
 pub mod stack;
 pub mod telemetry;
+#[cfg(feature = "verify")]
+pub mod verify;
 pub mod with_extension;
 
 #[cfg(feature = "test-util")]

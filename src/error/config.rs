@@ -138,6 +138,8 @@ pub enum ConfigErrorKind {
     ReservedParameter,
     /// The value is not a valid PEM private key of a supported kind.
     InvalidKey,
+    /// The value has no public key that can be used.
+    InvalidPublicKey,
     /// The private key is encrypted.
     Encrypted,
     /// The key is too short for its algorithm.
@@ -200,6 +202,9 @@ impl fmt::Display for ConfigErrorKind {
             Self::InvalidKey => {
                 "is not a private key in PEM: RSA of up to 4096 bits, EC on P-256 or P-384, or Ed25519"
             }
+            Self::InvalidPublicKey => {
+                "has no usable public key, as a JWK set or in PEM: RSA of 2048 to 8192 bits, EC on P-256 or P-384, or Ed25519"
+            }
             Self::Encrypted => "is encrypted: decrypt it first",
             Self::TooShort { min_bits } => {
                 return write!(f, "is shorter than the {min_bits} bits that its algorithm requires");
@@ -239,6 +244,12 @@ pub(crate) enum Setting {
     SigningKey,
     #[cfg(feature = "sign")]
     Claims,
+    #[cfg(feature = "verify")]
+    Issuer,
+    #[cfg(feature = "verify")]
+    KeySetUrl,
+    #[cfg(feature = "verify")]
+    VerifyingKeys,
 }
 
 impl fmt::Display for Setting {
@@ -260,6 +271,12 @@ impl fmt::Display for Setting {
             Self::SigningKey => "signing key",
             #[cfg(feature = "sign")]
             Self::Claims => "JWT claims set",
+            #[cfg(feature = "verify")]
+            Self::Issuer => "issuer's URL",
+            #[cfg(feature = "verify")]
+            Self::KeySetUrl => "URL of the key set",
+            #[cfg(feature = "verify")]
+            Self::VerifyingKeys => "key set",
         })
     }
 }

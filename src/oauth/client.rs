@@ -21,7 +21,7 @@ const MAX_BODY_SIZE: usize = 64 * 1024;
 /// Counts from the arrival of the response head.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-const OUT_OF_BOUNDS: &str = "the token endpoint's response is too long, or takes too long";
+const OUT_OF_BOUNDS: &str = "the response is too long, or takes too long";
 
 /// A type-erased HTTP client. Refreshes are rare, so one box per request does not matter.
 #[derive(Clone)]
@@ -31,10 +31,10 @@ type SendFn = dyn Fn(Request<Bytes>, Span) -> Sending + Send + Sync;
 type Sending = Pin<Box<dyn Future<Output = Result<TokenResponse, BoxError>> + Send>>;
 
 /// A response whose body was read completely.
-pub(super) struct TokenResponse {
-    pub(super) status: StatusCode,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Zeroizing<Vec<u8>>,
+pub(crate) struct TokenResponse {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Zeroizing<Vec<u8>>,
 }
 
 opaque_debug!(TokenClient);
@@ -61,7 +61,7 @@ impl TokenClient {
     }
 
     /// Sends a request, in a span. `resends` counts the sends before it, if there were any.
-    pub(super) async fn send(
+    pub(crate) async fn send(
         &self,
         request: Request<Bytes>,
         resends: Option<u64>,

@@ -13,7 +13,7 @@ use crate::{
     origin::{Origin, parse_url},
 };
 
-const USER_AGENT: HeaderValue =
+pub(crate) const USER_AGENT: HeaderValue =
     HeaderValue::from_static(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")));
 
 /// Where tokens are requested, through which HTTP client, and as which OAuth client. Cheap to clone.

@@ -107,6 +107,8 @@ mod token_type;
 mod unanswered;
 
 pub(crate) use self::client::TokenClient;
+#[cfg(feature = "verify")]
+pub(crate) use self::endpoint::USER_AGENT;
 #[cfg(any(unix, windows))]
 pub use self::file_store::FileStore;
 pub use self::{

@@ -156,6 +156,14 @@ pub(crate) fn refresh_token_maybe_spent(id: KeyId, secret: &str, error: &dyn Err
     emit!(warn, id = %id, error = %error, "no answer to a refresh token, which may be spent");
 }
 
+/// Reports that the keys which verify callers' JWTs could not be fetched.
+#[cfg(feature = "verify")]
+#[cold]
+pub(crate) fn issuer_keys_failed(error: &(dyn Error + 'static)) {
+    let error = Redacted { error, secret: None };
+    emit!(warn, error = %error, "the issuer's keys cannot be fetched; it is tried again");
+}
+
 /// Reports the fixed key that a layer was built with. A refreshing key is reported by its engine.
 pub(crate) fn fixed_key_in_use(key: &ApiKey) {
     show_key(key.id(), true);

@@ -50,6 +50,8 @@ mod telemetry;
 mod throttle;
 mod tower_contract;
 mod two_versions;
+#[cfg(feature = "verify")]
+mod verify;
 mod voice_agent;
 mod waiting;
 mod wire;
