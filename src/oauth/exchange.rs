@@ -16,10 +16,11 @@ use zeroize::Zeroizing;
 
 use super::{
     OAuthError, RefreshToken, TokenEndpoint, TokenType,
-    auth::{Proven, obtain},
+    auth::Proven,
     response::{self, Granted},
+    subject_tokens::Presented,
 };
-use crate::{credential::Token, refresh::Provider, source::SourceError};
+use crate::{credential::Token, source::SourceError};
 
 /// What to request, where, and as whom.
 #[derive(Clone)]
@@ -34,7 +35,7 @@ pub(super) struct Exchange {
 /// A token that every request of a grant carries.
 #[derive(Clone)]
 pub(super) struct GrantToken {
-    pub(super) provider: Provider<Token>,
+    pub(super) provider: Presented,
     /// The form parameter that carries the token.
     pub(super) name: &'static str,
     /// The form parameter that states its type.
@@ -91,7 +92,7 @@ impl Exchange {
     ) -> Result<Sent<'a>, SourceError> {
         let mut tokens = Vec::new();
         for token in &self.tokens {
-            tokens.push(obtain(&token.provider).await?);
+            tokens.push(token.provider.obtain().await?);
         }
         // Last, so that an assertion is not older than necessary.
         let client = self.endpoint.auth.prove(|| self.endpoint.audience()).await?;

@@ -5,6 +5,7 @@
 //! | as the program itself | [`OAuthSource::client_credentials`], [RFC 6749 section 4.4](https://www.rfc-editor.org/rfc/rfc6749#section-4.4) |
 //! | for a user who has logged in | [`OAuthSource::refresh_token`], [RFC 6749 section 6](https://www.rfc-editor.org/rfc/rfc6749#section-6) |
 //! | in exchange for a token that another service issued | [`OAuthSource::token_exchange`], [RFC 8693](https://www.rfc-editor.org/rfc/rfc8693) |
+//! | the same, for many users who present their own | [`SubjectTokens`] |
 //! | in exchange for a JWT signed by this program or a trusted party | [`OAuthSource::jwt_bearer`], [RFC 7523 section 2.1](https://www.rfc-editor.org/rfc/rfc7523#section-2.1) |
 //!
 //! The source sends requests to a [`TokenEndpoint`] through any HTTP client that is a Tower service, with any
@@ -103,6 +104,7 @@ mod response;
 mod rotation;
 mod source;
 mod store;
+mod subject_tokens;
 mod token_type;
 mod unanswered;
 
@@ -117,6 +119,7 @@ pub use self::{
     response::OAuthError,
     source::OAuthSource,
     store::{MemoryStore, RefreshToken, RefreshTokenStore, StoreLock},
+    subject_tokens::SubjectTokens,
     token_type::TokenType,
     unanswered::UnansweredExchange,
 };

@@ -8,6 +8,7 @@ use super::{
     RefreshTokenStore, TokenEndpoint, TokenType,
     exchange::{Exchange, GrantToken},
     rotation::{Rotate, Rotation},
+    subject_tokens::Presented,
 };
 use crate::{
     credential::Token,
@@ -68,15 +69,20 @@ impl OAuthSource {
     /// Exchanges the token of `subject`, which another service issued
     /// ([RFC 8693 section 2.1](https://www.rfc-editor.org/rfc/rfc8693#section-2.1)).
     ///
-    /// A refreshing subject token is refreshed when the endpoint rejects it.
+    /// A refreshing subject token is refreshed when the endpoint rejects it. For many subjects who present their own tokens, see
+    /// [`SubjectTokens`](super::SubjectTokens).
     #[must_use]
     pub fn token_exchange(
         endpoint: TokenEndpoint,
         subject: impl Into<Provider<Token>>,
         subject_type: TokenType,
     ) -> Self {
+        Self::exchange(endpoint, Presented::Provider(subject.into()), subject_type)
+    }
+
+    pub(super) fn exchange(endpoint: TokenEndpoint, provider: Presented, subject_type: TokenType) -> Self {
         let kind = Some(("subject_token_type", subject_type));
-        let subject = GrantToken { provider: subject.into(), name: "subject_token", kind };
+        let subject = GrantToken { provider, name: "subject_token", kind };
         Self::new(endpoint, TOKEN_EXCHANGE, Some(subject))
     }
 
@@ -85,7 +91,8 @@ impl OAuthSource {
     /// [`Refreshing`](crate::Refreshing) over a signing source can supply.
     #[must_use]
     pub fn jwt_bearer(endpoint: TokenEndpoint, assertion: impl Into<Provider<Token>>) -> Self {
-        let assertion = GrantToken { provider: assertion.into(), name: "assertion", kind: None };
+        let provider = Presented::Provider(assertion.into());
+        let assertion = GrantToken { provider, name: "assertion", kind: None };
         Self::new(endpoint, "urn:ietf:params:oauth:grant-type:jwt-bearer", Some(assertion))
     }
 
@@ -101,7 +108,8 @@ impl OAuthSource {
     pub fn with_actor(mut self, actor: impl Into<Provider<Token>>, actor_type: TokenType) -> Self {
         if self.exchange.grant_type == TOKEN_EXCHANGE {
             let kind = Some(("actor_token_type", actor_type));
-            let actor = GrantToken { provider: actor.into(), name: "actor_token", kind };
+            let provider = Presented::Provider(actor.into());
+            let actor = GrantToken { provider, name: "actor_token", kind };
             let tokens = &mut Arc::make_mut(&mut self.exchange).tokens;
             tokens.truncate(1);
             tokens.push(actor);

@@ -9,13 +9,13 @@ use tower::Service;
 
 use super::SelamLayer;
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins, Provider,
-    Refreshing, Token,
+    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins,
+    PerSubject, Provider, Refreshing, Subject, Token,
     authorize::{CredentialProvider, Owner, Policy, Settings},
     credential::{ClientSecret, Credential, text},
     env,
     error::{Place, Setting},
-    oauth::{ClientAuth, OAuthSource, TokenClient, TokenEndpoint},
+    oauth::{ClientAuth, OAuthSource, SubjectTokens, TokenClient, TokenEndpoint, TokenType},
     source::FileSource,
 };
 
@@ -33,6 +33,7 @@ pub struct SelamLayerBuilder {
     token_scope: Option<String>,
     token_audience: Option<String>,
     token_resource: Option<String>,
+    subject_tokens: Option<SubjectTokens>,
     errors: AuthErrorLayer,
     if_not_present: bool,
     require_request_auth: bool,
@@ -117,6 +118,14 @@ impl SelamLayerBuilder {
     /// [`OAuthSource::with_resource`].
     pub fn with_token_resource(mut self, resource: impl Into<String>) -> Self {
         self.token_resource = Some(resource.into());
+        self
+    }
+
+    /// Exchanges the token that each [`Subject`](crate::Subject) presents for its JWT at the token endpoint
+    /// ([RFC 8693](https://www.rfc-editor.org/rfc/rfc8693)), in place of one JWT for all: every request then names its subject.
+    /// The subject tokens' type is `urn:ietf:params:oauth:token-type:jwt`. Without a token endpoint, this has no effect.
+    pub fn with_subject_tokens(mut self, tokens: SubjectTokens) -> Self {
+        self.subject_tokens = Some(tokens);
         self
     }
 
@@ -233,12 +242,12 @@ impl SelamLayerBuilder {
             },
         };
         if self.jwt.is_none() && self.token_url.is_some() {
-            self.jwt = Some(self.jwts_from_token_endpoint(&key)?.into());
+            self.jwt = Some(self.jwts_from_token_endpoint(&key)?);
         }
         if self.jwt.is_none() {
             self.jwt = match one_of::<Token>(&[env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL])? {
                 Some(env::SELAM_JWT_FILE) => Some(from_file::<Token>(env::SELAM_JWT_FILE)?.into()),
-                Some(env::SELAM_TOKEN_URL) => Some(self.jwts_from_token_endpoint(&key)?.into()),
+                Some(env::SELAM_TOKEN_URL) => Some(self.jwts_from_token_endpoint(&key)?),
                 Some(_) => Some(Token::from_env()?.into()),
                 None => None,
             };
@@ -251,7 +260,7 @@ impl SelamLayerBuilder {
     }
 
     /// JWTs from the builder's endpoint, or from the environment's.
-    fn jwts_from_token_endpoint(&self, key: &Provider<ApiKey>) -> Result<Refreshing<Token>, ConfigError> {
+    fn jwts_from_token_endpoint(&self, key: &Provider<ApiKey>) -> Result<JwtProvider, ConfigError> {
         let place = match self.token_url {
             Some(_) => Place::Argument,
             None => Place::EnvVar(env::SELAM_TOKEN_URL.to_owned()),
@@ -268,21 +277,36 @@ impl SelamLayerBuilder {
             Some(auth) => auth.clone(),
             None => client_from_env()?.unwrap_or_else(|| ClientAuth::api_key(key.clone())),
         };
-        let mut source = OAuthSource::client_credentials(endpoint.with_client_auth(auth));
+        let endpoint = endpoint.with_client_auth(auth);
         let given = |value: &Option<String>, name| match value {
             Some(value) => Ok(Some(value.clone())),
             None => parameter(name),
         };
-        if let Some(scope) = given(&self.token_scope, env::SELAM_TOKEN_SCOPE)? {
-            source = source.with_scope(scope);
-        }
-        if let Some(audience) = given(&self.token_audience, env::SELAM_TOKEN_AUDIENCE)? {
-            source = source.with_audience(audience);
-        }
-        if let Some(resource) = given(&self.token_resource, env::SELAM_TOKEN_RESOURCE)? {
-            source = source.with_resource(resource);
-        }
-        Ok(Refreshing::new(source))
+        let scope = given(&self.token_scope, env::SELAM_TOKEN_SCOPE)?;
+        let audience = given(&self.token_audience, env::SELAM_TOKEN_AUDIENCE)?;
+        let resource = given(&self.token_resource, env::SELAM_TOKEN_RESOURCE)?;
+        let requesting = move |mut source: OAuthSource| {
+            if let Some(scope) = &scope {
+                source = source.with_scope(scope);
+            }
+            if let Some(audience) = &audience {
+                source = source.with_audience(audience);
+            }
+            if let Some(resource) = &resource {
+                source = source.with_resource(resource);
+            }
+            source
+        };
+        Ok(match self.subject_tokens.clone() {
+            None => Refreshing::new(requesting(OAuthSource::client_credentials(endpoint))).into(),
+            Some(tokens) => PerSubject::new(move |subject: &Subject| {
+                requesting(match tokens.is_own(subject) {
+                    true => OAuthSource::client_credentials(endpoint.clone()),
+                    false => tokens.exchange(endpoint.clone(), subject, TokenType::Jwt),
+                })
+            })
+            .into(),
+        })
     }
 }
 

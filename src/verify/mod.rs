@@ -33,6 +33,7 @@
 //! ```
 //!
 //! Together, the claim `iss` and the claim that names the user identify a caller: the same `sub` of another issuer is another user.
+//! [`SubjectTokens`](crate::oauth::SubjectTokens) exchanges verified JWTs for JWTs of the same users at SelamAPI.
 //!
 //! # What is checked
 //!

@@ -30,11 +30,11 @@ use tokio::{
 use tower::{BoxError, Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_http::set_header::SetRequestHeaderLayer;
 use tower_selam::{
-    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, RefreshPolicy, Refreshing, SelamLayer, TestClock,
-    Token,
+    ApiKey, AuthError, AuthErrorKind, ConfigErrorKind, PerSubject, RefreshPolicy, Refreshing, SelamLayer,
+    Subject, TestClock, Token,
     oauth::{
         ClientAuth, ClientSecret, MemoryStore, OAuthError, OAuthSource, RefreshToken, RefreshTokenStore,
-        TokenEndpoint, TokenType, UnansweredExchange,
+        SubjectTokens, TokenEndpoint, TokenType, UnansweredExchange,
     },
     simulator::{Server, Simulator, TokenFault},
     source::{FileSource, JwtSigner, Reason, SigningAlgorithm, SigningKey, Source, SourceError, source_fn},
@@ -42,7 +42,7 @@ use tower_selam::{
 
 use crate::{
     files::Directory,
-    support::{BOTH, Body, Fed, KEY, https, key},
+    support::{BOTH, Body, Fed, KEY, https, jwt_claiming, key},
 };
 
 const URL: &str = "https://api.selamgpt.com/oauth/token";
@@ -1374,4 +1374,68 @@ fn debug_output_contains_no_secret() {
         assert!(!message.contains(SECRET), "{message}");
         assert!(message.contains("https://login.example/token"), "{message}");
     }
+}
+
+/// H5, K3: each subject's own latest token is exchanged, and no other.
+#[tokio::test(start_paused = true)]
+async fn the_latest_token_of_each_subject_is_exchanged() {
+    let (scripted, tokens) = (Scripted::default(), SubjectTokens::new());
+    let (exchanged, endpoint) = (tokens.clone(), scripted.endpoint());
+    let jwts = PerSubject::new(move |subject| exchanged.exchange(endpoint.clone(), subject, TokenType::Jwt));
+    let [ada, bo] = ["ada", "bo"].map(Subject::new);
+    let fetch = async |subject: &Subject| jwts.of_subject(subject).token().await;
+    let exchanged = || {
+        let form = scripted.last(TokenRequest::form);
+        form.iter().find_map(|field| Some(field.strip_prefix("subject_token=")?.to_owned())).unwrap()
+    };
+
+    // One who has presented nothing gets nothing, whatever others have presented.
+    tokens.present(&bo, &token("of-bo"));
+    assert_eq!(fetch(&ada).await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
+    assert_eq!(scripted.count(), 0);
+    fetch(&bo).await.unwrap();
+    assert_eq!(exchanged(), "of-bo");
+
+    // The latest token is taken when a refresh is due.
+    tokens.present(&ada, &token("of-ada-1"));
+    advance(2 * SECOND).await;
+    fetch(&ada).await.unwrap();
+    assert_eq!(exchanged(), "of-ada-1");
+    tokens.present(&ada, &token("of-ada-2"));
+    fetch(&ada).await.unwrap();
+    assert_eq!(scripted.count(), 2);
+    advance(MINUTE).await;
+    fetch(&ada).await.unwrap();
+    assert_eq!((exchanged().as_str(), scripted.count()), ("of-ada-2", 3));
+
+    // An expired one is not sent. A newer one helps at once.
+    tokens.present(&ada, &jwt_claiming(r#"{"exp":1}"#));
+    advance(MINUTE).await;
+    for _ in 0..2 {
+        assert_eq!(fetch(&ada).await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
+    }
+    assert_eq!(scripted.count(), 3);
+    tokens.present(&ada, &token("of-ada-3"));
+    fetch(&ada).await.unwrap();
+    assert_eq!(exchanged(), "of-ada-3");
+
+    // So it does after the endpoint has refused one, for which nobody else suffers.
+    advance(MINUTE).await;
+    let scripted = scripted.then(400, r#"{"error":"invalid_grant"}"#);
+    assert_eq!(fetch(&ada).await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
+    let count = scripted.count();
+    assert_eq!(fetch(&ada).await.unwrap_err().kind(), AuthErrorKind::RefreshRejected);
+    assert_eq!(scripted.count(), count);
+    fetch(&bo).await.unwrap();
+    tokens.present(&ada, &token("of-ada-4"));
+    fetch(&ada).await.unwrap();
+    assert_eq!(
+        scripted.last(TokenRequest::form).iter().filter(|field| field.contains("of-ada-4")).count(),
+        1
+    );
+
+    // Forgotten after a logout.
+    tokens.forget(&ada);
+    assert!(jwts.forget(&ada));
+    assert_eq!(fetch(&ada).await.unwrap_err().kind(), AuthErrorKind::RefreshFailed);
 }

@@ -1,11 +1,14 @@
 //! The grants of the token endpoint (RFC 6749 section 5.1) and its refresh tokens.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     time::{Duration, UNIX_EPOCH},
 };
 
+use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use http::HeaderMap;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::request::{Caller, Form, authenticate};
@@ -38,7 +41,7 @@ pub(super) fn carry_out(
         return Err(INVALID_CLIENT);
     }
     let mut granted = json!({ "token_type": "Bearer" });
-    let mut subject = SUBJECT;
+    let mut subject = Cow::Borrowed(SUBJECT);
     match grant_type {
         "client_credentials" => {}
         "refresh_token" => {
@@ -48,8 +51,8 @@ pub(super) fn carry_out(
         }
         TOKEN_EXCHANGE => {
             let token = form.require("subject_token")?;
-            if is_short_name(token) {
-                subject = token;
+            if let Some(named) = subject_of(token) {
+                subject = named;
             }
             form.require("subject_token_type")?;
             granted["issued_token_type"] = JWT_TYPE.into();
@@ -69,14 +72,21 @@ pub(super) fn carry_out(
         false => (now, state.tokens.lifetime.unwrap_or(HOUR)),
         true => (now.checked_sub(MINUTE).unwrap_or(UNIX_EPOCH), Duration::ZERO),
     };
-    granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, subject, issued, lifetime).into();
+    granted["access_token"] = state.issuer.mint(JwtAlgorithm::Hs256, &subject, issued, lifetime).into();
     granted["expires_in"] = seconds(lifetime);
     Ok(granted)
 }
 
-/// Whether a subject token can serve as the `sub` of the access token as it stands.
-fn is_short_name(token: &str) -> bool {
-    token.len() <= 64 && token.bytes().all(|byte| byte.is_ascii_graphic())
+/// The subject of the access token: the `sub` of a subject token that is a JWT, or a short one as it stands.
+fn subject_of(token: &str) -> Option<Cow<'_, str>> {
+    #[derive(Deserialize)]
+    struct Claims {
+        sub: String,
+    }
+    let is_name = token.len() <= 64 && token.bytes().all(|byte| byte.is_ascii_graphic());
+    let claims = token.split('.').nth(1).and_then(|claims| BASE64_URL_SAFE_NO_PAD.decode(claims).ok());
+    let claims = claims.and_then(|claims| serde_json::from_slice(&claims).ok());
+    claims.map(|Claims { sub }| Cow::Owned(sub)).or(is_name.then_some(Cow::Borrowed(token)))
 }
 
 fn has_three_parts(assertion: &str) -> bool {
