@@ -1,4 +1,5 @@
-//! Authenticates callers by the tokens in the file named by `--client-token-file`: [`Callers`].
+//! Authenticates callers: by the tokens in the file named by `--client-token-file`, or by the JWTs of the app's
+//! [login](crate::login): [`Callers`].
 //!
 //! ```text
 //! # name:token
@@ -19,9 +20,14 @@ use secrecy::{ExposeSecret, SecretSlice};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 use tokio::{sync::watch, time};
-use tower_selam::{ConfigErrorKind, inbound::WebSocketProtocols, source::SettledFile};
+use tower_selam::{ConfigErrorKind, inbound::WebSocketProtocols, source::SettledFile, verify::VerifyError};
 
-use crate::{browsers::Origins, config, local, reply::Refusal};
+use crate::{
+    browsers::Origins,
+    config, local,
+    login::{Login, User},
+    reply::Refusal,
+};
 
 /// How often the file is checked.
 const RECHECK: Duration = Duration::from_millis(300);
@@ -36,71 +42,121 @@ const MAX_NAME_LENGTH: usize = 64;
 const KEY_HEADERS: [HeaderName; 2] =
     [HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
+/// How many of a request's tokens are looked at: each may cost the check of a signature.
+const MAX_TOKENS: usize = 16;
+
 /// A caller's name, for logs and metrics.
 pub type Name = Arc<str>;
 
+/// Who sent a request. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The name of the client token, or the group of the user.
+    pub name: Name,
+    /// The user, if a JWT tells of one.
+    pub user: Option<Arc<User>>,
+}
+
 /// The callers that the proxy serves. Cheap to clone.
 #[derive(Clone, Debug)]
-pub enum Callers {
-    /// Every program on this machine and every listed page, under one name.
-    Anyone(Name, Origins),
+pub struct Callers {
     /// Callers with a token from the file.
-    WithToken(watch::Receiver<TokenTable>),
+    tokens: Option<watch::Receiver<TokenTable>>,
+    /// Users of the app. Without either, every program on this machine is served, and every listed page.
+    login: Option<Login>,
+    pages: Origins,
 }
 
 impl Callers {
-    /// Serves everyone on this machine, and the pages of these origins, under the name `local`.
-    pub fn anyone(pages: Origins) -> Self {
-        Self::Anyone(Name::from("local"), pages)
-    }
-
-    /// Serves the callers in this file. A background task re-reads it when it changes.
+    /// Serves the callers in this file and the users of this login; without either, all programs on this machine and the pages of
+    /// these origins.
     ///
     /// # Errors
     ///
     /// The file cannot be read, or one of its lines is invalid.
-    pub fn from_file(path: PathBuf) -> Result<Self, config::Error> {
-        let file = SettledFile::new(path).with_max_size(MAX_FILE_SIZE);
-        let content = file.read_blocking();
-        let digest = digest(&content);
-        let table =
-            parse(&file, content).map_err(|error| config::Error::for_flag("--client-token-file", error))?;
-        let (sender, receiver) = watch::channel(table);
-        tokio::spawn(follow(file, digest, sender));
-        Ok(Self::WithToken(receiver))
+    pub fn new(
+        token_file: Option<PathBuf>,
+        login: Option<Login>,
+        pages: Origins,
+    ) -> Result<Self, config::Error> {
+        Ok(Self { tokens: token_file.map(follow_file).transpose()?, login, pages })
     }
 
-    /// Returns the name of the caller that sent a request with this head.
+    /// Returns who sent a request with this head.
     ///
     /// # Errors
     ///
     /// The reason to refuse the request.
-    pub fn identify(&self, version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Name, Refusal> {
-        match self {
-            Self::Anyone(name, pages) => local::check(version, uri, headers, pages).map(|()| name.clone()),
-            Self::WithToken(table) => {
-                let protocols = WebSocketProtocols::from_headers(headers);
-                let mut refusal = Refusal::MissingToken;
-                for token in presented(headers).chain(protocols.tokens()) {
-                    match table.borrow().find(token) {
-                        Some(name) => return Ok(name),
-                        None => refusal = Refusal::InvalidToken,
-                    }
-                }
-                // Some clients send the token alone as a subprotocol.
-                let mut alone = protocols.offered().filter_map(|protocol| table.borrow().find(protocol));
-                alone.next().ok_or(refusal)
+    pub async fn identify(
+        &self,
+        version: Version,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<Identity, Refusal> {
+        if self.tokens.is_none() && self.login.is_none() {
+            local::check(version, uri, headers, &self.pages)?;
+            return Ok(Identity::named(Name::from("local")));
+        }
+        let protocols = WebSocketProtocols::from_headers(headers);
+        let mut refusal = Refusal::MissingToken;
+        for token in presented(headers).chain(protocols.tokens()).take(MAX_TOKENS) {
+            match self.authenticate(token).await {
+                Ok(identity) => return Ok(identity),
+                // Of several tokens, the one that says most: most clients send the same token twice, or a key of their own.
+                Err(next) if refusal.says_little() => refusal = next,
+                Err(_) => {}
             }
+        }
+        // Some clients send the token alone as a subprotocol.
+        let mut alone = protocols.offered().filter_map(|protocol| self.find(protocol));
+        alone.next().map(Identity::named).ok_or(refusal)
+    }
+
+    /// Returns whose token this is: a client token or a JWT, without `Bearer`. The only place that decides it.
+    ///
+    /// # Errors
+    ///
+    /// The reason to refuse the request.
+    pub async fn authenticate(&self, token: &[u8]) -> Result<Identity, Refusal> {
+        if let Some(name) = self.find(token) {
+            return Ok(Identity::named(name));
+        }
+        match &self.login {
+            Some(login) if Login::is_jwt(token) => login.authenticate(token).await,
+            // Nobody has a client token.
+            Some(_) if self.tokens.is_none() => Err(Refusal::InvalidJwt(VerifyError::Malformed)),
+            _ => Err(Refusal::InvalidToken),
         }
     }
 
-    /// Whether this is the token of a caller.
-    pub fn knows(&self, token: &[u8]) -> bool {
-        match self {
-            Self::Anyone(..) => false,
-            Self::WithToken(table) => table.borrow().find(token).is_some(),
-        }
+    /// Whether this is a client token, or may be a user's JWT.
+    pub fn may_know(&self, token: &[u8]) -> bool {
+        self.find(token).is_some()
+            || (self.login.is_some() && Login::is_jwt(token) && token.starts_with(b"ey"))
     }
+
+    /// The name of the client token.
+    fn find(&self, token: &[u8]) -> Option<Name> {
+        self.tokens.as_ref()?.borrow().find(token)
+    }
+}
+
+impl Identity {
+    fn named(name: Name) -> Self {
+        Self { name, user: None }
+    }
+}
+
+/// Reads the file, and re-reads it in the background when it changes.
+fn follow_file(path: PathBuf) -> Result<watch::Receiver<TokenTable>, config::Error> {
+    let file = SettledFile::new(path).with_max_size(MAX_FILE_SIZE);
+    let content = file.read_blocking();
+    let digest = digest(&content);
+    let table =
+        parse(&file, content).map_err(|error| config::Error::for_flag("--client-token-file", error))?;
+    let (sender, receiver) = watch::channel(table);
+    tokio::spawn(follow(file, digest, sender));
+    Ok(receiver)
 }
 
 /// Whether callers may send their token in this header.
@@ -330,16 +386,17 @@ mod tests {
         assert!(!format!("{:?}", table("web:s3cr3t").unwrap()).contains("s3cr3t"));
     }
 
-    #[test]
-    fn each_header_may_carry_the_token() {
+    #[tokio::test]
+    async fn each_header_may_carry_the_token() {
         let (_sender, receiver) = watch::channel(table("web:s3cr3t").unwrap());
-        let callers = Callers::WithToken(receiver);
-        let find = |headers: &[(&'static str, &'static str)]| {
+        let callers = Callers { tokens: Some(receiver), login: None, pages: Origins::new(Vec::new()) };
+        let find = async |headers: &[(&'static str, &'static str)]| {
             let mut map = HeaderMap::new();
             for (name, value) in headers {
                 map.append(*name, HeaderValue::from_static(value));
             }
-            callers.identify(Version::HTTP_11, &Uri::from_static("/v1"), &map)
+            let uri = Uri::from_static("/v1");
+            callers.identify(Version::HTTP_11, &uri, &map).await.map(|identity| identity.name)
         };
         let web = Ok(Name::from("web"));
         for headers in [
@@ -352,7 +409,7 @@ mod tests {
             &[("sec-websocket-protocol", "bearer.s3cr3t")],
             &[("sec-websocket-protocol", "realtime"), ("sec-websocket-protocol", "s3cr3t")],
         ] {
-            assert_eq!(find(headers), web, "{headers:?}");
+            assert_eq!(find(headers).await, web, "{headers:?}");
         }
         for headers in [
             &[("authorization", "Bearer wrong")][..],
@@ -360,7 +417,7 @@ mod tests {
             &[("authorization", "Bearer web:s3cr3t")],
             &[("sec-websocket-protocol", "bearer.wrong")],
         ] {
-            assert_eq!(find(headers), Err(Refusal::InvalidToken), "{headers:?}");
+            assert_eq!(find(headers).await, Err(Refusal::InvalidToken), "{headers:?}");
         }
         for headers in [
             &[][..],
@@ -371,7 +428,7 @@ mod tests {
             &[("x-api-key", "")],
             &[("sec-websocket-protocol", "realtime")],
         ] {
-            assert_eq!(find(headers), Err(Refusal::MissingToken), "{headers:?}");
+            assert_eq!(find(headers).await, Err(Refusal::MissingToken), "{headers:?}");
         }
     }
 
@@ -379,8 +436,7 @@ mod tests {
     async fn only_valid_changes_take_effect() {
         let path = std::env::temp_dir().join(format!("selam-proxy-callers-{}", std::process::id()));
         std::fs::write(&path, "web:first").unwrap();
-        let callers = Callers::from_file(path.clone()).unwrap();
-        let Callers::WithToken(mut table) = callers else { panic!("the callers have no tokens") };
+        let mut table = follow_file(path.clone()).unwrap();
         assert!(table.borrow_and_update().find(b"first").is_some());
 
         std::fs::write(&path, "web:second").unwrap();
@@ -392,7 +448,7 @@ mod tests {
         let next = time::timeout(5 * RECHECK, table.changed()).await;
         assert!(next.is_err() && table.borrow().find(b"second").is_some());
         std::fs::remove_file(&path).unwrap();
-        let error = Callers::from_file(path.clone()).unwrap_err().to_string();
+        let error = follow_file(path.clone()).unwrap_err().to_string();
         assert_eq!(
             error,
             format!("--client-token-file: {}: cannot be read: entity not found", path.display())

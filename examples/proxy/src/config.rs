@@ -13,13 +13,18 @@ use axum::http::HeaderName;
 use lexopt::{Arg, Parser, ValueExt};
 use tower_selam::{
     ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, Provider, Refreshing, SelamLayer,
-    SelamLayerBuilder, Token, env, inbound::StripCredentialsLayer, source::FileSource,
+    SelamLayerBuilder, Token, env,
+    inbound::StripCredentialsLayer,
+    source::FileSource,
+    verify::{IssuerKeys, JwtVerifier},
 };
 
 use crate::{
     browsers::Origin,
     callers,
+    login::{self, LogCallers, Login},
     rules::{self, Rule},
+    upstream::TokenClient,
 };
 
 /// The text of `--help`.
@@ -35,9 +40,9 @@ Serving
   --client-token-file FILE    the callers: one `name:token` per line, `#` starts a
                               comment. Re-read when it changes. Callers send a token as
                               `Authorization: Bearer`, `X-API-Key` or `api-key`, or as a
-                              WebSocket subprotocol. Required unless the proxy listens on
-                              a loopback address; without it, only programs on this
-                              machine are served
+                              WebSocket subprotocol. This or the app's login is required
+                              unless the proxy listens on a loopback address; without
+                              either, only programs on this machine are served
   --allow METHOD:PATH         allow only this method and path, refuse others with a 403;
                               repeatable. METHOD may be `*`, which stands for GET, HEAD,
                               POST, PUT, PATCH, DELETE and OPTIONS. PATH is one path, or
@@ -46,7 +51,8 @@ Serving
   --allow-origin ORIGIN       let web pages of this origin call the proxy, and refuse all
                               others with a 403; https://app.example,
                               https://*.example.com for its subdomains, or `*`, which
-                              requires client tokens; repeatable, or separated by commas
+                              requires client tokens or a login; repeatable, or
+                              separated by commas
                               [SELAM_PROXY_ALLOW_ORIGIN]
   --strip-header NAME         also remove this header from requests; NAME may end with
                               `*`; repeatable, or separated by commas
@@ -54,6 +60,25 @@ Serving
   --keep-header NAME          forward this header, although it tells of the caller's
                               network or identity; repeatable, or separated by commas
                               [SELAM_PROXY_KEEP_HEADER]
+
+The app's login (its users call with their JWTs, in the place of client tokens; each flag
+has a variable: SELAM_PROXY_JWT_ISSUER for --jwt-issuer, and so on)
+  --jwt-issuer URL            accept JWTs of this issuer. Its keys are found by OpenID
+                              Connect discovery, unless one of the next two is given
+  --jwks URL|FILE             accept JWTs that a key of this JWK set verifies
+  --jwt-key-file FILE         accept JWTs that one of these public keys (PEM) verifies.
+                              Files are re-read when they change
+  --jwt-audience NAME         accept only JWTs for this audience, the claim `aud`;
+                              required; repeatable, or separated by commas
+  --jwt-require CLAIM=VALUE   answer 403 to users without this value in this claim, which
+                              may be a list; repeatable, or separated by commas. A claim
+                              in a claim is written /realm_access/roles
+  --jwt-caller-claim CLAIM    claim that names the user, together with the issuer
+                              [default: sub]
+  --jwt-group-claim CLAIM     claim that names the user's group in the metrics
+                              [default: the issuer]
+  --log-callers HOW           how users are named in the log: hash, plain or off
+                              [default: hash]
 
 Connections of callers
   --keep-alive SECONDS        keep idle connections this long, up to 900; longer than the
@@ -113,8 +138,8 @@ Other
   -h, --help                  print this help
 
   GET /healthz                200 while the proxy serves; needs no token
-  GET /metrics                metrics for Prometheus; needs a client token if there is
-                              a file of them
+  GET /metrics                metrics for Prometheus; needs a client token or a JWT if
+                              either is configured
 
 On SIGTERM, requests in flight have 30 seconds to finish. Exit code 2 means that the
 configuration is invalid.
@@ -146,13 +171,30 @@ pub struct Config {
     keep_headers: Vec<HeaderName>,
     /// Whether a flag or a variable provides a JWT.
     pub has_jwt: bool,
+    /// Whether a token endpoint exchanges the JWTs of the app's users for JWTs of the same users.
+    pub exchanges: bool,
     pub allow_insecure_loopback: bool,
     pub limits: Limits,
     /// How long idle connections to the API are reused; `None` for the defaults.
     pub api_idle: Option<Duration>,
+    login: LoginSettings,
     base_url: Option<String>,
     api_key: Option<CredentialSource>,
     jwt: Option<CredentialSource>,
+}
+
+/// The app's login, as the flags describe it.
+#[derive(Debug, Default)]
+struct LoginSettings {
+    issuer: Option<String>,
+    /// A URL or a file.
+    jwks: Option<String>,
+    key_file: Option<PathBuf>,
+    audiences: Vec<String>,
+    required: Vec<(String, String)>,
+    caller_claim: Option<String>,
+    group_claim: Option<String>,
+    log: LogCallers,
 }
 
 /// Limits on the connections of callers.
@@ -180,7 +222,7 @@ impl Default for Limits {
 }
 
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 8] = [
+const WITH_VARIABLE: [&str; 16] = [
     "--keep-alive",
     "--head-timeout",
     "--upgrade-idle",
@@ -189,6 +231,25 @@ const WITH_VARIABLE: [&str; 8] = [
     "--strip-header",
     "--keep-header",
     "--allow-origin",
+    "--jwt-issuer",
+    "--jwks",
+    "--jwt-key-file",
+    "--jwt-audience",
+    "--jwt-require",
+    "--jwt-caller-claim",
+    "--jwt-group-claim",
+    "--log-callers",
+];
+
+/// The flags that may be given more than once.
+const REPEATABLE: [&str; 7] = [
+    "--allow",
+    "--allow-origin",
+    "--jwt-path",
+    "--strip-header",
+    "--keep-header",
+    "--jwt-audience",
+    "--jwt-require",
 ];
 
 /// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
@@ -251,9 +312,11 @@ impl Command {
             strip_headers: Vec::new(),
             keep_headers: Vec::new(),
             has_jwt: false,
+            exchanges: false,
             allow_insecure_loopback: false,
             limits: Limits::default(),
             api_idle: None,
+            login: LoginSettings::default(),
             base_url: None,
             api_key: None,
             jwt: None,
@@ -268,11 +331,7 @@ impl Command {
                 // The value is not shown: it may be a secret whose flag is missing.
                 Arg::Value(_) => return Err(Error::new("unexpected argument; see --help")),
             };
-            let repeats = matches!(
-                &*flag,
-                "--allow" | "--allow-origin" | "--jwt-path" | "--strip-header" | "--keep-header"
-            );
-            if !repeats && seen.contains(&flag) {
+            if !REPEATABLE.contains(&&*flag) && seen.contains(&flag) {
                 return Err(Error::for_flag(&flag, "is given twice"));
             }
             if flag == "--help" {
@@ -296,6 +355,11 @@ impl Command {
         }
         let jwts = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
         config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(|name| variable(name).is_some());
+        config.exchanges = config.login.is_configured()
+            && match &config.jwt {
+                None => variable(env::SELAM_TOKEN_URL).is_some(),
+                Some(source) => matches!(source, CredentialSource::Endpoint(_)),
+            };
         config.check()?;
         Ok(Self::Serve(Box::new(config)))
     }
@@ -359,6 +423,29 @@ impl Config {
                     self.keep_headers.push(header);
                 }
             }
+            "--jwt-issuer" => self.login.issuer = Some(text(value()?)?),
+            "--jwks" => self.login.jwks = Some(text(value()?)?),
+            "--jwt-key-file" => self.login.key_file = Some(value()?.into()),
+            "--jwt-audience" => self.login.audiences.extend(list(&text(value()?)?).map(str::to_owned)),
+            "--jwt-require" => {
+                for rule in list(&text(value()?)?) {
+                    let (claim, value) = rule
+                        .split_once('=')
+                        .filter(|(claim, _)| !claim.is_empty())
+                        .ok_or_else(|| Error::for_flag(name, format!("{rule:?} must be CLAIM=VALUE")))?;
+                    self.login.required.push((claim.to_owned(), value.to_owned()));
+                }
+            }
+            "--jwt-caller-claim" => self.login.caller_claim = Some(text(value()?)?),
+            "--jwt-group-claim" => self.login.group_claim = Some(text(value()?)?),
+            "--log-callers" => {
+                self.login.log = match &*text(value()?)? {
+                    "hash" => LogCallers::Hash,
+                    "plain" => LogCallers::Plain,
+                    "off" => LogCallers::Off,
+                    _ => return Err(Error::for_flag(name, "must be hash, plain or off")),
+                };
+            }
             "--log" => {
                 self.log = text(value()?)?
                     .parse()
@@ -384,14 +471,22 @@ impl Config {
 
     /// Checks settings that depend on each other.
     fn check(&self) -> Result<(), Error> {
-        if self.client_token_file.is_none() && !self.is_local() {
+        self.login.check()?;
+        let has_callers = self.client_token_file.is_some() || self.login.is_configured();
+        if !has_callers && !self.is_local() {
             return Err(Error::for_flag(
                 "--listen",
-                format!("{} is not a loopback address, so --client-token-file FILE is required", self.listen),
+                format!(
+                    "{} is not a loopback address, so --client-token-file FILE or --jwt-issuer URL is required",
+                    self.listen
+                ),
             ));
         }
-        if self.client_token_file.is_none() && self.allow_origins.contains(&Origin::Any) {
-            return Err(Error::for_flag("--allow-origin", "* requires --client-token-file FILE"));
+        if !has_callers && self.allow_origins.contains(&Origin::Any) {
+            return Err(Error::for_flag(
+                "--allow-origin",
+                "* requires --client-token-file FILE or --jwt-issuer URL",
+            ));
         }
         if !self.jwt_paths.is_empty() && !self.has_jwt {
             return Err(Error::for_flag(
@@ -410,6 +505,48 @@ impl Config {
     /// Whether only programs on this machine can reach the proxy.
     pub fn is_local(&self) -> bool {
         self.listen.ip().to_canonical().is_loopback()
+    }
+
+    /// Builds the app's login, if there is one. `client` fetches its keys, when the first user calls.
+    ///
+    /// # Errors
+    ///
+    /// A URL is invalid, or a file has no key.
+    pub fn login(&self, client: TokenClient) -> Result<Option<Login>, Error> {
+        let LoginSettings { issuer, jwks, key_file, audiences, required, caller_claim, group_claim, log } =
+            &self.login;
+        let is_lax = self.allow_insecure_loopback;
+        let (flag, keys) = match (jwks, key_file, issuer) {
+            (Some(url), ..) if url.contains("://") => (
+                "--jwks",
+                match is_lax {
+                    true => IssuerKeys::at_url_allow_insecure_loopback(url, client),
+                    false => IssuerKeys::at_url(url, client),
+                },
+            ),
+            (Some(file), ..) => ("--jwks", IssuerKeys::in_file(file)),
+            (None, Some(file), _) => ("--jwt-key-file", IssuerKeys::in_file(file)),
+            (None, None, Some(issuer)) => (
+                "--jwt-issuer",
+                match is_lax {
+                    true => IssuerKeys::discover_allow_insecure_loopback(issuer, client),
+                    false => IssuerKeys::discover(issuer, client),
+                },
+            ),
+            (None, None, None) => return Ok(None),
+        };
+        let keys = keys.map_err(|error| from_library(Some(flag), &error))?;
+        let mut verifier = JwtVerifier::new(keys, audiences.iter().cloned());
+        if let Some(issuer) = issuer {
+            verifier = verifier.with_issuer(issuer.trim());
+        }
+        let rules = login::Rules {
+            caller_claim: caller_claim.clone().unwrap_or_else(|| "sub".to_owned()),
+            group_claim: group_claim.clone(),
+            required: required.clone(),
+            log: *log,
+        };
+        Ok(Some(Login::new(verifier, rules)))
     }
 
     /// Builds the layer that removes what tells of the caller from requests.
@@ -459,6 +596,35 @@ impl Config {
                 && error.file().is_none();
             from_library(by_flag.then_some("--token-url"), &error)
         })
+    }
+}
+
+impl LoginSettings {
+    /// Whether there are keys, or an issuer that has some.
+    fn is_configured(&self) -> bool {
+        self.issuer.is_some() || self.jwks.is_some() || self.key_file.is_some()
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.jwks.is_some() && self.key_file.is_some() {
+            return Err(Error::for_flag("--jwt-key-file", "cannot be combined with --jwks"));
+        }
+        let settings = [
+            ("--jwt-audience", !self.audiences.is_empty()),
+            ("--jwt-require", !self.required.is_empty()),
+            ("--jwt-caller-claim", self.caller_claim.is_some()),
+            ("--jwt-group-claim", self.group_claim.is_some()),
+        ];
+        match settings.into_iter().find(|(_, is_set)| *is_set) {
+            Some((flag, _)) if !self.is_configured() => Err(Error::for_flag(
+                flag,
+                "there is no login; set --jwt-issuer URL, --jwks URL or FILE, or --jwt-key-file FILE",
+            )),
+            _ if self.is_configured() && self.audiences.is_empty() => Err(Error::new(
+                "--jwt-audience NAME is required with a login: the JWTs that its issuer issues to other services must not be accepted",
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -656,6 +822,8 @@ mod tests {
             let error = parse(&format!("--listen {listen}"), &[]).unwrap_err().to_string();
             assert!(error.contains(listen) && error.contains("--client-token-file"), "{error}");
             assert!(parse(&format!("--listen {listen} --client-token-file x"), &[]).is_ok(), "{listen}");
+            let login = "--jwt-issuer https://login.example --jwt-audience app";
+            assert!(parse(&format!("--listen {listen} {login}"), &[]).is_ok(), "{listen}");
         }
     }
 
@@ -708,7 +876,7 @@ mod tests {
                 "--allow-origin https://app.example/",
                 "--allow-origin: \"https://app.example/\" must end with the host or port, without a slash: https://app.example",
             ),
-            ("--allow-origin *", "--allow-origin: * requires --client-token-file FILE"),
+            ("--allow-origin *", "--allow-origin: * requires --client-token-file FILE or --jwt-issuer URL"),
             ("--strip-header a*b", "--strip-header: \"a*b\" is not the name of a header"),
             ("--strip-header *", "--strip-header: \"\" is not the name of a header"),
             ("--keep-header X-Forwarded-*", "--keep-header: \"X-Forwarded-*\" is not the name of a header"),
@@ -716,6 +884,22 @@ mod tests {
                 "--keep-header X-API-Key",
                 "--keep-header: x-api-key may carry a client token, which must not reach the API",
             ),
+            (
+                "--jwt-audience app",
+                "--jwt-audience: there is no login; set --jwt-issuer URL, --jwks URL or FILE, or --jwt-key-file FILE",
+            ),
+            (
+                "--jwks https://s3cr3t",
+                "--jwt-audience NAME is required with a login: the JWTs that its issuer issues to other services must not be accepted",
+            ),
+            (
+                "--jwks a --jwt-key-file b --jwt-audience app",
+                "--jwt-key-file: cannot be combined with --jwks",
+            ),
+            ("--jwt-require admin", "--jwt-require: \"admin\" must be CLAIM=VALUE"),
+            ("--jwt-require =admin", "--jwt-require: \"=admin\" must be CLAIM=VALUE"),
+            ("--jwt-issuer a --jwt-issuer b", "--jwt-issuer: is given twice"),
+            ("--log-callers names", "--log-callers: must be hash, plain or off"),
             ("--log loud", "--log: must be off, error, warn, info or debug"),
             (
                 "--api-key sk-selam-s3cr3t",
@@ -725,6 +909,38 @@ mod tests {
             let error = parse(arguments, &[]).unwrap_err().to_string();
             assert_eq!(error, expected);
             assert!(!error.contains("s3cr3t") && !error.contains('\n'));
+        }
+    }
+
+    #[test]
+    fn the_login_has_flags_and_variables() {
+        let values = [
+            ("--jwt-issuer", "https://login.example"),
+            ("--jwks", "keys.json"),
+            ("--jwt-audience", "app,web"),
+            ("--jwt-require", "role=admin,verified=true"),
+            ("--jwt-caller-claim", "email"),
+            ("--jwt-group-claim", "plan"),
+            ("--log-callers", "off"),
+        ];
+        let flags: Vec<_> = values.iter().map(|(flag, value)| format!("{flag} {value}")).collect();
+        let variable = |name: &str| {
+            let (_, value) = values.iter().find(|(flag, _)| variable_of(flag) == name)?;
+            Some(OsString::from(value))
+        };
+        for command in [parse(&flags.join(" "), &[]), parse_with("", variable)] {
+            let Ok(Command::Serve(config)) = command else { panic!("{command:?}") };
+            let LoginSettings { issuer, jwks, audiences, required, caller_claim, group_claim, log, .. } =
+                config.login;
+            assert_eq!((issuer.as_deref(), jwks.as_deref()), (Some(values[0].1), Some("keys.json")));
+            assert_eq!(audiences, ["app", "web"]);
+            assert_eq!(
+                required,
+                [("role", "admin"), ("verified", "true")]
+                    .map(|(claim, value)| (claim.to_owned(), value.to_owned()))
+            );
+            assert_eq!((caller_claim.as_deref(), group_claim.as_deref()), (Some("email"), Some("plan")));
+            assert_eq!(log, LogCallers::Off);
         }
     }
 
@@ -750,6 +966,14 @@ mod tests {
         for flag in [
             "--listen",
             "--client-token-file",
+            "--jwt-issuer",
+            "--jwks",
+            "--jwt-key-file",
+            "--jwt-audience",
+            "--jwt-require",
+            "--jwt-caller-claim",
+            "--jwt-group-claim",
+            "--log-callers",
             "--allow",
             "--allow-origin",
             "--base-url",

@@ -7,7 +7,8 @@
 //!  caller ─▶ server ──▶ proxy::forward ─▶ StripHopByHop ─▶ StripCredentials ─▶ ChooseAuth ─▶ to_api ─▶ SelamLayer ─▶ Upstream
 //!            HTTP/1.1   rules: valid      Connection,      Authorization,      JWT and key   the       key or JWT,   HTTP/1.1
 //!            and /2     path?             Upgrade, …       Cookie, …: the      or the key    base      and a replay  and /2,
-//!                       callers: token?                    caller's            alone         URL       after a 401   over TLS
+//!                       callers, login:                    caller's            alone         URL       after a 401   over TLS
+//!                       whose token?
 //!                       rules: allowed?
 //!                            │
 //!                            └─▶ reply: 401, 403, 404, …
@@ -24,6 +25,7 @@ pub mod callers;
 pub mod config;
 pub mod local;
 pub mod location;
+pub mod login;
 pub mod metrics;
 pub mod proxy;
 pub mod reply;

@@ -17,9 +17,9 @@ use http_body::{Body as _, Frame, SizeHint};
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::time::{self, Duration, Instant};
-use tower_selam::{RateLimit, telemetry};
+use tower_selam::{RateLimit, telemetry, verify::VerifyError};
 
-use crate::{callers::Name, config, reply::Refusal};
+use crate::{callers::Identity, config, reply::Refusal};
 
 const REQUESTS: &str = "selam_proxy_requests_total";
 const REFUSALS: &str = "selam_proxy_refusals_total";
@@ -77,7 +77,14 @@ pub fn install() -> Result<Metrics, config::Error> {
     for side in ["api", "caller"] {
         counter!(ABORTED, "by" => side).absolute(0);
     }
-    for refusal in [Refusal::MissingToken, Refusal::InvalidToken, Refusal::OriginNotAllowed] {
+    let refusals = [
+        Refusal::MissingToken,
+        Refusal::InvalidToken,
+        Refusal::InvalidJwt(VerifyError::Malformed),
+        Refusal::ExpiredJwt,
+        Refusal::OriginNotAllowed,
+    ];
+    for refusal in refusals {
         counter!(REFUSALS, "reason" => refusal.name(), "caller" => UNKNOWN).absolute(0);
     }
 
@@ -127,7 +134,7 @@ pub struct RequestTracker {
     /// Without the query, which may contain secrets.
     path: String,
     is_head: bool,
-    caller: Option<Name>,
+    caller: Option<Identity>,
     answer: Option<(StatusCode, Option<Refusal>)>,
     bytes: u64,
     outcome: Outcome,
@@ -157,7 +164,7 @@ impl RequestTracker {
         }
     }
 
-    pub fn set_caller(&mut self, caller: Name) {
+    pub fn set_caller(&mut self, caller: Identity) {
         self.caller = Some(caller);
     }
 
@@ -190,8 +197,8 @@ impl RequestTracker {
     fn count(&mut self, response: &Response) {
         let refusal = response.extensions().get::<Refusal>().copied();
         let status = response.status();
-        // Only names chosen by the operator become labels, so their number is bounded.
-        let caller = self.caller.as_deref().unwrap_or(UNKNOWN).to_owned();
+        // Only names of client tokens and groups become labels, so their number is bounded. Users do not.
+        let caller = self.caller.as_ref().map_or(UNKNOWN, |caller| &*caller.name).to_owned();
         let class = match status.as_u16() / 100 {
             1 => "1xx",
             2 => "2xx",
@@ -223,12 +230,15 @@ impl Drop for RequestTracker {
             counter!(ABORTED, "by" => side).increment(1);
         }
         let (status, refusal) = self.answer.unzip();
+        let refusal = refusal.flatten();
         tracing::info!(
             method = %self.method,
             path = self.path,
-            caller = self.caller.as_deref(),
+            caller = self.caller.as_ref().map(|caller| &*caller.name),
+            user = self.caller.as_ref().and_then(|caller| caller.user.as_ref()?.logged.as_deref()),
             status = status.map(|status| status.as_u16()),
-            refused = refusal.flatten().map(Refusal::name),
+            refused = refusal.map(Refusal::name),
+            why = refusal.and_then(Refusal::why).map(tracing::field::display),
             bytes = self.bytes,
             ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             end,

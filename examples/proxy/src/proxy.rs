@@ -24,16 +24,18 @@ use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
-    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, SelamLayer,
+    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, SelamLayer, Subject,
     inbound::{StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
+    oauth::SubjectTokens,
 };
 
 use crate::{
     browsers::{self, Origins},
-    callers::{Callers, Name},
+    callers::{Callers, Identity},
     config::{self, Config},
     local,
     location::RewriteLocation,
+    login::User,
     metrics::{self, Metrics, RequestTracker},
     reply::Refusal,
     rules::{self, BadPath, Rule},
@@ -48,6 +50,9 @@ const REPLAY_LIMIT: usize = 1024 * 1024;
 /// How much of it is kept, until the response begins, to send a request once more that the API has not processed.
 const RESEND_LIMIT: usize = 256 * 1024;
 
+/// The subject of callers with a client token, where each user of the app has a JWT of its own. No digest of a user is this short.
+const OWN_SUBJECT: &str = "proxy";
+
 /// The longest URI that the `http` crate accepts.
 const MAX_URI_LENGTH: usize = 65_534;
 
@@ -55,6 +60,8 @@ const MAX_URI_LENGTH: usize = 65_534;
 #[derive(Clone)]
 struct Proxy {
     callers: Callers,
+    /// The JWTs of the app's users, if they are exchanged for others.
+    subjects: Option<SubjectTokens>,
     allow: Arc<[Rule]>,
     metrics: Metrics,
     stack: Stack,
@@ -79,7 +86,12 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
     let http_proxy = HttpProxy::from_env(|name| std::env::var_os(name))?;
     let settings = upstream::Settings::new(tls, http_proxy, config.api_idle, RESEND_LIMIT);
-    let layer = config.layer(SelamLayer::builder().with_token_client(settings.token_client()))?;
+    let subjects = config.exchanges.then(|| SubjectTokens::new().with_own_subject(Subject::new(OWN_SUBJECT)));
+    let mut builder = SelamLayer::builder().with_token_client(settings.token_client());
+    if let Some(subjects) = &subjects {
+        builder = builder.with_subject_tokens(subjects.clone());
+    }
+    let layer = config.layer(builder)?;
     if let Ok(api) = layer.base_url().to_string().parse()
         && let Some((variable, proxy)) = settings.proxy.describe(&api)
     {
@@ -89,10 +101,12 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
     let (stack, upgrade_stack) = stacks(config, &layer, &settings, &via)?;
     let pages = Origins::new(config.allow_origins.clone());
     let proxy = Proxy {
-        callers: match &config.client_token_file {
-            Some(path) => Callers::from_file(path.clone())?,
-            None => Callers::anyone(pages.clone()),
-        },
+        callers: Callers::new(
+            config.client_token_file.clone(),
+            config.login(settings.token_client())?,
+            pages.clone(),
+        )?,
+        subjects,
         allow: config.allow.clone().into(),
         metrics,
         stack,
@@ -161,7 +175,7 @@ async fn healthz(request: Request) -> Response {
 }
 
 async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response {
-    if let Err(refusal) = proxy.identify(&request) {
+    if let Err(refusal) = proxy.identify(request.version(), request.uri(), request.headers()).await {
         return refusal.into_response();
     }
     match *request.method() {
@@ -177,13 +191,23 @@ async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response 
 async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
     let connection = request.extensions_mut().remove::<Arc<Connection>>();
     let mut tracker = RequestTracker::new(request.method(), request.uri().path());
-    if let Err(refusal) = proxy.admit(&mut tracker, &request) {
-        return tracker.track_response(refusal.into_response());
-    }
+    let caller = match proxy.screen(&request) {
+        Ok(()) => proxy.identify(request.version(), request.uri(), request.headers()).await,
+        Err(refusal) => Err(refusal),
+    };
+    let admitted = caller.and_then(|caller| {
+        tracker.set_caller(caller.clone());
+        proxy.permit(&request).map(|()| caller)
+    });
+    let caller = match admitted {
+        Ok(caller) => caller,
+        Err(refusal) => return tracker.track_response(refusal.into_response()),
+    };
     if let Some(connection) = &connection {
         connection.admitted();
     }
     let protocols = proxy.take_protocols(request.headers_mut());
+    proxy.name_subject(&caller, &mut request);
     if let Some(connection) = connection
         && wants_upgrade(&request)
     {
@@ -194,25 +218,27 @@ async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
 }
 
 impl Proxy {
-    /// Decides whether the request may be forwarded. Callers without a valid token learn nothing about paths below `/v1`.
-    fn admit(&self, tracker: &mut RequestTracker, request: &Request) -> Result<(), Refusal> {
+    /// Decides whether to ask who the caller is. Callers without a valid token learn nothing about paths below `/v1`.
+    fn screen(&self, request: &Request) -> Result<(), Refusal> {
         if server::has_large_headers(request.headers()) {
             return Err(Refusal::LargeHeaders);
         }
-        let path = request.uri().path();
-        let checked = rules::check(path);
-        if checked == Err(BadPath::OutsideApi) {
+        if rules::check(request.uri().path()) == Err(BadPath::OutsideApi) {
             return Err(Refusal::NotFound);
         }
         let via = request.headers().get_all(VIA).iter();
         if via.filter_map(|via| via.to_str().ok()).any(|via| via.contains(&*self.via)) {
             return Err(Refusal::Loop);
         }
-        tracker.set_caller(self.identify(request)?);
-        if checked.is_err() {
+        Ok(())
+    }
+
+    /// Decides whether a known caller's request may be forwarded.
+    fn permit(&self, request: &Request) -> Result<(), Refusal> {
+        let (method, path) = (request.method(), request.uri().path());
+        if rules::check(path).is_err() {
             return Err(Refusal::BadPath);
         }
-        let method = request.method();
         if !rules::is_forwardable(method) || (self.allow.is_empty() && !rules::METHODS.contains(method)) {
             return Err(Refusal::BadRequest);
         }
@@ -226,18 +252,31 @@ impl Proxy {
         Ok(())
     }
 
-    /// Returns the name of the caller.
-    fn identify(&self, request: &Request) -> Result<Name, Refusal> {
-        let (version, uri, headers) = (request.version(), request.uri(), request.headers());
+    /// Names the user whose JWT the API gets, and keeps the JWT that was verified for the next exchange.
+    fn name_subject(&self, caller: &Identity, request: &mut Request) {
+        let Some(subjects) = &self.subjects else { return };
+        let subject = match &caller.user {
+            Some(user) => {
+                subjects.present(&user.subject, &user.jwt);
+                request.extensions_mut().insert(Arc::clone(user));
+                user.subject.clone()
+            }
+            None => Subject::new(OWN_SUBJECT),
+        };
+        request.extensions_mut().insert(subject);
+    }
+
+    /// Returns who the caller is.
+    async fn identify(&self, version: Version, uri: &Uri, headers: &HeaderMap) -> Result<Identity, Refusal> {
         local::named_host(version, uri, headers)?;
-        self.callers.identify(version, uri, headers)
+        self.callers.identify(version, uri, headers).await
     }
 
     /// Takes the caller's token out of the WebSocket subprotocols.
     fn take_protocols(&self, headers: &mut HeaderMap) -> WebSocketProtocols {
         let mut protocols = WebSocketProtocols::from_headers(headers);
         if headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
-            protocols.remove_if(|candidate| self.callers.knows(candidate));
+            protocols.remove_if(|candidate| self.callers.may_know(candidate));
             protocols.write(headers);
         }
         protocols
@@ -292,12 +331,20 @@ impl Proxy {
     }
 
     async fn send(&self, stack: Stack, request: Request) -> Response {
+        let user = request.extensions().get::<Arc<User>>().cloned();
         match stack.oneshot(request).await {
             Ok(response) => {
                 metrics::record_rate_limit(response.headers());
                 response
             }
-            Err(error) => refusal(&error).into_response(),
+            Err(error) => match refusal(&error) {
+                // It expired before it could be exchanged: another one helps, and waiting does not.
+                Refusal::NoCredential(_) if user.as_ref().is_some_and(|user| user.has_expired()) => {
+                    Refusal::ExpiredJwt
+                }
+                refusal => refusal,
+            }
+            .into_response(),
         }
     }
 }
@@ -349,7 +396,7 @@ fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
     let (mut parts, body) = request.into_parts();
     let below = rules::check(parts.uri.path()).unwrap_or_default();
     let query = parts.uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-    // `admit` has checked the length. A default URI would have no authority, and so would not be sent.
+    // `permit` has checked the length. A default URI would have no authority, and so would not be sent.
     parts.uri = format!("{base}{below}{query}").parse().unwrap_or_else(|_| Uri::default());
     let version = match parts.version {
         Version::HTTP_10 => "1.0",

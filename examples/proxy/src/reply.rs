@@ -14,6 +14,7 @@ use axum::{
     },
     response::{IntoResponse, Response},
 };
+use tower_selam::verify::VerifyError;
 
 /// Why the proxy answers instead of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,14 @@ pub enum Refusal {
     InvalidToken,
     /// A web page sent the request that `--allow-origin` does not list.
     OriginNotAllowed,
+    /// The JWT is not valid.
+    InvalidJwt(VerifyError),
+    /// The JWT has expired.
+    ExpiredJwt,
+    /// The JWT lacks a claim that this proxy demands.
+    NotPermitted,
+    /// The keys that verify JWTs cannot be fetched now. With the time after which to retry.
+    IdentityUnavailable(Duration),
     /// Without client tokens: a web page sent the request, or the user followed a link on one.
     ForeignOrigin,
     /// Without client tokens: the request names another host than this machine.
@@ -62,6 +71,10 @@ impl Refusal {
             Self::MissingToken => "missing_token",
             Self::InvalidToken => "invalid_token",
             Self::OriginNotAllowed => "origin_not_allowed",
+            Self::InvalidJwt(_) => "invalid_jwt",
+            Self::ExpiredJwt => "expired_jwt",
+            Self::NotPermitted => "missing_claim",
+            Self::IdentityUnavailable(_) => "identity_unavailable",
             Self::ForeignOrigin => "foreign_origin",
             Self::ForeignHost => "foreign_host",
             Self::Forwarded => "forwarded",
@@ -75,6 +88,19 @@ impl Refusal {
             Self::NoUpstream => "no_upstream",
             Self::LargeResponse => "large_response",
             Self::NoCredential(_) => "no_credential",
+        }
+    }
+
+    /// Whether another token of the request may say more about why it is refused.
+    pub fn says_little(self) -> bool {
+        matches!(self, Self::MissingToken | Self::InvalidToken | Self::InvalidJwt(VerifyError::Malformed))
+    }
+
+    /// What is wrong with a JWT, for the log.
+    pub fn why(self) -> Option<VerifyError> {
+        match self {
+            Self::InvalidJwt(why) => Some(why),
+            _ => None,
         }
     }
 
@@ -98,6 +124,30 @@ impl Refusal {
                 "authorization_error",
                 "origin_not_allowed",
                 "This proxy does not serve pages of this origin. Start it with --allow-origin ORIGIN to list one more.",
+            ),
+            Self::InvalidJwt(_) => (
+                StatusCode::UNAUTHORIZED,
+                "authentication_error",
+                "invalid_token",
+                "The token is not valid for this service. Log in again.",
+            ),
+            Self::ExpiredJwt => (
+                StatusCode::UNAUTHORIZED,
+                "authentication_error",
+                "token_expired",
+                "The token has expired. Refresh it, or log in again.",
+            ),
+            Self::NotPermitted => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "insufficient_permissions",
+                "Your account does not have access to this service.",
+            ),
+            Self::IdentityUnavailable(_) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "api_error",
+                "identity_unavailable",
+                "Logins cannot be verified at the moment. Retry later.",
             ),
             Self::ForeignOrigin => (
                 StatusCode::FORBIDDEN,
@@ -193,22 +243,41 @@ impl IntoResponse for Refusal {
         header(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         header(CONTENT_LENGTH, length);
         match self {
-            Self::MissingToken | Self::InvalidToken => {
+            Self::MissingToken => {
                 header(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            // RFC 6750 section 3.1.
+            Self::InvalidToken | Self::InvalidJwt(_) => {
+                header(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer error=\"invalid_token\""));
+            }
+            Self::ExpiredJwt => {
+                let challenge =
+                    "Bearer error=\"invalid_token\", error_description=\"The access token expired\"";
+                header(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+            }
+            Self::NotPermitted => {
+                header(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer error=\"insufficient_scope\""));
             }
             Self::WrongMethod => {
                 header(ALLOW, HeaderValue::from_static("GET, HEAD"));
             }
             Self::NoCredential(wait) => {
-                let wait = wait.unwrap_or(DEFAULT_RETRY_AFTER);
-                let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-                header(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+                header(RETRY_AFTER, seconds(wait.unwrap_or(DEFAULT_RETRY_AFTER)));
+            }
+            Self::IdentityUnavailable(wait) => {
+                header(RETRY_AFTER, seconds(wait));
             }
             _ => {}
         }
         response.extensions_mut().insert(self);
         response
     }
+}
+
+/// Rounds up, to one second at least.
+fn seconds(wait: Duration) -> HeaderValue {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    HeaderValue::from(seconds.max(1))
 }
 
 #[cfg(test)]
@@ -223,6 +292,10 @@ mod tests {
             (Refusal::MissingToken, 401, "authentication_error", "missing_api_key"),
             (Refusal::InvalidToken, 401, "authentication_error", "invalid_api_key"),
             (Refusal::OriginNotAllowed, 403, "authorization_error", "origin_not_allowed"),
+            (Refusal::InvalidJwt(VerifyError::Signature), 401, "authentication_error", "invalid_token"),
+            (Refusal::ExpiredJwt, 401, "authentication_error", "token_expired"),
+            (Refusal::NotPermitted, 403, "authorization_error", "insufficient_permissions"),
+            (Refusal::IdentityUnavailable(Duration::ZERO), 503, "api_error", "identity_unavailable"),
             (Refusal::ForeignOrigin, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::ForeignHost, 403, "authorization_error", "insufficient_permissions"),
             (Refusal::Forwarded, 403, "authorization_error", "insufficient_permissions"),
@@ -240,13 +313,32 @@ mod tests {
             let response = refusal.into_response();
             assert_eq!(response.status(), status, "{refusal:?}");
             assert_eq!(response.headers()[CONTENT_TYPE], "application/json");
-            assert_eq!(response.headers().contains_key(WWW_AUTHENTICATE), status == 401);
+            let challenges = status == 401 || refusal == Refusal::NotPermitted;
+            assert_eq!(response.headers().contains_key(WWW_AUTHENTICATE), challenges, "{refusal:?}");
             let body = axum::body::to_bytes(response.into_body(), 4096).await.unwrap();
             let body: Value = serde_json::from_slice(&body).unwrap();
             let error = body["error"].as_object().unwrap();
             assert_eq!((&error["type"], &error["code"]), (&kind.into(), &code.into()));
             assert!(error["message"].as_str().unwrap().ends_with('.'));
         }
+    }
+
+    #[test]
+    fn challenges_say_what_is_wrong_with_a_token() {
+        for (refusal, expected) in [
+            (Refusal::MissingToken, "Bearer"),
+            (Refusal::InvalidToken, "Bearer error=\"invalid_token\""),
+            (Refusal::InvalidJwt(VerifyError::Audience), "Bearer error=\"invalid_token\""),
+            (
+                Refusal::ExpiredJwt,
+                "Bearer error=\"invalid_token\", error_description=\"The access token expired\"",
+            ),
+            (Refusal::NotPermitted, "Bearer error=\"insufficient_scope\""),
+        ] {
+            assert_eq!(refusal.into_response().headers()[WWW_AUTHENTICATE], expected);
+        }
+        let response = Refusal::IdentityUnavailable(Duration::from_millis(2500)).into_response();
+        assert_eq!(response.headers()[RETRY_AFTER], "3");
     }
 
     #[test]

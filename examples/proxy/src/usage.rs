@@ -140,6 +140,10 @@ impl Report {
         };
         let refused = |reason| period.sum("selam_proxy_refusals_total", &[("reason", reason)]);
         add(refused("invalid_token"), "requests with an unknown token (a removed one, or someone guessing)");
+        add(
+            refused("invalid_jwt"),
+            "requests with a JWT that is not valid here (of another service, or forged)",
+        );
         add(refused("missing_token"), "requests without a token");
         for caller in period.values_of("selam_proxy_refusals_total", "caller") {
             let refused =
@@ -154,6 +158,7 @@ impl Report {
         add(refused("foreign_origin"), "requests from web pages on other machines");
         add(refused("foreign_host"), "requests that name another host than this machine");
         add(refused("forwarded"), "requests through a reverse proxy or tunnel, without client tokens");
+        add(refused("identity_unavailable"), "requests whose JWT could not be verified: the issuer is down");
         add(refused("loop"), "requests in a loop: the base URL points back to the proxy");
         add(refused("no_upstream"), "requests that did not reach the API");
         add(refused("no_credential"), "requests for which no key or JWT was available");

@@ -61,6 +61,9 @@ const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 /// How long a failed connection may take to let go of the body of a request that is sent again.
 const BODY_RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A client that follows no redirects.
+pub type TokenClient = Client<Connector, Body>;
+
 /// What clients for the API have in common.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -96,8 +99,9 @@ impl Settings {
         builder
     }
 
-    /// Builds a plain client, for the token endpoint. It is called rarely, so no connection is kept for the next call.
-    pub fn token_client(&self) -> Client<Connector, Body> {
+    /// Builds a plain client, for the token endpoint and the issuer of logins. It is called rarely, so no connection is kept for
+    /// the next call.
+    pub fn token_client(&self) -> TokenClient {
         self.builder().pool_max_idle_per_host(0).build(connector(&self.tls, &self.proxy, Versions::All))
     }
 }

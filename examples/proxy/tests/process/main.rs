@@ -14,6 +14,7 @@ mod errors;
 mod expect;
 mod forwarding;
 mod leaks;
+mod login;
 mod metrics;
 mod openai;
 mod resends;
