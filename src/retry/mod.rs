@@ -71,7 +71,8 @@
 //! - A request waits for at most [`with_max_wait`](ThrottleLayer::with_max_wait), even if a header or clock is wrong. Then it is
 //!   sent, and the API decides; the 429 is the policy's business.
 //! - Other programs on the account, and other layers, are seen through what responses say to remain, so a few requests are
-//!   refused when several use up the last of a window together. Keep the policy outside.
+//!   refused when several use up the last of a window together. Keep the policy outside. In this crate's tests, twenty clients
+//!   that share a limit of 60 make 200 calls with 200 to 210 requests through one layer, and with 217 to 221 through two.
 //! - A waiting request holds no permit of an inner service. It does hold those of outer layers, such as a `timeout`, which
 //!   must allow for the wait.
 //!

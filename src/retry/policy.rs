@@ -18,7 +18,10 @@ use super::{AsError, Failure};
 use crate::{
     AuthError, RateLimit,
     replay::CloneBody,
-    util::timer::{self, Timer},
+    util::{
+        clock::LONG,
+        timer::{self, Timer},
+    },
 };
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
@@ -133,7 +136,7 @@ impl<C> RetryPolicy<C> {
             return None;
         }
         let factor = 2_u32.saturating_pow(self.retries);
-        let backoff = self.min_backoff.saturating_mul(factor).min(self.max_backoff);
+        let backoff = self.min_backoff.saturating_mul(factor).min(self.max_backoff).min(LONG);
         self.retries += 1;
         let jitter = backoff.mul_f64(fastrand::f64());
         Some(Wait { timer: Timer::new(told.unwrap_or(backoff).saturating_add(jitter)) })

@@ -256,6 +256,15 @@ mod tests {
     }
 
     #[test]
+    fn no_header_is_believed_for_long() {
+        let start = now();
+        let mut window = Window::new();
+        let ticket = window.admit(start).unwrap();
+        window.finish(ticket, told(0, 3600 * SECOND), start);
+        assert_eq!(window.admit(start).unwrap_err(), Some(start + MAX_WAIT));
+    }
+
+    #[test]
     fn a_lost_request_counts() {
         let start = now();
         let mut window = window(1, start);
