@@ -146,7 +146,8 @@ async fn other_addresses_have_to_be_allowed() {
         command.args(arguments).env("SELAM_API_KEY", KEY).env("CALLERS", CALLERS).kill_on_drop(true);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
-    let output = start(&["--listen", "0.0.0.0:0"]).wait_with_output().await.unwrap();
+    let refused = start(&["--listen", "0.0.0.0:0"]).wait_with_output();
+    let output = timeout(Duration::from_secs(30), refused).await.unwrap().unwrap();
     assert!(!output.status.success() && output.stdout.is_empty());
     assert!(String::from_utf8(output.stderr).unwrap().contains("--dangerous-listen-remote"));
 
