@@ -54,6 +54,10 @@ Serving
                               requires client tokens or a login; repeatable, or
                               separated by commas
                               [SELAM_PROXY_ALLOW_ORIGIN]
+  --voice-agent               serve Socket.IO clients of the voice agent at /socket.io/,
+                              polling and WebSocket; requires a JWT. With --allow, it
+                              needs '*:/socket.io/' as well
+                              [SELAM_PROXY_VOICE_AGENT=true]
   --strip-header NAME         also remove this header from requests; NAME may end with
                               `*`; repeatable, or separated by commas
                               [SELAM_PROXY_STRIP_HEADER]
@@ -161,6 +165,8 @@ pub struct Config {
     pub allow: Vec<Rule>,
     /// The origins whose web pages may call the proxy. If empty, answers have no CORS headers.
     pub allow_origins: Vec<Origin>,
+    /// Whether `/socket.io/` is served.
+    pub voice_agent: bool,
     pub ca: Option<PathBuf>,
     pub log: tracing::level_filters::LevelFilter,
     /// Requests to these paths carry JWT and key, others the key alone. If empty, all carry both.
@@ -222,7 +228,7 @@ impl Default for Limits {
 }
 
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 16] = [
+const WITH_VARIABLE: [&str; 17] = [
     "--keep-alive",
     "--head-timeout",
     "--upgrade-idle",
@@ -231,6 +237,7 @@ const WITH_VARIABLE: [&str; 16] = [
     "--strip-header",
     "--keep-header",
     "--allow-origin",
+    "--voice-agent",
     "--jwt-issuer",
     "--jwks",
     "--jwt-key-file",
@@ -306,6 +313,7 @@ impl Command {
             client_token_file: None,
             allow: Vec::new(),
             allow_origins: Vec::new(),
+            voice_agent: false,
             ca: None,
             log: tracing::level_filters::LevelFilter::INFO,
             jwt_paths: Vec::new(),
@@ -389,6 +397,8 @@ impl Config {
                     self.allow_origins.push(origin);
                 }
             }
+            "--voice-agent" if name == flag => self.voice_agent = true,
+            "--voice-agent" => self.voice_agent = boolean(name, &text(value()?)?)?,
             "--base-url" => self.base_url = Some(text(value()?)?),
             "--ca" => self.ca = Some(value()?.into()),
             "--allow-insecure-loopback" => self.allow_insecure_loopback = true,
@@ -488,16 +498,26 @@ impl Config {
                 "* requires --client-token-file FILE or --jwt-issuer URL",
             ));
         }
-        if !self.jwt_paths.is_empty() && !self.has_jwt {
+        for (flag, is_given) in
+            [("--jwt-path", !self.jwt_paths.is_empty()), ("--voice-agent", self.voice_agent)]
+        {
+            if is_given && !self.has_jwt {
+                let [jwt, file, url] = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
+                return Err(Error::for_flag(
+                    flag,
+                    format!("no JWT is configured; set {jwt}, {file} or {url}"),
+                ));
+            }
+        }
+        let has_rule = self.allow.iter().any(Rule::is_for_voice);
+        if self.voice_agent && !self.allow.is_empty() && !has_rule {
             return Err(Error::for_flag(
-                "--jwt-path",
-                format!(
-                    "no JWT is configured; set {}, {} or {}",
-                    env::SELAM_JWT,
-                    env::SELAM_JWT_FILE,
-                    env::SELAM_TOKEN_URL
-                ),
+                "--voice-agent",
+                "no --allow covers it; add --allow '*:/socket.io/'",
             ));
+        }
+        if has_rule && !self.voice_agent {
+            return Err(Error::for_flag("--allow", "/socket.io/ is served with --voice-agent only"));
         }
         Ok(())
     }
@@ -706,6 +726,14 @@ fn number(name: &str, value: &str, of: &str, range: RangeInclusive<usize>) -> Re
     }
 }
 
+fn boolean(name: &str, value: &str) -> Result<bool, Error> {
+    match value {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err(Error::for_flag(name, "must be true or false")),
+    }
+}
+
 fn set_once(slot: &mut Option<CredentialSource>, flag: &str, source: CredentialSource) -> Result<(), Error> {
     match slot.replace(source) {
         None => Ok(()),
@@ -782,6 +810,40 @@ mod tests {
         // Empty counts as not set.
         let empty: Vec<_> = names.iter().map(|name| (name.as_str(), "")).collect();
         assert_eq!(limits("", &empty), Limits::default());
+    }
+
+    #[test]
+    fn the_voice_agent_needs_a_jwt_and_a_rule() {
+        let with = |arguments: &str, value: &str| {
+            parse_with(arguments, |name| match name {
+                "SELAM_JWT" => Some("x".into()),
+                "SELAM_PROXY_VOICE_AGENT" => Some(value.into()),
+                _ => None,
+            })
+        };
+        let serves = |arguments: &str, value: &str| match with(arguments, value).unwrap() {
+            Command::Serve(config) => config.voice_agent,
+            Command::Help => panic!("{arguments}"),
+        };
+        assert!(!serves("", "") && serves("--voice-agent", "") && serves("--voice-agent", "false"));
+        assert!(serves("", "true") && serves("", "1") && !serves("", "false") && !serves("", "0"));
+        assert!(serves("--voice-agent --allow *:/socket.io/", ""));
+        for (arguments, value, expected) in [
+            ("", "yes", "SELAM_PROXY_VOICE_AGENT: must be true or false"),
+            (
+                "--voice-agent --allow GET:/v1/models",
+                "",
+                "--voice-agent: no --allow covers it; add --allow '*:/socket.io/'",
+            ),
+            ("--allow GET:/socket.io/", "", "--allow: /socket.io/ is served with --voice-agent only"),
+        ] {
+            assert_eq!(with(arguments, value).unwrap_err().to_string(), expected);
+        }
+        let missing = parse("--voice-agent", &[]).unwrap_err().to_string();
+        assert_eq!(
+            missing,
+            "--voice-agent: no JWT is configured; set SELAM_JWT, SELAM_JWT_FILE or SELAM_TOKEN_URL"
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@
 //! With `--allow-origin`, [`browsers`] goes before all of it, for web pages. Without client tokens, [`local`] refuses what does not
 //! come from a program on this machine. On the way back, [`location`]
 //! keeps callers on the proxy. [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
+//! [`voice`] does the same for the voice agent, whose packets it reads.
 //! Off the request path: [`config`] parses flags and environment, [`metrics`] counts and logs requests, and [`usage`] reports
 //! unusual activity found in those metrics.
 
@@ -34,3 +35,4 @@ pub mod server;
 pub mod trailers;
 pub mod upstream;
 pub mod usage;
+pub mod voice;

@@ -12,10 +12,10 @@ use axum::http::{
     header::{AUTHORIZATION, CONTENT_LOCATION, LINK, LOCATION, REFRESH},
 };
 use tower::Service;
-use tower_selam::BoxError;
+use tower_selam::{BoxError, inbound::EchoMask};
 use url::Url;
 
-use crate::rules::ROOT;
+use crate::{rules::ROOT, voice};
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
@@ -71,6 +71,11 @@ where
         Box::pin(async move {
             let mut response = response.await?;
             sent.rewrite(response.headers_mut());
+            if voice::is_path(sent.uri.path()) {
+                // The packets may echo the query.
+                let secrets: Vec<_> = sent.secrets().collect();
+                response.extensions_mut().insert(EchoMask::new(secrets.iter().map(|secret| &**secret)));
+            }
             Ok(response)
         })
     }

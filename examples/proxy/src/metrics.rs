@@ -19,7 +19,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::time::{self, Duration, Instant};
 use tower_selam::{RateLimit, telemetry, verify::VerifyError};
 
-use crate::{callers::Identity, config, reply::Refusal};
+use crate::{callers::Identity, config, reply::Refusal, voice};
 
 const REQUESTS: &str = "selam_proxy_requests_total";
 const REFUSALS: &str = "selam_proxy_refusals_total";
@@ -31,6 +31,9 @@ const LIMIT: &str = "selam_proxy_rate_limit";
 const REMAINING: &str = "selam_proxy_rate_limit_remaining";
 const RESET: &str = "selam_proxy_rate_limit_reset_seconds";
 const UPTIME: &str = "selam_proxy_uptime_seconds";
+const VOICE_HANDSHAKES: &str = "selam_proxy_voice_handshakes_total";
+const VOICE_SESSIONS: &str = "selam_proxy_voice_sessions";
+const VOICE_PACKETS: &str = "selam_proxy_voice_refused_packets_total";
 
 /// The `caller` label of requests without a valid token.
 const UNKNOWN: &str = "unknown";
@@ -97,6 +100,32 @@ pub fn install() -> Result<Metrics, config::Error> {
         }
     });
     Ok(Metrics { handle, started: Instant::now() })
+}
+
+/// Begins to show the metrics of the voice agent.
+pub fn describe_voice() {
+    describe_counter!(VOICE_HANDSHAKES, "Handshakes of the voice agent's clients, by transport");
+    describe_gauge!(VOICE_SESSIONS, "Sessions of the voice agent that are open");
+    describe_counter!(VOICE_PACKETS, "Packets of the voice agent that did not pass, by sender and reason");
+    set_voice_sessions(0);
+    for transport in ["polling", "websocket"] {
+        counter!(VOICE_HANDSHAKES, "transport" => transport).absolute(0);
+    }
+    for (side, fault) in voice::packet_faults() {
+        counter!(VOICE_PACKETS, "from" => side, "reason" => fault).absolute(0);
+    }
+}
+
+pub fn count_voice_handshake(transport: &'static str) {
+    counter!(VOICE_HANDSHAKES, "transport" => transport).increment(1);
+}
+
+pub fn set_voice_sessions(open: usize) {
+    gauge!(VOICE_SESSIONS).set(open as f64);
+}
+
+pub fn count_voice_packet(from: &'static str, reason: &'static str) {
+    counter!(VOICE_PACKETS, "from" => from, "reason" => reason).increment(1);
 }
 
 /// Access to the recorded metrics.

@@ -24,7 +24,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
-    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, SelamLayer, Subject,
+    AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer, Subject,
     inbound::{StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
     oauth::SubjectTokens,
 };
@@ -42,6 +42,7 @@ use crate::{
     server::{self, Connection, Shutdown},
     trailers,
     upstream::{self, HttpProxy, Upstream, Versions},
+    voice::{self, Call, Voice},
 };
 
 /// How much of a request's body is kept for a replay after a 401. Longer requests are not replayed.
@@ -67,6 +68,8 @@ struct Proxy {
     stack: Stack,
     /// The same stack over HTTP/1.1 alone, whose connections can be upgraded.
     upgrade_stack: Stack,
+    /// Where the voice agent is served.
+    voice: Option<Voice>,
     base_url_length: usize,
     /// This process's name in `Via`, to detect loops.
     via: Arc<str>,
@@ -100,17 +103,23 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
     let via: Arc<str> = format!("selam-proxy-{:016x}", RandomState::new().hash_one(())).into();
     let (stack, upgrade_stack) = stacks(config, &layer, &settings, &via)?;
     let pages = Origins::new(config.allow_origins.clone());
+    let callers = Callers::new(
+        config.client_token_file.clone(),
+        config.login(settings.token_client())?,
+        pages.clone(),
+    )?;
+    let voice = config.voice_agent.then(|| {
+        metrics::describe_voice();
+        Voice::new(callers.clone())
+    });
     let proxy = Proxy {
-        callers: Callers::new(
-            config.client_token_file.clone(),
-            config.login(settings.token_client())?,
-            pages.clone(),
-        )?,
+        callers,
         subjects,
         allow: config.allow.clone().into(),
         metrics,
         stack,
         upgrade_stack,
+        voice,
         base_url_length: layer.base_url().to_string().len(),
         via,
         shutdown,
@@ -191,6 +200,9 @@ async fn show_metrics(State(proxy): State<Proxy>, request: Request) -> Response 
 async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
     let connection = request.extensions_mut().remove::<Arc<Connection>>();
     let mut tracker = RequestTracker::new(request.method(), request.uri().path());
+    if proxy.voice_for(&request).is_some() {
+        voice::move_credentials(&mut request);
+    }
     let caller = match proxy.screen(&request) {
         Ok(()) => proxy.identify(request.version(), request.uri(), request.headers()).await,
         Err(refusal) => Err(refusal),
@@ -208,12 +220,17 @@ async fn forward(State(proxy): State<Proxy>, mut request: Request) -> Response {
     }
     let protocols = proxy.take_protocols(request.headers_mut());
     proxy.name_subject(&caller, &mut request);
-    if let Some(connection) = connection
-        && wants_upgrade(&request)
-    {
-        proxy.upgrade(tracker, request, &protocols, connection).await
-    } else {
-        proxy.exchange(tracker, request).await
+    let connection = connection.filter(|_| wants_upgrade(&request));
+    let call = match proxy.prepare_voice(&caller, request, connection.is_some()).await {
+        Ok((prepared, call)) => {
+            request = prepared;
+            call
+        }
+        Err(refusal) => return tracker.track_response(refusal.into_response()),
+    };
+    match connection {
+        Some(connection) => proxy.upgrade(tracker, request, &protocols, connection, call).await,
+        None => proxy.exchange(tracker, request, call).await,
     }
 }
 
@@ -223,7 +240,7 @@ impl Proxy {
         if server::has_large_headers(request.headers()) {
             return Err(Refusal::LargeHeaders);
         }
-        if rules::check(request.uri().path()) == Err(BadPath::OutsideApi) {
+        if self.check_path(request) == Err(BadPath::OutsideApi) {
             return Err(Refusal::NotFound);
         }
         let via = request.headers().get_all(VIA).iter();
@@ -236,7 +253,7 @@ impl Proxy {
     /// Decides whether a known caller's request may be forwarded.
     fn permit(&self, request: &Request) -> Result<(), Refusal> {
         let (method, path) = (request.method(), request.uri().path());
-        if rules::check(path).is_err() {
+        if self.check_path(request).is_err() {
             return Err(Refusal::BadPath);
         }
         if !rules::is_forwardable(method) || (self.allow.is_empty() && !rules::METHODS.contains(method)) {
@@ -250,6 +267,14 @@ impl Proxy {
             return Err(Refusal::BadRequest);
         }
         Ok(())
+    }
+
+    /// Whether the path is one that is served.
+    fn check_path(&self, request: &Request) -> Result<(), BadPath> {
+        match self.voice_for(request) {
+            Some(_) => Ok(()),
+            None => rules::check(request.uri().path()).map(drop),
+        }
     }
 
     /// Names the user whose JWT the API gets, and keeps the JWT that was verified for the next exchange.
@@ -282,7 +307,26 @@ impl Proxy {
         protocols
     }
 
-    async fn exchange(self, tracker: RequestTracker, mut request: Request) -> Response {
+    /// Returns what serves the request if it belongs to the voice agent.
+    fn voice_for(&self, request: &Request) -> Option<&Voice> {
+        self.voice.as_ref().filter(|_| voice::is_path(request.uri().path()))
+    }
+
+    /// Checks a request of the voice agent, and prepares it. Other requests stay as they are.
+    async fn prepare_voice(
+        &self,
+        caller: &Identity,
+        request: Request,
+        upgrades: bool,
+    ) -> Result<(Request, Option<Call>), Refusal> {
+        let Some(voice) = self.voice_for(&request) else { return Ok((request, None)) };
+        let call = voice.call(&request, caller, upgrades)?;
+        let mut request = voice.prepare(&call, request).await?;
+        request.extensions_mut().insert(RequestAuth::VoiceAgent);
+        Ok((request, Some(call)))
+    }
+
+    async fn exchange(self, tracker: RequestTracker, mut request: Request, call: Option<Call>) -> Response {
         // An upgrade that is not forwarded is ignored, as RFC 9110 section 7.8 allows.
         request.headers_mut().remove(UPGRADE);
         // Only `upgrade` may take over the caller's connection; a replay must not hold it either.
@@ -292,7 +336,15 @@ impl Proxy {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             response = Refusal::NoUpstream.into_response();
         }
-        tracker.track_response(response)
+        tracker.track_response(self.finish_voice(call, response).await)
+    }
+
+    /// Checks a response of the voice agent. Other responses stay as they are.
+    async fn finish_voice(&self, call: Option<Call>, response: Response) -> Response {
+        match self.voice.as_ref().zip(call) {
+            Some((voice, call)) => voice.finish(call, response).await,
+            None => response,
+        }
     }
 
     /// Forwards a request to switch protocols. If the API agrees, joins the two connections.
@@ -302,24 +354,38 @@ impl Proxy {
         mut request: Request,
         protocols: &WebSocketProtocols,
         connection: Arc<Connection>,
+        call: Option<Call>,
     ) -> Response {
         let caller = hyper::upgrade::on(&mut request);
         let mut response = self.send(self.upgrade_stack.clone(), request).await;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return tracker.track_response(response);
+            return tracker.track_response(self.finish_voice(call, response).await);
         }
         // The caller would have to close a connection with a subprotocol that it did not offer.
         if !protocols.accepts(response.headers()) {
             tracing::warn!("the API chose a WebSocket subprotocol that was not offered");
             return tracker.track_response(Refusal::NoUpstream.into_response());
         }
+        let relay = match self.voice.as_ref().zip(call) {
+            None => None,
+            Some((voice, call)) => match voice.relay(call, &mut response) {
+                Ok(relay) => Some(relay),
+                Err(refusal) => return tracker.track_response(refusal.into_response()),
+            },
+        };
         protocols.choose(response.headers_mut());
         let api = hyper::upgrade::on(&mut response);
         let tracker = tracker.track_upgrade(&response);
         let guard = self.shutdown.guard();
         tokio::spawn(async move {
+            let joined = async {
+                match relay {
+                    Some(relay) => relay.run(caller, api).await,
+                    None => join(caller, api).await,
+                }
+            };
             tokio::select! {
-                joined = join(caller, api) => match joined {
+                joined = joined => match joined {
                     Ok(bytes) => tracker.upgrade_closed(bytes),
                     Err(error) => tracing::debug!(%error, "upgraded connection failed"),
                 },
@@ -394,10 +460,14 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// Rewrites a request for the API: its URI and `Via`.
 fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
     let (mut parts, body) = request.into_parts();
-    let below = rules::check(parts.uri.path()).unwrap_or_default();
     let query = parts.uri.query().map(|query| format!("?{query}")).unwrap_or_default();
+    let uri = if voice::is_path(parts.uri.path()) {
+        format!("{}{}{query}", origin(base), voice::PATH)
+    } else {
+        format!("{base}{}{query}", rules::check(parts.uri.path()).unwrap_or_default())
+    };
     // `permit` has checked the length. A default URI would have no authority, and so would not be sent.
-    parts.uri = format!("{base}{below}{query}").parse().unwrap_or_else(|_| Uri::default());
+    parts.uri = uri.parse().unwrap_or_else(|_| Uri::default());
     let version = match parts.version {
         Version::HTTP_10 => "1.0",
         Version::HTTP_2 => "2",
@@ -411,6 +481,14 @@ fn to_api(base: &BaseUrl, via: &str, request: Request) -> Request {
         let _ = parts.headers.try_append(VIA, via);
     }
     Request::from_parts(parts, body)
+}
+
+/// The base URL without its path.
+fn origin(base: &BaseUrl) -> String {
+    let base = base.to_string();
+    let host = base.find("://").map_or(0, |at| at + "://".len());
+    let end = base[host..].find('/').map_or(base.len(), |at| host + at);
+    base[..end].to_owned()
 }
 
 /// Whether the caller asks to switch protocols on this connection. An upgrade to another version of HTTP (`h2c`) does not

@@ -57,6 +57,16 @@ pub enum Refusal {
     NoUpstream,
     /// The headers of the API's response are too large.
     LargeResponse,
+    /// Voice agent: not a request of Engine.IO 4.
+    BadVoiceRequest,
+    /// Voice agent: the session is not open here, or another caller's.
+    UnknownSession,
+    /// Voice agent: a packet that no client sends.
+    BadPacket,
+    /// Voice agent: a packet of another namespace.
+    OtherNamespace,
+    /// Voice agent: the body is too long.
+    LargePacket,
     /// No key or JWT is available. With the time after which to retry, if known.
     NoCredential(Option<Duration>),
 }
@@ -87,6 +97,11 @@ impl Refusal {
             Self::Loop => "loop",
             Self::NoUpstream => "no_upstream",
             Self::LargeResponse => "large_response",
+            Self::BadVoiceRequest => "bad_voice_request",
+            Self::UnknownSession => "unknown_session",
+            Self::BadPacket => "bad_packet",
+            Self::OtherNamespace => "other_namespace",
+            Self::LargePacket => "large_packet",
             Self::NoCredential(_) => "no_credential",
         }
     }
@@ -221,6 +236,36 @@ impl Refusal {
                 "response_headers_too_large",
                 "The headers of the API's response exceed 64 KiB, or 1,024 fields.",
             ),
+            Self::BadVoiceRequest => (
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                "invalid_request",
+                "The voice agent is called by a Socket.IO client of version 3 or later: EIO=4, transport=polling or websocket.",
+            ),
+            Self::UnknownSession => (
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                "unknown_session",
+                "No such session of this caller. Connect again.",
+            ),
+            Self::BadPacket => (
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                "invalid_packet",
+                "The body is not a sequence of Engine.IO packets.",
+            ),
+            Self::OtherNamespace => (
+                StatusCode::FORBIDDEN,
+                "authorization_error",
+                "insufficient_permissions",
+                "This proxy allows the namespace /v1/audio/agent only.",
+            ),
+            Self::LargePacket => (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "invalid_request_error",
+                "request_too_large",
+                "Packets of the voice agent may take 1 MiB.",
+            ),
             Self::NoCredential(_) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "api_error",
@@ -308,6 +353,11 @@ mod tests {
             (Refusal::Loop, 508, "api_error", "loop_detected"),
             (Refusal::NoUpstream, 502, "api_error", "upstream_unavailable"),
             (Refusal::LargeResponse, 502, "api_error", "response_headers_too_large"),
+            (Refusal::BadVoiceRequest, 400, "invalid_request_error", "invalid_request"),
+            (Refusal::UnknownSession, 400, "invalid_request_error", "unknown_session"),
+            (Refusal::BadPacket, 400, "invalid_request_error", "invalid_packet"),
+            (Refusal::OtherNamespace, 403, "authorization_error", "insufficient_permissions"),
+            (Refusal::LargePacket, 413, "invalid_request_error", "request_too_large"),
             (Refusal::NoCredential(None), 503, "api_error", "credential_unavailable"),
         ] {
             let response = refusal.into_response();

@@ -7,6 +7,8 @@ use std::fmt;
 use axum::http::Method;
 use tower_selam::inbound::PathRule;
 
+use crate::voice;
+
 /// The part of the API that the proxy serves.
 pub const ROOT: &str = "/v1";
 
@@ -85,12 +87,17 @@ impl Rule {
         if path.contains('*') {
             return Err(invalid(&"may contain * only as the method or in a final /*"));
         }
-        if check(path) == Err(BadPath::OutsideApi) {
+        if check(path) == Err(BadPath::OutsideApi) && (below || !voice::is_path(path)) {
             return Err(invalid(&"must have a path that starts with /v1/"));
         }
         let path = if below { PathRule::below(path) } else { PathRule::exact(path) };
         let path = path.map_err(|_| invalid(&NOT_PLAIN))?;
         Ok(Self { method, path })
+    }
+
+    /// Whether the rule is for the voice agent.
+    pub fn is_for_voice(&self) -> bool {
+        self.path.covers(voice::PATH)
     }
 
     /// Whether the rule covers this method and path.

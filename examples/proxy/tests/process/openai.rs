@@ -1,15 +1,4 @@
 //! The official OpenAI client for Python, which uses the proxy with a client token: `tests/openai.py`.
-//!
-//! The client is installed from PyPI into a virtual environment in cargo's target directory, once.
-
-use std::{
-    ffi::OsStr,
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-    process::{Output, Stdio},
-    time::Duration,
-};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -18,81 +7,14 @@ use tokio::{process::Command, time};
 use tower::ServiceExt;
 use tower_selam::simulator::{Fault, Server, Simulator};
 
-use crate::support::{Launch, assert_clean, random, secret};
+use crate::support::{
+    Launch, assert_clean, npm,
+    python::{self, TIMEOUT},
+    random, secret,
+};
 
 /// The requirement that is installed.
 const CLIENT: &str = "openai>=1.60,<4";
-
-/// Generous, since PyPI may be slow.
-const TIMEOUT: Duration = Duration::from_secs(180);
-
-/// Prints the reason although the test passes: the test harness would capture `eprintln!`.
-fn skip(why: &str) {
-    let line = format!("\nSKIPPED the test with the official openai client: {why}\n");
-    let _ = std::io::stderr().write_all(line.as_bytes());
-}
-
-async fn run(program: impl AsRef<OsStr>, arguments: &[&OsStr], limit: Duration) -> Result<Output, String> {
-    let mut command = Command::new(program.as_ref());
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-    let command_line = || format!("{} {arguments:?}", program.as_ref().display());
-    match time::timeout(limit, command.output()).await {
-        Err(_) => Err(format!("{} timed out", command_line())),
-        Ok(Err(error)) => Err(format!("{}: {error}", command_line())),
-        Ok(Ok(output)) if output.status.success() => Ok(output),
-        Ok(Ok(output)) => {
-            let text = [output.stdout, output.stderr].concat();
-            let text = String::from_utf8_lossy(&text);
-            Err(format!("{}: {}", command_line(), text.trim().lines().last().unwrap_or("failed")))
-        }
-    }
-}
-
-/// Returns a Python interpreter with the client installed, or why there is none.
-async fn python() -> Result<PathBuf, String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (ready, new) = (folder.join("openai"), folder.join(format!("openai-{}", std::process::id())));
-    if has_client(&ready).await {
-        return Ok(python_of(&ready));
-    }
-    let installed = install(&new).await;
-    if installed.is_ok() {
-        // Renamed into place, since another process may use it at the same time.
-        let _ = fs::remove_dir_all(&ready);
-        let _ = fs::rename(&new, &ready);
-    }
-    let _ = fs::remove_dir_all(&new);
-    installed?;
-    if has_client(&ready).await {
-        Ok(python_of(&ready))
-    } else {
-        Err("the installed client has disappeared".to_owned())
-    }
-}
-
-fn python_of(environment: &Path) -> PathBuf {
-    environment.join("bin/python")
-}
-
-/// A file written after the installation, with the installed requirement.
-fn stamp_of(environment: &Path) -> PathBuf {
-    environment.join("installed")
-}
-
-async fn has_client(environment: &Path) -> bool {
-    let import = ["-c", "import openai"].map(OsStr::new);
-    fs::read_to_string(stamp_of(environment)).is_ok_and(|installed| installed == CLIENT)
-        && run(python_of(environment), &import, TIMEOUT).await.is_ok()
-}
-
-async fn install(environment: &Path) -> Result<(), String> {
-    let arguments = ["-m", "venv", "--clear"].map(OsStr::new);
-    run("python3", &[&arguments[..], &[environment.as_os_str()]].concat(), TIMEOUT).await?;
-    let arguments =
-        ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", CLIENT].map(OsStr::new);
-    run(python_of(environment), &arguments, TIMEOUT).await?;
-    fs::write(stamp_of(environment), CLIENT).map_err(|error| error.to_string())
-}
 
 async fn simulated() -> (Simulator, Server) {
     let simulator = Simulator::new();
@@ -117,9 +39,9 @@ async fn speech(simulator: &Simulator) -> Bytes {
 
 #[tokio::test]
 async fn the_official_client_works() {
-    let python = match python().await {
+    let python = match python::install("openai", CLIENT).await {
         Ok(python) => python,
-        Err(why) => return skip(&why),
+        Err(why) => return npm::skip("the test with the official openai client", &why),
     };
     let (simulator, api) = simulated().await;
     let (full, limited, revoked) =

@@ -5,6 +5,7 @@ mod caller;
 pub(crate) mod frames;
 pub(crate) mod npm;
 mod program;
+pub(crate) mod python;
 mod scan;
 mod scratch;
 
