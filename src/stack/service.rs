@@ -72,7 +72,7 @@ impl<S, R> Selam<S, R> {
     /// # tokio_test::block_on(async {
     /// # let client = service_fn(|request: Request<()>| async move {
     /// #     assert_eq!(request.headers()["authorization"], "Bearer jwt.of.user-7");
-    /// #     Ok::<_, BoxError>(Response::new(Empty::<bytes::Bytes>::new()))
+    /// #     Ok::<_, std::convert::Infallible>(Response::new(Empty::<bytes::Bytes>::new()))
     /// # });
     /// let jwts = PerSubject::new(|subject: &Subject| {
     ///     let jwt = format!("jwt.of.{}", subject.as_str());
