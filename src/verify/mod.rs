@@ -19,7 +19,7 @@
 //! #           r#"{"issuer":"https://login.example","jwks_uri":"https://login.example/jwks"}"#,
 //! #       _ => r#"{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#,
 //! #   };
-//! #   Ok::<_, Infallible>(Response::new(Full::from(body)))
+//! #   Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(body)))
 //! });
 //! let issuer = "https://login.example";
 //! let keys = IssuerKeys::discover::<_, Full<Bytes>, _>(issuer, client)?;
