@@ -189,10 +189,11 @@ impl Relay {
     /// Checks a text of the caller; returns what is sent in its place, if it is changed.
     fn check(&self, session: &Session, text: &str, is_here: &mut bool) -> Result<Option<String>, Fault> {
         match session.check(Side::Caller, text)? {
-            Packet::Connect(auth) => match self.voice.without_credentials(text, auth)? {
-                Cow::Owned(changed) => return Ok(Some(changed)),
-                Cow::Borrowed(_) => {}
-            },
+            Packet::Connect(auth) => {
+                if let Cow::Owned(changed) = self.voice.without_credentials(text, auth)? {
+                    return Ok(Some(changed));
+                }
+            }
             Packet::Upgrade => *is_here = true,
             _ => {}
         }
