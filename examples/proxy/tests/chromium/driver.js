@@ -31,7 +31,7 @@ console.log(port);
 const input = createInterface({ input: process.stdin });
 const [line] = await once(input, "line");
 input.close();
-const { authenticated, local, token, demo, screenshots } = JSON.parse(line);
+const { authenticated, local, voice, token, demo, screenshots } = JSON.parse(line);
 
 // Generous, for busy machines.
 const timeout = 120_000;
@@ -75,6 +75,9 @@ async function run(page, name, ...arguments_) {
   console.log(name, JSON.stringify(result));
   return result;
 }
+
+/** Of Socket.IO: polling and then an upgrade, and WebSocket alone. */
+const TRANSPORTS = [["polling", "websocket"], ["websocket"]];
 
 const ws = (url) => url.replace("http", "ws");
 
@@ -140,7 +143,21 @@ async function listed(page) {
   // No answer to these: the API chose none, and the only one is the token's.
   assert.deepEqual(await run(page, "webSocket", live, [`bearer.${token}`], said), { closed: 1006 });
   assert.deepEqual(await run(page, "webSocket", live, ["realtime", "bearer.wrong"], said), { closed: 1006 });
-  // Socket.IO belongs here, once the proxy serves the voice agent.
+
+  for (const transports of TRANSPORTS) {
+    const echo = { transport: "websocket", upgraded: transports.length > 1, data: said, bytes: [1, 2] };
+    assert.deepEqual(await run(page, "socketIo", voice.authenticated, transports, token, said), echo);
+    assert.deepEqual(await run(page, "socketIo", voice.local, transports, null, said), echo);
+  }
+  for (const [wrong, code] of [
+    ["wrong", "invalid_api_key"],
+    [null, "missing_api_key"],
+  ]) {
+    const polling = await run(page, "socketIo", voice.authenticated, TRANSPORTS[0], wrong, said);
+    assert.deepEqual([polling.status, JSON.parse(polling.body).error.code], [401, code]);
+    const { error } = await run(page, "socketIo", voice.authenticated, TRANSPORTS[1], wrong, said);
+    assert.equal(error, "websocket error");
+  }
 }
 
 async function unlisted(page) {
@@ -159,6 +176,13 @@ async function unlisted(page) {
     assert.equal(await run(page, "eventSource", `${proxy}/v1/events?${said}`), "error");
     for (const protocols of [[], ["realtime", `bearer.${token}`]]) {
       assert.deepEqual(await run(page, "webSocket", `${ws(proxy)}/v1/live?${said}`, protocols, said), { closed: 1006 });
+    }
+  }
+  for (const proxy of Object.values(voice)) {
+    for (const transports of TRANSPORTS) {
+      const { error, status, body } = await run(page, "socketIo", proxy, transports, token, said);
+      const blocked = transports.length > 1 ? ["xhr poll error", 0, ""] : ["websocket error", null, null];
+      assert.deepEqual([error, status, body], blocked);
     }
   }
 }

@@ -3,6 +3,7 @@
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, streamText } from "ai";
 import OpenAI from "openai";
+import { io } from "socket.io-client";
 
 const MODEL = "selam-turbo";
 
@@ -88,5 +89,31 @@ globalThis.scenarios = {
         socket.close();
       };
       socket.onclose = ({ code }) => resolve({ closed: code });
+    }),
+
+  /** Talks to the voice agent: returns what it echoes, or why the session did not open. */
+  socketIo: (proxy, transports, token, said) =>
+    new Promise((resolve) => {
+      const query = { voice: said, ...(token && { token }) };
+      const socket = io(`${proxy}/v1/audio/agent`, { transports, query, forceNew: true, reconnection: false });
+      const { engine } = socket.io;
+      let upgraded = false;
+      const finish = (result) => {
+        resolve(result);
+        socket.close();
+      };
+      const talk = () => socket.connected && upgraded === transports.length > 1 && socket.emit("say", said, new Uint8Array([1, 2]));
+      engine.once("upgrade", () => {
+        upgraded = true;
+        talk();
+      });
+      socket.on("connect", talk);
+      socket.on("say", (data, bytes) => {
+        finish({ transport: engine.transport.name, upgraded, data, bytes: [...new Uint8Array(bytes)] });
+      });
+      socket.on("connect_error", ({ message, context }) => {
+        finish({ error: message, status: context?.status ?? null, body: context?.responseText ?? null });
+      });
+      socket.on("disconnect", (reason) => finish({ error: reason }));
     }),
 };

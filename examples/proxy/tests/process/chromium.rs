@@ -24,11 +24,11 @@ use tokio_tungstenite::{
     tungstenite::{handshake::derive_accept_key, protocol::Role},
 };
 use tower::ServiceExt;
-use tower_selam::simulator::Simulator;
+use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
-    Body, Caller, Launch, Protocol, Scratch, TlsListener, assert_clean, example, full, npm, random, secret,
-    with_timeout,
+    Body, Caller, Launch, Protocol, Proxy, Scratch, TlsListener, assert_clean, example, full, npm, random,
+    secret, with_timeout,
 };
 
 /// Generous, since starting Chromium takes long on busy machines.
@@ -161,13 +161,24 @@ async fn pages_in_chromium_use_the_proxy() {
         .args(allowed.iter().flat_map(|rule| ["--allow", rule]))
         .start()
         .await;
+    // The simulator's own server, which switches to WebSocket for the voice agent.
+    let agent = Server::tls(&simulator).await.unwrap();
+    let jwt = secret(simulator.mint_jwt(JwtAlgorithm::Hs256, Duration::from_secs(3600)));
+    let launch = || {
+        let launch = Launch::for_api(&agent).env("SELAM_API_KEY", &key).env("SELAM_JWT", &jwt);
+        launch.env("SELAM_PROXY_ALLOW_ORIGIN", &origin).arg("--voice-agent")
+    };
+    let local_voice = launch().start().await;
+    let authenticated_voice = launch().callers(&format!("web:{token}\n")).start().await;
     let mut command = Command::new(example("browser"));
     command.env_clear().env("TMPDIR", scratch.path("")).stderr(Stdio::null());
     let (_demo, _output, link) = start(&mut command).await;
 
+    let url = |proxy: &Proxy| format!("http://{}", proxy.address());
     let input = json!({
-        "authenticated": format!("http://{}", authenticated.address()),
-        "local": format!("http://{}", local.address()),
+        "authenticated": url(&authenticated),
+        "local": url(&local),
+        "voice": { "authenticated": url(&authenticated_voice), "local": url(&local_voice) },
         "token": token,
         "demo": link.split_whitespace().last(),
         // To look at the page: `SCREENSHOTS=target cargo test …`.
@@ -182,10 +193,13 @@ async fn pages_in_chromium_use_the_proxy() {
     // The pages saw no secret except the token that they have.
     assert_clean("what pages received", seen.replace(&token, "").as_bytes());
     // Nothing of the unlisted page reached the API, not even a request whose answer it cannot read.
-    let bodies: Vec<String> =
-        simulator.received().iter().map(|sent| String::from_utf8_lossy(&sent.body).into_owned()).collect();
-    assert!(bodies.iter().any(|body| body.contains("one two three")));
-    for sent in received.lock().unwrap().iter().chain(&bodies) {
+    let simulated: Vec<String> = simulator
+        .received()
+        .iter()
+        .map(|sent| format!("{} {:?} {}", sent.uri, sent.headers, String::from_utf8_lossy(&sent.body)))
+        .collect();
+    assert!(simulated.iter().any(|sent| sent.contains("one two three")));
+    for sent in received.lock().unwrap().iter().chain(&simulated) {
         assert!(!sent.contains("unlisted") && !sent.contains(&origin), "{sent}");
     }
     let metrics = Caller::http1(&authenticated).with_token(&token).get("/metrics").await;
