@@ -84,7 +84,8 @@ impl RefreshPolicy {
 
     /// Sets the back-off after a failed refresh: `first`, then twice as long each time, up to `max`, each shortened by a
     /// random part of up to a half. By default from one second to one minute. A source that says when to try again is
-    /// obeyed instead, from `first` up to an hour.
+    /// obeyed instead, up to an hour, but not asked sooner than after `first`, or after its
+    /// [recheck interval](crate::source::Fetched::with_recheck_after) if that is shorter.
     #[must_use]
     pub fn with_backoff(mut self, first: Duration, max: Duration) -> Self {
         self.min_backoff = first;

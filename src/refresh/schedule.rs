@@ -40,6 +40,8 @@ pub(super) struct Schedule {
     pub(super) lifetime: Duration,
     /// Whether the credential or its source said when it expires.
     pub(super) expires: bool,
+    /// How often the source wants to be asked.
+    pub(super) recheck: Option<Duration>,
 }
 
 /// Why a credential cannot be used.
@@ -85,7 +87,8 @@ impl Schedule {
             // After an idle period, block until the source has been asked again.
             mandatory = recheck.saturating_mul(2).min(lifetime);
         }
-        Ok(Self { fetched: now, advisory, mandatory, lifetime, expires: known.is_some() })
+        let expires = known.is_some();
+        Ok(Self { fetched: now, advisory, mandatory, lifetime, expires, recheck: fresh.recheck })
     }
 
     /// From here on a refresh runs in the background.

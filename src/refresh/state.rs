@@ -404,8 +404,10 @@ impl<V: Value, E: Clone> State<V, E> {
         error: impl FnOnce(RefreshFailure, Deadline) -> E,
     ) {
         let attempts = self.failure().map_or(0, |failure| failure.attempts).saturating_add(1);
+        // A source that is asked more often while all is well may be asked as often now.
+        let recheck = self.held.as_ref().and_then(|held| held.schedule.recheck).unwrap_or(Duration::MAX);
         let mut delay = match retry_after {
-            Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff),
+            Some(delay) => delay.min(MAX_RETRY_AFTER).max(self.policy.min_backoff.min(recheck)),
             None => self.policy.backoff(attempts).mul_f64(1.0 - self.rng.f64() / 2.0),
         };
         if permanent.is_some() {

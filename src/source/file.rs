@@ -14,8 +14,9 @@ use crate::{
     error::{ConfigError, ConfigErrorKind, Place},
 };
 
-/// A new credential is used within a second: after this, and the quarter of a second that a [`SettledFile`] takes.
-const RECHECK: Duration = Duration::from_millis(600);
+/// So that a new credential is used within a second: a read may overlook it in its last 200 milliseconds, and the next one
+/// takes another 200.
+const RECHECK: Duration = Duration::from_millis(500);
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
@@ -23,7 +24,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// volume, or a file that an agent writes.
 ///
 /// While requests are made, the file is re-read at most twice a second, and also when the API rejects the
-/// credential. A file that is just being written is never read in half: see [`SettledFile`]. If it is missing, empty, still
+/// credential, so that a new credential is used within a second. A file that is just being written is never read in half: see [`SettledFile`]. If it is missing, empty, still
 /// being written or holds no valid credential, reading fails and the previous credential stays in use until it expires. A
 /// byte order mark and a trailing newline are trimmed.
 ///

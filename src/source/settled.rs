@@ -26,13 +26,13 @@ use crate::{
 const MAX_SIZE: usize = 64 * 1024;
 
 /// The time between two looks. A writer that pauses for longer looks as if it had finished.
-const INTERVAL: Duration = Duration::from_millis(250);
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// A file that nobody has written to for so long is complete. Longer than file servers' clocks are usually apart.
 const OLD: Duration = Duration::from_secs(10);
 
 /// How often a file is looked at while there is nothing to use in its place: for 6 seconds.
-const FIRST_LOOKS: u32 = 25;
+const FIRST_LOOKS: u32 = 31;
 
 /// How often it is looked at otherwise.
 const LOOKS: u32 = 3;
@@ -40,7 +40,7 @@ const LOOKS: u32 = 3;
 /// A file that holds a secret, and that another program replaces or overwrites at any time.
 ///
 /// A program that writes a file in place truncates it first, so a reader can find it empty or cut off. What is read here is
-/// returned only if it is the same as last time, if two looks 250 milliseconds apart agree, or if the file has not been
+/// returned only if it is the same as last time, if two looks 200 milliseconds apart agree, or if the file has not been
 /// written to for 10 seconds. Files that are renamed into place are read in the same way: a new file may be incomplete, too.
 ///
 /// Clones share what was read last. `Debug` shows the path alone.
@@ -95,7 +95,7 @@ impl SettledFile {
     ///
     /// # Errors
     ///
-    /// Fails if the file cannot be read, is too large, or is still being written: after 6 seconds the first time, and 500
+    /// Fails if the file cannot be read, is too large, or is still being written: after 6 seconds the first time, and 400
     /// milliseconds later on.
     pub fn read_blocking(&self) -> Result<SecretSlice<u8>, ConfigErrorKind> {
         let mut looks = Looks::default();

@@ -148,8 +148,8 @@ async fn the_token_file_is_reloaded() {
         while !writing.is_finished() {
             is_whole &= is_accepted(&proxy, &old).await && !is_accepted(&proxy, &new).await;
         }
-        // After a pause of 250 ms, the proxy takes what it finds for the whole file. On a busy machine there may be one.
-        if writing.await.unwrap() < Duration::from_millis(200) {
+        // After a pause of 200 ms, the proxy takes what it finds for the whole file. On a busy machine there may be one.
+        if writing.await.unwrap() < Duration::from_millis(150) {
             assert!(is_whole);
             break;
         }
