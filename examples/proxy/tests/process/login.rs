@@ -5,7 +5,7 @@ use std::{
     net::Ipv4Addr,
     process::Stdio,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{SystemTime, UNIX_EPOCH},
@@ -13,6 +13,7 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
+use futures_util::SinkExt;
 use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -31,12 +32,16 @@ use tokio::{
     process::Command,
     task::JoinHandle,
 };
+use tokio_tungstenite::tungstenite::Message;
 use tower_selam::simulator::{Server, Simulator};
 
-use crate::support::{
-    Answer, Caller, Launch, Protocol, Scratch, eventually, full,
-    npm::{install, skip},
-    random, read, secret, with_timeout,
+use crate::{
+    support::{
+        Answer, Caller, Launch, Protocol, Scratch, eventually, full,
+        npm::{install, skip},
+        random, read, secret, with_timeout,
+    },
+    voice::{CONNECT, EVENT, Poller, handshake, next, path, socket},
 };
 
 const AUDIENCE: &str = "my-app";
@@ -91,6 +96,7 @@ fn user(name: &str) -> String {
 struct Issuer {
     url: String,
     key: Key,
+    set: Arc<Mutex<String>>,
     is_down: Arc<AtomicBool>,
     fetched: Arc<AtomicU64>,
     serving: JoinHandle<()>,
@@ -102,12 +108,13 @@ impl Issuer {
         let (url, key) = (format!("http://{}", listener.local_addr().unwrap()), Key::new());
         let (is_down, fetched) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
         let document = json!({"issuer": url, "jwks_uri": format!("{url}/keys")}).to_string();
-        let (down, count, set) = (is_down.clone(), fetched.clone(), key.set());
+        let set = Arc::new(Mutex::new(key.set()));
+        let (down, count, published) = (is_down.clone(), fetched.clone(), set.clone());
         let serving = tokio::spawn(async move {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (down, count, set, document) =
-                    (down.clone(), count.clone(), set.clone(), document.clone());
+                    (down.clone(), count.clone(), published.clone(), document.clone());
                 let service = service_fn(move |request: Request<Incoming>| {
                     let response = match request.uri().path() {
                         _ if down.load(Ordering::SeqCst) => {
@@ -116,7 +123,8 @@ impl Issuer {
                         "/.well-known/openid-configuration" => Response::builder().body(document.clone()),
                         _ => {
                             count.fetch_add(1, Ordering::SeqCst);
-                            Response::builder().header("cache-control", "max-age=600").body(set.clone())
+                            let set = set.lock().unwrap().clone();
+                            Response::builder().header("cache-control", "max-age=600").body(set)
                         }
                     };
                     async move { response }
@@ -124,11 +132,16 @@ impl Issuer {
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
             }
         });
-        Self { url, key, is_down, fetched, serving }
+        Self { url, key, set, is_down, fetched, serving }
     }
 
     fn jwt(&self, user: &str, further: &Value) -> String {
         self.key.jwt(&claims(&self.url, user, further))
+    }
+
+    fn rotate(&mut self) {
+        self.key = Key::new();
+        *self.set.lock().unwrap() = self.key.set();
     }
 }
 
@@ -448,6 +461,77 @@ async fn the_latest_jwt_of_a_user_is_exchanged() {
     // Its JWT for the API is still valid.
     let old = caller.with_token(&jwt(now() - 20));
     assert_eq!(old.post("/v1/audio/agent/sessions", "{}").await.status, 200);
+}
+
+/// H5: a session carries the JWT of its own user and the current key, whatever was rotated since the previous one.
+#[tokio::test]
+async fn users_talk_to_the_voice_agent() {
+    let (simulator, api, _) = api().await;
+    let mut issuer = Issuer::start().await;
+    let key = secret(simulator.issue_key());
+    let launch = Launch::for_api(&api).key_file(&key).arg("--voice-agent");
+    let proxy = exchanging(launch, &api, &issuer).start().await;
+    // What the API was sent last.
+    let sent = || {
+        let uri = simulator.received().pop().unwrap().uri;
+        let find = |name: &str| uri.query()?.split('&').find_map(|part| part.strip_prefix(name));
+        let jwt = secret(find("token=").unwrap());
+        (subject_of(&jwt), find("api_key=").unwrap().to_owned(), jwt)
+    };
+    let (ada, bo) = (user("ada"), user("bo"));
+
+    let polling = Poller::open(&proxy, &issuer.jwt(&ada, &json!({}))).await;
+    let (subject, sent_key, jwt) = sent();
+    assert_eq!((&subject, &sent_key), (&ada, &key));
+    assert_eq!(polling.send(CONNECT).await.text(), "ok");
+    assert!(polling.poll().await.text().starts_with(CONNECT));
+    let mut socket = socket(&proxy, &issuer.jwt(&bo, &json!({})), "").await;
+    assert_eq!(sent().0, bo);
+    assert!(next(&mut socket).await.to_text().unwrap().starts_with("0{"));
+    socket.send(Message::text(CONNECT)).await.unwrap();
+    assert!(next(&mut socket).await.to_text().unwrap().starts_with(CONNECT));
+
+    // An echo of what the proxy sent.
+    let echo = format!(r#"42/v1/audio/agent,["say","{jwt}"]"#);
+    assert_eq!(polling.send(echo).await.text(), "ok");
+    let masked = format!(r#"42/v1/audio/agent,["say","{}"]"#, "*".repeat(jwt.len()));
+    assert_eq!(polling.poll().await.text(), masked);
+
+    // The session is the user's, with any JWT.
+    let with_jwt =
+        |jwt: &str| Poller { caller: Caller::http1(&proxy).with_token(jwt), sid: polling.sid.clone() };
+    let thief = with_jwt(&issuer.jwt(&bo, &json!({})));
+    thief.poll().await.assert_error(400, "invalid_request_error", "unknown_session");
+
+    let new = secret(simulator.issue_key());
+    proxy.scratch().write("key", &new);
+    simulator.revoke_key(&key);
+    issuer.rotate();
+    let next_jwt = issuer.jwt(&ada, &json!({}));
+    let opened = Caller::http2(&proxy).get(&path(&format!("&token={next_jwt}"))).await;
+    assert!(opened.status == 200 && opened.text().starts_with("0{"), "{}", opened.text());
+    let (subject, sent_key, _) = sent();
+    assert_eq!((subject, sent_key), (ada.clone(), new));
+    let polling = with_jwt(&next_jwt);
+    assert_eq!(polling.send(EVENT).await.text(), "ok");
+    assert_eq!(polling.poll().await.text(), EVENT);
+    socket.send(Message::text(EVENT)).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::text(EVENT));
+
+    let requests = simulator.requests();
+    let stranger = Key { kid: issuer.key.kid.clone(), ..Key::new() };
+    for (wrong, code) in [
+        (stranger.jwt(&claims(&issuer.url, &ada, &json!({}))), "invalid_token"),
+        (issuer.jwt(&ada, &json!({"exp": now() - 90})), "token_expired"),
+        ("not-a-jwt".to_owned(), "invalid_token"),
+    ] {
+        let answer = Caller::http1(&proxy).get(&path(&format!("&token={wrong}"))).await;
+        answer.assert_error(401, "authentication_error", code);
+        with_jwt(&wrong).poll().await.assert_error(401, "authentication_error", code);
+        let (_, head) = handshake(&proxy, &wrong, "").await;
+        assert!(head.starts_with("HTTP/1.1 401 "), "{head}");
+    }
+    assert_eq!(simulator.requests(), requests);
 }
 
 /// A user's client id and JWT at the real issuer.

@@ -19,12 +19,12 @@ use tokio_tungstenite::{
 use tower_selam::simulator::{JwtAlgorithm, Server, Simulator};
 
 use crate::support::{
-    Answer, Caller, Exchange, Launch, Protocol, Proxy, TlsListener, full, random, raw, read, read_head,
-    response_head, secret, with_timeout,
+    Answer, Caller, Exchange, Launch, Protocol, Proxy, TlsListener, assert_clean, full, random, raw, read,
+    read_head, response_head, secret, with_timeout,
 };
 
-const CONNECT: &str = "40/v1/audio/agent,";
-const EVENT: &str = r#"42/v1/audio/agent,["say","Selam!"]"#;
+pub(crate) const CONNECT: &str = "40/v1/audio/agent,";
+pub(crate) const EVENT: &str = r#"42/v1/audio/agent,["say","Selam!"]"#;
 const BINARY_EVENT: &str = r#"451-/v1/audio/agent,["a",{"_placeholder":true,"num":0}]"#;
 
 struct World {
@@ -59,12 +59,12 @@ async fn launch(base_url: &impl crate::support::Api) -> (Proxy, String) {
 }
 
 /// A client that polls.
-struct Poller {
-    caller: Caller,
-    sid: String,
+pub(crate) struct Poller {
+    pub(crate) caller: Caller,
+    pub(crate) sid: String,
 }
 
-fn path(query: &str) -> String {
+pub(crate) fn path(query: &str) -> String {
     format!("/socket.io/?EIO=4&transport=polling{query}")
 }
 
@@ -75,7 +75,7 @@ fn sid(answer: &Answer) -> String {
 }
 
 impl Poller {
-    async fn open(proxy: &Proxy, token: &str) -> Self {
+    pub(crate) async fn open(proxy: &Proxy, token: &str) -> Self {
         let caller = Caller::http1(proxy).with_token(token);
         let sid = sid(&caller.get(&path("")).await);
         Self { caller, sid }
@@ -85,18 +85,18 @@ impl Poller {
         path(&format!("&sid={}", self.sid))
     }
 
-    async fn send(&self, packets: impl Into<bytes::Bytes>) -> Answer {
+    pub(crate) async fn send(&self, packets: impl Into<bytes::Bytes>) -> Answer {
         self.caller.post(&self.path(), packets).await
     }
 
-    async fn poll(&self) -> Answer {
+    pub(crate) async fn poll(&self) -> Answer {
         self.caller.get(&self.path()).await
     }
 }
 
-type Socket = WebSocketStream<TcpStream>;
+pub(crate) type Socket = WebSocketStream<TcpStream>;
 
-async fn handshake(proxy: &Proxy, token: &str, query: &str) -> (TcpStream, String) {
+pub(crate) async fn handshake(proxy: &Proxy, token: &str, query: &str) -> (TcpStream, String) {
     let mut stream = raw(proxy).await;
     let head = format!(
         "GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n\
@@ -108,14 +108,17 @@ async fn handshake(proxy: &Proxy, token: &str, query: &str) -> (TcpStream, Strin
     (stream, head)
 }
 
-async fn socket(proxy: &Proxy, token: &str, query: &str) -> Socket {
+pub(crate) async fn socket(proxy: &Proxy, token: &str, query: &str) -> Socket {
     let (stream, head) = handshake(proxy, token, query).await;
     assert!(head.starts_with("HTTP/1.1 101 ") && !head.to_ascii_lowercase().contains("extensions"), "{head}");
     WebSocketStream::from_raw_socket(stream, Role::Client, None).await
 }
 
-async fn next(socket: &mut Socket) -> Message {
-    with_timeout(socket.next()).await.expect("a message").unwrap()
+/// Returns the next message, which contains no secret.
+pub(crate) async fn next(socket: &mut Socket) -> Message {
+    let message = with_timeout(socket.next()).await.expect("a message").unwrap();
+    assert_clean("a message", message.to_string().as_bytes());
+    message
 }
 
 /// Opens a session on a WebSocket and enters the namespace.
