@@ -27,7 +27,7 @@ use url::form_urlencoded;
 pub use self::relay::Relay;
 use self::{
     packet::{Fault, Packet, SEPARATOR, Side},
-    sessions::{InUse, Owner, Session, Sessions},
+    sessions::{InUse, Owner, Sessions},
 };
 use crate::{
     callers::{Callers, Identity},
@@ -98,7 +98,7 @@ impl Voice {
     ///
     /// # Errors
     ///
-    /// It is not a request of Engine.IO 4, or its session is not open, or another caller's.
+    /// It is not a request of Engine.IO 4, or its session is not open, another caller's, or on a WebSocket.
     pub fn call(&self, request: &Request, caller: &Identity, upgrades: bool) -> Result<Call, Refusal> {
         let caller = Owner::from(caller);
         let query = request.uri().query().unwrap_or_default();
@@ -128,6 +128,9 @@ impl Voice {
             None => None,
             Some(id) => Some(self.sessions.find(&id, &caller).ok_or(Refusal::UnknownSession)?),
         };
+        if session.as_ref().is_some_and(|session| session.is_on_websocket()) {
+            return Err(Refusal::BadVoiceRequest);
+        }
         if session.is_none() {
             metrics::count_voice_handshake(if is_websocket { "websocket" } else { "polling" });
         }
@@ -158,7 +161,7 @@ impl Voice {
             Err(Some(fault)) => return Err(refuse(Side::Caller, fault)),
             Err(None) => return Err(Refusal::BadRequest),
         };
-        let checked = check_body(session, Side::Caller, &body, |packet, text| {
+        let checked = session.check_body(Side::Caller, &body, |packet, text| {
             match packet {
                 Packet::Connect(auth) => return self.without_credentials(text, auth),
                 Packet::Close => self.sessions.remove(session),
@@ -211,7 +214,7 @@ impl Voice {
                 self.open(&call.caller, first, mask.clone())?
             }
         };
-        check_body(&session, Side::Api, body, |packet, text| {
+        session.check_body(Side::Api, body, |packet, text| {
             match packet {
                 Packet::Open(_) if !std::mem::take(&mut may_open) => return Err(Fault::Malformed),
                 Packet::Close => self.sessions.remove(&session),
@@ -273,24 +276,6 @@ async fn collect(body: Body, limit: usize) -> Result<Bytes, Option<Fault>> {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) => Err(error.is::<LengthLimitError>().then_some(Fault::TooLarge)),
     }
-}
-
-/// Checks every packet in a body, and joins what `pass` makes of them.
-fn check_body<'a>(
-    session: &Session,
-    side: Side,
-    body: &'a [u8],
-    mut pass: impl FnMut(Packet<'a>, &'a str) -> Result<Cow<'a, str>, Fault>,
-) -> Result<String, Fault> {
-    let text = std::str::from_utf8(body).map_err(|_| Fault::Malformed)?;
-    let mut checked = String::with_capacity(text.len());
-    for (number, packet) in text.split(SEPARATOR).enumerate() {
-        if number > 0 {
-            checked.push(SEPARATOR);
-        }
-        checked.push_str(&pass(session.check_in_body(side, packet)?, packet)?);
-    }
-    Ok(checked)
 }
 
 /// Counts and logs a packet that does not pass.

@@ -140,6 +140,8 @@ impl Relay {
             };
             let opened = self.voice.open(&self.call.caller, &text, self.mask.clone());
             let session = opened.map_err(|fault| End::fault(Side::Api, fault))?;
+            // It has not been anywhere before.
+            let _ = session.move_to_websocket();
             let sent = to_caller.send(self.masked(&session, text)).await;
             sent.map_err(|error| End::failed(Side::Caller, &error))?;
             return Ok((session, true));
@@ -172,6 +174,7 @@ impl Relay {
                         None => return End::fault(Side::Caller, fault),
                     },
                 },
+                Ok(Message::Binary(_)) if !*is_here => return End::fault(Side::Caller, Fault::Malformed),
                 Ok(Message::Binary(data)) => match session.check_binary(Side::Caller) {
                     Ok(()) => Message::Binary(data),
                     Err(fault) => return End::fault(Side::Caller, fault),
@@ -188,13 +191,20 @@ impl Relay {
 
     /// Checks a text of the caller; returns what is sent in its place, if it is changed.
     fn check(&self, session: &Session, text: &str, is_here: &mut bool) -> Result<Option<String>, Fault> {
+        // Until it has moved here, the session's messages come in bodies.
+        if !*is_here && text.starts_with('4') {
+            return Err(Fault::Malformed);
+        }
         match session.check(Side::Caller, text)? {
             Packet::Connect(auth) => {
                 if let Cow::Owned(changed) = self.voice.without_credentials(text, auth)? {
                     return Ok(Some(changed));
                 }
             }
-            Packet::Upgrade => *is_here = true,
+            Packet::Upgrade => {
+                session.move_to_websocket()?;
+                *is_here = true;
+            }
             _ => {}
         }
         Ok(None)

@@ -1,11 +1,12 @@
 //! The open sessions of the voice agent, and whose they are: [`Sessions`].
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     ops::Deref,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -14,7 +15,7 @@ use serde_json::Value;
 use tokio::time::{self, Instant};
 use tower_selam::{Subject, inbound::EchoMask};
 
-use super::packet::{Fault, Packet, Side, parse, parse_in_body};
+use super::packet::{Fault, Packet, SEPARATOR, Side, parse, parse_in_body};
 use crate::{
     callers::{Identity, Name},
     metrics,
@@ -65,8 +66,10 @@ pub struct Session {
     owner: Owner,
     idle: Duration,
     used_at: Mutex<Instant>,
+    /// Lives on a WebSocket, and takes no other requests.
+    is_on_websocket: AtomicBool,
     /// How many announced attachments each side still has to send.
-    attachments: [AtomicUsize; 2],
+    attachments: [Mutex<usize>; 2],
     /// Masks the credentials of the handshake.
     mask: EchoMask,
 }
@@ -104,6 +107,7 @@ impl Sessions {
             owner: owner.clone(),
             idle,
             used_at: Mutex::new(Instant::now()),
+            is_on_websocket: AtomicBool::new(false),
             attachments: Default::default(),
             mask,
         });
@@ -164,39 +168,76 @@ impl Session {
         self.is_used() || self.used_at().elapsed() < self.idle
     }
 
+    /// Moves the session to a WebSocket, once.
+    ///
+    /// # Errors
+    ///
+    /// It is on one already.
+    pub fn move_to_websocket(&self) -> Result<(), Fault> {
+        let was_there = self.is_on_websocket.swap(true, Relaxed);
+        if was_there { Err(Fault::Malformed) } else { Ok(()) }
+    }
+
+    pub fn is_on_websocket(&self) -> bool {
+        self.is_on_websocket.load(Relaxed)
+    }
+
+    fn attachments(&self, side: Side) -> MutexGuard<'_, usize> {
+        self.attachments[side as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Checks a text packet that `side` sent.
     pub fn check<'a>(&self, side: Side, text: &'a str) -> Result<Packet<'a>, Fault> {
-        self.count(side, parse(side, text)?)
+        let packet = parse(side, text)?;
+        count(packet, &mut self.attachments(side))?;
+        Ok(packet)
     }
 
-    /// Checks a packet in a body that `side` sent.
-    pub fn check_in_body<'a>(&self, side: Side, text: &'a str) -> Result<Packet<'a>, Fault> {
-        self.count(side, parse_in_body(side, text)?)
-    }
-
-    /// Checks a binary packet that `side` sent: it must have been announced. A parser that puts whole packets into binary ones
-    /// could otherwise name any namespace.
+    /// Checks a binary packet that `side` sent.
     pub fn check_binary(&self, side: Side) -> Result<(), Fault> {
-        let left = &self.attachments[side as usize];
-        let counted = left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
-        counted.map(drop).map_err(|_| Fault::Attachment)
+        count(Packet::Binary, &mut self.attachments(side))
     }
 
-    fn count<'a>(&self, side: Side, packet: Packet<'a>) -> Result<Packet<'a>, Fault> {
-        let announced = match packet {
-            Packet::Binary => return self.check_binary(side).map(|()| packet),
-            Packet::Message { attachments } => attachments,
-            Packet::Connect(_) => 0,
-            _ => return Ok(packet),
-        };
-        let left = &self.attachments[side as usize];
-        let counted = left.compare_exchange(0, announced, Relaxed, Relaxed);
-        counted.map(|_| packet).map_err(|_| Fault::Attachment)
+    /// Checks every packet in a body that `side` sent, and joins what `pass` makes of them. If one may not pass, none does, and
+    /// their attachments are not announced.
+    pub fn check_body<'a>(
+        &self,
+        side: Side,
+        body: &'a [u8],
+        mut pass: impl FnMut(Packet<'a>, &'a str) -> Result<Cow<'a, str>, Fault>,
+    ) -> Result<String, Fault> {
+        let body = std::str::from_utf8(body).map_err(|_| Fault::Malformed)?;
+        let mut attachments = self.attachments(side);
+        let mut left = *attachments;
+        let mut checked = String::with_capacity(body.len());
+        for (number, text) in body.split(SEPARATOR).enumerate() {
+            if number > 0 {
+                checked.push(SEPARATOR);
+            }
+            let packet = parse_in_body(side, text)?;
+            count(packet, &mut left)?;
+            checked.push_str(&pass(packet, text)?);
+        }
+        *attachments = left;
+        Ok(checked)
     }
 
     pub fn mask(&self) -> &EchoMask {
         &self.mask
     }
+}
+
+/// Counts the attachments that are left. A binary packet must have been announced: a parser that puts whole packets into binary
+/// ones could otherwise name any namespace.
+fn count(packet: Packet<'_>, left: &mut usize) -> Result<(), Fault> {
+    *left = match packet {
+        Packet::Binary => left.checked_sub(1).ok_or(Fault::Attachment)?,
+        Packet::Message { attachments } if *left == 0 => attachments,
+        Packet::Connect(_) if *left == 0 => 0,
+        Packet::Message { .. } | Packet::Connect(_) => return Err(Fault::Attachment),
+        _ => return Ok(()),
+    };
+    Ok(())
 }
 
 impl Deref for InUse {
@@ -302,6 +343,15 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_session_moves_once() {
+        let session = open(&Sessions::new(), "web", "a").unwrap();
+        assert!(!session.is_on_websocket());
+        assert_eq!(session.move_to_websocket(), Ok(()));
+        assert_eq!(session.move_to_websocket(), Err(Fault::Malformed));
+        assert!(session.is_on_websocket());
+    }
+
+    #[tokio::test]
     async fn attachments_must_be_announced() {
         let session = open(&Sessions::new(), "web", "a").unwrap();
         let event = "452-/v1/audio/agent,[]";
@@ -309,11 +359,19 @@ mod tests {
             assert_eq!(session.check_binary(side), Err(Fault::Attachment));
             assert!(session.check(side, event).is_ok());
             assert_eq!(session.check(side, event), Err(Fault::Attachment), "the attachments are missing");
-            assert_eq!(session.check_in_body(side, "bAAAA"), Ok(Packet::Binary));
+            let mut pass = |_, text| Ok(Cow::Borrowed(text));
+            assert_eq!(session.check_body(side, b"bAAAA", &mut pass).as_deref(), Ok("bAAAA"));
             assert!(session.check(side, "1").is_ok(), "a control packet may come in between");
             assert_eq!(session.check_binary(side), Ok(()));
             assert_eq!(session.check_binary(side), Err(Fault::Attachment));
             assert!(session.check(side, "42/v1/audio/agent,[]").is_ok());
+            // Nothing of a body that is refused is announced.
+            let body = format!("{event}\x1ebAAAA\x1e42/other,[]");
+            assert_eq!(session.check_body(side, body.as_bytes(), &mut pass), Err(Fault::Namespace));
+            assert_eq!(session.check_binary(side), Err(Fault::Attachment));
+            let no = |_, _| Err(Fault::Malformed);
+            assert_eq!(session.check_body(side, event.as_bytes(), no), Err(Fault::Malformed));
+            assert_eq!(session.check_binary(side), Err(Fault::Attachment));
         }
     }
 

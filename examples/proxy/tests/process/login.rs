@@ -463,7 +463,7 @@ async fn the_latest_jwt_of_a_user_is_exchanged() {
     assert_eq!(old.post("/v1/audio/agent/sessions", "{}").await.status, 200);
 }
 
-/// H5: a session carries the JWT of its own user and the current key, whatever was rotated since the previous one.
+/// H5: each session carries its user's JWT and the current key. Rotations end no session.
 #[tokio::test]
 async fn users_talk_to_the_voice_agent() {
     let (simulator, api, _) = api().await;

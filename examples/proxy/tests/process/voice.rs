@@ -209,6 +209,42 @@ async fn a_session_belongs_to_its_caller() {
     assert_eq!(owner.send(CONNECT).await.text(), "ok");
 }
 
+/// Packets of a session come in bodies first and on one WebSocket then, never on both.
+#[tokio::test]
+async fn a_session_moves_to_one_websocket() {
+    let world = world(&["--voice-agent"]).await;
+    let poller = Poller::open(&world.proxy, &world.web).await;
+    assert_eq!(poller.send(CONNECT).await.text(), "ok");
+    assert!(poller.poll().await.text().starts_with(CONNECT));
+    let query = format!("&sid={}", poller.sid);
+    let probed = async || {
+        let mut socket = socket(&world.proxy, &world.web, &query).await;
+        socket.send(Message::text("2probe")).await.unwrap();
+        assert_eq!(next(&mut socket).await, Message::text("3probe"));
+        socket
+    };
+    assert_eq!(poller.send(BINARY_EVENT).await.text(), "ok");
+    for early in [Message::text(EVENT), Message::text(CONNECT), Message::binary("attached")] {
+        let mut socket = probed().await;
+        socket.send(early).await.unwrap();
+        assert_eq!(close_code(&mut socket).await, CloseCode::Policy);
+    }
+    let (mut moved, mut late) = (probed().await, probed().await);
+    moved.send(Message::text("5")).await.unwrap();
+    // The attachment was announced in a body.
+    moved.send(Message::binary("attached")).await.unwrap();
+    assert_eq!(next(&mut moved).await, Message::text(BINARY_EVENT));
+    assert_eq!(next(&mut moved).await, Message::binary("attached"));
+    late.send(Message::text("5")).await.unwrap();
+    assert_eq!(close_code(&mut late).await, CloseCode::Policy);
+    poller.send(BINARY_EVENT).await.assert_error(400, "invalid_request_error", "invalid_request");
+    poller.poll().await.assert_error(400, "invalid_request_error", "invalid_request");
+    let (_, head) = handshake(&world.proxy, &world.web, &query).await;
+    assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
+    moved.send(Message::text(EVENT)).await.unwrap();
+    assert_eq!(next(&mut moved).await, Message::text(EVENT));
+}
+
 #[tokio::test]
 async fn bodies_with_other_packets_are_refused() {
     let world = world(&["--voice-agent"]).await;
