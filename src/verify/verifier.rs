@@ -41,7 +41,8 @@ struct Header {
     alg: String,
     kid: Option<String>,
     typ: Option<String>,
-    crit: Option<Value>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// A JWT in its parts, decoded.
@@ -133,7 +134,7 @@ impl Header {
     /// The algorithm of the signature. Which keys it may be checked with is up to the keys.
     fn check(&self) -> Result<Algorithm, VerifyError> {
         let algorithm = Algorithm::of(&self.alg).ok_or(VerifyError::Algorithm)?;
-        if self.crit.is_some() {
+        if self.others.contains_key("crit") {
             return Err(VerifyError::Critical);
         }
         let Some(kind) = &self.typ else { return Ok(algorithm) };

@@ -392,6 +392,16 @@ async fn malformed_tokens_are_refused() {
     ] {
         assert_eq!(verify(&all_keys(), &jwt).await.unwrap_err(), expected, "{jwt}");
     }
+    // Headers that the key has signed.
+    for (header, expected) in [
+        (r#"["EdDSA","EdDSA","JWT",null]"#, VerifyError::Malformed),
+        (r#"{"alg":"EdDSA","alg":"EdDSA"}"#, VerifyError::Malformed),
+        (r#"{"alg":"EdDSA","crit":null}"#, VerifyError::Critical),
+    ] {
+        let message = format!("{}.{body}", base64url(header));
+        let jwt = format!("{message}.{}", base64url(Signer::EdDsa.sign(message.as_bytes())));
+        assert_eq!(verify(&all_keys(), &jwt).await.unwrap_err(), expected, "{header}");
+    }
     // Up to the limit, to the byte.
     let padded = |length: usize| with(claims(), &json!({"x": "x".repeat(length)}));
     let jwt = |length| Signer::EdDsa.jwt(&header(Signer::EdDsa), &padded(length));
