@@ -160,6 +160,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_jwt_has_three_parts() {
+        for (token, is_jwt) in
+            [("a.b.c", true), ("..", true), ("a.b", false), ("a.b.c.d.e", false), ("sk-selam-1", false)]
+        {
+            assert_eq!(Login::is_jwt(token.as_bytes()), is_jwt, "{token}");
+        }
+    }
+
+    #[test]
     fn no_two_users_have_one_id() {
         let ids =
             [(Some("a"), "bc"), (Some("ab"), "c"), (None, "abc"), (Some("1:a"), "bc"), (Some("a"), "b")];

@@ -175,9 +175,6 @@ impl Voice {
 
     /// Checks, masks and buffers a response that is not a switch to WebSocket. Remembers a session that it opens.
     pub async fn finish(&self, call: Call, response: Response) -> Response {
-        if response.extensions().get::<Refusal>().is_some() {
-            return response;
-        }
         let (mut parts, body) = response.into_parts();
         let mask = parts.extensions.remove::<EchoMask>().unwrap_or_default();
         let body = match collect(body, MAX_FROM_API).await {

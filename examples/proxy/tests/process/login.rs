@@ -511,10 +511,20 @@ async fn users_talk_to_the_voice_agent() {
     let opened = Caller::http2(&proxy).get(&path(&format!("&token={next_jwt}"))).await;
     assert!(opened.status == 200 && opened.text().starts_with("0{"), "{}", opened.text());
     let (subject, sent_key, _) = sent();
-    assert_eq!((subject, sent_key), (ada.clone(), new));
+    assert_eq!((&subject, &sent_key), (&ada, &new));
+    // The first session goes on, and an echo of either key is masked, before and after its change to WebSocket.
     let polling = with_jwt(&next_jwt);
-    assert_eq!(polling.send(EVENT).await.text(), "ok");
-    assert_eq!(polling.poll().await.text(), EVENT);
+    let [echo, masked] = [format!("{key} {new}"), format!("{0} {0}", "*".repeat(key.len()))]
+        .map(|keys| format!(r#"42/v1/audio/agent,["say","{keys}"]"#));
+    assert_eq!(polling.send(echo.clone()).await.text(), "ok");
+    assert_eq!(polling.poll().await.text(), masked);
+    let mut upgraded = self::socket(&proxy, &next_jwt, &format!("&sid={}", polling.sid)).await;
+    upgraded.send(Message::text("2probe")).await.unwrap();
+    assert_eq!(next(&mut upgraded).await, Message::text("3probe"));
+    for text in ["5", &*echo] {
+        upgraded.send(Message::text(text)).await.unwrap();
+    }
+    assert_eq!(next(&mut upgraded).await, Message::text(masked));
     socket.send(Message::text(EVENT)).await.unwrap();
     assert_eq!(next(&mut socket).await, Message::text(EVENT));
 

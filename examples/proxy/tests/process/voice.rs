@@ -156,6 +156,7 @@ async fn polling_passes_with_the_proxys_credentials() {
     assert_eq!(caller.get(&path).await.text(), format!("{EVENT}\x1e{BINARY_EVENT}\x1ebAQID"));
     assert_eq!(metric(&world, "selam_proxy_voice_sessions ").await, "1");
     assert_eq!(caller.post(&path, "1").await.text(), "ok");
+    assert_eq!(metric(&world, "selam_proxy_voice_sessions ").await, "0");
 
     let received = world.simulator.received();
     let ours = format!("token={}&api_key={}", world.jwt, world.key);
@@ -223,12 +224,15 @@ async fn a_session_moves_to_one_websocket() {
         assert_eq!(next(&mut socket).await, Message::text("3probe"));
         socket
     };
-    assert_eq!(poller.send(BINARY_EVENT).await.text(), "ok");
-    for early in [Message::text(EVENT), Message::text(CONNECT), Message::binary("attached")] {
+    let refused = async |early: Message| {
         let mut socket = probed().await;
         socket.send(early).await.unwrap();
         assert_eq!(close_code(&mut socket).await, CloseCode::Policy);
-    }
+    };
+    refused(Message::text(EVENT)).await;
+    refused(Message::text(CONNECT)).await;
+    assert_eq!(poller.send(BINARY_EVENT).await.text(), "ok");
+    refused(Message::binary("attached")).await;
     let (mut moved, mut late) = (probed().await, probed().await);
     moved.send(Message::text("5")).await.unwrap();
     // The attachment was announced in a body.
@@ -265,7 +269,7 @@ async fn bodies_with_other_packets_are_refused() {
         assert_eq!((answer.status.as_u16(), &*answer.error().1), (status, code), "{body:.40}");
     }
     let encoded = poller.caller.request(Method::POST, &poller.path()).header("content-encoding", "gzip");
-    let answer = read(poller.caller.send(encoded.body(full("x")).unwrap()).await).await;
+    let answer = read(poller.caller.send(encoded.body(full(CONNECT)).unwrap()).await).await;
     answer.assert_error(400, "invalid_request_error", "invalid_packet");
     for query in ["&EIO=4", "&transport=websocket", "&j=1", "&x=1;sid=y"] {
         let answer = poller.caller.get(&path(query)).await;
@@ -384,7 +388,8 @@ async fn what_the_api_sends_is_checked_and_masked() {
                 let mut stream = TcpStream::connect(address).await.unwrap();
                 let head = format!(
                     "GET /socket.io/?EIO=4&transport=websocket&token={token} HTTP/1.1\r\nHost: localhost\r\n\
-                     Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+                     Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                     Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
                 );
                 stream.write_all(head.as_bytes()).await.unwrap();
                 let head = response_head(&mut stream).await;
@@ -404,6 +409,9 @@ async fn what_the_api_sends_is_checked_and_masked() {
             .await
             .unwrap();
         connection.write_all(&text(sent)).await.unwrap();
+        // Code 1000, with the JWT as the reason.
+        let reason = [&1000_u16.to_be_bytes()[..], jwt.as_bytes()].concat();
+        connection.write_all(&[&[0x88, reason.len() as u8], &*reason].concat()).await.unwrap();
         let (head, mut socket) = with_timeout(stream).await.unwrap();
         assert!(!head.contains(jwt), "{head}");
         assert!(next(&mut socket).await.to_text().unwrap().starts_with(r#"0{"sid":""#));
@@ -413,7 +421,11 @@ async fn what_the_api_sends_is_checked_and_masked() {
             "{echo}"
         );
         match received {
-            Some(received) => assert_eq!(next(&mut socket).await, Message::text(received)),
+            Some(received) => {
+                assert_eq!(next(&mut socket).await, Message::text(received));
+                let Message::Close(Some(close)) = next(&mut socket).await else { panic!("no reason") };
+                assert_eq!((close.code, &*close.reason), (CloseCode::Normal, &*"*".repeat(jwt.len())));
+            }
             None => assert_eq!(close_code(&mut socket).await, CloseCode::Away),
         }
     }
@@ -502,6 +514,22 @@ async fn polled_packets_are_checked_and_masked() {
     };
     let (answer, ()) = tokio::join!(caller.post(&path, auth), exchange);
     assert_eq!(answer.text(), "ok");
+
+    let request = caller.request(Method::POST, &path).header("expect", "100-continue");
+    let request = request.header("accept-encoding", "gzip").body(full(CONNECT)).unwrap();
+    let exchange = async {
+        let exchange = api.next().await;
+        for name in ["expect", "accept-encoding"] {
+            assert!(!exchange.request.headers().contains_key(name), "{name}");
+        }
+        exchange.answer(answered("ok"));
+    };
+    let (answer, ()) = tokio::join!(caller.send(request), exchange);
+    assert_eq!(read(answer).await.text(), "ok");
+
+    // The API ends the session.
+    assert_eq!(get(&mut api, "&sid=a", &|_| answered("1")).await.text(), "1");
+    caller.get(&path).await.assert_error(400, "invalid_request_error", "unknown_session");
 }
 
 #[tokio::test]
