@@ -96,6 +96,8 @@ pub mod authorize;
 pub mod choose_auth;
 mod credential;
 mod error;
+#[cfg(feature = "fleet")]
+pub mod fleet;
 pub mod guide;
 pub mod inbound;
 pub mod oauth;

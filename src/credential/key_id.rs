@@ -18,6 +18,12 @@ impl Fingerprint {
         self.0.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
+    /// The first 128 bits.
+    #[cfg(feature = "fleet")]
+    pub(crate) fn first_half(&self) -> [u8; 16] {
+        std::array::from_fn(|index| self.0[index])
+    }
+
     pub(crate) fn id(&self) -> KeyId {
         let [a, b, c, ..] = self.0;
         KeyId([a, b, c])

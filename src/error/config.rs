@@ -140,6 +140,10 @@ pub enum ConfigErrorKind {
     InvalidKey,
     /// The value has no public key that can be used.
     InvalidPublicKey,
+    /// The name is longer than 64 bytes, or has other characters than letters, digits, `-`, `_` and `.`.
+    InvalidName,
+    /// The value is not a key of 32 bytes in base64.
+    InvalidSealingKey,
     /// The private key is encrypted.
     Encrypted,
     /// The key is too short for its algorithm.
@@ -212,6 +216,8 @@ impl fmt::Display for ConfigErrorKind {
             Self::WrongAlgorithm { key, needed } => {
                 return write!(f, "is {key}, but its algorithm signs with {needed}");
             }
+            Self::InvalidName => "is not made of at most 64 letters, digits, `-`, `_` and `.`",
+            Self::InvalidSealingKey => "is not 32 bytes in base64, as `openssl rand -base64 32` prints",
             Self::NotAnObject => "is not a JSON object, or is nested too deeply",
             Self::InvalidEndpoint => {
                 "is not a path such as chat/completions: remove any host, fragment, backslash and dot segment, and \
@@ -240,6 +246,10 @@ pub(crate) enum Setting {
     RefreshToken,
     Parameter,
     PathPrefix,
+    #[cfg(feature = "fleet")]
+    FleetName,
+    #[cfg(feature = "fleet")]
+    SealingKey,
     #[cfg(feature = "sign")]
     SigningKey,
     #[cfg(feature = "sign")]
@@ -267,6 +277,10 @@ impl fmt::Display for Setting {
             Self::RefreshToken => "refresh token",
             Self::Parameter => "token request parameter",
             Self::PathPrefix => "path prefix",
+            #[cfg(feature = "fleet")]
+            Self::FleetName => "fleet's name",
+            #[cfg(feature = "fleet")]
+            Self::SealingKey => "sealing key",
             #[cfg(feature = "sign")]
             Self::SigningKey => "signing key",
             #[cfg(feature = "sign")]

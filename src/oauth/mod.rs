@@ -113,6 +113,8 @@ pub(crate) use self::client::TokenClient;
 pub(crate) use self::endpoint::USER_AGENT;
 #[cfg(any(unix, windows))]
 pub use self::file_store::FileStore;
+#[cfg(feature = "fleet")]
+pub(crate) use self::unanswered::may_be_spent;
 pub use self::{
     auth::{Assertion, ClientAuth},
     endpoint::TokenEndpoint,

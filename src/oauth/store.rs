@@ -32,7 +32,7 @@ impl RefreshToken {
     }
 
     /// Makes a refresh token that the endpoint issued. Accepts any text, because rejecting it would lose the login.
-    pub(super) fn received(token: Zeroizing<String>) -> Option<Self> {
+    pub(crate) fn received(token: Zeroizing<String>) -> Option<Self> {
         (!token.is_empty()).then(|| Self(token.as_str().into()))
     }
 
@@ -170,23 +170,32 @@ pub trait RefreshTokenStore: Send + Sync + 'static {
 }
 
 /// What [`RefreshTokenStore::lock`] returns: excludes others from the store until it is dropped.
-pub struct StoreLock(Option<Box<dyn Send>>);
+pub struct StoreLock {
+    guard: Option<Box<dyn Send>>,
+    can_lapse: bool,
+}
 
 impl StoreLock {
     /// Excludes others until `guard` is dropped.
     #[must_use]
     pub fn new(guard: impl Send + 'static) -> Self {
-        Self(Some(Box::new(guard)))
+        Self { guard: Some(Box::new(guard)), can_lapse: false }
+    }
+
+    /// As [`new`](Self::new), but others may take over before `guard` is dropped.
+    #[cfg(feature = "fleet")]
+    pub(crate) fn lapsing(guard: impl Send + 'static) -> Self {
+        Self { guard: Some(Box::new(guard)), can_lapse: true }
     }
 
     /// Excludes nobody: the default of a store that cannot.
     #[must_use]
     pub fn none() -> Self {
-        Self(None)
+        Self { guard: None, can_lapse: false }
     }
 
     pub(super) fn excludes_others(&self) -> bool {
-        self.0.is_some()
+        self.guard.is_some() && !self.can_lapse
     }
 }
 

@@ -73,6 +73,13 @@ pub(super) fn may_have_spent(error: &SourceError) -> bool {
     !causes(error).any(is_unsent)
 }
 
+/// Whether an exchange that ended with `error` may have spent the refresh token, as far as is known.
+#[cfg(feature = "fleet")]
+pub(crate) fn may_be_spent(error: &SourceError) -> bool {
+    let is_open = |unanswered: &UnansweredExchange| !unanswered.is_rejected();
+    causes(error).any(|cause| cause.downcast_ref().is_some_and(is_open))
+}
+
 /// Whether the endpoint rejected the refresh token.
 pub(super) fn is_rejected(error: &SourceError) -> bool {
     let is_rejected = |answer: &OAuthError| answer.is_permanent() && answer.blames_grant();

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     AuthError, AuthErrorKind,
     credential::{Credential, Fingerprint},
-    source::{DynSource, Fetched, SourceError},
+    source::{AskingEngine, DynSource, EngineHandle, Fetched, SourceError},
     telemetry::{
         event::{self, KeyInUse, RefreshOutcome},
         span::Span,
@@ -91,7 +91,11 @@ impl<C: Credential> Driver<C> {
         let state = State::new(Arc::clone(&policy), fastrand::u64(..));
         let locked = Mutex::new(Locked { state, running: None, recently_replaced: Vec::new() });
         let in_use = KeyInUse::new(C::SETTING);
-        Arc::new(Self { publication: Publication::empty(), locked, source, policy, turns, in_use })
+        let driver =
+            Arc::new(Self { publication: Publication::empty(), locked, source, policy, turns, in_use });
+        let handle = EngineHandle::new(Arc::downgrade(&driver) as Weak<dyn AskingEngine<C>>);
+        let _ = catch_unwind(AssertUnwindSafe(|| driver.source.attach(handle)));
+        driver
     }
 
     /// The fast path: the credential, if nothing has to be decided about it.
@@ -383,6 +387,23 @@ impl<C: Credential> Engine for Driver<C> {
 
     fn has_replaced(&self, rejected: Fingerprint) -> bool {
         self.current().is_some_and(|(current, _)| current.secret().fingerprint() != rejected)
+    }
+}
+
+impl<C: Credential> AskingEngine<C> for Driver<C> {
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        self.lock().state.last().map(Value::fingerprint)
+    }
+
+    fn withdraw(self: Arc<Self>, fingerprint: Fingerprint) {
+        let mut locked = self.lock();
+        if locked.state.withdraw(fingerprint) {
+            self.publish(locked, self.policy.now());
+        }
+    }
+
+    fn would_keep(&self, fetched: Fetched<C>) -> bool {
+        self.lock().state.would_keep(self.policy.now(), &fresh(fetched))
     }
 }
 

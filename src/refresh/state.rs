@@ -297,6 +297,18 @@ impl<V: Value, E: Clone> State<V, E> {
         if self.running.is_some() { Rejection::Refreshing } else { Rejection::Ignored }
     }
 
+    /// Drops the current credential if this is its fingerprint. Returns whether it was.
+    pub(super) fn withdraw(&mut self, fingerprint: Fingerprint) -> bool {
+        self.held.take_if(|held| held.value.fingerprint() == fingerprint).is_some()
+    }
+
+    /// Whether a credential that the running refresh brings would be used for a while before the next refresh.
+    pub(super) fn would_keep(&self, now: Time, fresh: &Fresh<V>) -> bool {
+        let duration = self.running.as_ref().map_or(self.last_duration, |running| now.since(running.began));
+        Schedule::new(fresh, now, duration, 1.0, &self.policy)
+            .is_ok_and(|schedule| !schedule.advisory_at().has_come(now))
+    }
+
     /// Handles a request that was accepted with a credential that replaced a rejected one: the API does not reject
     /// everything, so the next rejection is the first of a streak.
     pub(super) fn accept(&mut self, is_accepted: impl FnOnce(Fingerprint) -> bool) {

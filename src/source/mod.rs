@@ -32,6 +32,7 @@
 //! ```
 
 mod closure;
+mod engine;
 mod env;
 mod file;
 mod service;
@@ -43,10 +44,12 @@ use std::{error::Error as StdError, fmt, pin::Pin, time::Duration};
 
 use tokio::runtime::Handle;
 
+pub(crate) use self::engine::AskingEngine;
 #[cfg(feature = "sign")]
 pub use self::sign::{HmacSecret, JwtSigner, SigningAlgorithm, SigningKey};
 pub use self::{
     closure::{IntoSourceError, SourceFn, source_fn},
+    engine::EngineHandle,
     env::EnvSource,
     file::FileSource,
     service::ServiceSource,
@@ -87,6 +90,20 @@ pub trait Source<C: Credential>: Send + Sync + 'static {
     /// Must be cheap.
     fn version(&self) -> u64 {
         0
+    }
+
+    /// Says what this source asks for and where, without secrets. Sources that say the same fetch interchangeable credentials.
+    ///
+    /// The members of a fleet (feature `fleet`) use each other's credentials only if their sources say the same.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// Receives a handle of the engine that is going to call this source. Called once, before the first fetch.
+    ///
+    /// A source that learns that a credential has ended, by a revocation list or a logout, withdraws it with this handle.
+    fn attach(&self, engine: EngineHandle<C>) {
+        drop(engine);
     }
 }
 
@@ -249,10 +266,12 @@ pub(crate) async fn unblock<T: Send + 'static>(
 }
 
 /// [`Source`] as a trait object.
-pub(crate) trait DynSource<C>: Send + Sync {
+pub(crate) trait DynSource<C: Credential>: Send + Sync {
     fn fetch(&self, reason: Reason<C>) -> Fetching<'_, C>;
 
     fn version(&self) -> u64;
+
+    fn attach(&self, engine: EngineHandle<C>);
 }
 
 pub(crate) type Fetching<'a, C> = Pin<Box<dyn Future<Output = Result<Fetched<C>, SourceError>> + Send + 'a>>;
@@ -264,5 +283,9 @@ impl<C: Credential, T: Source<C>> DynSource<C> for T {
 
     fn version(&self) -> u64 {
         Source::version(self)
+    }
+
+    fn attach(&self, engine: EngineHandle<C>) {
+        Source::attach(self, engine);
     }
 }

@@ -156,6 +156,101 @@ pub(crate) fn refresh_token_maybe_spent(id: KeyId, secret: &str, error: &dyn Err
     emit!(warn, id = %id, error = %error, "no answer to a refresh token, which may be spent");
 }
 
+/// A call of a fleet's store.
+#[cfg(feature = "fleet")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum StoreCall {
+    Get,
+    Put,
+}
+
+/// Where a member of a fleet got a token from.
+#[cfg(feature = "fleet")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum FleetFetch {
+    /// It asked its source, for all members.
+    Led,
+    /// Another member had fetched it.
+    Adopted,
+    /// It asked its source for itself, because the store failed.
+    Alone,
+}
+
+#[cfg(feature = "fleet")]
+impl StoreCall {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Get => "get",
+            Self::Put => "put",
+        }
+    }
+}
+
+#[cfg(feature = "fleet")]
+impl FleetFetch {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Led => "led",
+            Self::Adopted => "adopted",
+            Self::Alone => "alone",
+        }
+    }
+}
+
+/// Reports where a member of a fleet got a token from.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_fetched(from: FleetFetch) {
+    count!(telemetry::FLEET_FETCHES, "outcome" => from.label());
+}
+
+/// Reports a call of a fleet's store.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_store_called(call: StoreCall, succeeded: bool) {
+    let outcome = if succeeded { "ok" } else { "failed" };
+    count!(telemetry::FLEET_STORE_CALLS, "call" => call.label(), "outcome" => outcome);
+}
+
+/// Reports that a fleet's store is not called for a while.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_store_lost(error: &(dyn Error + 'static)) {
+    show_fleet_alone(true);
+    let error = Redacted { error, secret: None };
+    emit!(warn, error = %error, "the fleet's store fails; this member goes on alone");
+}
+
+/// Reports that a fleet's store answers again.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_store_back() {
+    show_fleet_alone(false);
+    emit!(info, "the fleet's store is back");
+}
+
+/// Reports a record of a fleet that cannot be opened.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_record_unreadable(reason: &'static str) {
+    emit!(error, reason = reason, "a record of the fleet cannot be opened, and is left alone");
+}
+
+/// Reports a record that was put back into a fleet's store.
+#[cfg(feature = "fleet")]
+#[cold]
+pub(crate) fn fleet_record_mended() {
+    emit!(info, "the fleet's store had lost a record; it was put back");
+}
+
+#[cfg(all(feature = "fleet", feature = "metrics"))]
+fn show_fleet_alone(alone: bool) {
+    metrics::gauge!(telemetry::FLEET_ALONE).set(if alone { 1.0 } else { 0.0 });
+}
+
+#[cfg(all(feature = "fleet", not(feature = "metrics")))]
+fn show_fleet_alone(_: bool) {}
+
 /// Reports that the keys which verify callers' JWTs could not be fetched.
 #[cfg(feature = "verify")]
 #[cold]
@@ -271,6 +366,30 @@ pub(crate) fn describe_metrics() {
         counter!(telemetry::UNSENT_REQUESTS, "kind" => kind.label()).increment(0);
     }
     counter!(telemetry::UNSAVED_REFRESH_TOKENS).increment(0);
+    #[cfg(feature = "fleet")]
+    describe_fleet_metrics();
+}
+
+#[cfg(all(feature = "fleet", feature = "metrics"))]
+fn describe_fleet_metrics() {
+    use metrics::{Unit, counter, describe_counter, describe_gauge};
+
+    describe_counter!(
+        telemetry::FLEET_FETCHES,
+        Unit::Count,
+        "Tokens that a member of a fleet obtained, by origin."
+    );
+    describe_counter!(telemetry::FLEET_STORE_CALLS, Unit::Count, "Calls of a fleet's store, by outcome.");
+    describe_gauge!(telemetry::FLEET_ALONE, Unit::Count, "1 while a fleet's store fails.");
+    for from in [FleetFetch::Led, FleetFetch::Adopted, FleetFetch::Alone] {
+        counter!(telemetry::FLEET_FETCHES, "outcome" => from.label()).increment(0);
+    }
+    for call in [StoreCall::Get, StoreCall::Put] {
+        for outcome in ["ok", "failed"] {
+            counter!(telemetry::FLEET_STORE_CALLS, "call" => call.label(), "outcome" => outcome).increment(0);
+        }
+    }
+    show_fleet_alone(false);
 }
 
 const NO_CODE: &str = "none";

@@ -21,6 +21,19 @@ pub const UNSENT_REQUESTS: &str = "tower_selam_unsent_requests_total";
 /// Counter: refresh tokens that their store failed to save.
 pub const UNSAVED_REFRESH_TOKENS: &str = "tower_selam_unsaved_refresh_tokens_total";
 
+/// Counter: tokens that a member of a fleet obtained, by `outcome`: it `led` and asked its source, `adopted` another member's,
+/// or asked `alone` because the store failed.
+#[cfg(feature = "fleet")]
+pub const FLEET_FETCHES: &str = "tower_selam_fleet_fetches_total";
+
+/// Counter: calls of a fleet's store, by `call` and `outcome`.
+#[cfg(feature = "fleet")]
+pub const FLEET_STORE_CALLS: &str = "tower_selam_fleet_store_calls_total";
+
+/// Gauge: 1 while a fleet's store fails, so that this member goes on alone.
+#[cfg(feature = "fleet")]
+pub const FLEET_ALONE: &str = "tower_selam_fleet_alone";
+
 /// Gauge: 1 for the API key in use, 0 for a replaced one, by `credential` and `id`.
 pub const CREDENTIAL_INFO: &str = "tower_selam_credential_info";
 

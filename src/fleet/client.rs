@@ -1,0 +1,189 @@
+//! [`Client`]: sealed reads and writes, bounded in time, and given up for a while when the store fails.
+
+use std::{
+    error::Error,
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use zeroize::Zeroizing;
+
+use super::{
+    Entry, Put, Revision, Write,
+    seal::{SealError, SealingKeys, random},
+    store::DynFleetStore,
+};
+use crate::{
+    error::BoxError,
+    telemetry::event::{self, StoreCall},
+    util::{
+        clock::{Clock, Deadline},
+        timer::timeout,
+    },
+};
+
+/// After so many failed calls in a row, the store is left alone.
+const MAX_FAILURES: u32 = 3;
+
+/// For how long. Doubles each time, up to the second.
+const BACKOFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+
+/// The store of a fleet, as its members use it.
+pub(super) struct Client {
+    store: Box<dyn DynFleetStore>,
+    pub(super) keys: SealingKeys,
+    pub(super) patience: Duration,
+    breaker: Mutex<Breaker>,
+}
+
+/// Stops calls to a store that fails, except for one at a time that finds out whether it is back.
+#[derive(Default)]
+struct Breaker {
+    failures: u32,
+    open_until: Option<Deadline>,
+}
+
+/// An entry whose seal was checked.
+pub(super) struct Opened {
+    pub(super) revision: Revision,
+    pub(super) age: Duration,
+    pub(super) content: Result<Zeroizing<Vec<u8>>, SealError>,
+}
+
+/// What became of a write.
+pub(super) enum Written {
+    Done(Revision),
+    Conflict(Option<Opened>),
+}
+
+/// The store cannot be used now.
+#[derive(Debug)]
+pub(super) struct Unavailable {
+    /// `None` if it was not asked, because it failed before.
+    cause: Option<BoxError>,
+    pub(super) retry_after: Duration,
+}
+
+impl Client {
+    pub(super) fn new(store: Box<dyn DynFleetStore>, keys: SealingKeys, patience: Duration) -> Self {
+        Self { store, keys, patience, breaker: Mutex::default() }
+    }
+
+    pub(super) async fn get(&self, key: &str) -> Result<Option<Opened>, Unavailable> {
+        let entry = self.call(StoreCall::Get, || self.store.get(key)).await?;
+        Ok(entry.map(|entry| self.open(key, entry)))
+    }
+
+    /// Writes if the store still holds the revision `expected`.
+    pub(super) async fn put(
+        &self,
+        key: &str,
+        expected: Option<Revision>,
+        record: &[u8],
+        keep: Option<Duration>,
+    ) -> Result<Written, Unavailable> {
+        let sealed = random().and_then(|bytes| Ok((bytes, self.keys.seal(key.as_bytes(), record)?)));
+        let (revision, value) = match sealed {
+            Ok((bytes, value)) => (Revision::from_bytes(bytes), value),
+            Err(error) => return Err(Unavailable::new(error.into(), BACKOFF[0])),
+        };
+        let write = Write { expected, revision, value: &value, keep };
+        Ok(match self.call(StoreCall::Put, || self.store.put(key, write)).await? {
+            Put::Done => Written::Done(revision),
+            // The reply to the first attempt was lost.
+            Put::Conflict(Some(entry)) if entry.revision == revision => Written::Done(revision),
+            Put::Conflict(entry) => Written::Conflict(entry.map(|entry| self.open(key, entry))),
+        })
+    }
+
+    fn open(&self, key: &str, Entry { revision, value, age }: Entry) -> Opened {
+        Opened { revision, age, content: self.keys.open(key.as_bytes(), &value) }
+    }
+
+    /// Calls the store, and once more if that fails: a connection may have died unnoticed.
+    async fn call<T, F>(&self, call: StoreCall, mut start: impl FnMut() -> F) -> Result<T, Unavailable>
+    where
+        F: Future<Output = Result<T, BoxError>>,
+    {
+        self.may_call()?;
+        let mut result = timeout(self.patience, start()).await;
+        if matches!(result, Ok(Err(_))) {
+            result = timeout(self.patience, start()).await;
+        }
+        event::fleet_store_called(call, result.as_ref().is_ok_and(Result::is_ok));
+        let error = match result {
+            Ok(Ok(value)) => {
+                self.succeeded();
+                return Ok(value);
+            }
+            Ok(Err(error)) => error,
+            Err(error) => BoxError::from(error),
+        };
+        let retry_after = self.failed(&*error);
+        Err(Unavailable::new(error, retry_after))
+    }
+
+    fn may_call(&self) -> Result<(), Unavailable> {
+        let now = Clock::default().now();
+        let mut breaker = self.breaker();
+        match breaker.open_until {
+            Some(until) if !until.has_come(now) => {
+                Err(Unavailable { cause: None, retry_after: until.remaining(now).max(BACKOFF[0]) })
+            }
+            Some(_) => {
+                // This call finds out. The others wait for it.
+                breaker.open_until = Some(now.after(self.patience * 3));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn succeeded(&self) {
+        let was_open = std::mem::take(&mut *self.breaker()).open_until.is_some();
+        if was_open {
+            event::fleet_store_back();
+        }
+    }
+
+    /// Returns when to call again.
+    fn failed(&self, error: &(dyn Error + 'static)) -> Duration {
+        let [first, max] = BACKOFF;
+        let mut breaker = self.breaker();
+        breaker.failures = breaker.failures.saturating_add(1);
+        let Some(surplus) = breaker.failures.checked_sub(MAX_FAILURES) else { return first };
+        let pause = first.saturating_mul(2u32.saturating_pow(surplus)).min(max);
+        breaker.open_until = Some(Clock::default().now().after(pause));
+        drop(breaker);
+        if surplus == 0 {
+            event::fleet_store_lost(error);
+        }
+        pause
+    }
+
+    fn breaker(&self) -> MutexGuard<'_, Breaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Unavailable {
+    pub(super) fn new(cause: BoxError, retry_after: Duration) -> Self {
+        Self { cause: Some(cause), retry_after }
+    }
+}
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.cause {
+            Some(_) => "the fleet's store failed",
+            None => "the fleet's store has failed, and is not asked again yet",
+        })
+    }
+}
+
+impl Error for Unavailable {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.as_ref().map(|cause| &**cause as _)
+    }
+}

@@ -1,0 +1,163 @@
+//! [`FleetSource`]: a source that one member of a fleet asks for all.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{
+    member::{Decision, Lead, Member, RecordError},
+    protocol::{Ask, Fetch, Step},
+    record::{Failure, SharedToken},
+};
+use crate::{
+    credential::Token,
+    error::{Redactor, with_causes},
+    oauth::may_be_spent,
+    source::{EngineHandle, Fetched, Reason, Source, SourceError},
+    telemetry::event::{self, FleetFetch},
+    util::timer::{TimeoutError, has_timers, sleep},
+};
+
+/// Before a follower looks again. Grows by half each time, up to the second.
+const LOOK_AGAIN: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(250)];
+
+const LOGGED_OUT: &str = "nobody has logged in to the fleet's credential: log in";
+const SPARED: &str = "another member may have spent the fleet's refresh token: it is sent again when its access token has expired";
+
+/// How long until a spared refresh token is asked for again.
+const SPARE_FOR: Duration = Duration::from_secs(5);
+
+/// A source that one member of the fleet asks for all; see [`Fleet::share`](super::Fleet::share).
+///
+/// # Cancel safety
+///
+/// Dropping a fetch drops the fetch of the inner source, and gives the lease to another member.
+pub struct FleetSource<S> {
+    pub(super) member: Arc<Member>,
+    pub(super) source: S,
+    /// The version of the inner source, plus one, when the fleet reported a permanent failure.
+    pub(super) failed_version: AtomicU64,
+}
+
+impl<S: Source<Token>> FleetSource<S> {
+    /// Fetches without the fleet, because its store fails.
+    async fn fetch_alone(
+        &self,
+        reason: Reason<Token>,
+        error: RecordError,
+    ) -> Result<Fetched<Token>, SourceError> {
+        if self.member.has_login {
+            // Another member may be spending the refresh token.
+            return Err(error.into());
+        }
+        event::fleet_fetched(FleetFetch::Alone);
+        let fetched = self.source.fetch(reason).await?;
+        self.member.keep(self.shared(&fetched)).await;
+        Ok(fetched)
+    }
+
+    /// Fetches for the fleet. `None` if that failed, and another member was faster.
+    async fn fetch_for_all(
+        &self,
+        lead: &Lead,
+        reason: Reason<Token>,
+    ) -> Option<Result<Fetched<Token>, SourceError>> {
+        event::fleet_fetched(FleetFetch::Led);
+        let result = self.source.fetch(reason).await;
+        let fetch = match &result {
+            Ok(fetched) => Fetch::Done(self.shared(fetched)),
+            Err(error) => Fetch::Failed {
+                message: Redactor::masking(None).text(with_causes(error)),
+                permanent: error.is_permanent(),
+                retry_after: error.retry_after(),
+                unanswered: may_be_spent(error),
+            },
+        };
+        let settled = lead.settle(&fetch).await;
+        (settled || result.is_ok()).then_some(result)
+    }
+
+    fn shared(&self, fetched: &Fetched<Token>) -> SharedToken {
+        SharedToken::new(fetched, self.member.identity())
+    }
+
+    fn failed(&self, failure: Failure) -> SourceError {
+        let error = format!("another member of the fleet failed: {}", failure.message);
+        if failure.permanent {
+            self.failed_version.store(self.source.version().wrapping_add(1), Ordering::Release);
+            return SourceError::permanent(error).with_retry_after(failure.rest);
+        }
+        SourceError::transient(error).with_retry_after(failure.rest)
+    }
+
+    /// Whether the input of the source has changed since the permanent failure that the fleet reported.
+    fn has_changed(&self) -> bool {
+        let failed = self.failed_version.load(Ordering::Acquire);
+        failed != 0 && failed != self.source.version().wrapping_add(1)
+    }
+}
+
+impl<S: Source<Token>> Source<Token> for FleetSource<S> {
+    async fn fetch(&self, reason: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+        if !has_timers() {
+            return Err(SourceError::transient(TimeoutError::NoTimers));
+        }
+        self.member.fleet.watch();
+        let ask = match &reason {
+            Reason::First => Ask::First,
+            Reason::Expiring(token) => Ask::Expiring(token.0.fingerprint().into()),
+            Reason::Rejected(token) => Ask::Rejected(token.0.fingerprint().into()),
+        };
+        let [mut pause, max] = LOOK_AGAIN;
+        let mut looks = false;
+        loop {
+            let step = match self.member.decide(ask, self.has_changed(), looks).await {
+                Ok(Decision::Lead(lead)) => match self.fetch_for_all(&lead, reason.clone()).await {
+                    Some(result) => return result,
+                    None => Step::Follow,
+                },
+                Ok(Decision::Step(step)) => step,
+                Err(error) => return self.fetch_alone(reason, error).await,
+            };
+            match step {
+                Step::Adopt(token) => {
+                    event::fleet_fetched(FleetFetch::Adopted);
+                    let invalid = || SourceError::transient("the fleet's token is not valid here");
+                    return token.fetched().ok_or_else(invalid);
+                }
+                Step::Follow | Step::Claim(_) => {
+                    sleep(pause.mul_f64(0.75 + fastrand::f64() / 2.0)).await;
+                    pause = max.min(pause * 3 / 2);
+                    looks = true;
+                }
+                Step::Fail(failure) => return Err(self.failed(failure)),
+                Step::LoggedOut => return Err(SourceError::permanent(LOGGED_OUT)),
+                Step::Spare => return Err(SourceError::transient(SPARED).with_retry_after(SPARE_FOR)),
+            }
+        }
+    }
+
+    fn version(&self) -> u64 {
+        self.source.version().wrapping_add(self.member.changes.load(Ordering::Acquire))
+    }
+
+    fn identity(&self) -> Option<String> {
+        self.source.identity()
+    }
+
+    fn attach(&self, engine: EngineHandle<Token>) {
+        self.member.attach(engine.clone());
+        self.source.attach(engine);
+    }
+}
+
+impl<S> fmt::Debug for FleetSource<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FleetSource").field("has_login", &self.member.has_login).finish_non_exhaustive()
+    }
+}
