@@ -91,6 +91,8 @@ pub(super) enum RecordError {
     Unreadable(SealError),
     /// Other members kept changing the record.
     Contended,
+    /// This member has left the fleet, and claims no more leases.
+    Left,
 }
 
 impl Member {
@@ -135,19 +137,9 @@ impl Member {
     }
 
     /// Decides what to do for the engine, and claims the lease if that is to fetch. `looks` reads the store first.
-    pub(super) async fn decide(
-        self: &Arc<Self>,
-        ask: Ask,
-        ignores_failure: bool,
-        looks: bool,
-    ) -> Result<Decision, RecordError> {
-        let asker = Asker {
-            id: self.id,
-            identity: self.identity,
-            has_login: self.has_login,
-            lease: self.lease(),
-            ignores_failure,
-        };
+    pub(super) async fn decide(self: &Arc<Self>, ask: Ask, looks: bool) -> Result<Decision, RecordError> {
+        let asker =
+            Asker { id: self.id, identity: self.identity, has_login: self.has_login, lease: self.lease() };
         let decide = |record: &Record| next(record, ask, &asker, |token| self.worth(token));
         let mut state = self.state.lock().await;
         let remembered = decide(&state.record_at(Clock::default().now()));
@@ -166,7 +158,7 @@ impl Member {
         if claimed.await? {
             return Ok(Decision::Lead(Lead::begin(self, state.record.generation, ask)));
         }
-        let step = decided.ok_or(RecordError::Contended)?;
+        let step = decided.ok_or(RecordError::Left)?;
         if self.is_unsaved() {
             self.save(&mut state).await?;
         }
@@ -309,7 +301,7 @@ impl Member {
         let now = Clock::default().now();
         let found = self.fleet.client.get(&self.key).await.map_err(RecordError::Unavailable)?;
         self.absorb(state, found, now);
-        Ok(())
+        state.unreadable.map_or(Ok(()), |error| Err(RecordError::Unreadable(error)))
     }
 
     /// Puts what `edit` makes of the record in its place, as often as another member interferes. Returns whether there was
@@ -515,7 +507,7 @@ impl From<RecordError> for SourceError {
                 Self::transient(error).with_retry_after(retry_after)
             }
             RecordError::Unreadable(_) => Self::permanent(error),
-            RecordError::Contended => Self::transient(error),
+            RecordError::Contended | RecordError::Left => Self::transient(error),
         }
     }
 }
@@ -534,6 +526,7 @@ impl fmt::Display for RecordError {
                 f.write_str("the fleet's record was changed or moved: log in again, or restore it")
             }
             Self::Contended => f.write_str("other members of the fleet kept changing the record"),
+            Self::Left => f.write_str("this member has left the fleet, and spends no refresh token"),
         }
     }
 }
@@ -542,7 +535,7 @@ impl Error for RecordError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Unavailable(error) => error.source(),
-            Self::Unreadable(_) | Self::Contended => None,
+            Self::Unreadable(_) | Self::Contended | Self::Left => None,
         }
     }
 }

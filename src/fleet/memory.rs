@@ -22,7 +22,7 @@ use crate::{
 /// # let issue = |_: Reason<Token>| async { Ok::<_, BoxError>(Token::new(format!("token-{}", fastrand::u64(..)))?) };
 /// let store = MemoryStore::default();
 /// let member = || -> Result<_, BoxError> {
-///     let fleet = Fleet::new("billing", store.clone(), SealingKey::new([7; 32]));
+///     let fleet = Fleet::new("billing", store.clone(), SealingKey::new([7; 32]))?;
 ///     Ok(Refreshing::new(fleet.share("selam", source_fn(issue))))
 /// };
 /// let (first, second) = (member()?, member()?);

@@ -153,7 +153,7 @@ impl Fleet {
     /// #     source_fn(move |_: Reason<Token>| { let token = token.clone(); async move { Ok::<_, BoxError>(Token::new(token)?) } })
     /// # };
     /// let jwts = PerSubject::new(move |user: &Subject| fleet.share(user.as_str(), exchange_for(user)));
-    /// assert_eq!(jwts.token(&Subject::new("ada")).await?.expose_secret(), "token-of-ada");
+    /// assert_eq!(jwts.of_subject(&Subject::new("ada")).token().await?.expose_secret(), "token-of-ada");
     /// # Ok::<(), BoxError>(())
     /// # }).unwrap();
     /// ```
@@ -198,7 +198,7 @@ impl Fleet {
 
     fn source<S>(&self, member: Arc<Member>, source: S) -> FleetSource<S> {
         self.0.add(&member);
-        FleetSource { member, source, failed_version: 0.into() }
+        FleetSource { member, source }
     }
 
     /// Begins a login, or replaces it, from any program of the fleet. Members use it within about a second.

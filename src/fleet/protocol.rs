@@ -22,7 +22,7 @@ use crate::oauth::RefreshToken;
 /// The back-off after a failure or a rejection: the first, doubled each time, up to the second.
 const BACKOFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(60)];
 
-/// How long after a permanent failure one member tries again, and the longest time that an endpoint may ask for.
+/// How long after the end of a login one member tries again, and the longest time that an endpoint may ask for.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5 * 60);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60 * 60);
 
@@ -45,8 +45,6 @@ pub(super) struct Asker {
     /// Whether the credential is fetched with a refresh token that the fleet shares.
     pub(super) has_login: bool,
     pub(super) lease: Duration,
-    /// Whether the input of its source has changed since the failure.
-    pub(super) ignores_failure: bool,
 }
 
 /// What a token is still good for.
@@ -80,6 +78,7 @@ pub(super) enum Fetch {
     Done(SharedToken),
     Failed {
         message: String,
+        /// Whether the login has ended. Any other cause may lie with one member.
         permanent: bool,
         retry_after: Option<Duration>,
         /// Whether the refresh token may have been spent.
@@ -109,9 +108,7 @@ pub(super) fn next(record: &Record, ask: Ask, asker: &Asker, worth: impl Fn(&Sha
     if record.lease.is_some_and(|lease| lease.owner != asker.id && !lease.rest.is_zero()) {
         return Step::Follow;
     }
-    if let Some(failure) = record.failure.as_ref().filter(|failure| !failure.rest.is_zero())
-        && !asker.ignores_failure
-    {
+    if let Some(failure) = record.failure.as_ref().filter(|failure| !failure.rest.is_zero()) {
         return Step::Fail(failure.clone());
     }
     let mut claim = Box::new(record.clone());
@@ -243,7 +240,7 @@ mod tests {
     }
 
     fn asker(has_login: bool) -> Asker {
-        Asker { id: print(1), identity: None, has_login, lease: LEASE, ignores_failure: false }
+        Asker { id: print(1), identity: None, has_login, lease: LEASE }
     }
 
     fn token(text: &str) -> SharedToken {
@@ -331,8 +328,6 @@ mod tests {
             let claim = claimed(ask(&Record::new(1), Ask::First));
             let record = settled(&claim, failed(permanent, Some(Duration::from_secs(told))));
             assert_eq!(record.failure.as_ref().unwrap().rest, Duration::from_secs(expected));
-            let changed = Asker { ignores_failure: true, ..asker(false) };
-            claimed(next(&record, Ask::First, &changed, fresh));
         }
     }
 

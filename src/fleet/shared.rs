@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -45,6 +45,8 @@ pub(super) struct Shared {
     members: Mutex<Members>,
     heard: AsyncMutex<Heard>,
     watcher: Mutex<Option<AbortHandle>>,
+    /// How often the store was checked.
+    checks: AtomicUsize,
     is_leaving: AtomicBool,
     /// Woken when a lease ends.
     pub(super) left: Notify,
@@ -73,6 +75,7 @@ impl Shared {
             members: Mutex::default(),
             heard: AsyncMutex::default(),
             watcher: Mutex::default(),
+            checks: AtomicUsize::new(0),
             is_leaving: AtomicBool::new(false),
             left: Notify::new(),
         }
@@ -205,10 +208,17 @@ impl Shared {
         }
         drop(heard);
         let has_lost = is_behind && known.is_some();
-        for member in self.members() {
-            if has_lost || member.is_unsaved() {
+        let members = self.members();
+        // A store that was rolled back need not have lost news. So that no spent refresh token is spent again, one login
+        // after the other is looked at.
+        let logins = members.iter().filter(|member| member.has_login).collect::<Vec<_>>();
+        let turn = self.checks.fetch_add(1, Ordering::Relaxed) % logins.len().max(1);
+        let checked = logins.get(turn).copied();
+        for member in &members {
+            let looks = has_lost || checked.is_some_and(|checked| Arc::ptr_eq(checked, member));
+            if looks || member.is_unsaved() {
                 // It is tried again in a while, or when the engine asks.
-                let _ = member.mend(has_lost).await;
+                let _ = member.mend(looks).await;
             }
         }
         Ok(())
@@ -227,15 +237,15 @@ impl Members {
 
 /// Watches the store until no engine is left.
 async fn watch(shared: Weak<Shared>) {
-    while let Some(fleet) = shared.upgrade() {
-        let _ = fleet.check().await;
+    while let Some(interval) = shared.upgrade().map(|fleet| fleet.options.news_interval) {
+        // Not all members at the same instant.
+        sleep(interval.mul_f64(0.8 + fastrand::f64() / 5.0)).await;
+        let Some(fleet) = shared.upgrade() else { return };
         if fleet.members().is_empty() {
             return;
         }
-        // Not all members at the same instant.
-        let pause = fleet.options.news_interval.mul_f64(0.8 + fastrand::f64() / 5.0);
-        drop(fleet);
-        sleep(pause).await;
+        // While the store fails, there is nothing to do.
+        let _ = fleet.check().await;
     }
 }
 

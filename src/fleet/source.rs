@@ -2,10 +2,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -17,7 +14,7 @@ use super::{
 use crate::{
     credential::Token,
     error::{Redactor, with_causes},
-    oauth::may_be_spent,
+    oauth::{is_rejected, may_be_spent},
     source::{EngineHandle, Fetched, Reason, Source, SourceError},
     telemetry::event::{self, FleetFetch},
     util::timer::{TimeoutError, has_timers, sleep},
@@ -40,8 +37,6 @@ const SPARE_FOR: Duration = Duration::from_secs(5);
 pub struct FleetSource<S> {
     pub(super) member: Arc<Member>,
     pub(super) source: S,
-    /// The version of the inner source, plus one, when the fleet reported a permanent failure.
-    pub(super) failed_version: AtomicU64,
 }
 
 impl<S: Source<Token>> FleetSource<S> {
@@ -73,7 +68,7 @@ impl<S: Source<Token>> FleetSource<S> {
             Ok(fetched) => Fetch::Done(self.shared(fetched)),
             Err(error) => Fetch::Failed {
                 message: Redactor::masking(None).text(with_causes(error)),
-                permanent: error.is_permanent(),
+                permanent: self.member.has_login && is_rejected(error),
                 retry_after: error.retry_after(),
                 unanswered: may_be_spent(error),
             },
@@ -85,21 +80,13 @@ impl<S: Source<Token>> FleetSource<S> {
     fn shared(&self, fetched: &Fetched<Token>) -> SharedToken {
         SharedToken::new(fetched, self.member.identity())
     }
+}
 
-    fn failed(&self, failure: Failure) -> SourceError {
-        let error = format!("another member of the fleet failed: {}", failure.message);
-        if failure.permanent {
-            self.failed_version.store(self.source.version().wrapping_add(1), Ordering::Release);
-            return SourceError::permanent(error).with_retry_after(failure.rest);
-        }
-        SourceError::transient(error).with_retry_after(failure.rest)
-    }
-
-    /// Whether the input of the source has changed since the permanent failure that the fleet reported.
-    fn has_changed(&self) -> bool {
-        let failed = self.failed_version.load(Ordering::Acquire);
-        failed != 0 && failed != self.source.version().wrapping_add(1)
-    }
+/// Reports what the fleet knows to have failed.
+fn failed(Failure { message, permanent, rest, .. }: Failure) -> SourceError {
+    let error = format!("another member of the fleet failed: {message}");
+    let error = if permanent { SourceError::permanent(error) } else { SourceError::transient(error) };
+    error.with_retry_after(rest)
 }
 
 impl<S: Source<Token>> Source<Token> for FleetSource<S> {
@@ -116,7 +103,7 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
         let [mut pause, max] = LOOK_AGAIN;
         let mut looks = false;
         loop {
-            let step = match self.member.decide(ask, self.has_changed(), looks).await {
+            let step = match self.member.decide(ask, looks).await {
                 Ok(Decision::Lead(lead)) => match self.fetch_for_all(&lead, reason.clone()).await {
                     Some(result) => return result,
                     None => Step::Follow,
@@ -135,7 +122,7 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
                     pause = max.min(pause * 3 / 2);
                     looks = true;
                 }
-                Step::Fail(failure) => return Err(self.failed(failure)),
+                Step::Fail(failure) => return Err(failed(failure)),
                 Step::LoggedOut => return Err(SourceError::permanent(LOGGED_OUT)),
                 Step::Spare => return Err(SourceError::transient(SPARED).with_retry_after(SPARE_FOR)),
             }

@@ -114,7 +114,7 @@ pub(crate) use self::endpoint::USER_AGENT;
 #[cfg(any(unix, windows))]
 pub use self::file_store::FileStore;
 #[cfg(feature = "fleet")]
-pub(crate) use self::unanswered::may_be_spent;
+pub(crate) use self::unanswered::{is_rejected, may_be_spent};
 pub use self::{
     auth::{Assertion, ClientAuth},
     endpoint::TokenEndpoint,

@@ -81,7 +81,7 @@ pub(crate) fn may_be_spent(error: &SourceError) -> bool {
 }
 
 /// Whether the endpoint rejected the refresh token.
-pub(super) fn is_rejected(error: &SourceError) -> bool {
+pub(crate) fn is_rejected(error: &SourceError) -> bool {
     let is_rejected = |answer: &OAuthError| answer.is_permanent() && answer.blames_grant();
     causes(error).any(|cause| cause.downcast_ref().is_some_and(is_rejected))
 }

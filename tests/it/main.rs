@@ -21,6 +21,8 @@ mod errors;
 mod failures;
 mod file_store;
 mod files;
+#[cfg(feature = "fleet")]
+mod fleet;
 mod handshake;
 mod headers;
 mod hosts;
