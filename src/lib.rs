@@ -53,6 +53,7 @@
 //! | keep a JWT for each subject | [`PerSubject`]; [`Provider`] and [`JwtProvider`] are what the layers accept |
 //! | fetch credentials from files, variables, closures, services, or sign them | [`mod@source`] |
 //! | fetch tokens from an OAuth 2.0 token endpoint | [`oauth`] |
+//! | share tokens among the replicas of a service | `fleet` |
 //! | replay a request after a 401 | [`RefreshLayer`] ([`replay`]) |
 //! | retry other failures, wait for the rate limit | `retry` |
 //! | read 401 and 403 as typed errors | [`AuthErrorLayer`] ([`auth_error`]) |
@@ -80,6 +81,8 @@
 //! | `decompression` | reads compressed error bodies: gzip, deflate and Brotli. Without it, a compressed body tells neither its code nor which credential a 401 blames |
 //! | `metrics` | counters for the same, and the id of the key in use, through the `metrics` crate |
 //! | `verify` | `verify::JwtVerifier`, which verifies the JWTs that callers of a server present |
+//! | `fleet` | `fleet::Fleet`: the replicas of a service share their tokens, in memory, in files, or in a store of your own |
+//! | `fleet-redis` | `fleet::RedisStore`, in Redis or Valkey |
 //! | `sign` | `source::JwtSigner`, which signs JWTs in the program |
 //! | `test-util` | `simulator::Simulator`: SelamAPI in process |
 //! | `test-server` | `simulator::Server`: the simulator on a loopback port, over http or TLS, HTTP/1.1 and HTTP/2 |

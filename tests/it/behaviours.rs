@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 const README: &str = include_str!("../README.md");
 
 /// The groups of behaviour ids: their letter, and their first and last number.
-const GROUPS: [(char, u32, u32); 12] = [
+const GROUPS: [(char, u32, u32); 13] = [
     ('H', 0, 6),
     ('O', 1, 4),
     ('S', 1, 4),
@@ -17,6 +17,7 @@ const GROUPS: [(char, u32, u32); 12] = [
     ('K', 1, 8),
     ('V', 1, 3),
     ('M', 1, 3),
+    ('N', 1, 8),
     ('T', 1, 3),
 ];
 
