@@ -10,7 +10,7 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-use tokio::{runtime::Handle, sync::Mutex as AsyncMutex};
+use tokio::{runtime::Handle, sync::Mutex as AsyncMutex, task::AbortHandle};
 
 use super::{
     Revision,
@@ -131,9 +131,9 @@ impl Member {
         self.identity
     }
 
-    /// Whether an engine can still ask for the credential.
+    /// Whether an engine can still ask for the credential, or a refresh token is being spent for one that is gone.
     pub(super) fn is_in_use(&self) -> bool {
-        self.engine.get().is_none_or(EngineHandle::is_alive)
+        self.engine.get().is_none_or(EngineHandle::is_alive) || self.lead().is_some()
     }
 
     /// Decides what to do for the engine, and claims the lease if that is to fetch. `looks` reads the store first.
@@ -349,7 +349,7 @@ impl Member {
 
     /// Takes note of what the store holds. `now` is the time before it was asked.
     fn absorb(&self, state: &mut State, found: Option<Opened>, now: Time) {
-        state.unreadable = None;
+        let was_unreadable = state.unreadable.take();
         let Some(Opened { revision, age, content }) = found else {
             state.revision = None;
             self.set_unsaved(state.record.generation > 0);
@@ -377,7 +377,9 @@ impl Member {
             // Nothing is lost: the token can be fetched again.
             Err(SealError::Corrupt) if !self.has_login => self.set_unsaved(true),
             Err(error) => {
-                event::fleet_record_unreadable(error.label());
+                if was_unreadable != Some(error) {
+                    event::fleet_record_unreadable(error.label());
+                }
                 // So that the next look opens it again.
                 state.revision = None;
                 state.unreadable = Some(error);
@@ -434,6 +436,8 @@ pub(super) struct Lead {
     base: u64,
     ask: Ask,
     is_settled: AtomicBool,
+    /// The task that extends the lease.
+    extending: OnceLock<AbortHandle>,
     /// Whether the login was not loaded yet, so that the claim has just brought it.
     pub(super) is_new: AtomicBool,
 }
@@ -445,11 +449,12 @@ impl Lead {
             base,
             ask,
             is_settled: AtomicBool::new(false),
+            extending: OnceLock::new(),
             is_new: AtomicBool::new(true),
         });
         *member.lead.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&lead);
         if let Ok(runtime) = Handle::try_current() {
-            runtime.spawn(keep_extending(Arc::downgrade(&lead)));
+            let _ = lead.extending.set(runtime.spawn(keep_extending(Arc::downgrade(&lead))).abort_handle());
         }
         lead
     }
@@ -476,6 +481,9 @@ impl Lead {
 /// Gives the lease back, also when the fetch is dropped.
 impl Drop for Lead {
     fn drop(&mut self) {
+        if let Some(extending) = self.extending.get() {
+            extending.abort();
+        }
         if !self.is_over()
             && let Ok(runtime) = Handle::try_current()
         {

@@ -31,21 +31,21 @@
 //! ```
 //!
 //! The store holds one sealed record for each credential: token, refresh token, lease, rejected tokens, last failure. There is
-//! no lock. A member that needs a token claims the lease in the record, by compare-and-set; whoever loses gets the record
-//! that won, in the same round trip.
+//! no lock. A member that needs a token claims the lease in the record, by compare-and-set; a member that loses gets the record
+//! of the winner, in the same round trip.
 //!
 //! - **A fresh token costs nothing**: requests read it from memory, as without a fleet.
 //! - **One fetch serves all**, and so does one failure: after it, nobody asks again before its back-off is over.
 //! - **A refresh token is spent once.** The store says so before it is sent, and holds the next one before the access token is
-//!   used. One that may be spent is sent again only when no valid access token is left.
+//!   used. If it may be spent, it is sent again only when no valid access token is left.
 //! - **A rejected token is withdrawn everywhere within about a second**, and so is a login that [ends](Fleet::forget).
 //! - **The store may fail.** A source that can be asked twice is then asked by each member alone. A refresh token is not spent.
-//!   Whatever the store loses, members put back.
+//!   Members put back what the store loses.
 //!
 //! # Security
 //!
 //! Records are sealed with a [`SealingKey`] that the store does not have, and bound to the names of fleet and credential. Names are
-//! hashed, so that the store lists no users; a dictionary of names can be tried against the hashes. Who can write to the
+//! hashed, so that the store lists no users; a dictionary of names can be tried against the hashes. An attacker who can write to the
 //! store can delete records, and put back older ones.
 
 mod client;
@@ -288,8 +288,8 @@ impl FleetBuilder {
         self
     }
 
-    /// Sets how often a member asks which tokens have ended; one second by default. It costs one call of the store, however
-    /// many credentials are shared.
+    /// Sets how often a member asks which tokens have ended; one second by default. It costs one call of the store, and
+    /// another one if logins are shared.
     #[must_use]
     pub fn with_news_interval(mut self, interval: Duration) -> Self {
         self.options.news_interval = interval;

@@ -138,7 +138,7 @@ pub(super) fn release(record: &Record, leader: Print) -> Option<Record> {
     record.is_led_by(leader).then(|| Record { lease: None, ..record.clone() })
 }
 
-/// Replaces the refresh token `spent` by the one that was issued for it; `None` if the record has another login.
+/// Replaces the refresh token `spent` by `child`, which was issued for it; `None` if the record has another login.
 ///
 /// No lease is needed. A late leader must not lose the login: nobody else can ever get this token.
 pub(super) fn with_child(record: &Record, spent: &RefreshToken, child: &RefreshToken) -> Option<Record> {

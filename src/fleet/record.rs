@@ -20,7 +20,7 @@ const MAX_MESSAGE: usize = 200;
 /// How long a record without anything that ends is kept.
 const KEEP_IDLE: Duration = Duration::from_secs(60 * 60);
 
-/// How long a record is kept beyond what it holds, and how long one that says that a login has ended.
+/// How long a record is kept after its token has expired, and after its login has ended.
 const KEEP_EXTRA: Duration = Duration::from_secs(60);
 const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
@@ -30,8 +30,8 @@ const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Record {
-    /// Grows with each new token and login. A member never goes back. A record that begins with nothing starts with the
-    /// time in milliseconds, so it is newer than one that the store has lost.
+    /// Grows with each new token and login. A member never goes back. A new record starts with the time in
+    /// milliseconds, so it is newer than a record that the store has lost.
     pub(super) generation: u64,
     pub(super) token: Option<SharedToken>,
     pub(super) login: Option<SharedLogin>,

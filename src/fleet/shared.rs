@@ -22,11 +22,12 @@ use super::{
     member::Member,
     news::{Item, News},
     record::Print,
+    seal::SealError,
 };
 use crate::util::timer::sleep;
 
-/// How often an item is announced again because another member's was faster.
-const MAX_CONFLICTS: usize = 32;
+/// How many items wait for the store at most.
+const MAX_UNSAID: usize = 64;
 
 /// How a fleet behaves.
 #[derive(Clone, Copy)]
@@ -64,6 +65,10 @@ struct Members {
 struct Heard {
     news: News,
     revision: Option<Revision>,
+    /// Items that the store does not have yet.
+    unsaid: Vec<Item>,
+    /// Whether what the store holds is sealed with another key, or in a newer format, and must not be replaced.
+    is_foreign: bool,
 }
 
 impl Shared {
@@ -131,18 +136,27 @@ impl Shared {
     pub(super) async fn announce(&self, item: Item) {
         self.tell(&item);
         let mut heard = self.heard.lock().await;
-        for _ in 0..MAX_CONFLICTS {
+        heard.unsaid.truncate(MAX_UNSAID - 1);
+        heard.unsaid.push(item);
+        // If it fails, the watcher tries again.
+        let _ = self.say(&mut heard).await;
+    }
+
+    /// Adds to the news what is not in the store yet.
+    async fn say(&self, heard: &mut Heard) -> Result<(), Unavailable> {
+        while !heard.is_foreign
+            && let Some(item) = heard.unsaid.last().copied()
+        {
             let news = heard.news.with(item);
-            match self.put(&heard, &news).await {
-                Ok(Written::Done(revision)) => {
-                    *heard = Heard { news, revision: Some(revision) };
-                    return;
+            match self.put(heard, &news).await? {
+                Written::Done(revision) => {
+                    (heard.news, heard.revision) = (news, Some(revision));
+                    heard.unsaid.pop();
                 }
-                Ok(Written::Conflict(found)) => self.hear(&mut heard, found),
-                // Members hear of it from the record, when they ask.
-                Err(_) => return,
+                Written::Conflict(found) => self.hear(heard, found),
             }
         }
+        Ok(())
     }
 
     async fn put(&self, heard: &Heard, news: &News) -> Result<Written, Unavailable> {
@@ -151,12 +165,14 @@ impl Shared {
         self.client.put(&self.news_key(), heard.revision, &bytes, None).await
     }
 
-    /// Passes on what is new.
+    /// Tells the members what is new.
     fn hear(&self, heard: &mut Heard, found: Option<Opened>) {
+        heard.is_foreign = false;
         let Some(Opened { revision, content, .. }) = found else {
             heard.revision = None;
             return;
         };
+        heard.is_foreign = matches!(content, Err(SealError::UnknownKey | SealError::NewerFormat));
         if heard.revision.replace(revision) == Some(revision) {
             return;
         }
@@ -194,7 +210,7 @@ impl Shared {
         let (before, known) = (heard.news.clone(), heard.revision);
         let found = self.client.get(&self.news_key()).await?;
         self.hear(&mut heard, found);
-        let is_behind = heard.revision.is_none() || heard.news.count < before.count;
+        let is_behind = !heard.is_foreign && (heard.revision.is_none() || heard.news.count < before.count);
         if is_behind {
             // The first member of the fleet begins the record; later, it means that the store has lost it.
             if heard.news.count < before.count {
@@ -206,6 +222,7 @@ impl Shared {
                 Written::Conflict(found) => self.hear(&mut heard, found),
             }
         }
+        self.say(&mut heard).await?;
         drop(heard);
         let has_lost = is_behind && known.is_some();
         let members = self.members();

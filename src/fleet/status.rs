@@ -13,7 +13,7 @@ pub struct Status {
     pub generation: u64,
     /// The current token's id.
     pub token: Option<KeyId>,
-    /// The rest of its lifetime, if it has one that is known.
+    /// The rest of its lifetime, if that is known.
     pub expires_in: Option<Duration>,
     /// The id of the refresh token.
     pub refresh_token: Option<KeyId>,

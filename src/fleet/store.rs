@@ -6,7 +6,7 @@ use crate::error::BoxError;
 
 /// Keeps the sealed records of a fleet: anything that can compare and set one value.
 ///
-/// Records are sealed before they get here, so a store needs no secrets and no encryption of its own. It may lose what it
+/// Records are sealed before they get here, so a store needs neither secrets nor encryption. It may lose what it
 /// holds: members put it back. Two members must never both succeed in replacing the same revision.
 ///
 /// | Engine | `put` |

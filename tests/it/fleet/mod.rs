@@ -1,4 +1,4 @@
-//! Fleets within one process, in paused time: who fetches, and what happens when members, stores and issuers fail.
+//! Fleets within one process, in paused time: which member fetches, and what happens when members, stores and issuers fail.
 
 mod line;
 mod walk;
@@ -146,7 +146,7 @@ async fn a_dropped_leader_is_replaced_at_once() {
     assert!(began.elapsed() < SECOND, "{:?}", began.elapsed());
 }
 
-/// N7: a leader that is cut off, as one that was killed, is replaced when its lease lapses.
+/// N7: a leader that is cut off, as if it was killed, is replaced when its lease lapses.
 #[tokio::test(start_paused = true)]
 async fn a_lost_leader_is_replaced_after_its_lease() {
     let mint = Mint::default().then(Answer::Hangs);
@@ -403,6 +403,20 @@ async fn keys_are_rotated_one_member_at_a_time() {
     assert_eq!(text(&new).await.as_deref(), Ok("token-3"), "sealed with the new key");
     assert!(join(store.clone()).status("selam").await.is_err());
     assert_eq!(text(&member(&wrong, mint.clone())).await.as_deref(), Ok("token-3"));
+
+    // Nor does a member with another key touch the news.
+    let odd = member(&Fleet::new("billing", store.clone(), key(3)).unwrap(), mint.clone());
+    odd.token().await.unwrap();
+    odd.rejected(&odd.token().await.unwrap());
+    odd.token().await.unwrap();
+    sleep(2 * SECOND).await;
+    let holder = member(&wrong, mint.clone());
+    assert_eq!(text(&holder).await.as_deref(), Ok("token-3"));
+    new.rejected(&new.token().await.unwrap());
+    new.token().await.unwrap();
+    sleep(1_100 * MILLI).await;
+    assert_eq!(text(&new).await.as_deref(), Ok("token-6"));
+    assert_eq!(text(&holder).await.as_deref(), Ok("token-6"), "it has heard of the rejection");
 }
 
 /// N3: other fleets, other names, other scopes.
@@ -494,7 +508,7 @@ async fn a_rotating_login_survives_its_fleet() {
     assert!((40..=110).contains(&exchanges), "{exchanges} exchanges");
 }
 
-/// N2: no refresh token is spent while the store fails, and the login goes on when it is back.
+/// N2: no refresh token is spent while the store fails, and the login continues when it is back.
 #[tokio::test(start_paused = true)]
 async fn without_the_store_no_login_is_spent() {
     let simulator = Simulator::new();
