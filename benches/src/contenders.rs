@@ -17,7 +17,7 @@ use tower_selam::{AuthErrorLayer, RefreshLayer};
 
 use crate::{
     layers::{
-        HOUR, fixed_jwt, fixed_key, jwt_and_key_layers, key_layer, refreshing_jwt, refreshing_key,
+        HOUR, fixed_jwt, fixed_key, fleet_jwt, jwt_and_key_layers, key_layer, refreshing_jwt, refreshing_key,
         selam_with_jwt, selam_with_key,
     },
     requests::{Body, JWT, KEY, client, sensitive},
@@ -181,6 +181,14 @@ pub fn contenders(runtime: &Runtime) -> Vec<Contender> {
             "SelamLayer, JWT and key refreshing",
             TWO_HEADERS,
             selam_with_jwt(jwts(), keys()).layer(bare),
+        )
+        .ours()
+        .keeps_request()
+        .time_limit(REFRESHING),
+        Contender::new(
+            "SelamLayer, JWT of a fleet and key",
+            TWO_HEADERS,
+            selam_with_jwt(fleet_jwt(runtime), keys()).layer(bare),
         )
         .ours()
         .keeps_request()

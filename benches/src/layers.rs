@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use tower_selam::{
     ApiKey, ApiKeyLayer, BoxError, JwtLayer, JwtProvider, Provider, Refreshing, SelamLayer, Token,
+    fleet::{Fleet, MemoryStore, SealingKey},
     source::{Fetched, Reason, source_fn},
 };
 
@@ -34,6 +35,18 @@ pub fn refreshing_jwt(runtime: &Runtime) -> Refreshing<Token> {
     let jwts = Refreshing::new(source_fn(|_: Reason<Token>| async {
         Ok::<_, BoxError>(Fetched::new(fixed_jwt()).with_lifetime(HOUR))
     }));
+    runtime.block_on(jwts.prefetch()).expect("the JWT is fetched");
+    jwts
+}
+
+/// As [`refreshing_jwt`], shared in a fleet.
+pub fn fleet_jwt(runtime: &Runtime) -> Refreshing<Token> {
+    let fleet =
+        Fleet::new("bench", MemoryStore::default(), SealingKey::new([1; 32])).expect("the name is valid");
+    let source = source_fn(|_: Reason<Token>| async {
+        Ok::<_, BoxError>(Fetched::new(fixed_jwt()).with_lifetime(HOUR))
+    });
+    let jwts = Refreshing::new(fleet.share("selam", source));
     runtime.block_on(jwts.prefetch()).expect("the JWT is fetched");
     jwts
 }
