@@ -213,6 +213,7 @@ impl Member {
     ) -> Result<(), RecordError> {
         let mut state = self.state.lock().await;
         state.child = Some([spent.clone(), child.clone()]);
+        self.set_unsaved(true);
         self.update(&mut state, |record| record.is_login(child).then(|| record.clone())).await.map(drop)
     }
 
@@ -227,10 +228,8 @@ impl Member {
 
     async fn save(&self, state: &mut State) -> Result<(), RecordError> {
         let is_worth_it = |record: &Record| record.token.is_some() || record.login.is_some();
-        let mine = state.record.generation;
-        let saved = self.update(state, |record| {
-            (record.generation == mine && is_worth_it(record)).then(|| record.clone())
-        });
+        let saved =
+            self.update(state, |record| (self.is_unsaved() && is_worth_it(record)).then(|| record.clone()));
         if saved.await? {
             event::fleet_record_mended();
         }
@@ -372,7 +371,7 @@ impl Member {
                     self.changes.fetch_add(1, Ordering::AcqRel);
                 }
                 self.remember(state, found, now);
-                self.set_unsaved(false);
+                self.set_unsaved(state.child.is_some());
             }
             // Nothing is lost: the token can be fetched again.
             Err(SealError::Corrupt) if !self.has_login => self.set_unsaved(true),
