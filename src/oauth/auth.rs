@@ -203,6 +203,15 @@ impl ClientAuth {
         Ok(Self(Method::Client { id, proof }))
     }
 
+    /// Names the client among others of the endpoint. Which API key it presents is left out, because keys are rotated.
+    pub(super) fn identity(&self) -> Option<(&'static str, &str)> {
+        match &self.0 {
+            Method::None => None,
+            Method::ApiKey(_) => Some(("client", "api_key")),
+            Method::Client { id, .. } => Some(("client_id", id)),
+        }
+    }
+
     /// Obtains what the next request to the endpoint at `audience` authenticates with.
     pub(super) async fn prove(&self, audience: impl FnOnce() -> String) -> Result<Proven, SourceError> {
         Ok(match &self.0 {

@@ -20,7 +20,10 @@ use super::{
     response::{self, Granted},
     subject_tokens::Presented,
 };
-use crate::{credential::Token, source::SourceError};
+use crate::{
+    credential::{Fingerprint, Token},
+    source::SourceError,
+};
 
 /// What to request, where, and as whom.
 #[derive(Clone)]
@@ -77,6 +80,25 @@ impl Exchange {
         self.endpoint.auth.version().hash(&mut hasher);
         self.tokens.iter().for_each(|token| token.provider.version().hash(&mut hasher));
         hasher.finish()
+    }
+
+    /// Says what is requested, where, and as which client. The same request says the same in every process and version.
+    pub(super) fn identity(&self) -> String {
+        let uri = &self.endpoint.uri;
+        let query = uri.query().map(hashed).unwrap_or_default();
+        let mut identity = vec![
+            ("endpoint", format!("{}?{query}", self.endpoint.audience())),
+            ("grant_type", self.grant_type.to_owned()),
+        ];
+        identity.extend(self.endpoint.auth.identity().map(|(name, value)| (name, value.to_owned())));
+        let kinds = self.tokens.iter().filter_map(|token| token.kind.as_ref());
+        identity.extend(kinds.map(|(name, kind)| (*name, kind.uri().to_owned())));
+        identity.extend(self.parameters.iter().map(|(name, value)| {
+            let value = value.expose_secret();
+            (&**name, if may_be_secret(name) { hashed(value) } else { value.to_owned() })
+        }));
+        identity.sort_unstable();
+        Serializer::new(String::new()).extend_pairs(identity).finish()
     }
 
     async fn send(&self, sent: &Sent<'_>, resends: Option<u64>) -> Result<Granted, SourceError> {
@@ -142,9 +164,7 @@ impl Exchange {
     /// Returns the secrets of the request in every form in which it carries them, to be masked in errors.
     fn secrets(&self, sent: &Sent<'_>) -> Vec<Zeroizing<String>> {
         let tokens = sent.tokens.iter().map(Token::expose_secret);
-        // Any other parameter may be a secret; these three are not.
-        let parameters =
-            self.parameters.iter().filter(|(name, _)| !matches!(&**name, "scope" | "audience" | "resource"));
+        let parameters = self.parameters.iter().filter(|(name, _)| may_be_secret(name));
         let raw = (sent.client.secret().into_iter())
             .chain(tokens)
             .chain(sent.refresh_token.map(RefreshToken::expose_secret))
@@ -156,6 +176,15 @@ impl Exchange {
             .map(Zeroizing::new)
             .collect()
     }
+}
+
+/// Whether a parameter may hold a secret. These three do not.
+fn may_be_secret(name: &str) -> bool {
+    !matches!(name, "scope" | "audience" | "resource")
+}
+
+fn hashed(secret: &str) -> String {
+    format!("{:016x}", Fingerprint::of(secret.as_bytes()).number())
 }
 
 /// Encodes the form into a buffer that is wiped on drop.

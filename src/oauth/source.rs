@@ -194,6 +194,11 @@ impl Source<Token> for OAuthSource {
         let store = self.rotation.as_ref().map_or(0, |rotation| rotation.version());
         self.exchange.version() ^ store
     }
+
+    /// Consists of the endpoint, the grant, the client's id and all parameters except tokens. What may be secret is hashed.
+    fn identity(&self) -> Option<String> {
+        Some(self.exchange.identity())
+    }
 }
 
 impl fmt::Debug for OAuthSource {

@@ -114,6 +114,16 @@ impl SubjectTokens {
         self.0.latest.get(subject)
     }
 
+    /// The token that the subject presented last, if it is still valid.
+    pub(crate) fn current(&self, subject: &Subject) -> Result<Token, SourceError> {
+        let token = self.get(subject).ok_or_else(|| SourceError::transient(NONE))?;
+        match token.expires_at() {
+            // Until there is another one, asking again would not help.
+            Some(expiry) if expiry <= clock::now() => Err(SourceError::permanent(EXPIRED)),
+            _ => Ok(token),
+        }
+    }
+
     fn sweep(&self) {
         let now = clock::now();
         let seconds = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -151,14 +161,7 @@ impl Presented {
     pub(super) async fn obtain(&self) -> Result<Token, SourceError> {
         match self {
             Self::Provider(provider) => super::auth::obtain(provider).await,
-            Self::By(tokens, subject) => {
-                let token = tokens.get(subject).ok_or_else(|| SourceError::transient(NONE))?;
-                match token.expires_at() {
-                    // Until there is another one, asking again would not help.
-                    Some(expiry) if expiry <= clock::now() => Err(SourceError::permanent(EXPIRED)),
-                    _ => Ok(token),
-                }
-            }
+            Self::By(tokens, subject) => tokens.current(subject),
         }
     }
 

@@ -7,10 +7,10 @@ use http::{Request, Response};
 use http_body::Body;
 use tower::Service;
 
-use super::SelamLayer;
+use super::{SelamLayer, sharing::Sharing};
 use crate::{
-    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins,
-    PerSubject, Provider, Refreshing, Subject, Token,
+    ApiKey, AuthErrorLayer, BaseUrl, BoxError, ConfigError, ConfigErrorKind, JwtProvider, Origins, Provider,
+    Refreshing, Token,
     authorize::{CredentialProvider, Owner, Policy, Settings},
     credential::{ClientSecret, Credential, text},
     env,
@@ -34,6 +34,7 @@ pub struct SelamLayerBuilder {
     token_audience: Option<String>,
     token_resource: Option<String>,
     subject_tokens: Option<SubjectTokens>,
+    sharing: Sharing,
     errors: AuthErrorLayer,
     if_not_present: bool,
     require_request_auth: bool,
@@ -126,6 +127,38 @@ impl SelamLayerBuilder {
     /// The subject tokens' type is `urn:ietf:params:oauth:token-type:jwt`. Without a token endpoint, this has no effect.
     pub fn with_subject_tokens(mut self, tokens: SubjectTokens) -> Self {
         self.subject_tokens = Some(tokens);
+        self
+    }
+
+    /// Shares the JWTs that the token endpoint issues with the other members of a fleet (feature `fleet`), which then ask the
+    /// endpoint once for all of them.
+    ///
+    /// The program's own JWT has the name `service` in the fleet, that of a [subject](Self::with_subject_tokens) `user:` and the
+    /// subject's name. A member uses a subject's JWT only while the subject's own token, presented to this member, is valid. All
+    /// members authenticate to the endpoint as the same client, or with keys of the same account.
+    ///
+    /// Keys, and JWTs from variables, files and [`with_jwt`](Self::with_jwt), are not shared.
+    ///
+    /// ```
+    /// use tower_selam::{SelamLayer, fleet::{Fleet, MemoryStore, SealingKey}, simulator::Simulator};
+    ///
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+    /// let client = Simulator::new();
+    /// let fleet = Fleet::new("billing", MemoryStore::default(), SealingKey::new([7; 32]))?;
+    /// let layer = SelamLayer::builder()
+    ///     .with_api_key(tower_selam::ApiKey::new(client.issue_key())?)
+    ///     .with_token_client::<_, http_body_util::Full<bytes::Bytes>, _>(client)
+    ///     .with_token_url("https://api.selamgpt.com/oauth/token")
+    ///     .with_fleet(fleet.clone())
+    ///     .build_with_env()?;
+    /// layer.prefetch().await?;
+    /// assert!(fleet.status("service").await?.is_some());
+    /// # Ok::<(), tower_selam::BoxError>(())
+    /// # }).unwrap();
+    /// ```
+    #[cfg(feature = "fleet")]
+    pub fn with_fleet(mut self, fleet: crate::fleet::Fleet) -> Self {
+        self.sharing.fleet = Some(fleet);
         self
     }
 
@@ -298,14 +331,13 @@ impl SelamLayerBuilder {
             source
         };
         Ok(match self.subject_tokens.clone() {
-            None => Refreshing::new(requesting(OAuthSource::client_credentials(endpoint))).into(),
-            Some(tokens) => PerSubject::new(move |subject: &Subject| {
+            None => self.sharing.one(requesting(OAuthSource::client_credentials(endpoint))),
+            Some(tokens) => self.sharing.per_subject(tokens, move |tokens, subject| {
                 requesting(match tokens.is_own(subject) {
                     true => OAuthSource::client_credentials(endpoint.clone()),
                     false => tokens.exchange(endpoint.clone(), subject, TokenType::Jwt),
                 })
-            })
-            .into(),
+            }),
         })
     }
 }

@@ -33,6 +33,7 @@ mod authorized;
 mod builder;
 mod layer;
 mod service;
+mod sharing;
 
 pub use self::{
     authorized::Authorized,

@@ -23,6 +23,8 @@ mod file_store;
 mod files;
 #[cfg(feature = "fleet")]
 mod fleet;
+#[cfg(feature = "fleet")]
+mod fleet_builder;
 mod handshake;
 mod headers;
 mod hosts;
