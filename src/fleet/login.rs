@@ -19,6 +19,16 @@ pub struct FleetLogin {
     pub(super) member: Arc<Member>,
 }
 
+impl FleetLogin {
+    /// Sets the refresh token to begin with if the fleet has never had one under this name, for example from a variable that a
+    /// deployment sets.
+    #[must_use]
+    pub fn with_initial(self, token: RefreshToken) -> Self {
+        let _ = self.member.initial.set(token);
+        self
+    }
+}
+
 impl RefreshTokenStore for FleetLogin {
     /// The lease that the fleet has claimed already.
     async fn lock(&self) -> Result<StoreLock, BoxError> {

@@ -48,6 +48,8 @@ pub(super) struct Member {
     identity: Option<Print>,
     /// Whether the credential is fetched with a refresh token that the fleet shares.
     pub(super) has_login: bool,
+    /// The refresh token to begin with if the fleet has never had one.
+    pub(super) initial: OnceLock<RefreshToken>,
     state: AsyncMutex<State>,
     engine: OnceLock<EngineHandle<Token>>,
     lead: Mutex<Weak<Lead>>,
@@ -72,8 +74,6 @@ struct State {
     unreadable: Option<SealError>,
     /// A refresh token that the store does not hold yet, and the one it was issued for.
     child: Option<[RefreshToken; 2]>,
-    /// The refresh token to begin with if the fleet has none.
-    initial: Option<RefreshToken>,
 }
 
 /// What to do for the engine.
@@ -96,17 +96,10 @@ pub(super) enum RecordError {
 }
 
 impl Member {
-    pub(super) fn new(
-        fleet: &Arc<Shared>,
-        name: &str,
-        identity: Option<&str>,
-        has_login: bool,
-        initial: Option<RefreshToken>,
-    ) -> Arc<Self> {
+    pub(super) fn new(fleet: &Arc<Shared>, name: &str, identity: Option<&str>, has_login: bool) -> Arc<Self> {
         let (key, name) = fleet.key(name);
         // Without random bits the member has the id of another one; the store refuses its writes.
         let id = Print(random().unwrap_or_default());
-        let state = State { initial, ..State::default() };
         Arc::new(Self {
             fleet: Arc::clone(fleet),
             key,
@@ -114,7 +107,8 @@ impl Member {
             id,
             identity: identity.map(|identity| Print::of(identity.as_bytes())),
             has_login,
-            state: AsyncMutex::new(state),
+            initial: OnceLock::new(),
+            state: AsyncMutex::default(),
             engine: OnceLock::new(),
             lead: Mutex::default(),
             generation: AtomicU64::new(0),
@@ -322,7 +316,7 @@ impl Member {
                     None => state.child = None,
                 }
             }
-            if let Some(initial) = state.initial.as_ref().filter(|_| record.generation == 0) {
+            if let Some(initial) = self.initial.get().filter(|_| record.generation == 0) {
                 record.login = Some(SharedLogin::new(initial));
             }
             let Some(mut edited) = edit(&record) else { return Ok(false) };

@@ -158,18 +158,18 @@ impl Fleet {
     /// # }).unwrap();
     /// ```
     pub fn share<S: Source<Token>>(&self, credential: &str, source: S) -> FleetSource<S> {
-        let member = Member::new(&self.0, credential, source.identity().as_deref(), false, None);
+        let member = Member::new(&self.0, credential, source.identity().as_deref(), false);
         self.source(member, source)
     }
 
     /// Shares a login whose refresh token may rotate. `source` makes the source that spends it, and is called at once.
     ///
-    /// The login begins with [`log_in`](Self::log_in), or with `initial` if the fleet has never had one under this name.
+    /// The login begins with [`log_in`](Self::log_in), or with [an initial token](FleetLogin::with_initial).
     ///
     /// ```
     /// use bytes::Bytes;
     /// use http_body_util::Full;
-    /// use tower_selam::{Refreshing, fleet::{Fleet, MemoryStore, SealingKey}, simulator::Simulator};
+    /// use tower_selam::{Refreshing, fleet::{Fleet, FleetLogin, MemoryStore, SealingKey}, simulator::Simulator};
     /// use tower_selam::oauth::{ClientAuth, OAuthSource, RefreshToken, TokenEndpoint};
     ///
     /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
@@ -179,8 +179,8 @@ impl Fleet {
     ///     .with_client_auth(ClientAuth::public("my-app")?);
     ///
     /// let fleet = Fleet::new("billing", MemoryStore::default(), SealingKey::new([7; 32]))?;
-    /// let source = |login| OAuthSource::refresh_token(endpoint, login);
-    /// let jwts = Refreshing::new(fleet.share_login("selam", Some(first), source));
+    /// let source = |login: FleetLogin| OAuthSource::refresh_token(endpoint, login.with_initial(first));
+    /// let jwts = Refreshing::new(fleet.share_login("selam", source));
     /// jwts.token().await?;
     /// # Ok::<(), tower_selam::BoxError>(())
     /// # }).unwrap();
@@ -188,10 +188,9 @@ impl Fleet {
     pub fn share_login<S: Source<Token>>(
         &self,
         credential: &str,
-        initial: Option<RefreshToken>,
         source: impl FnOnce(FleetLogin) -> S,
     ) -> FleetSource<S> {
-        let member = Member::new(&self.0, credential, None, true, initial);
+        let member = Member::new(&self.0, credential, None, true);
         let source = source(FleetLogin { member: Arc::clone(&member) });
         self.source(member, source)
     }
@@ -229,7 +228,7 @@ impl Fleet {
         has_login: bool,
         edit: impl Fn(&record::Record, u64) -> record::Record,
     ) -> Result<(), BoxError> {
-        let member = Member::new(&self.0, credential, None, has_login, None);
+        let member = Member::new(&self.0, credential, None, has_login);
         let generation = member.replace(edit).await?;
         self.0.announce(Item { name: member.name, refused: None, generation }).await;
         Ok(())
@@ -241,7 +240,7 @@ impl Fleet {
     ///
     /// Fails if the store does, or if what stands there cannot be opened.
     pub async fn status(&self, credential: &str) -> Result<Option<Status>, BoxError> {
-        let member = Member::new(&self.0, credential, None, true, None);
+        let member = Member::new(&self.0, credential, None, true);
         Ok(member.read().await?.as_ref().map(Status::of))
     }
 

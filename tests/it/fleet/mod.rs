@@ -485,7 +485,13 @@ fn endpoint(simulator: &Simulator) -> TokenEndpoint {
 fn login(fleet: &Fleet, simulator: &Simulator, initial: Option<&str>) -> Refreshing<Token> {
     let initial = initial.map(|token| RefreshToken::new(token).unwrap());
     let endpoint = endpoint(simulator);
-    Refreshing::new(fleet.share_login("login", initial, |login| OAuthSource::refresh_token(endpoint, login)))
+    Refreshing::new(fleet.share_login("login", |login| {
+        let login = match initial {
+            Some(token) => login.with_initial(token),
+            None => login,
+        };
+        OAuthSource::refresh_token(endpoint, login)
+    }))
 }
 
 /// N2: strict rotation, with reuse detection.
@@ -723,11 +729,11 @@ async fn nothing_stored_or_printed_tells_a_secret() {
     let first = simulator.issue_refresh_token();
     let line = Line::new(&MemoryStore::default());
     let fleet = join(line.clone());
-    let source =
-        fleet.share_login("ada@example.com", Some(RefreshToken::new(first.clone()).unwrap()), |login| {
-            assert!(!format!("{login:?}").contains(&first));
-            OAuthSource::refresh_token(endpoint(&simulator), login)
-        });
+    let source = fleet.share_login("ada@example.com", |login| {
+        let login = login.with_initial(RefreshToken::new(first.clone()).unwrap());
+        assert!(!format!("{login:?}").contains(&first));
+        OAuthSource::refresh_token(endpoint(&simulator), login)
+    });
     let mut printed =
         format!("{fleet:?} {source:?} {:?} {:?}", key(1), Fleet::builder("x", line.clone(), key(1)));
     let member = Refreshing::new(source);

@@ -87,7 +87,9 @@ impl Shared {
         let client = service_fn(move |request: Request<Body>| world.clone().answer(request));
         let endpoint = TokenEndpoint::new("https://api.selamgpt.com/oauth/token", client).unwrap();
         Refreshing::new(
-            fleet.share_login("login", Some(first), |login| OAuthSource::refresh_token(endpoint, login)),
+            fleet.share_login("login", |login| {
+                OAuthSource::refresh_token(endpoint, login.with_initial(first))
+            }),
         )
     }
 
