@@ -208,7 +208,11 @@ impl Member {
         let mut state = self.state.lock().await;
         state.child = Some([spent.clone(), child.clone()]);
         self.set_unsaved(true);
-        self.update(&mut state, |record| record.is_login(child).then(|| record.clone())).await.map(drop)
+        let saved = self.update(&mut state, |record| record.is_login(child).then(|| record.clone())).await?;
+        if let Some(lead) = self.lead().filter(|_| saved) {
+            lead.base.store(state.record.generation, Ordering::Release);
+        }
+        Ok(())
     }
 
     /// Puts what this member knows into the store if that is newer.
@@ -425,8 +429,8 @@ fn millis() -> u64 {
 /// The lease of a member, which is extended until it is settled or dropped.
 pub(super) struct Lead {
     member: Arc<Member>,
-    /// The generation that it was claimed at.
-    base: u64,
+    /// The generation that it was claimed at, or of the refresh token that was saved since.
+    base: AtomicU64,
     ask: Ask,
     is_settled: AtomicBool,
     /// The task that extends the lease.
@@ -439,7 +443,7 @@ impl Lead {
     fn begin(member: &Arc<Member>, base: u64, ask: Ask) -> Arc<Self> {
         let lead = Arc::new(Self {
             member: Arc::clone(member),
-            base,
+            base: base.into(),
             ask,
             is_settled: AtomicBool::new(false),
             extending: OnceLock::new(),
@@ -454,13 +458,13 @@ impl Lead {
 
     /// Publishes how the fetch ended. Returns whether the record says so now; not if another member was faster.
     pub(super) async fn settle(&self, fetch: &Fetch) -> bool {
-        let settled = self.member.settle(self.base, self.ask, fetch).await;
+        let base = self.base.load(Ordering::Acquire);
+        let settled = self.member.settle(base, self.ask, fetch).await;
         self.is_settled.store(true, Ordering::Release);
         if let (true, Ask::Rejected(refused), Fetch::Done(token)) = (settled, self.ask, fetch)
             && token.print() != refused
         {
-            let generation = self.base + 1;
-            let item = Item { name: self.member.name, refused: Some(refused), generation };
+            let item = Item { name: self.member.name, refused: Some(refused), generation: base + 1 };
             self.member.fleet.announce(item).await;
         }
         settled

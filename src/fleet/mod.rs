@@ -207,7 +207,7 @@ impl Fleet {
     /// Fails if the store does, or if what stands there cannot be opened. It may have been stored nevertheless if the store
     /// did not answer.
     pub async fn log_in(&self, credential: &str, token: &RefreshToken) -> Result<(), BoxError> {
-        self.replace(credential, true, |record, now| log_in(record, token, now)).await
+        self.replace(credential, |record, now| log_in(record, token, now)).await
     }
 
     /// Ends a login, or a token: all members stop using it within about a second.
@@ -219,16 +219,16 @@ impl Fleet {
     ///
     /// As [`log_in`](Self::log_in).
     pub async fn forget(&self, credential: &str) -> Result<(), BoxError> {
-        self.replace(credential, true, end).await
+        self.replace(credential, end).await
     }
 
     async fn replace(
         &self,
         credential: &str,
-        has_login: bool,
         edit: impl Fn(&record::Record, u64) -> record::Record,
     ) -> Result<(), BoxError> {
-        let member = Member::new(&self.0, credential, None, has_login);
+        // Without a login, so that a corrupt record is replaced.
+        let member = Member::new(&self.0, credential, None, false);
         let generation = member.replace(edit).await?;
         self.0.announce(Item { name: member.name, refused: None, generation }).await;
         Ok(())

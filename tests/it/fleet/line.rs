@@ -25,6 +25,8 @@ pub(crate) enum State {
     DropsReplies,
     /// Every other call has its effect, and is answered too late.
     Slow,
+    /// Entries arrive with a changed bit.
+    Corrupts,
 }
 
 /// One member's connection to a store.
@@ -66,6 +68,13 @@ impl Line {
         self.shared.lock().unwrap().written.clone()
     }
 
+    fn corrupt(&self, mut entry: Entry) -> Entry {
+        if self.shared.lock().unwrap().state == State::Corrupts {
+            *entry.value.last_mut().unwrap() ^= 1;
+        }
+        entry
+    }
+
     async fn through<T>(
         &self,
         key: &str,
@@ -80,7 +89,7 @@ impl Line {
         match state {
             State::Down => return Err("the store is down".into()),
             State::Silent => return pending().await,
-            State::Up | State::DropsReplies | State::Slow => {}
+            State::Up | State::DropsReplies | State::Slow | State::Corrupts => {}
         }
         let result = call.await;
         match state {
@@ -96,11 +105,15 @@ impl Line {
 
 impl FleetStore for Line {
     async fn get(&self, key: &str) -> Result<Option<Entry>, BoxError> {
-        self.through(key, self.store.get(key)).await
+        let entry = self.through(key, self.store.get(key)).await?;
+        Ok(entry.map(|entry| self.corrupt(entry)))
     }
 
     async fn put(&self, key: &str, write: Write<'_>) -> Result<Put, BoxError> {
         self.shared.lock().unwrap().written.extend([key.as_bytes().to_vec(), write.value.to_vec()]);
-        self.through(key, self.store.put(key, write)).await
+        Ok(match self.through(key, self.store.put(key, write)).await? {
+            Put::Conflict(Some(entry)) => Put::Conflict(Some(self.corrupt(entry))),
+            put => put,
+        })
     }
 }

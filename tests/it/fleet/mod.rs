@@ -419,6 +419,35 @@ async fn keys_are_rotated_one_member_at_a_time() {
     assert_eq!(text(&holder).await.as_deref(), Ok("token-6"), "it has heard of the rejection");
 }
 
+/// N3: a changed record is replaced where nothing is lost by that. A login needs a new one.
+#[tokio::test(start_paused = true)]
+async fn changed_records_are_not_used() {
+    let mint = Mint::default();
+    let ([first, second], [_, line], _) = members(&mint);
+    first.token().await.unwrap();
+    line.set(State::Corrupts);
+    assert_eq!(text(&second).await.as_deref(), Ok("token-2"));
+
+    let simulator = Simulator::new();
+    let store = MemoryStore::default();
+    let first = simulator.issue_refresh_token();
+    login(&join(store.clone()), &simulator, Some(&first)).token().await.unwrap();
+    let line = Line::new(&store);
+    line.set(State::Corrupts);
+    let fleet = join(line.clone());
+    let member = login(&fleet, &simulator, Some(&first));
+    let error = member.token().await.unwrap_err();
+    assert_eq!(error.kind(), AuthErrorKind::RefreshRejected);
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("log in again"), "{cause}");
+    assert_eq!(simulator.token_requests(), 1);
+    fleet.log_in("login", &RefreshToken::new(simulator.issue_refresh_token()).unwrap()).await.unwrap();
+    line.set(State::Up);
+    sleep(2 * SECOND).await;
+    member.token().await.unwrap();
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0));
+}
+
 /// N3: other fleets, other names, other scopes.
 #[tokio::test(start_paused = true)]
 async fn tokens_do_not_mix() {
@@ -502,7 +531,7 @@ async fn a_rotating_login_survives_its_fleet() {
     let first = simulator.issue_refresh_token();
     let store = MemoryStore::default();
     let members: Vec<_> = (0..8).map(|_| login(&join(store.clone()), &simulator, Some(&first))).collect();
-    for step in 0..500 {
+    for step in 0..150 {
         if step % 7 == 0 {
             simulator.inject_token_fault(TokenFault::Slow(3 * SECOND));
         }
@@ -511,7 +540,7 @@ async fn a_rotating_login_survives_its_fleet() {
     }
     assert_eq!(simulator.reused_refresh_tokens(), 0);
     let exchanges = simulator.token_requests();
-    assert!((40..=110).contains(&exchanges), "{exchanges} exchanges");
+    assert!((12..=35).contains(&exchanges), "{exchanges} exchanges");
 }
 
 /// N2: no refresh token is spent while the store fails, and the login continues when it is back.
