@@ -55,6 +55,8 @@ mod memory;
 mod news;
 mod protocol;
 mod record;
+#[cfg(feature = "fleet-redis")]
+mod redis;
 mod seal;
 mod shared;
 mod source;
@@ -72,6 +74,8 @@ use self::{
     shared::{Options, Shared},
     store::DynFleetStore,
 };
+#[cfg(feature = "fleet-redis")]
+pub use self::redis::RedisStore;
 pub use self::{
     login::FleetLogin,
     memory::MemoryStore,
