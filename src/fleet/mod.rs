@@ -49,6 +49,8 @@
 //! store can delete records, and put back older ones.
 
 mod client;
+#[cfg(any(unix, windows))]
+mod file;
 mod login;
 mod member;
 mod memory;
@@ -65,6 +67,10 @@ mod store;
 
 use std::{fmt, sync::Arc, time::Duration};
 
+#[cfg(any(unix, windows))]
+pub use self::file::FileStore;
+#[cfg(feature = "fleet-redis")]
+pub use self::redis::RedisStore;
 use self::{
     client::Client,
     member::Member,
@@ -74,8 +80,6 @@ use self::{
     shared::{Options, Shared},
     store::DynFleetStore,
 };
-#[cfg(feature = "fleet-redis")]
-pub use self::redis::RedisStore;
 pub use self::{
     login::FleetLogin,
     memory::MemoryStore,

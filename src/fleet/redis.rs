@@ -110,11 +110,7 @@ fn entry(found: Value) -> Result<Option<Entry>, BoxError> {
     let found: Option<(Vec<u8>, Vec<u8>, u64)> = redis::from_redis_value(found)?;
     let Some((revision, value, age)) = found else { return Ok(None) };
     let revision = revision.try_into().map_err(|_| "the hash was not written by a fleet")?;
-    Ok(Some(Entry {
-        revision: Revision::from_bytes(revision),
-        value,
-        age: Duration::from_millis(age),
-    }))
+    Ok(Some(Entry { revision: Revision::from_bytes(revision), value, age: Duration::from_millis(age) }))
 }
 
 opaque_debug!(RedisStore<C>);

@@ -62,6 +62,21 @@ pub struct Write<'a> {
     pub keep: Option<Duration>,
 }
 
+impl<'a> Write<'a> {
+    /// Writes `value` with a new `revision`, kept for good. For tests of a store of your own.
+    #[must_use]
+    pub fn new(expected: Option<Revision>, revision: Revision, value: &'a [u8]) -> Self {
+        Self { expected, revision, value, keep: None }
+    }
+
+    /// Sets for how long the entry is kept.
+    #[must_use]
+    pub fn with_keep(mut self, keep: Duration) -> Self {
+        self.keep = Some(keep);
+        self
+    }
+}
+
 /// The outcome of a [write](FleetStore::put).
 #[derive(Clone, Debug)]
 pub enum Put {

@@ -1,7 +1,7 @@
 //! [`FileStore`]: a refresh token in a file that several programs share.
 
 use std::{
-    fs::{self, DirBuilder, File, Metadata, OpenOptions},
+    fs::{self, File, Metadata},
     hash::{DefaultHasher, Hash, Hasher},
     io::{self, ErrorKind, Read, Write},
     path::{Path, PathBuf},
@@ -9,21 +9,20 @@ use std::{
     time::Duration,
 };
 
-use fs4::{FileExt, TryLockError};
 use zeroize::Zeroizing;
 
 use super::{RefreshToken, RefreshTokenStore, StoreLock};
 use crate::{
     error::BoxError,
     source::unblock,
-    util::timer::{TimeoutError, sleep, timeout},
+    util::{
+        private_file::{self, create_directory, describe, recreate},
+        timer::{TimeoutError, timeout},
+    },
 };
 
 /// How long to wait for a program that uses the login. Less than the default timeout of a refresh.
 const LOCK_PATIENCE: Duration = Duration::from_secs(20);
-
-/// Between attempts to lock. Doubles each time, up to the second.
-const LOCK_BACKOFF: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(50)];
 
 /// Larger than any refresh token.
 const MAX_SIZE: usize = 64 * 1024;
@@ -126,24 +125,15 @@ impl FileStore {
     }
 
     async fn lock_file(&self) -> Result<Arc<File>, BoxError> {
-        let [mut pause, max] = LOCK_BACKOFF;
-        let locking = async {
-            loop {
-                if let Some(lock) = self.blocking(|files| files.try_lock()).await? {
-                    return Ok(Arc::new(lock));
-                }
-                // Not to lock in step with another program.
-                sleep(pause.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                pause = max.min(pause * 2);
-            }
-        };
-        timeout(LOCK_PATIENCE, locking).await.unwrap_or_else(|error| match error {
-            TimeoutError::NoTimers => Err(error.into()),
-            TimeoutError::Elapsed => {
+        let locking = private_file::lock(|| self.blocking(|files| files.try_lock()));
+        match timeout(LOCK_PATIENCE, locking).await {
+            Ok(locked) => locked.map(Arc::new),
+            Err(error @ TimeoutError::NoTimers) => Err(error.into()),
+            Err(TimeoutError::Elapsed) => {
                 let path = self.path.display();
                 Err(format!("another program has locked {path} for {LOCK_PATIENCE:?}").into())
             }
-        })
+        }
     }
 
     async fn blocking<T: Send + 'static>(
@@ -244,7 +234,7 @@ impl Files {
         }
         let name = path.file_name().ok_or_else(|| format!("{} does not name a file", path.display()))?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        create_directory(parent).map_err(|error| describe("create", parent, &error))?;
+        create_directory(parent)?;
         let parent = parent.canonicalize().map_err(|error| describe("find", parent, &error))?;
         let with = |suffix: &str| {
             let mut name = name.to_owned();
@@ -256,14 +246,7 @@ impl Files {
 
     /// Takes the lock and prepares for an exchange; `None` if another program has it.
     fn try_lock(&self) -> Result<Option<File>, BoxError> {
-        let mut options = private();
-        let file = options.create(true).truncate(false).open(&self.lock);
-        let file = file.map_err(|error| describe("open", &self.lock, &error))?;
-        match FileExt::try_lock(&file) {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            Err(TryLockError::Error(error)) => return Err(describe("lock", &self.lock, &error)),
-        }
+        let Some(file) = private_file::try_lock(&self.lock)? else { return Ok(None) };
         self.recover()?;
         self.reserve().map_err(|error| describe("write", &self.next, &error))?;
         Ok(Some(file))
@@ -280,7 +263,8 @@ impl Files {
         let modified = |path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
         // An older one belongs to a previous login.
         if is_whole && modified(&self.next) >= modified(&self.token) {
-            self.publish().map_err(|error| describe("replace", &self.token, &error))?;
+            private_file::publish(&self.next, &self.token)
+                .map_err(|error| describe("replace", &self.token, &error))?;
         }
         Ok(())
     }
@@ -289,24 +273,16 @@ impl Files {
     fn reserve(&self) -> io::Result<()> {
         let length = fs::metadata(&self.token).map_or(0, |metadata| metadata.len());
         let padding = vec![0; usize::try_from(length).unwrap_or(MAX_SIZE).clamp(2048, MAX_SIZE) * 2];
-        let mut file = self.create_next()?;
+        let mut file = recreate(&self.next)?;
         file.write_all(&padding)?;
         file.sync_data()
-    }
-
-    fn create_next(&self) -> io::Result<File> {
-        // Not opened, but created, so that it is ours and no link.
-        match fs::remove_file(&self.next) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => private().create_new(true).open(&self.next),
-        }
     }
 
     fn read(&self) -> Result<Option<RefreshToken>, BoxError> {
         let text = match read(&self.token) {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(describe("read", &self.token, &error)),
+            Err(error) => return Err(describe("read", &self.token, &error).into()),
         };
         // A recovered token is followed by the space that was reserved for it.
         let text = text.trim_start_matches('\u{feff}').trim_end_matches('\0');
@@ -323,8 +299,8 @@ impl Files {
     fn write(&self, token: &RefreshToken) -> Result<u64, BoxError> {
         let write = || {
             // The space is reserved, unless this is the second attempt.
-            let mut file = match private().open(&self.next) {
-                Err(error) if error.kind() == ErrorKind::NotFound => self.create_next()?,
+            let mut file = match private_file::options().open(&self.next) {
+                Err(error) if error.kind() == ErrorKind::NotFound => recreate(&self.next)?,
                 opened => opened?,
             };
             let line = Zeroizing::new(format!("{}\n", token.expose_secret()).into_bytes());
@@ -332,52 +308,16 @@ impl Files {
             file.set_len(line.len() as u64)?;
             file.sync_all()?;
             let state = state(&file.metadata()?);
-            self.publish()?;
+            private_file::publish(&self.next, &self.token)?;
             Ok(state)
         };
-        write().map_err(|error| describe("replace", &self.token, &error))
+        Ok(write().map_err(|error| describe("replace", &self.token, &error))?)
     }
-
-    fn publish(&self) -> io::Result<()> {
-        fs::rename(&self.next, &self.token)?;
-        #[cfg(unix)]
-        if let Some(directory) = self.token.parent() {
-            File::open(directory)?.sync_all()?;
-        }
-        Ok(())
-    }
-}
-
-fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.write(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options
-}
-
-fn create_directory(path: &Path) -> io::Result<()> {
-    let mut builder = DirBuilder::new();
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    builder.recursive(true).create(path)
 }
 
 /// Reads the text of a file that only its owner may read.
 fn read(path: &Path) -> io::Result<Zeroizing<String>> {
-    // Opening anything else might block.
-    if !fs::metadata(path)?.is_file() {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "it is not a file"));
-    }
-    let file = File::open(path)?;
-    #[cfg(unix)]
-    {
-        let mode = std::os::unix::fs::MetadataExt::mode(&file.metadata()?) & 0o777;
-        if mode & 0o077 != 0 {
-            let text = format!("others may use it (mode {mode:04o}); run `chmod 600` on it");
-            return Err(io::Error::new(ErrorKind::PermissionDenied, text));
-        }
-    }
+    let file = private_file::open(path)?;
     // Sized up front: a buffer that grows leaves unwiped copies behind.
     let mut text = Zeroizing::new(String::with_capacity(MAX_SIZE + 1));
     file.take(MAX_SIZE as u64 + 1).read_to_string(&mut text)?;
@@ -385,8 +325,4 @@ fn read(path: &Path) -> io::Result<Zeroizing<String>> {
         return Err(io::Error::new(ErrorKind::InvalidData, "it is too long for a refresh token"));
     }
     Ok(text)
-}
-
-fn describe(verb: &str, path: &Path, error: &io::Error) -> BoxError {
-    format!("cannot {verb} {}: {error}", path.display()).into()
 }

@@ -25,6 +25,8 @@ mod files;
 mod fleet;
 #[cfg(feature = "fleet")]
 mod fleet_builder;
+#[cfg(feature = "fleet")]
+mod fleet_stores;
 mod handshake;
 mod headers;
 mod hosts;
