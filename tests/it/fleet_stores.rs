@@ -96,7 +96,7 @@ async fn a_locked_directory_blocks_no_thread() {
     put(&store, KEY, write).await;
 }
 
-/// S3
+/// N6
 #[cfg(unix)]
 #[tokio::test]
 async fn only_their_owner_can_use_the_files() {
@@ -155,7 +155,7 @@ async fn files_of_other_versions_are_left_alone() {
     assert_eq!(fs::read(&file).unwrap(), content);
 }
 
-/// M2: expired entries do not pile up.
+/// N6: expired entries do not pile up.
 #[tokio::test]
 async fn expired_entries_are_removed() {
     const SOON: Duration = Duration::from_millis(1);
