@@ -24,6 +24,7 @@ run herd
 run stall -- --plot
 run subjects
 run errors
+run fleet
 if command -v valgrind >/dev/null; then
     run instructions -- --update
 else

@@ -71,17 +71,18 @@ impl Client {
     }
 
     pub(super) async fn get(&self, key: &str) -> Result<Option<Opened>, Unavailable> {
-        let entry = self.call(StoreCall::Get, || self.store.get(key)).await?;
+        let entry = self.call(StoreCall::Get, false, || self.store.get(key)).await?;
         Ok(entry.map(|entry| self.open(key, entry)))
     }
 
-    /// Writes if the store still holds the revision `expected`.
+    /// Writes if the store still holds the revision `expected`. `insists` calls the store also if it has failed before.
     pub(super) async fn put(
         &self,
         key: &str,
         expected: Option<Revision>,
         record: &[u8],
         keep: Option<Duration>,
+        insists: bool,
     ) -> Result<Written, Unavailable> {
         let sealed = random().and_then(|bytes| Ok((bytes, self.keys.seal(key.as_bytes(), record)?)));
         let (revision, value) = match sealed {
@@ -89,7 +90,7 @@ impl Client {
             Err(error) => return Err(Unavailable::new(error.into(), BACKOFF[0])),
         };
         let write = Write { expected, revision, value: &value, keep };
-        Ok(match self.call(StoreCall::Put, || self.store.put(key, write)).await? {
+        Ok(match self.call(StoreCall::Put, insists, || self.store.put(key, write)).await? {
             Put::Done => Written::Done(revision),
             // The reply to the first attempt was lost.
             Put::Conflict(Some(entry)) if entry.revision == revision => Written::Done(revision),
@@ -101,14 +102,21 @@ impl Client {
         Opened { revision, age, content: self.keys.open(key.as_bytes(), &value) }
     }
 
-    /// Calls the store, and once more if that fails: a connection may have died unnoticed.
-    async fn call<T, F>(&self, call: StoreCall, mut start: impl FnMut() -> F) -> Result<T, Unavailable>
+    /// Calls the store, and once more if that fails: a connection may have died unnoticed, or a packet was lost.
+    async fn call<T, F>(
+        &self,
+        call: StoreCall,
+        insists: bool,
+        mut start: impl FnMut() -> F,
+    ) -> Result<T, Unavailable>
     where
         F: Future<Output = Result<T, BoxError>>,
     {
-        self.may_call()?;
+        if !insists {
+            self.may_call()?;
+        }
         let mut result = timeout(self.patience, start()).await;
-        if matches!(result, Ok(Err(_))) {
+        if !matches!(result, Ok(Ok(_))) {
             result = timeout(self.patience, start()).await;
         }
         event::fleet_store_called(call, result.as_ref().is_ok_and(Result::is_ok));

@@ -329,7 +329,9 @@ impl Member {
             }
             let keep = edited.keep(edited.token.as_ref().and_then(|token| self.rest(token)));
             let client = &self.fleet.client;
-            let put = client.put(&self.key, state.revision, &edited.to_bytes(), keep).await;
+            // A refresh token that only this member has is worth a call.
+            let insists = state.child.is_some();
+            let put = client.put(&self.key, state.revision, &edited.to_bytes(), keep, insists).await;
             match put.map_err(RecordError::Unavailable)? {
                 Written::Done(revision) => {
                     state.revision = Some(revision);

@@ -273,7 +273,7 @@ impl FleetBuilder {
         self
     }
 
-    /// Sets how long a call of the store may take; 250 ms by default.
+    /// Sets how long a call of the store may take before it is repeated, once; 250 ms by default.
     #[must_use]
     pub fn with_store_timeout(mut self, timeout: Duration) -> Self {
         self.patience = timeout;

@@ -162,7 +162,7 @@ impl Shared {
     async fn put(&self, heard: &Heard, news: &News) -> Result<Written, Unavailable> {
         // A list of numbers and strings always serializes.
         let bytes = serde_json::to_vec(news).unwrap_or_default();
-        self.client.put(&self.news_key(), heard.revision, &bytes, None).await
+        self.client.put(&self.news_key(), heard.revision, &bytes, None, false).await
     }
 
     /// Tells the members what is new.

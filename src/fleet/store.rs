@@ -25,7 +25,7 @@ pub trait FleetStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Fails if the store cannot be read. The call is repeated once, and later.
+    /// Fails if the store cannot be read. The call is repeated once.
     fn get(&self, key: &str) -> impl Future<Output = Result<Option<Entry>, BoxError>> + Send;
 
     /// Writes under `key` if what stands there has the revision `write.expected`; otherwise returns what stands there.

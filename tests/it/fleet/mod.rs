@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 use tower_selam::{
     AuthErrorKind, BoxError, PerSubject, RefreshPolicy, Refreshing, Subject, Token,
-    fleet::{Fleet, FleetStore, MemoryStore, SealingKey},
+    fleet::{Fleet, FleetLogin, FleetStore, MemoryStore, SealingKey},
     oauth::{ClientAuth, OAuthSource, RefreshToken, TokenEndpoint},
     simulator::{Simulator, TokenFault},
     source::{Fetched, Reason, Source, SourceError},
@@ -337,6 +337,18 @@ async fn a_silent_store_at_the_start_delays_once() {
     assert!(waits[4..].iter().all(Duration::is_zero), "{waits:?}");
 }
 
+/// N6: what a member fetched without the store is there for all when the store is back, though nobody asks.
+#[tokio::test(start_paused = true)]
+async fn what_was_fetched_alone_is_shared_later() {
+    let mint = Mint::default().then_always(Answer::Lives(60 * MINUTE));
+    let ([alone, late], [line, _], _) = members(&mint);
+    line.set(State::Down);
+    assert_eq!(text(&alone).await.as_deref(), Ok("token-1"));
+    line.set(State::Up);
+    sleep(2 * SECOND).await;
+    assert_eq!(text(&late).await.as_deref(), Ok("token-1"));
+}
+
 /// N6: what the store loses, members put back, before any of them has to fetch.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_lost_everything_is_mended() {
@@ -556,7 +568,10 @@ async fn without_the_store_no_login_is_spent() {
     sleep(55 * SECOND).await;
     member.token().await.unwrap();
     sleep(10 * SECOND).await;
-    assert_eq!(text(&member).await, Err(AuthErrorKind::RefreshFailed));
+    let error = member.token().await.unwrap_err();
+    assert_eq!(error.kind(), AuthErrorKind::RefreshFailed);
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("store"), "{cause}");
     assert_eq!(simulator.token_requests(), 1);
     line.set(State::Up);
     sleep(MINUTE).await;
@@ -585,6 +600,63 @@ async fn a_refresh_token_that_is_not_stored_is_stored_later() {
     let other = login(&join(store), &simulator, None);
     other.token().await.unwrap();
     assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (1, 0));
+}
+
+/// N2, N7: a refresh token that arrives after its leader has lost the lease is stored, and its successor finds it.
+#[tokio::test(start_paused = true)]
+async fn a_late_refresh_token_is_found() {
+    let sent = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let answers = Arc::clone(&sent);
+    let client = tower::service_fn(move |request: http::Request<Body>| {
+        let answers = Arc::clone(&answers);
+        async move {
+            let body = http_body_util::BodyExt::collect(request.into_body()).await?.to_bytes();
+            let form =
+                form_urlencoded::parse(&body).into_owned().collect::<std::collections::HashMap<_, _>>();
+            let number = {
+                let mut sent = answers.lock().unwrap();
+                sent.push(form["refresh_token"].clone());
+                sent.len()
+            };
+            let next = match number {
+                1 => {
+                    sleep(33 * SECOND).await;
+                    2
+                }
+                // The first token is spent. This endpoint does not revoke the second for that.
+                2 => {
+                    let refused = http::Response::builder().status(400);
+                    return Ok::<_, BoxError>(refused.body(Body::from(r#"{"error":"invalid_grant"}"#))?);
+                }
+                number => number,
+            };
+            let answer = format!(
+                r#"{{"access_token":"access-{next}","token_type":"Bearer","refresh_token":"refresh-{next}"}}"#
+            );
+            Ok(http::Response::new(Body::from(answer)))
+        }
+    });
+    let endpoint = TokenEndpoint::new(URL, client).unwrap();
+    let store = MemoryStore::default();
+    let lines = [(); 2].map(|()| Line::new(&store));
+    let [late, successor] = [&lines[0], &lines[1]].map(|line| {
+        let first = RefreshToken::new("refresh-1").unwrap();
+        let source =
+            |login: FleetLogin| OAuthSource::refresh_token(endpoint.clone(), login.with_initial(first));
+        Refreshing::new(join(line.clone()).share_login("login", source))
+    });
+    let late = tokio::spawn(async move { (text(&late).await, late) });
+    sleep(SECOND).await;
+    lines[0].set(State::Silent);
+    let successor = tokio::spawn(async move {
+        sleep(10 * SECOND).await;
+        text(&successor).await
+    });
+    sleep(31 * SECOND + 900 * MILLI).await;
+    lines[0].set(State::Up);
+    assert_eq!(successor.await.unwrap().as_deref(), Ok("access-3"));
+    assert_eq!(*sent.lock().unwrap(), ["refresh-1", "refresh-1", "refresh-2"]);
+    drop(late.await);
 }
 
 /// N2: an unanswered exchange is repeated only when no token is left.
