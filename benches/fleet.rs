@@ -89,15 +89,16 @@ async fn cold(redis: &Redis, count: usize) -> Outcome<(u64, Vec<f64>)> {
 /// Rejects the token at one member and measures until the others have stopped using it.
 async fn rejected(redis: &Redis, count: usize) -> Outcome<(u64, Vec<f64>)> {
     let source = Counted::default();
-    let members = redis.members("rejected", count, &source).await?;
+    let mut members = redis.members("rejected", count, &source).await?;
     for member in &members {
         member.token().await?;
     }
     sleep(2 * LEASE).await;
-    let rejected = members[0].token().await?;
-    members[0].rejected(&rejected);
+    let first = members.remove(0);
+    let rejected = first.token().await?;
+    first.rejected(&rejected);
     let started = Instant::now();
-    let calls = members.into_iter().skip(1).map(|member| {
+    let calls = members.into_iter().map(|member| {
         let rejected = rejected.id();
         tokio::spawn(async move {
             while member.token().await?.id() == rejected {
@@ -125,7 +126,8 @@ fn killed(redis: &Redis, runtime: &Runtime, count: usize) -> Outcome<(u64, Vec<f
     runtime.block_on(async {
         let members = redis.members("killed", count, &source).await?;
         let calls = members.into_iter().map(|member| tokio::spawn(async move { wait_for(&member).await }));
-        Ok((source.fetches(), all(calls.collect()).await?))
+        let waits = all(calls.collect()).await?;
+        Ok((source.fetches(), waits))
     })
 }
 
