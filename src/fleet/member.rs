@@ -164,7 +164,7 @@ impl Member {
         let mut state = self.state.lock().await;
         let now = Clock::default().now();
         let mut record = state.record_at(now);
-        record.generation = (record.generation + 1).max(millis());
+        record.generation += 1;
         record.token = Some(token);
         record.failure = None;
         self.remember(&mut state, record, now);
@@ -324,9 +324,7 @@ impl Member {
                 record.login = Some(SharedLogin::new(initial));
             }
             let Some(mut edited) = edit(&record) else { return Ok(false) };
-            if edited.generation == 0 {
-                edited.generation = millis();
-            }
+            edited.generation = edited.generation.max(1);
             let keep = edited.keep(edited.token.as_ref().and_then(|token| self.rest(token)));
             let client = &self.fleet.client;
             // A refresh token that only this member has is worth a call.
@@ -422,7 +420,7 @@ impl State {
     }
 }
 
-/// The time in milliseconds, at which records begin.
+/// The time in milliseconds, with which logins begin and end.
 fn millis() -> u64 {
     let time = now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)

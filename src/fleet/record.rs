@@ -30,8 +30,8 @@ const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Record {
-    /// Grows with each new token and login. A member never goes back. A new record starts with the time in
-    /// milliseconds, so it is newer than a record that the store has lost.
+    /// Grows with each new token and login. A member never goes back. When a login begins or ends, it becomes the time in
+    /// milliseconds, so that it is newer than what members remember and the store has lost.
     pub(super) generation: u64,
     pub(super) token: Option<SharedToken>,
     pub(super) login: Option<SharedLogin>,
@@ -92,9 +92,8 @@ pub(super) struct Failure {
 pub(super) struct Print(#[serde(with = "hex")] pub(super) [u8; 16]);
 
 impl Record {
-    /// Begins a record. `now` is the time in milliseconds.
-    pub(super) fn new(now: u64) -> Self {
-        Self { generation: now, ..Self::default() }
+    pub(super) fn new(generation: u64) -> Self {
+        Self { generation, ..Self::default() }
     }
 
     pub(super) fn to_bytes(&self) -> Zeroizing<Vec<u8>> {

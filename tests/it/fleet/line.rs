@@ -9,7 +9,7 @@ use std::{
 use tokio::time::sleep;
 use tower_selam::{
     BoxError,
-    fleet::{Entry, FleetStore, MemoryStore, Put, Write},
+    fleet::{Entry, FleetStore, MemoryStore, Put, Revision, Write},
 };
 
 /// What happens to calls.
@@ -21,7 +21,7 @@ pub(crate) enum State {
     Down,
     /// They are never answered, and have no effect.
     Silent,
-    /// Every other call has its effect and fails.
+    /// Writes have their effect and fail, until they are repeated.
     DropsReplies,
     /// Every other call has its effect, and is answered too late.
     Slow,
@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     calls: usize,
     news: usize,
     written: Vec<Vec<u8>>,
+    /// The revision of the last write.
+    last: Option<Revision>,
 }
 
 impl Line {
@@ -93,7 +95,6 @@ impl Line {
         }
         let result = call.await;
         match state {
-            State::DropsReplies if number % 2 == 0 => Err("the reply was lost".into()),
             State::Slow if number % 2 == 0 => {
                 sleep(Duration::from_secs(1)).await;
                 result
@@ -110,7 +111,21 @@ impl FleetStore for Line {
     }
 
     async fn put(&self, key: &str, write: Write<'_>) -> Result<Put, BoxError> {
-        self.shared.lock().unwrap().written.extend([key.as_bytes().to_vec(), write.value.to_vec()]);
+        let is_repeated = {
+            let mut shared = self.shared.lock().unwrap();
+            shared.written.extend([key.as_bytes().to_vec(), write.value.to_vec()]);
+            shared.last.replace(write.revision) == Some(write.revision)
+        };
+        let put = self.put_through(key, write).await?;
+        if !is_repeated && self.shared.lock().unwrap().state == State::DropsReplies {
+            return Err("the reply was lost".into());
+        }
+        Ok(put)
+    }
+}
+
+impl Line {
+    async fn put_through(&self, key: &str, write: Write<'_>) -> Result<Put, BoxError> {
         Ok(match self.through(key, self.store.put(key, write)).await? {
             Put::Conflict(Some(entry)) => Put::Conflict(Some(self.corrupt(entry))),
             put => put,

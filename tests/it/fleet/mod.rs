@@ -375,6 +375,14 @@ async fn lost_replies_lose_nothing() {
             sleep(5 * SECOND).await;
         }
         assert!(mint.asked() <= 8, "{state:?}: {} fetches", mint.asked());
+        // Nor is a rejection kept from the others.
+        let rejected = members[0].token().await.unwrap();
+        members[0].rejected(&rejected);
+        members[0].token().await.unwrap();
+        sleep(2 * SECOND).await;
+        for text in texts(&members).await {
+            assert_ne!(text.as_deref(), Ok(rejected.expose_secret()), "{state:?}");
+        }
     }
 }
 
@@ -735,6 +743,27 @@ async fn a_login_outlives_the_loss_of_its_store() {
         sleep(2 * MINUTE).await;
     }
     assert_eq!(simulator.reused_refresh_tokens(), 0);
+}
+
+/// N6: a member that starts while the store is empty, with the token of long ago, takes nothing from the others.
+#[tokio::test(start_paused = true)]
+async fn an_initial_token_does_not_replace_a_login() {
+    let simulator = Simulator::new();
+    let store = MemoryStore::default();
+    let line = Line::new(&store);
+    let long_ago = simulator.issue_refresh_token();
+    let member = login(&join(line.clone()), &simulator, Some(&simulator.issue_refresh_token()));
+    member.token().await.unwrap();
+    member.rejected(&member.token().await.unwrap());
+    let token = member.token().await.unwrap();
+    line.set(State::Down);
+    store.clear();
+    login(&join(store.clone()), &simulator, Some(&long_ago)).token().await.unwrap();
+    join(store.clone()).status("login").await.unwrap().unwrap();
+    line.set(State::Up);
+    sleep(MINUTE).await;
+    let status = join(store).status("login").await.unwrap().unwrap();
+    assert_eq!((status.token, status.generation), (Some(token.id()), 5));
 }
 
 /// N7
