@@ -85,7 +85,7 @@ impl Member {
         let engine = || match env::var("MODE").as_deref() {
             Ok("login") => {
                 let source = |login| OAuthSource::refresh_token(endpoint.clone(), login);
-                Refreshing::new(fleet.share_login("selam", None, source))
+                Refreshing::new(fleet.share_login("selam", source))
             }
             _ => Refreshing::new(fleet.share("selam", OAuthSource::client_credentials(endpoint.clone()))),
         };

@@ -52,7 +52,7 @@ async fn no_secret_shows() {
 /// Reads the access token and the refresh token as a member of the fleet does.
 async fn held(world: &World) -> (String, String) {
     let (fleet, mut login) = (world.fleet().await, None);
-    let engine = Refreshing::new(fleet.share_login("selam", None, |shared| {
+    let engine = Refreshing::new(fleet.share_login("selam", |shared| {
         login = Some(shared);
         source_fn(|_: Reason<Token>| async { Err::<Token, BoxError>("it is not asked".into()) })
     }));
