@@ -404,6 +404,12 @@ impl Member {
         if kept { Worth::Fresh } else { Worth::Aging }
     }
 
+    /// The rest of the lifetime of the fleet's token; `None` if nothing states it.
+    pub(super) async fn token_rest(&self) -> Option<Duration> {
+        let record = self.state.lock().await.record_at(Clock::default().now());
+        record.token.as_ref().and_then(|token| self.rest(token))
+    }
+
     /// The rest of a token's lifetime; `None` if nothing states it.
     fn rest(&self, token: &SharedToken) -> Option<Duration> {
         token.lifetime.or_else(|| {

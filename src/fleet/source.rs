@@ -26,7 +26,7 @@ const LOOK_AGAIN: [Duration; 2] = [Duration::from_millis(10), Duration::from_mil
 const LOGGED_OUT: &str = "nobody has logged in to the fleet's credential: log in";
 const SPARED: &str = "another member may have spent the fleet's refresh token: it is sent again when its access token has expired";
 
-/// How long until a spared refresh token is asked for again.
+/// How long until a spared refresh token is asked for again, unless the access token expires before.
 const SPARE_FOR: Duration = Duration::from_secs(5);
 
 /// A source that one member of the fleet asks for all; see [`Fleet::share`](super::Fleet::share).
@@ -124,7 +124,10 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
                 }
                 Step::Fail(failure) => return Err(failed(failure)),
                 Step::LoggedOut => return Err(SourceError::permanent(LOGGED_OUT)),
-                Step::Spare => return Err(SourceError::transient(SPARED).with_retry_after(SPARE_FOR)),
+                Step::Spare => {
+                    let rest = self.member.token_rest().await.unwrap_or(SPARE_FOR);
+                    return Err(SourceError::transient(SPARED).with_retry_after(SPARE_FOR.min(rest)));
+                }
             }
         }
     }
