@@ -207,12 +207,12 @@ impl Shared {
     /// Reads the news, and puts back what the store has lost. Fails if the store does.
     async fn check(&self) -> Result<(), Unavailable> {
         let mut heard = self.heard.lock().await;
-        let (before, known) = (heard.news.clone(), heard.revision);
+        let before = heard.news.clone();
         let found = self.client.get(&self.news_key()).await?;
         self.hear(&mut heard, found);
         let is_behind = !heard.is_foreign && (heard.revision.is_none() || heard.news.count < before.count);
         if is_behind {
-            // The first member of the fleet begins the record; later, it means that the store has lost it.
+            // The first member of the fleet begins the record, or the store has lost it.
             if heard.news.count < before.count {
                 heard.news = before;
             }
@@ -224,7 +224,6 @@ impl Shared {
         }
         self.say(&mut heard).await?;
         drop(heard);
-        let has_lost = is_behind && known.is_some();
         let members = self.members();
         // A store that was rolled back need not have lost news. So that no spent refresh token is spent again, one login
         // after the other is looked at.
@@ -232,7 +231,7 @@ impl Shared {
         let turn = self.checks.fetch_add(1, Ordering::Relaxed) % logins.len().max(1);
         let checked = logins.get(turn).copied();
         for member in &members {
-            let looks = has_lost || checked.is_some_and(|checked| Arc::ptr_eq(checked, member));
+            let looks = is_behind || checked.is_some_and(|checked| Arc::ptr_eq(checked, member));
             if looks || member.is_unsaved() {
                 // It is tried again in a while, or when the engine asks.
                 let _ = member.mend(looks).await;
