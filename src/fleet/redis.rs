@@ -35,16 +35,20 @@ const MAX_KEEP: u64 = 1 << 50;
 /// A [`FleetStore`] in Redis 6.2 or later, or in Valkey, which is compatible with it.
 ///
 /// Works over any asynchronous connection of the `redis` crate, also to a cluster or through Sentinel: clones of it share one
-/// connection. Use one that reconnects.
+/// connection. It should reconnect, as `ConnectionManager` does.
 ///
 /// ```no_run
+/// use std::time::Duration;
+///
 /// use redis::{Client, aio::{ConnectionManager, ConnectionManagerConfig}};
 /// use tower_selam::fleet::{Fleet, RedisStore, SealingKey};
 ///
 /// # fn main() -> Result<(), tower_selam::BoxError> {
 /// let client = Client::open("redis://selam-billing:password@redis.internal:6379")?;
+/// // After an outage, connects again within a second.
+/// let config = ConnectionManagerConfig::new().set_max_delay(Duration::from_secs(1));
 /// // Connects when it is first used, so that the program starts without Redis.
-/// let connection = ConnectionManager::new_lazy_with_config(client, ConnectionManagerConfig::new())?;
+/// let connection = ConnectionManager::new_lazy_with_config(client, config)?;
 ///
 /// let key = SealingKey::from_file("/run/secrets/fleet-key")?;
 /// let fleet = Fleet::new("billing", RedisStore::new(connection), key)?;
@@ -61,7 +65,7 @@ const MAX_KEEP: u64 = 1 << 50;
 /// - **`min-replicas-to-write 1`** if there is a replica. Otherwise a failover can lose the last write. Members put it back,
 ///   unless they have all ended by then; a lost refresh token needs a new login.
 /// - **Persistence** (`appendonly yes`) if logins are to survive a restart of the server and of all members.
-/// - **A user of its own**, which can do no more than the store does:
+/// - **A user without other rights**:
 ///
 /// ```text
 /// ACL SETUSER selam-billing on >password resetkeys ~selam:billing:* resetchannels -@all +eval +time +hmget +hset +pexpire +persist

@@ -58,7 +58,7 @@ pub(crate) fn create_directory(path: &Path) -> io::Result<()> {
     builder.recursive(true).create(path).map_err(|error| describe("create", path, &error))
 }
 
-/// Creates a file in place of the one that is there.
+/// Creates a file, and removes its predecessor.
 pub(crate) fn recreate(path: &Path) -> io::Result<File> {
     // Not opened, but created, so that it is ours and no link.
     match fs::remove_file(path) {
@@ -67,7 +67,7 @@ pub(crate) fn recreate(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Opens a file, and refuses one that others may use.
+/// Opens a file, unless others may use it.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Opening anything else might block.
     if !fs::metadata(path)?.is_file() {

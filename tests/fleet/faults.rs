@@ -57,7 +57,7 @@ async fn a_killed_leader_loses_no_stored_login() {
     }
 }
 
-/// N7: a leader that is stopped beyond its lease, and goes on, takes nothing back.
+/// N7: a leader that is stopped beyond its lease takes nothing back.
 #[tokio::test]
 async fn a_stopped_leader_takes_nothing_back() {
     let Some(world) = World::start().await else { return };
@@ -74,7 +74,7 @@ async fn a_stopped_leader_takes_nothing_back() {
     assert_eq!(world.issuer.token_requests(), 2);
 }
 
-/// N2: while a leader is stopped, its refresh token is spared, and the valid access token is served. When it goes on, its next
+/// N2: while a leader is stopped, its refresh token is spared, and the valid access token is served. Later its next
 /// refresh token is stored although the lease is over.
 #[tokio::test]
 async fn a_stopped_leader_keeps_its_login() {

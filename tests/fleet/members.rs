@@ -80,7 +80,7 @@ async fn a_rejected_token_is_withdrawn_everywhere() {
     assert_eq!(world.issuer.token_requests(), 2);
 }
 
-/// N5: whoever asks, the endpoint is not called before the time that it has told one member.
+/// N5: no member calls the endpoint before the time that it has told one of them.
 #[tokio::test]
 async fn failures_are_shared() {
     let Some(world) = World::start().await else { return };
@@ -136,7 +136,7 @@ async fn a_login_that_ends_ends_everywhere() {
     assert_eq!(world.issuer.token_requests(), 1);
 }
 
-/// N7: another member takes over at once from one that leaves in the middle of a fetch.
+/// N7: another member takes over at once if the leader leaves in the middle of a fetch.
 #[tokio::test]
 async fn a_member_that_leaves_gives_its_lease_back() {
     let Some(world) = World::start().await else { return };
@@ -149,7 +149,7 @@ async fn a_member_that_leaves_gives_its_lease_back() {
     assert_eq!(world.issuer.token_requests(), 2);
 }
 
-/// N7: who spends a refresh token leaves when the next one is stored.
+/// N7: a member that spends a refresh token leaves when the next one is stored.
 #[tokio::test]
 async fn a_member_leaves_after_its_exchange() {
     let Some(world) = World::start().await else { return };

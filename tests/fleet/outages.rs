@@ -6,7 +6,7 @@ use tower_selam::fleet::Status;
 
 use crate::support::{Forwarder, Launch, Line, RedisServer, World, eventually, join};
 
-/// While `CLIENT PAUSE` or a stopped process holds Redis up, a member goes on alone.
+/// While `CLIENT PAUSE` or a stopped process holds Redis up, a member fetches alone.
 #[tokio::test]
 async fn a_slow_store_fails_no_request() {
     let Some(world) = World::start().await else { return };
@@ -112,7 +112,7 @@ async fn a_login_is_not_spent_without_the_store() {
     assert_eq!(world.issuer.reused_refresh_tokens(), 0);
 }
 
-/// A slow line costs time; one that is cut or silent costs no request as long as the token is valid.
+/// A line that is slow, cut or silent fails no request as long as the token is valid.
 #[tokio::test]
 async fn a_line_that_fails_costs_no_request() {
     let Some(world) = World::start().await else { return };

@@ -61,7 +61,7 @@ async fn held(world: &World) -> (String, String) {
     (access, login.expose_secret().to_owned())
 }
 
-/// N3: a member with another key serves tokens of its own, spends no login, and changes nothing in the store.
+/// N3: a member with another key fetches alone, spends no login, and changes nothing in the store.
 #[tokio::test]
 async fn another_key_changes_nothing() {
     let Some(world) = World::start().await else { return };
