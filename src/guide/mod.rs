@@ -1,4 +1,4 @@
-//! The long pages: which layer goes where, hosts that are not Tower, how refreshing works, and what can be monitored.
+//! The long pages: which layer goes where, hosts that are not Tower, how refreshing works, how replicas share tokens, and what can be monitored.
 
 pub mod layers {
     #![doc = include_str!("layers.md")]
@@ -14,6 +14,11 @@ pub mod hosts {
 
 pub mod refreshing {
     #![doc = include_str!("refreshing.md")]
+}
+
+#[cfg(feature = "fleet")]
+pub mod fleet {
+    #![doc = include_str!("fleet.md")]
 }
 
 pub mod telemetry {

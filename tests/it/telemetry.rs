@@ -24,6 +24,12 @@ fn guide_lists_every_name() {
         telemetry::UNSENT_REQUESTS,
         telemetry::UNSAVED_REFRESH_TOKENS,
         telemetry::CREDENTIAL_INFO,
+        #[cfg(feature = "fleet")]
+        telemetry::FLEET_FETCHES,
+        #[cfg(feature = "fleet")]
+        telemetry::FLEET_STORE_CALLS,
+        #[cfg(feature = "fleet")]
+        telemetry::FLEET_ALONE,
         telemetry::TARGET,
     ] {
         assert!(name.starts_with("tower_selam"));
