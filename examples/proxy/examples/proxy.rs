@@ -24,6 +24,7 @@ use tokio::{
     net::TcpListener,
     runtime::Builder,
     signal::unix::{Signal, SignalKind, signal},
+    time::timeout,
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
@@ -36,6 +37,9 @@ const INVALID_CONFIGURATION: u8 = 2;
 
 /// How many names are looked up, and key files read, at once. A burst of new connections would start hundreds of threads.
 const BLOCKING_THREADS: usize = 16;
+
+/// How long the shutdown may be delayed by leaving the fleet.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long tasks may take to log that they were cut off.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -80,19 +84,28 @@ async fn listen(config: &Config) -> Result<(), Error> {
 
     let metrics = metrics::install()?;
     let shutdown = Shutdown::default();
-    let app = router(config, metrics, shutdown.clone())?;
+    let fleet = config.join_fleet()?;
+    let app = router(config, fleet.as_ref(), metrics, shutdown.clone())?;
+    config.warn();
     let failed = |error: io::Error| Error::for_flag("--listen", format!("{}: {error}", config.listen));
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let mut signals = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
     let mut repeated = Signals::new().map_err(|error| Error::new(format!("signals: {error}")))?;
     print(&format!("listening on http://{}\n", listener.local_addr().map_err(failed)?));
 
+    // While its requests end, this replica leads nothing that others would wait for.
+    let stop = async {
+        signals.next().await;
+        if let Some(fleet) = &fleet {
+            let _ = timeout(LEAVE_TIMEOUT, fleet.leave()).await;
+        }
+    };
     // The first signal begins the shutdown, the second one ends the wait for requests in flight.
     let abort = async {
         repeated.next().await;
         repeated.next().await;
     };
-    serve(listener, app, config.limits, shutdown, signals.next(), abort).await;
+    serve(listener, app, config.limits, shutdown, stop, abort).await;
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use tower_selam::{
     ApiKey, BaseUrl, ConfigError, ConfigErrorKind, Credential, Provider, Refreshing, SelamLayer,
     SelamLayerBuilder, Token, env,
+    fleet::Fleet,
     inbound::StripCredentialsLayer,
     source::FileSource,
     verify::{IssuerKeys, JwtVerifier},
@@ -22,6 +23,7 @@ use tower_selam::{
 use crate::{
     browsers::Origin,
     callers,
+    fleet::{self, Store},
     login::{self, LogCallers, Login},
     rules::{self, Rule},
     upstream::TokenClient,
@@ -133,6 +135,17 @@ Credentials (at most one flag for each; a flag overrides the environment)
   --jwt-path PREFIX           send the JWT only to this path and below, and the key alone
                               to others; repeatable
 
+  Replicas of the proxy can share the JWTs of the token endpoint, the proxy's own and each
+  user's. One of them asks for all; a JWT that the API refuses is replaced in all:
+  --fleet NAME                the fleet's name, the same in each replica
+                              [SELAM_FLEET]
+  --fleet-key-file FILE       file with the key that encrypts what they share: 32 bytes in
+                              base64; further lines are former keys
+                              [SELAM_FLEET_KEY_FILE]
+  SELAM_FLEET_STORE           the Redis or Valkey that keeps it: redis://HOST:PORT,
+                              rediss://HOST:PORT for TLS, or unix:///PATH. Without it,
+                              each replica goes on alone
+
   No flag takes a key or a JWT itself: every user of the machine can read a program's
   arguments. A variable that is set to nothing counts as not set.
 
@@ -184,6 +197,7 @@ pub struct Config {
     /// How long idle connections to the API are reused; `None` for the defaults.
     pub api_idle: Option<Duration>,
     login: LoginSettings,
+    fleet: FleetSettings,
     base_url: Option<String>,
     api_key: Option<CredentialSource>,
     jwt: Option<CredentialSource>,
@@ -201,6 +215,14 @@ struct LoginSettings {
     caller_claim: Option<String>,
     group_claim: Option<String>,
     log: LogCallers,
+}
+
+/// The fleet, as flags and variables describe it.
+#[derive(Debug, Default)]
+struct FleetSettings {
+    name: Option<String>,
+    store: Option<Store>,
+    key_file: Option<PathBuf>,
 }
 
 /// Limits on the connections of callers.
@@ -227,8 +249,10 @@ impl Default for Limits {
     }
 }
 
+const NO_FLEET: &str = "there is no fleet; set --fleet NAME";
+
 /// The flags that can be set by a variable as well.
-const WITH_VARIABLE: [&str; 17] = [
+const WITH_VARIABLE: [&str; 19] = [
     "--keep-alive",
     "--head-timeout",
     "--upgrade-idle",
@@ -246,6 +270,8 @@ const WITH_VARIABLE: [&str; 17] = [
     "--jwt-caller-claim",
     "--jwt-group-claim",
     "--log-callers",
+    fleet::FLEET,
+    fleet::KEY_FILE,
 ];
 
 /// The flags that may be given more than once.
@@ -259,9 +285,11 @@ const REPEATABLE: [&str; 7] = [
     "--jwt-require",
 ];
 
-/// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`.
+/// The name of a flag's variable: `SELAM_PROXY_KEEP_ALIVE` for `--keep-alive`. Programs of the fleet that are not proxies have
+/// the same variables.
 fn variable_of(flag: &str) -> String {
-    format!("SELAM_PROXY_{}", flag.trim_start_matches('-').replace('-', "_").to_ascii_uppercase())
+    let prefix = if flag.starts_with(fleet::FLEET) { "SELAM" } else { "SELAM_PROXY" };
+    format!("{prefix}_{}", flag.trim_start_matches('-').replace('-', "_").to_ascii_uppercase())
 }
 
 /// Where a credential comes from, according to a flag.
@@ -325,6 +353,7 @@ impl Command {
             limits: Limits::default(),
             api_idle: None,
             login: LoginSettings::default(),
+            fleet: FleetSettings::default(),
             base_url: None,
             api_key: None,
             jwt: None,
@@ -363,11 +392,17 @@ impl Command {
         }
         let jwts = [env::SELAM_JWT, env::SELAM_JWT_FILE, env::SELAM_TOKEN_URL];
         config.has_jwt = config.jwt.is_some() || jwts.into_iter().any(|name| variable(name).is_some());
-        config.exchanges = config.login.is_configured()
-            && match &config.jwt {
-                None => variable(env::SELAM_TOKEN_URL).is_some(),
-                Some(source) => matches!(source, CredentialSource::Endpoint(_)),
-            };
+        let has_endpoint = match &config.jwt {
+            None => variable(env::SELAM_TOKEN_URL).is_some(),
+            Some(source) => matches!(source, CredentialSource::Endpoint(_)),
+        };
+        config.exchanges = config.login.is_configured() && has_endpoint;
+        if let Some(url) = variable(fleet::STORE) {
+            let url =
+                url.string().map_err(|_| Error::for_flag(fleet::STORE, "the value is not valid Unicode"))?;
+            config.fleet.store = Some(Store::parse(&url)?);
+        }
+        config.fleet.check(has_endpoint)?;
         config.check()?;
         Ok(Self::Serve(Box::new(config)))
     }
@@ -448,6 +483,8 @@ impl Config {
             }
             "--jwt-caller-claim" => self.login.caller_claim = Some(text(value()?)?),
             "--jwt-group-claim" => self.login.group_claim = Some(text(value()?)?),
+            fleet::FLEET => self.fleet.name = Some(text(value()?)?),
+            fleet::KEY_FILE => self.fleet.key_file = Some(value()?.into()),
             "--log-callers" => {
                 self.login.log = match &*text(value()?)? {
                     "hash" => LogCallers::Hash,
@@ -468,7 +505,7 @@ impl Config {
             "--max-connections" => {
                 self.limits.max_connections = number(name, &text(value()?)?, "", 8..=1_000_000)?;
             }
-            "--api-key" | "--jwt" | "--client-secret" | "--client-token" => {
+            "--api-key" | "--jwt" | "--client-secret" | "--client-token" | "--fleet-store" => {
                 return Err(Error::for_flag(
                     name,
                     "secrets are not accepted as arguments, which every user of this machine can read; see --help",
@@ -569,6 +606,26 @@ impl Config {
         Ok(Some(Login::new(verifier, rules)))
     }
 
+    /// Joins the fleet, if there is one. Must be called in a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// The name, or a file, is invalid.
+    pub fn join_fleet(&self) -> Result<Option<Fleet>, Error> {
+        let FleetSettings { name: Some(name), store: Some(store), key_file: Some(key_file) } = &self.fleet
+        else {
+            return Ok(None);
+        };
+        fleet::join(name, store, key_file, self.ca.as_deref()).map(Some)
+    }
+
+    /// Logs what is valid, but not advisable.
+    pub fn warn(&self) {
+        if let Some(path) = &self.fleet.key_file {
+            fleet::warn_if_public(path);
+        }
+    }
+
     /// Builds the layer that removes what tells of the caller from requests.
     pub fn strip_credentials(&self) -> StripCredentialsLayer {
         let mut layer = StripCredentialsLayer::new();
@@ -644,6 +701,27 @@ impl LoginSettings {
                 "--jwt-audience NAME is required with a login: the JWTs that its issuer issues to other services must not be accepted",
             )),
             _ => Ok(()),
+        }
+    }
+}
+
+impl FleetSettings {
+    fn check(&self, has_endpoint: bool) -> Result<(), Error> {
+        let Self { name, store, key_file } = self;
+        match (name, store, key_file) {
+            (None, None, None) => Ok(()),
+            (None, Some(_), _) => Err(Error::for_flag(fleet::STORE, NO_FLEET)),
+            (None, None, Some(_)) => Err(Error::for_flag(fleet::KEY_FILE, NO_FLEET)),
+            (Some(_), None, _) => Err(Error::for_flag(
+                fleet::FLEET,
+                format!("{} is not set: the Redis or Valkey that the replicas share", fleet::STORE),
+            )),
+            (Some(_), _, None) => Err(Error::for_flag(fleet::FLEET, "--fleet-key-file FILE is required")),
+            (Some(_), Some(_), Some(_)) if !has_endpoint => Err(Error::for_flag(
+                fleet::FLEET,
+                format!("no JWT is shared without a token endpoint; set {}", env::SELAM_TOKEN_URL),
+            )),
+            (Some(_), Some(_), Some(_)) => Ok(()),
         }
     }
 }
@@ -1007,6 +1085,48 @@ mod tests {
     }
 
     #[test]
+    fn a_fleet_needs_a_store_keys_and_an_endpoint() {
+        let with = |arguments: &str, variables: &[(&str, &str)]| {
+            parse_with(arguments, |name| {
+                let (_, value) = variables.iter().find(|(known, _)| *known == name)?;
+                Some(OsString::from(value))
+            })
+        };
+        let store = ("SELAM_FLEET_STORE", "redis://:s3cr3t@store.internal");
+        let url = ("SELAM_TOKEN_URL", "https://login.example/token");
+        let flags = "--fleet billing --fleet-key-file keys";
+        let by_variables = [store, url, ("SELAM_FLEET", "billing"), ("SELAM_FLEET_KEY_FILE", "keys")];
+        for (arguments, variables) in [
+            (flags, &[store, url][..]),
+            (&format!("{flags} --token-url {}", url.1), &[store]),
+            ("", &by_variables),
+        ] {
+            let Command::Serve(config) = with(arguments, variables).unwrap() else { panic!("{arguments}") };
+            let FleetSettings { name, store, key_file } = &config.fleet;
+            assert_eq!((name.as_deref(), key_file), (Some("billing"), &Some("keys".into())));
+            assert!(store.is_some() && !format!("{config:?}").contains("s3cr3t"), "{config:?}");
+        }
+        for (arguments, variables, expected) in [
+            (
+                flags,
+                &[url][..],
+                "--fleet: SELAM_FLEET_STORE is not set: the Redis or Valkey that the replicas share",
+            ),
+            ("--fleet billing", &[store, url], "--fleet: --fleet-key-file FILE is required"),
+            ("--fleet-key-file keys", &[url], "--fleet-key-file: there is no fleet; set --fleet NAME"),
+            ("", &[store, url], "SELAM_FLEET_STORE: there is no fleet; set --fleet NAME"),
+            (flags, &[store], "--fleet: no JWT is shared without a token endpoint; set SELAM_TOKEN_URL"),
+            (
+                &format!("{flags} --jwt-file jwt"),
+                &[store, url],
+                "--fleet: no JWT is shared without a token endpoint; set SELAM_TOKEN_URL",
+            ),
+        ] {
+            assert_eq!(with(arguments, variables).unwrap_err().to_string(), expected);
+        }
+    }
+
+    #[test]
     fn library_errors_name_flag_and_remedy() {
         let layer = |flags: &str| config(flags, &[]).layer(SelamLayer::builder()).unwrap_err().to_string();
         assert_eq!(
@@ -1049,6 +1169,8 @@ mod tests {
             "--jwt-path",
             "--strip-header",
             "--keep-header",
+            "--fleet",
+            "--fleet-key-file",
             "--log",
             "--keep-alive",
             "--head-timeout",

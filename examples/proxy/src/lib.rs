@@ -18,12 +18,13 @@
 //! come from a program on this machine. On the way back, [`location`]
 //! keeps callers on the proxy. [`proxy`] assembles this stack; `StripHopByHop`, `StripCredentials`, `ChooseAuth` and `SelamLayer` come from `tower_selam`.
 //! [`voice`] does the same for the voice agent, whose packets it reads.
-//! Off the request path: [`config`] parses flags and environment, [`metrics`] counts and logs requests, and [`usage`] reports
+//! Off the request path: [`config`] parses flags and environment, [`fleet`] connects the replicas that share JWTs, [`metrics`] counts and logs requests, and [`usage`] reports
 //! unusual activity found in those metrics.
 
 pub mod browsers;
 pub mod callers;
 pub mod config;
+pub mod fleet;
 pub mod local;
 pub mod location;
 pub mod login;

@@ -25,6 +25,7 @@ use tokio::io::copy_bidirectional;
 use tower::{ServiceBuilder, ServiceExt, util::BoxCloneSyncService};
 use tower_selam::{
     AuthErrorKind, BaseUrl, BoxError, ChooseAuthLayer, Error, RequestAuth, SelamLayer, Subject,
+    fleet::Fleet,
     inbound::{StripHopByHopLayer, StripResponsesLayer, WebSocketProtocols},
     oauth::SubjectTokens,
 };
@@ -80,12 +81,17 @@ struct Proxy {
 
 type Stack = BoxCloneSyncService<Request, Response, Error<upstream::Error>>;
 
-/// Builds the proxy as a service for every path.
+/// Builds the proxy as a service for every path. Its JWTs are shared with `fleet`.
 ///
 /// # Errors
 ///
 /// A setting is invalid.
-pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<Router, config::Error> {
+pub fn router(
+    config: &Config,
+    fleet: Option<&Fleet>,
+    metrics: Metrics,
+    shutdown: Shutdown,
+) -> Result<Router, config::Error> {
     let tls = upstream::tls(config.ca.as_deref(), !config.allow_insecure_loopback)?;
     let http_proxy = HttpProxy::from_env(|name| std::env::var_os(name))?;
     let settings = upstream::Settings::new(tls, http_proxy, config.api_idle, RESEND_LIMIT);
@@ -93,6 +99,9 @@ pub fn router(config: &Config, metrics: Metrics, shutdown: Shutdown) -> Result<R
     let mut builder = SelamLayer::builder().with_token_client(settings.token_client());
     if let Some(subjects) = &subjects {
         builder = builder.with_subject_tokens(subjects.clone());
+    }
+    if let Some(fleet) = fleet {
+        builder = builder.with_fleet(fleet.clone());
     }
     let layer = config.layer(builder)?;
     if let Ok(api) = layer.base_url().to_string().parse()

@@ -56,7 +56,7 @@ async fn main() -> Result<(), BoxError> {
     ];
     let Command::Serve(config) = Command::parse(flags.map(OsString::from), |_| None)? else { return Ok(()) };
     let shutdown = Shutdown::default();
-    let router = router(&config, metrics::install()?, shutdown.clone())?;
+    let router = router(&config, None, metrics::install()?, shutdown.clone())?;
 
     println!("open       {origin}/");
     println!("or, to see a page that the proxy does not list,");

@@ -88,12 +88,12 @@ fn claims(issuer: &str, user: &str, further: &Value) -> Value {
 }
 
 /// A user's name, which no output may show.
-fn user(name: &str) -> String {
+pub(crate) fn user(name: &str) -> String {
     secret(format!("{name}-{}@app.example", random()))
 }
 
 /// An issuer on a loopback port.
-struct Issuer {
+pub(crate) struct Issuer {
     url: String,
     key: Key,
     set: Arc<Mutex<String>>,
@@ -103,7 +103,7 @@ struct Issuer {
 }
 
 impl Issuer {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let (url, key) = (format!("http://{}", listener.local_addr().unwrap()), Key::new());
         let (is_down, fetched) = (Arc::<AtomicBool>::default(), Arc::<AtomicU64>::default());
@@ -135,7 +135,7 @@ impl Issuer {
         Self { url, key, set, is_down, fetched, serving }
     }
 
-    fn jwt(&self, user: &str, further: &Value) -> String {
+    pub(crate) fn jwt(&self, user: &str, further: &Value) -> String {
         self.key.jwt(&claims(&self.url, user, further))
     }
 
@@ -375,7 +375,7 @@ fn subject_of(authorization: &str) -> String {
 }
 
 /// With a token endpoint that exchanges the users' JWTs.
-fn exchanging(launch: Launch, api: &Server, issuer: &Issuer) -> Launch {
+pub(crate) fn exchanging(launch: Launch, api: &Server, issuer: &Issuer) -> Launch {
     let url = api.base_url().replace("/v1", "/oauth/token");
     with_issuer(launch.env("SELAM_TOKEN_URL", url), &issuer.url)
 }

@@ -12,6 +12,7 @@ mod connections;
 mod credentials;
 mod errors;
 mod expect;
+mod fleet;
 mod forwarding;
 mod leaks;
 mod login;

@@ -23,7 +23,7 @@ const REFRESHES: &str = "tower_selam_renewals_total";
 const REPLAYS: &str = "tower_selam_replays_total";
 const INFO: &str = "tower_selam_credential_info";
 
-async fn scrape(proxy: &Proxy) -> Scrape {
+pub(crate) async fn scrape(proxy: &Proxy) -> Scrape {
     scrape_as(&Caller::http1(proxy)).await
 }
 
@@ -35,7 +35,7 @@ async fn scrape_as(caller: &Caller) -> Scrape {
 }
 
 /// Waits until the metric has this value: a request is counted shortly after its last byte.
-async fn reaches(proxy: &Proxy, name: &str, labels: &[(&str, &str)], value: f64) {
+pub(crate) async fn reaches(proxy: &Proxy, name: &str, labels: &[(&str, &str)], value: f64) {
     eventually(&format!("{name}{labels:?} is {value}"), async || {
         let now = scrape(proxy).await;
         (now.value(name, labels) == Some(value)).then_some(())
