@@ -25,7 +25,7 @@ mod screen;
 #[path = "../../support/transcript.rs"]
 mod transcript;
 
-use std::{env, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use tokio::time::{MissedTickBehavior, interval, sleep};

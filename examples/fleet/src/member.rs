@@ -190,7 +190,7 @@ pub(crate) async fn run(settings: Settings) -> Result<(), BoxError> {
 
     let source = OAuthSource::client_credentials(endpoint.clone());
     let service = Refreshing::new(fleet.share("service", counted(source, None, &tally)));
-    let login = Refreshing::new(fleet.share_login(LOGIN, None, |login| {
+    let login = Refreshing::new(fleet.share_login(LOGIN, |login| {
         counted(OAuthSource::refresh_token(endpoint, login), Some(LOGIN_LIFETIME), &tally)
     }));
     let stack = |jwts: &Refreshing<Token>| -> Result<_, BoxError> {
