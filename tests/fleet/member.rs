@@ -115,8 +115,8 @@ impl Member {
 
     /// Asks all engines at once.
     async fn token(&self) -> String {
-        let mut calls: JoinSet<_> =
-            self.engines.iter().cloned().map(async |engine| describe(engine.token().await)).collect();
+        let call = |engine: Refreshing<Token>| async move { describe(engine.token().await) };
+        let mut calls: JoinSet<_> = self.engines.clone().into_iter().map(call).collect();
         let mut answers = Vec::new();
         while let Some(answer) = calls.join_next().await {
             answers.push(answer.unwrap_or_else(|error| error.to_string()));
