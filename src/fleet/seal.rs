@@ -43,7 +43,7 @@ const MAX_FILE_KIB: usize = 64;
 ///
 /// # Rotation
 ///
-/// Give every member the new key with [`Fleet::with_former_key`](super::Fleet::with_former_key) first; then make it the key of
+/// Give every member the new key with [`FleetBuilder::with_former_key`](super::FleetBuilder::with_former_key) first; then make it the key of
 /// every member, and the old one the former key; then drop the old one. A member without the key of a record neither uses nor
 /// replaces it.
 #[derive(Clone)]

@@ -18,7 +18,7 @@ use crate::error::BoxError;
 ///
 /// # Cancel safety
 ///
-/// A call that takes longer than the [fleet's patience](super::Fleet::with_store_timeout) is dropped. What it has written by
+/// A call that takes longer than the [fleet's patience](super::FleetBuilder::with_store_timeout) is dropped. What it has written by
 /// then may arrive or not.
 pub trait FleetStore: Send + Sync + 'static {
     /// Returns what stands under `key`.
