@@ -539,7 +539,11 @@ impl Issuer {
             }
             Err(status) => {
                 let response = Response::builder().status(StatusCode::from_u16(status).unwrap());
-                response.header("location", "https://login.example/jwks").body(Full::default()).unwrap()
+                // No other status than 200 makes the body a key set.
+                response
+                    .header("location", "https://login.example/jwks")
+                    .body(Full::from(all_keys()))
+                    .unwrap()
             }
         }
     }
@@ -675,6 +679,31 @@ async fn an_earlier_fetch_proves_no_absence() {
     assert!(verifier.verify(lasting(Signer::Es256)).await.is_ok());
 }
 
+/// V3: which ids the issuer lacks is remembered, up to a limit.
+#[tokio::test(start_paused = true)]
+async fn absent_keys_are_remembered() {
+    let issuer = Issuer::publishing(&[Signer::EdDsa]);
+    let verifier = issuer.verifier(&clock());
+    let verify = |id: u32| {
+        let header = with(header(Signer::EdDsa), &json!({ "kid": id.to_string() }));
+        let (verifier, jwt) = (verifier.clone(), Signer::EdDsa.jwt(&header, &claims()));
+        async move { verifier.verify(jwt).await.unwrap_err() }
+    };
+    issuer.hold(true);
+    let first: Vec<_> = (0..70).map(|id| tokio::spawn(verify(id))).collect();
+    settle().await;
+    issuer.hold(false);
+    for error in first {
+        assert_eq!(error.await.unwrap(), VerifyError::UnknownKey);
+    }
+    let mut remembered = 0;
+    for id in (0..70).rev() {
+        remembered += usize::from(verify(id).await == VerifyError::UnknownKey);
+    }
+    assert_eq!(remembered, 64);
+    assert_eq!(issuer.fetched(), 2);
+}
+
 /// V3
 #[tokio::test(start_paused = true)]
 async fn stale_keys_are_refreshed_in_the_background() {
@@ -718,6 +747,13 @@ async fn an_outage_is_survived_for_a_day() {
     assert!(verifier.verify(lasting(Signer::EdDsa)).await.is_ok());
 
     issuer.fail(302);
+    clock.jump(300 * SECOND);
+    assert!(verifier.verify(lasting(Signer::EdDsa)).await.is_ok());
+    settle().await;
+    // An unknown key is no reason to try earlier.
+    let attempts = issuer.0.discovered.load(Ordering::SeqCst);
+    retry_after(verifier.verify(lasting(Signer::Es256)).await);
+    assert_eq!(issuer.0.discovered.load(Ordering::SeqCst), attempts);
     let mut passed = Duration::ZERO;
     while passed < 24 * HOUR - 600 * SECOND {
         clock.jump(600 * SECOND);
@@ -763,6 +799,9 @@ async fn answers_that_are_no_key_set_are_failures() {
     let (clock, issuer) = (clock(), Issuer::publishing(&[Signer::EdDsa]));
     issuer.hold(true);
     retry_after(issuer.verifier(&clock).verify(lasting(Signer::EdDsa)).await);
+    let keys = IssuerKeys::at_url::<_, Full<Bytes>, _>(&format!("{ISSUER}/jwks"), issuer.client()).unwrap();
+    let verifier = JwtVerifier::new(keys.with_clock(clock.clone()), [AUDIENCE]);
+    retry_after(verifier.verify(lasting(Signer::EdDsa)).await);
     // A discovery document that leads to plain http, or elsewhere.
     for url in ["http://login.example/jwks", "http://127.0.0.1/jwks", "/jwks", "file:///etc/passwd"] {
         let issuer = Issuer::publishing(&[Signer::EdDsa]);

@@ -579,6 +579,9 @@ async fn a_real_issuer_rotates_its_keys_under_load() {
 
     let (simulator, _api, launch) = api().await;
     let proxy = with_issuer(launch, &issuer).start().await;
+    // On a busy machine, the issuer may take longer to start than the proxy waits for its keys.
+    let caller = Caller::http1(&proxy).with_token(&log_in(&issuer, &password, &users[0]).await);
+    eventually("the keys are there", async || (caller.chat().await.status == 200).then_some(())).await;
     let (answered, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
     let rotated = Arc::<AtomicBool>::default();
     let callers = users.iter().enumerate().map(|(number, user)| {
