@@ -39,8 +39,8 @@ const EPOCH_SECONDS: f64 = 1e9;
 /// Numbers at least this large are epoch milliseconds: as seconds, they would lie three thousand years ahead.
 const EPOCH_MILLISECONDS: f64 = 1e11;
 
-/// Numbers at least this large are no time at all: as milliseconds, they would lie a thousand years ahead.
-const ABSURD: f64 = 3.5e13;
+/// The longest structured field that is read, in bytes: every limit is compared with every policy.
+const MAX_FIELD: usize = 4096;
 
 /// A rate limit, as the headers of a response tell it.
 ///
@@ -48,7 +48,7 @@ const ABSURD: f64 = 3.5e13;
 /// account, not per key. Gateways may send the fields of
 /// [draft-ietf-httpapi-ratelimit-headers](https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/) instead:
 /// `RateLimit` and `RateLimit-Policy`, or `RateLimit-Limit`, `-Remaining` and `-Reset` of its earlier versions. A missing or
-/// unreadable header gives `None`.
+/// unreadable header gives `None`; so does a reset thirty years ahead, and a structured field of more than 4 KiB.
 ///
 /// A response may tell several limits. All of them have to allow a request, so the first to be used up decides: that with the fewest
 /// requests remaining and, among equals, with the latest reset. Quotas that do not count requests, such
@@ -188,10 +188,14 @@ fn structured(headers: &HeaderMap, now: SystemTime) -> Vec<RateLimit> {
     vec![RateLimit::of(member("limit"), member("remaining"), member("reset"), now)]
 }
 
-/// Parses all lines of a field; `None` if there is none, or a mistake anywhere.
+/// Parses all lines of a field; `None` if there is none, a mistake anywhere, or too much of it.
 fn parse<T: FieldType>(headers: &HeaderMap, name: &HeaderName) -> Option<T> {
     let lines: Vec<_> = headers.get_all(name).iter().map(|line| line.as_bytes()).collect();
-    Parser::new(&lines.join(&b", "[..])).parse().ok().filter(|_| !lines.is_empty())
+    let field = lines.join(&b", "[..]);
+    if lines.is_empty() || field.len() > MAX_FIELD {
+        return None;
+    }
+    Parser::new(&field).parse().ok()
 }
 
 /// Whether a member of `RateLimit` has the name of its policy, and is not a word of a dictionary.
@@ -224,18 +228,17 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
 }
 
 fn reset_at(text: &str, now: SystemTime) -> Option<SystemTime> {
-    if let Ok(number) = text.parse::<f64>()
-        && number >= EPOCH_SECONDS
-    {
-        let seconds = if number >= EPOCH_MILLISECONDS { number / 1e3 } else { number };
-        return (number < ABSURD)
-            .then(|| UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(seconds).ok()?))
-            .flatten();
-    }
-    match delay(text) {
-        Some(delay) => now.checked_add(delay),
-        None => humantime::parse_rfc3339_weak(text).ok(),
-    }
+    let at = match text.parse::<f64>() {
+        Ok(number) if number >= EPOCH_SECONDS => {
+            let seconds = if number >= EPOCH_MILLISECONDS { number / 1e3 } else { number };
+            UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(seconds).ok()?)?
+        }
+        _ => match delay(text) {
+            Some(delay) => now.checked_add(delay)?,
+            None => humantime::parse_rfc3339_weak(text).ok()?,
+        },
+    };
+    is_plausible(&at.duration_since(now).unwrap_or_default()).then_some(at)
 }
 
 /// Parses `90`, `1.5` or `1m30s`.
@@ -312,6 +315,15 @@ mod tests {
     }
 
     #[test]
+    fn resets_decades_ahead_are_none() {
+        for form in ["9999-12-31T23:59:59Z", "2800000000", "2800000000000", "34999999999999"] {
+            assert_eq!(read(&[(RESET, form)]), None, "{form}");
+        }
+        let past = read(&[(RESET, "1000000000")]).unwrap();
+        assert_eq!(past.reset_after, Some(Duration::ZERO));
+    }
+
+    #[test]
     fn all_four_headers_are_read() {
         let limit =
             read(&[(LIMIT, "60"), (REMAINING, "0"), (RESET, "1800000030"), (RESET_AFTER, "29.5")]).unwrap();
@@ -363,6 +375,17 @@ mod tests {
         }
         let unreadable = [(RATE_LIMIT, "\"a\";r=1;t=9"), (RATE_LIMIT, "limit=")];
         assert_eq!(read(&unreadable), None, "one mistake makes the whole field invalid");
+    }
+
+    /// Otherwise one response could keep a thread busy for seconds.
+    #[test]
+    fn long_fields_are_not_read() {
+        let limit = (RATE_LIMIT, "\"default\";r=50;t=30");
+        let policies = |length: usize| format!("\"default\";q=100{}", " ".repeat(length - 15));
+        let quota = |length| read(&[limit.clone(), (RATE_LIMIT_POLICY, &policies(length))]).unwrap().limit;
+        assert_eq!((quota(MAX_FIELD), quota(MAX_FIELD + 1)), (Some(100), None));
+        let limits = vec![limit; MAX_FIELD / 17];
+        assert_eq!(read(&limits), None, "all lines count");
     }
 
     fn wait(pairs: &[(HeaderName, &str)]) -> Option<u128> {
