@@ -4,7 +4,7 @@ use std::{
     borrow::Cow,
     error::Error as StdError,
     fmt::{self, Write as _},
-    io,
+    iter,
     sync::Arc,
     time::Duration,
 };
@@ -15,8 +15,8 @@ use percent_encoding::percent_decode;
 use zeroize::Zeroizing;
 
 use super::{
-    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, challenge::BearerChallenge, decoded,
-    is_auth_status, rate_limit, redact::Redactor, with_causes,
+    AuthErrorKind, BoxError, ErrorBody, RateLimit, body::parse_json, cause_of, challenge::BearerChallenge,
+    decoded, is_auth_status, rate_limit, redact::Redactor, with_causes,
 };
 use crate::util::clock::{self, Countdown};
 
@@ -174,18 +174,11 @@ impl AuthError {
     /// ```
     #[must_use]
     pub fn find<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Self> {
-        let mut next = Some(error);
-        while let Some(error) = next {
+        iter::successors(Some(error), |&error| cause_of(error)).find_map(|error| {
             let boxed = || error.downcast_ref::<Box<Self>>().map(|found| &**found);
             let shared = || error.downcast_ref::<Arc<Self>>().map(|found| &**found);
-            if let Some(found) = error.downcast_ref::<Self>().or_else(boxed).or_else(shared) {
-                return Some(found);
-            }
-            // `io::Error::source` skips the error that it wraps.
-            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            next = wrapped.map(|wrapped| wrapped as _).or_else(|| error.source());
-        }
-        None
+            error.downcast_ref::<Self>().or_else(boxed).or_else(shared)
+        })
     }
 
     /// Returns the kind of error.

@@ -16,7 +16,7 @@ mod rate_limit;
 mod redact;
 mod view;
 
-use std::error::Error as StdError;
+use std::{error::Error as StdError, io};
 
 use http::StatusCode;
 
@@ -46,6 +46,12 @@ pub(crate) use self::{
 #[inline]
 pub(crate) fn is_auth_status(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
+}
+
+/// Returns the error below this one. `io::Error::source` skips the error that it wraps.
+pub(crate) fn cause_of<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
+    let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    wrapped.map(|wrapped| wrapped as _).or_else(|| error.source())
 }
 
 /// Formats `error` and all its causes, separated by colons.

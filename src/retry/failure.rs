@@ -4,7 +4,7 @@ use std::{convert::Infallible, error::Error as StdError, io};
 
 use hyper_util::client::legacy;
 
-use crate::{AuthError, BoxError, Error};
+use crate::{AuthError, BoxError, Error, error::cause_of};
 
 /// What the failure of a request says about the server.
 ///
@@ -64,7 +64,7 @@ impl Failure {
             if error.downcast_ref().is_some_and(is_connection_lost) {
                 return Self::ConnectionLost;
             }
-            cause = error.source();
+            cause = cause_of(error);
         }
         Self::Other
     }
@@ -179,6 +179,8 @@ mod tests {
         {
             assert_eq!(of(kind), Failure::ConnectionLost, "{kind}");
         }
+        let wrapped = io::Error::other(io::Error::from(io::ErrorKind::ConnectionReset));
+        assert_eq!(Failure::of(&wrapped), Failure::ConnectionLost);
         for kind in [io::ErrorKind::InvalidData, io::ErrorKind::PermissionDenied] {
             assert_eq!(of(kind), Failure::Other, "{kind}");
         }

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -9,13 +10,15 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use h2::{Reason, server::SendResponse};
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::Full;
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use h2::Reason;
+use http::{Method, Request, Response, StatusCode, Version};
+use hyper::client::conn::http1;
+use hyper_util::{
+    client::legacy::Client,
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+};
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     time::{Instant, timeout},
 };
@@ -28,8 +31,9 @@ use tower_selam::{
 };
 use tower_test::mock;
 
-use crate::support::{BOTH, Body, CHAT, HANG, MODELS, builder, https, key, post, response};
+use crate::support::{BOTH, Body, CHAT, Fed, HANG, MODELS, builder, https, key, post, response};
 
+const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
 fn request(method: Method) -> Request<Body> {
@@ -141,13 +145,16 @@ async fn other_responses_are_final() {
 
 #[tokio::test(start_paused = true)]
 async fn told_waits_are_never_shortened() {
+    let mut waits = std::collections::BTreeSet::new();
     for _ in 0..30 {
         let api = Api::new(&[Outcome::Told(429, "7"), Outcome::Told(503, "3")]);
         let (status, took) = api.send(RetryPolicy::new(), request(Method::GET)).await;
         assert_eq!(status, Some(StatusCode::OK));
         // Jitter adds up to the back-off of half a second, then of one.
         assert!(took >= 10 * SECOND && took <= Duration::from_millis(11_510), "{took:?}");
+        waits.insert(took);
     }
+    assert!(waits.len() > 20, "{waits:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -203,6 +210,36 @@ async fn clones_share_the_budget() {
     assert_eq!(sends, 4, "two requests, and two retries for the four successes");
 }
 
+/// The result is returned instead, since nothing could wait.
+#[test]
+fn without_timers_nothing_is_retried() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let api = Api::new(&[Outcome::Status(503)]);
+    let service = ServiceBuilder::new().retry(RetryPolicy::new()).service(api.service());
+    let response = runtime.block_on(service.oneshot(request(Method::GET))).unwrap();
+    assert_eq!((response.status().as_u16(), api.sends()), (503, 1));
+}
+
+/// A retry is the same request.
+#[tokio::test(start_paused = true)]
+async fn heads_are_repeated() {
+    let heads = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let api = service_fn(async |request: Request<Body>| {
+        let (head, _) = request.into_parts();
+        let extension = head.extensions.get::<&str>().copied();
+        let mut heads = heads.lock().unwrap();
+        heads.push((head.method, head.uri, head.version, head.headers, extension));
+        Ok::<_, BoxError>(response(if heads.len() == 1 { 429 } else { 200 }, ""))
+    });
+    let mut sent = request(Method::PATCH);
+    *sent.version_mut() = Version::HTTP_2;
+    sent.headers_mut().insert("accept", "text/plain".parse().unwrap());
+    sent.extensions_mut().insert("note");
+    ServiceBuilder::new().retry(RetryPolicy::new()).service(api).oneshot(sent).await.unwrap();
+    let heads = heads.lock().unwrap();
+    assert!(heads.len() == 2 && heads[0] == heads[1] && heads[1].4 == Some("note"), "{heads:?}");
+}
+
 /// Nothing was sent, so the request is repeated once its key can be fetched again.
 #[tokio::test(start_paused = true)]
 async fn temporary_auth_errors_are_retried() {
@@ -221,7 +258,8 @@ async fn temporary_auth_errors_are_retried() {
         }));
         let (api, began) = (Api::new(&[]), Instant::now());
         let layer = SelamLayer::builder().with_api_key(keys).build().unwrap();
-        let service = ServiceBuilder::new().retry(RetryPolicy::new()).layer(layer).service(api.service());
+        let policy = RetryPolicy::new().with_max_retries(1);
+        let service = ServiceBuilder::new().retry(policy).layer(layer).service(api.service());
         let result = service.oneshot(request(Method::POST)).await;
         if permanent {
             assert_eq!(result.unwrap_err().auth().unwrap().kind(), AuthErrorKind::RefreshRejected);
@@ -320,58 +358,121 @@ async fn sends_do_not_multiply_over_connections() {
 }
 
 /// A client without TLS, and the error of a request that it sends.
-async fn error_of(address: std::net::SocketAddr, http2: bool) -> BoxError {
-    let client =
-        Client::builder(TokioExecutor::new()).http2_only(http2).retry_canceled_requests(false).build_http();
-    let request = Request::post(format!("http://{address}/")).body(Full::<Bytes>::from(CHAT)).unwrap();
-    timeout(HANG, client.request(request)).await.unwrap().unwrap_err().into()
+async fn error_of<B>(address: SocketAddr, http2: bool, body: B) -> BoxError
+where
+    B: http_body::Body<Data: Send, Error: Into<BoxError>> + Send + Unpin + 'static,
+{
+    let mut client = Client::builder(TokioExecutor::new());
+    client.timer(TokioTimer::new()).retry_canceled_requests(false).http2_only(http2);
+    client.http2_keep_alive_interval(MILLISECOND).http2_keep_alive_timeout(SECOND);
+    let request = Request::post(format!("http://{address}/")).body(body).unwrap();
+    timeout(HANG, client.build_http().request(request)).await.unwrap().unwrap_err().into()
+}
+
+/// What a client makes of a server that does this with its connection.
+async fn failure(http2: bool, serve: impl AsyncFnOnce(TcpStream)) -> Failure {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let served = async { timeout(HANG, serve(listener.accept().await.unwrap().0)).await.unwrap() };
+    let (error, ()) = tokio::join!(error_of(address, http2, Body::from(CHAT)), served);
+    Failure::of(&*error)
 }
 
 #[tokio::test]
 async fn a_missing_connection_is_unprocessed() {
     // Nobody listens on this port any more.
     let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    assert_eq!(Failure::of(&*error_of(address, false).await), Failure::Unprocessed);
+    assert_eq!(Failure::of(&*error_of(address, false, Body::from(CHAT)).await), Failure::Unprocessed);
+}
+
+#[tokio::test]
+async fn an_unwritten_request_is_unprocessed() {
+    let (io, _server) = tokio::io::duplex(64);
+    let (mut client, connection) = http1::handshake(TokioIo::new(io)).await.unwrap();
+    drop(connection);
+    let error = client.send_request(request(Method::POST)).await.unwrap_err();
+    assert_eq!(Failure::of(&error), Failure::Unprocessed);
 }
 
 #[tokio::test]
 async fn a_broken_connection_is_lost() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (error, ()) = tokio::join!(error_of(address, false), async {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        let mut head = [0; 16];
-        stream.read_exact(&mut head).await.unwrap();
+    let reset = failure(false, async |mut stream| {
+        stream.read_exact(&mut [0; 16]).await.unwrap();
     });
-    assert_eq!(Failure::of(&*error), Failure::ConnectionLost);
+    assert_eq!(reset.await, Failure::ConnectionLost);
+    let closed = failure(false, async |mut stream| {
+        let mut request = Vec::new();
+        while !request.ends_with(CHAT.as_bytes()) {
+            stream.read_buf(&mut request).await.unwrap();
+        }
+    });
+    assert_eq!(closed.await, Failure::ConnectionLost);
+    let silent = failure(true, async |mut stream| {
+        stream.write_all(&frame(SETTINGS, 0, &[])).await.unwrap();
+        // Its pings go unanswered.
+        stream.read_to_end(&mut Vec::new()).await.unwrap();
+    });
+    assert_eq!(silent.await, Failure::ConnectionLost);
 }
 
-/// Accepts one HTTP/2 request, and answers as `answer` says.
-async fn http2_failure(
-    answer: impl FnOnce(SendResponse<Bytes>, &mut h2::server::Connection<TcpStream, Bytes>),
-) -> Failure {
+/// The client's connection is whole: the program failed to read what it was to send.
+#[tokio::test]
+async fn a_broken_body_is_not_retried() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let (error, ()) = tokio::join!(error_of(address, true), async {
-        let (stream, _) = listener.accept().await.unwrap();
-        let mut connection = h2::server::handshake(stream).await.unwrap();
-        let (_request, respond) = connection.accept().await.unwrap().unwrap();
-        answer(respond, &mut connection);
-        let _ = timeout(HANG, std::future::poll_fn(|cx| connection.poll_closed(cx))).await.unwrap();
-    });
-    Failure::of(&*error)
+    let (frames, body) = tokio::sync::mpsc::unbounded_channel();
+    frames.send(Err(io::ErrorKind::ConnectionReset.into())).unwrap();
+    let error = error_of(listener.local_addr().unwrap(), false, Fed(body)).await;
+    assert_eq!(Failure::of(&*error), Failure::Other);
+}
+
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+
+/// A frame of HTTP/2 without flags.
+fn frame(kind: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    [&[0, 0, payload.len() as u8, kind, 0, 0, 0, 0, stream], payload].concat()
+}
+
+/// Answers an HTTP/2 request with `frame`, and waits for the client to close the connection.
+async fn answer_with(frame_: Vec<u8>, mut stream: TcpStream) {
+    stream.write_all(&frame(SETTINGS, 0, &[])).await.unwrap();
+    stream.read_exact(&mut [0; 24]).await.unwrap();
+    let mut head = [0; 9];
+    while head[3] != HEADERS {
+        stream.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+    }
+    stream.write_all(&frame_).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let _ = stream.read_to_end(&mut Vec::new()).await;
+}
+
+#[tokio::test]
+async fn a_goaway_tells_what_is_unprocessed() {
+    let goaway = |last_stream| frame(GOAWAY, 0, &[0, 0, 0, last_stream, 0, 0, 0, 0]);
+    let excluded = failure(true, async |stream| answer_with(goaway(0), stream).await);
+    assert_eq!(excluded.await, Failure::Unprocessed);
+    let included = failure(true, async |stream| answer_with(goaway(1), stream).await);
+    assert_eq!(included.await, Failure::ConnectionLost);
+    // Headers of no stream: the client itself ends the connection.
+    let invalid = failure(true, async |stream| answer_with(frame(HEADERS, 0, &[0x88]), stream).await);
+    assert_eq!(invalid.await, Failure::Other);
 }
 
 #[tokio::test]
 async fn a_refused_stream_is_unprocessed() {
-    let refused = http2_failure(|mut respond, connection| {
-        respond.send_reset(Reason::REFUSED_STREAM);
-        connection.graceful_shutdown();
-    });
-    assert_eq!(refused.await, Failure::Unprocessed);
-    let reset = http2_failure(|mut respond, connection| {
-        respond.send_reset(Reason::INTERNAL_ERROR);
-        connection.graceful_shutdown();
-    });
-    assert_eq!(reset.await, Failure::Other, "the API may have processed it");
+    for (reason, expected) in
+        [(Reason::REFUSED_STREAM, Failure::Unprocessed), (Reason::INTERNAL_ERROR, Failure::Other)]
+    {
+        let reset = failure(true, async |stream| {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            let (_request, mut respond) = connection.accept().await.unwrap().unwrap();
+            respond.send_reset(reason);
+            connection.graceful_shutdown();
+            let _ = std::future::poll_fn(|cx| connection.poll_closed(cx)).await;
+        });
+        assert_eq!(reset.await, expected);
+    }
 }
