@@ -155,6 +155,21 @@ async fn credentials_are_valid_after_the_wait() {
     assert_eq!((bearer(&head), head.headers["x-api-key"].as_bytes()), ("token-2", KEY.as_bytes()));
 }
 
+/// R7: `prefetch` waits for the JWT as well if it expired while the key was awaited.
+#[tokio::test(start_paused = true)]
+async fn prefetched_credentials_are_valid() {
+    let (jwts, _) = engine(&Mint::default());
+    jwts.prefetch().await.unwrap();
+    let keys = Refreshing::new(source_fn(|_: Reason<ApiKey>| async {
+        sleep(10 * SECOND).await;
+        Ok::<_, BoxError>(key())
+    }));
+    let layer = SelamLayer::builder().with_api_key(keys).with_jwt(&jwts).build().unwrap();
+    advance(53 * SECOND).await;
+    layer.prefetch().await.unwrap();
+    assert_eq!(jwts.current().unwrap().expose_secret(), "token-2");
+}
+
 /// T3, F3: a caller that stops waiting loses nothing, and its head is whole.
 #[tokio::test(start_paused = true)]
 async fn cancelled_authorization_leaves_the_head() {
@@ -192,6 +207,37 @@ async fn rejected_key_is_replayed_once() {
         let second = answer(&mut authorized, UNAUTHORIZED, INVALID_KEY).await;
         assert_eq!(second, Err(AuthErrorKind::InvalidApiKey));
     }
+}
+
+/// J4: a rejected replay says nothing about the credential, however late it is rejected.
+#[tokio::test(start_paused = true)]
+async fn rejected_replay_refreshes_nothing() {
+    let layer = SelamLayer::builder().with_api_key(rotating_keys()).build().unwrap();
+    let mut head = head(get(MODELS));
+    let mut authorized = layer.authorize(&mut head).await.unwrap();
+    assert_eq!(answer(&mut authorized, UNAUTHORIZED, "").await, Ok(true));
+    authorized.authorize_again(&mut head).await.unwrap();
+    // The spacing of rejections is over.
+    advance(10 * MINUTE).await;
+    assert!(answer(&mut authorized, UNAUTHORIZED, "").await.is_err());
+    layer.authorize(&mut head).await.unwrap();
+    assert_eq!(bearer(&head), "sk-selam-2");
+}
+
+/// J1: after a broken connection, a 401 blames what was sent last.
+#[tokio::test(start_paused = true)]
+async fn resent_request_blames_its_own_token() {
+    let (jwts, _) = engine(&Mint::default());
+    let layer = SelamLayer::builder().with_api_key(key()).with_jwt(&jwts).build().unwrap();
+    let mut head = head(get(MODELS));
+    let mut authorized = layer.authorize(&mut head).await.unwrap();
+    advance(MINUTE).await;
+    authorized.authorize_again(&mut head).await.unwrap();
+    assert_eq!(bearer(&head), "token-2");
+    assert_eq!(authorized.headers()[0].1, Some(&head.headers["authorization"]));
+    assert_eq!(answer(&mut authorized, UNAUTHORIZED, "").await, Ok(true));
+    authorized.authorize_again(&mut head).await.unwrap();
+    assert_eq!(bearer(&head), "token-3");
 }
 
 /// J6, J11: the body decides which credential is blamed; without one, it is the JWT.
@@ -264,6 +310,8 @@ async fn accepted_replay_ends_the_spacing() {
         let mut authorized = layer.authorize(&mut head).await.unwrap();
         assert_eq!(answer(&mut authorized, UNAUTHORIZED, "").await, Ok(true));
         authorized.authorize_again(&mut head).await.unwrap();
+        // Some hosts say so at each answer.
+        authorized.forbid_replay();
         let second = StatusCode::from_u16(second).unwrap();
         assert_ne!(answer(&mut authorized, second, "").await, Ok(true));
 

@@ -10,7 +10,7 @@ use std::{
     task::{Context, Waker},
 };
 
-use http::Request;
+use http::{HeaderMap, Request, StatusCode};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_selam::{
     ApiKey, ApiKeyLayer, AuthErrorLayer, BoxError, Credentials, JwtLayer, PerSubject, Refreshing,
@@ -193,15 +193,42 @@ async fn replays_are_counted_by_outcome() {
             } else {
                 drop(layer.layer(api).oneshot(chat()).await);
             }
-            let counted = recorder
-                .all()
-                .into_iter()
-                .filter(|(name, _)| !name.contains("renewals") && !name.contains("info"));
             let mut all: Vec<_> = expected.map(|error| (error.to_owned(), 1.0)).into_iter().collect();
             all.push((format!("tower_selam_replays_total{{outcome={outcome}}}"), 1.0));
-            assert_eq!(counted.collect::<Vec<_>>(), all);
+            assert_eq!(requests(&recorder), all);
         }
     }
+}
+
+/// Hosts that are not Tower services are counted in the same way.
+#[tokio::test]
+async fn replays_of_other_hosts_are_counted() {
+    for (second, outcome, kind) in [
+        (200, "accepted", None),
+        (500, "accepted", None),
+        (401, "refused", Some("unauthorized")),
+        (403, "refused", Some("forbidden")),
+    ] {
+        let recorder = Recorder::default();
+        let _guard = ::metrics::set_default_local_recorder(&recorder);
+        let layer = SelamLayer::builder().with_api_key(key()).with_jwt(endless_jwts()).build().unwrap();
+        let (mut head, ()) = get(MODELS).into_parts();
+        let mut authorized = layer.authorize(&mut head).await.unwrap();
+        let headers = HeaderMap::new();
+        assert!(authorized.should_replay(StatusCode::UNAUTHORIZED, &headers, b"").await.unwrap());
+        authorized.authorize_again(&mut head).await.unwrap();
+        let _ = authorized.should_replay(second.try_into().unwrap(), &headers, b"").await;
+        let error = kind.map(|kind| format!("tower_selam_auth_errors_total{{code=none,kind={kind}}}"));
+        let replay = format!("tower_selam_replays_total{{outcome={outcome}}}");
+        let all: Vec<_> = error.into_iter().chain([replay]).map(|name| (name, 1.0)).collect();
+        assert_eq!(requests(&recorder), all);
+    }
+}
+
+/// What was counted of requests.
+fn requests(recorder: &Recorder) -> Vec<(String, f64)> {
+    let all = recorder.all().into_iter();
+    all.filter(|(name, _)| !name.contains("renewals") && !name.contains("info")).collect()
 }
 
 /// gRPC errors are counted once: in headers, in trailers, or as the 401 of an HTTP proxy.
@@ -225,9 +252,8 @@ async fn grpc_errors_are_counted_once() {
         let _guard = ::metrics::set_default_local_recorder(&recorder);
         let selam = SelamLayer::builder().with_api_key(key()).build().unwrap();
         let layer = SelamGrpcLayer::new(selam, &"https://api.selamgpt.com".parse().unwrap()).unwrap();
-        let status = |status: &str| {
-            http::HeaderMap::from_iter([("grpc-status".parse().unwrap(), status.parse().unwrap())])
-        };
+        let status =
+            |status: &str| HeaderMap::from_iter([("grpc-status".parse().unwrap(), status.parse().unwrap())]);
         let channel = service_fn(move |_: Request<Body>| {
             let end = trailers.map(|trailers| Ok(status(trailers)));
             let mut response = Response::new(Body::new(Empty::new().with_trailers(ready(end))));
@@ -260,26 +286,33 @@ async fn unsent_requests_are_counted_by_kind() {
         }))
     };
     let unsent = |kind: &str| format!("tower_selam_unsent_requests_total{{kind={kind}}}");
-    let mut key_and_jwt = get(MODELS);
-    key_and_jwt.extensions_mut().insert(RequestAuth::ApiKeyAndJwt);
-    let mut voice = get(MODELS);
-    voice.extensions_mut().insert(RequestAuth::VoiceAgent);
-    for (jwt, request, kind) in [
-        (None, get("http://api.selamgpt.com/v1"), "origin_not_allowed"),
-        (None, key_and_jwt, "credential_unavailable"),
-        (Some(endless_jwts()), voice, "invalid_request"),
-        (Some(failing(false)), get(MODELS), "refresh_failed"),
-        (Some(failing(true)), get(MODELS), "refresh_rejected"),
-    ] {
-        let recorder = Recorder::default();
-        let _guard = ::metrics::set_default_local_recorder(&recorder);
-        let builder = SelamLayer::builder().with_api_key(key());
-        let builder = jwt.into_iter().fold(builder, |builder, jwt| builder.with_jwt(jwt));
-        let request = request.map(|()| String::new());
-        builder.build().unwrap().layer(api([])).oneshot(request.clone()).await.unwrap_err();
-        assert_eq!(recorder.value(&unsent(kind)), Some(1.0), "{kind}: {:?}", recorder.all());
-        assert_eq!(recorder.all().iter().filter(|(name, _)| name.contains("unsent")).count(), 1);
-        assert!(recorder.all().iter().all(|(name, _)| !name.contains("auth_errors")));
+    let with = |choice: RequestAuth| {
+        let mut request = get(MODELS);
+        request.extensions_mut().insert(choice);
+        request
+    };
+    for is_tower in [true, false] {
+        for (jwt, request, kind) in [
+            (None, get("http://api.selamgpt.com/v1"), "origin_not_allowed"),
+            (None, with(RequestAuth::ApiKeyAndJwt), "credential_unavailable"),
+            (Some(endless_jwts()), with(RequestAuth::VoiceAgent), "invalid_request"),
+            (Some(failing(false)), get(MODELS), "refresh_failed"),
+            (Some(failing(true)), get(MODELS), "refresh_rejected"),
+        ] {
+            let recorder = Recorder::default();
+            let _guard = ::metrics::set_default_local_recorder(&recorder);
+            let builder = SelamLayer::builder().with_api_key(key());
+            let builder = jwt.into_iter().fold(builder, |builder, jwt| builder.with_jwt(jwt));
+            let layer = builder.build().unwrap();
+            if is_tower {
+                layer.layer(api([])).oneshot(request.map(|()| String::new())).await.unwrap_err();
+            } else {
+                layer.authorize(&mut request.into_parts().0).await.unwrap_err();
+            }
+            assert_eq!(recorder.value(&unsent(kind)), Some(1.0), "{kind}: {:?}", recorder.all());
+            assert_eq!(recorder.all().iter().filter(|(name, _)| name.contains("unsent")).count(), 1);
+            assert!(recorder.all().iter().all(|(name, _)| !name.contains("auth_errors")));
+        }
     }
 }
 
