@@ -265,12 +265,57 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_request_counts() {
+    fn a_request_without_numbers_counts() {
+        for answer in [Answer::Unknown, Answer::Unlimited] {
+            let start = now();
+            let mut window = window(1, start);
+            let ticket = window.admit(start).unwrap();
+            window.finish(ticket, answer, start);
+            assert_eq!(admitted(&mut window, start), 0, "{answer:?}");
+        }
+    }
+
+    /// The API may count a request in the window after the one in which it was sent.
+    #[test]
+    fn late_requests_count_in_the_next_window() {
+        let (start, end) = (now(), now() + 60 * SECOND);
+        let mut window = window(50, start);
+        let late = window.admit(start).unwrap();
+        assert_eq!(admitted(&mut window, end), 59);
+        window.finish(late, Answer::Unknown, end);
+        assert_eq!(admitted(&mut window, end), 0, "it was never counted here");
+    }
+
+    #[test]
+    fn ends_that_are_rounded_are_one() {
         let start = now();
-        let mut window = window(1, start);
-        let ticket = window.admit(start).unwrap();
-        window.finish(ticket, Answer::Unknown, start);
+        let mut window = window(5, start);
+        let ticket = window.admit(start + SECOND).unwrap();
+        window.finish(ticket, told(30, 60 * SECOND), start + SECOND);
+        assert_eq!(admitted(&mut window, start + SECOND), 5);
+    }
+
+    #[test]
+    fn responses_of_an_earlier_window_are_ignored() {
+        let start = now();
+        let mut window = window(50, start);
+        let (late, early) = (window.admit(start).unwrap(), window.force(start + 59 * SECOND));
+        window.finish(early, told(40, 60 * SECOND), start + 59 * SECOND);
+        window.finish(late, told(0, Duration::ZERO), start + 59 * SECOND);
+        assert_eq!(admitted(&mut window, start + 59 * SECOND), 40);
+    }
+
+    /// A gateway's 429 has a `Retry-After` alone.
+    #[test]
+    fn a_refusal_leaves_the_limit_known() {
+        let start = now();
+        let mut window = Window::new();
+        let tickets = [(); 2].map(|()| window.admit(start).unwrap());
+        let answer = |limit, remaining| Answer::Limited { limit, remaining, ends_after: 60 * SECOND };
+        window.finish(tickets[0], answer(Some(3), 1), start);
+        window.finish(tickets[1], answer(None, 0), start);
         assert_eq!(admitted(&mut window, start), 0);
+        assert_eq!(admitted(&mut window, start + 60 * SECOND), 3);
     }
 
     #[test]

@@ -207,6 +207,25 @@ async fn without_limits_nothing_waits() {
     assert!(began.elapsed() < 3 * SECOND, "{:?}", began.elapsed());
 }
 
+/// A request that fails without a response does not show that there is no limit.
+#[tokio::test(start_paused = true)]
+async fn failures_lift_no_limit() {
+    let api = service_fn(|request: Request<Body>| async move {
+        if request.method() == Method::GET {
+            return Err::<Response<Body>, BoxError>("broken".into());
+        }
+        pending().await
+    });
+    let service = ThrottleLayer::new().layer(api);
+    let get = Request::get(MODELS).body(Body::default()).unwrap();
+    service.clone().oneshot(get.clone()).await.unwrap_err();
+    let mut hanging: Vec<_> = (0..10).map(|_| task::spawn(service.clone().oneshot(request()))).collect();
+    for request in &mut hanging {
+        assert_pending!(request.poll());
+    }
+    assert_pending!(task::spawn(service.oneshot(get)).poll());
+}
+
 /// Hanging requests do not keep others from being sent for longer than the longest wait.
 #[tokio::test(start_paused = true)]
 async fn hanging_requests_do_not_block_for_ever() {
@@ -223,6 +242,19 @@ async fn hanging_requests_do_not_block_for_ever() {
     }
     let began = Instant::now();
     service.oneshot(Request::get(MODELS).body(Body::default()).unwrap()).await.unwrap();
+    assert_eq!(began.elapsed().as_secs(), 90);
+}
+
+/// Nor does a request at the front of the line that nobody polls.
+#[tokio::test(start_paused = true)]
+async fn an_unpolled_waiter_does_not_block_for_ever() {
+    let api = Api::new(1);
+    let service = ThrottleLayer::new().layer(api.service());
+    use_up(&service, 1).await;
+    let mut unpolled = task::spawn(Box::pin(service.clone().oneshot(request())));
+    assert_pending!(unpolled.poll());
+    let began = Instant::now();
+    assert_eq!(service.oneshot(request()).await.unwrap().status(), StatusCode::OK);
     assert_eq!(began.elapsed().as_secs(), 90);
 }
 
