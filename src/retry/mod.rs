@@ -59,6 +59,9 @@
 //! the wait doubles with each retry. The result is also returned after the last of the retries, where no timers of tokio run,
 //! and once the budget is spent: then too many requests fail for retries to help.
 //!
+//! Use one policy. The retries of two policies multiply: with one outside of `SelamLayer` and one inside, a request is sent up
+//! to 16 times.
+//!
 //! # Throttling
 //!
 //! A policy alone lets each of many requests find out by its own 429 that the limit is used up. [`ThrottleLayer`] remembers
@@ -69,10 +72,13 @@
 //! - Until the first response tells the limit, ten requests are in flight at most; so too at the beginning of a window that
 //!   requests have waited for. Where responses tell no limit, nothing is delayed.
 //! - A request waits for at most [`with_max_wait`](ThrottleLayer::with_max_wait), even if a header or clock is wrong. Then it is
-//!   sent, and the API decides; the 429 is the policy's business.
+//!   sent, and the API decides; the 429 is the policy's business. If more requests wait than the windows of that time allow,
+//!   raise it, or refuse requests outside.
 //! - Other programs on the account, and other layers, are seen through what responses say to remain, so a few requests are
 //!   refused when several use up the last of a window together. Keep the policy outside. In this crate's tests, twenty clients
 //!   that share a limit of 60 make 200 calls with 200 to 210 requests through one layer, and with 217 to 221 through two.
+//! - Poll the future of a waiting request, or drop it. One whose turn has come and that nobody polls, as in a
+//!   `buffer_unordered` whose consumer is busy, holds up those behind it until they have waited for the longest time.
 //! - A waiting request holds no permit of an inner service. It does hold those of outer layers, such as a `timeout`, which
 //!   must allow for the wait.
 //!
@@ -82,6 +88,10 @@
 //! `http_body_util::Full<Bytes>` are. Collect a streaming body before, with `http_body_util::BodyExt::collect` and a limit
 //! (`http_body_util::Limited`), or send it without the policy: the throttle takes any body. For reqwest's body, use
 //! `RetryPolicy::new().with_clone(TryCloneBody)`; a request whose body is a stream is then sent once.
+//!
+//! The compiler reports a body that is not `Clone`, and an error that is not [`AsError`], as "the method `oneshot` exists for
+//! struct `Retry<RetryPolicy, …>`, but its trait bounds were not satisfied". It names the cause, and what to do, if a function
+//! asks for the bound: `fn check<S: tower::Service<http::Request<Body>>>(_: &S) {}`, called with the service.
 
 mod failure;
 mod policy;

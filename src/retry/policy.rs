@@ -212,6 +212,7 @@ pub trait CloneRequestBody<B> {
     fn try_clone(&self, body: &B) -> Option<B>;
 }
 
+#[diagnostic::do_not_recommend]
 impl<B: Clone> CloneRequestBody<B> for CloneBody {
     fn try_clone(&self, body: &B) -> Option<B> {
         Some(body.clone())
