@@ -64,7 +64,8 @@
 //!
 //! # Retries
 //!
-//! `reqwest-retry` retries each 5xx with any method, a POST that was processed included, and does not read `Retry-After`. With the feature `retry`, use this crate's policy and throttle instead, in the same middleware:
+//! `reqwest-retry` retries each 5xx with any method, a POST that was processed included, and does not read `Retry-After`.
+//! With the feature `retry`, use this crate's policy and throttle instead, in the same middleware:
 //!
 //! ```
 //! # #[cfg(feature = "retry")]

@@ -29,6 +29,7 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Retries requests with tower's `retry`. See the [module docs](super).
 ///
 /// Clones share the budget. tower clones the policy for each request, whose attempts it counts.
+#[doc(alias("backoff"))]
 #[derive(Clone, Debug)]
 pub struct RetryPolicy<C = CloneBody> {
     clone: C,

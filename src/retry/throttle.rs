@@ -25,6 +25,7 @@ use crate::{
 /// Lets requests wait while the account's rate limit is used up. See the [module docs](super#throttling).
 ///
 /// Clones, and the services that they make, share one view of the limit. Use one layer for each account.
+#[doc(alias("rate_limit", "RateLimitLayer"))]
 #[derive(Clone, Debug)]
 pub struct ThrottleLayer {
     line: Arc<Line>,

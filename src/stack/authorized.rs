@@ -79,9 +79,10 @@ impl Authorized {
     /// Reports the API's answer, and returns whether to replay the request: call
     /// [`authorize_again`](Self::authorize_again) then, and send it once more.
     ///
-    /// Report every answer; an informational one (1xx) changes nothing. A 401 is handled [as by `RefreshLayer`](crate::replay#what-a-401-causes): it blames the key or the
-    /// JWT, which is refreshed, and the request is to be replayed once there is another. One request is replayed at most
-    /// once. An accepted replay tells the engine that the refresh has helped.
+    /// Report every answer; an informational one (1xx) changes nothing. A 401 is handled
+    /// [as by `RefreshLayer`](crate::replay#what-a-401-causes): it blames the key or the JWT, which is refreshed, and the
+    /// request is to be replayed once there is another. One request is replayed at most once. An accepted replay tells the
+    /// engine that the refresh has helped.
     ///
     /// `body` is the beginning of the answer's body, of which the layer reads
     /// [64 KiB](crate::SelamLayerBuilder::with_error_body_limit). Without it, a 401 tells from its headers alone which
@@ -156,7 +157,8 @@ impl Authorized {
     }
 
     /// Returns the headers that the layer owns, for hosts with another header type: set the one with this value
-    /// alone, or remove it if there is none. Values are marked [sensitive](HeaderValue::is_sensitive).
+    /// alone, or remove it if there is none. Values are marked [sensitive](HeaderValue::is_sensitive). The credentials of a
+    /// [voice agent's](crate::RequestAuth::VoiceAgent) request are in the URI of its head instead.
     ///
     /// A host that forwards an inbound request also has to drop its `Connection` header, which might name these; the head
     /// given to [`authorize`](SelamLayer::authorize) no longer does.

@@ -127,6 +127,7 @@ impl<R> SelamLayer<R> {
     /// # Cancel safety
     ///
     /// A refresh continues without its caller.
+    #[doc(alias("readiness", "health_check"))]
     pub async fn prefetch(&self) -> Result<(), AuthError> {
         self.policy.provider.prefetch().await
     }
