@@ -26,7 +26,7 @@ if (how === "auth") {
 const socket = io(proxy + namespace, options);
 const engine = socket.io.engine;
 const seen = { upgraded: false };
-const limit = setTimeout(() => finish("timed out"), 30_000);
+const limit = setTimeout(() => finish("timed out"), 60_000);
 
 function finish(end, more) {
   clearTimeout(limit);
@@ -54,12 +54,13 @@ socket.on("connect", async () => {
   socket.emit("text", "ሰላም", { n: 1 });
   socket.emit("audio", audio, "and text");
   const [[text, object], [binary, more]] = await Promise.all(echoes);
-  const acknowledged = await socket.timeout(20_000).emitWithAck("acked", { a: [audio] }, 5);
+  const acknowledged = await socket.timeout(60_000).emitWithAck("acked", { a: [audio] }, 5);
   seen.echoed =
     text === "ሰላም" && object.n === 1 && Buffer.compare(Buffer.from(binary), audio) === 0 && more === "and text";
   seen.acknowledged = Buffer.compare(Buffer.from(acknowledged.a?.[0] ?? acknowledged[0].a[0]), audio) === 0;
   if (scenario === "stay") {
-    // Until the test ends the session, or tells it to go on.
+    // Until the test ends the session, or tells it to go on. It has a time limit too.
+    clearTimeout(limit);
     console.log(JSON.stringify({ ready: true }));
     process.stdin.once("data", async () => {
       const again = once("text");
