@@ -14,7 +14,7 @@ pub enum VerifyError {
     TooLong,
     /// It is not a signed JWT in the compact form.
     Malformed,
-    /// Its `alg` is `none`, an HMAC, unknown, or not one that the key verifies.
+    /// Its `alg` is `none`, an HMAC, unknown, or does not fit the key.
     Algorithm,
     /// Its header has `crit`: extensions that a verifier has to understand.
     Critical,

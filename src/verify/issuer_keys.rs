@@ -40,7 +40,7 @@ const ABSENT: usize = 64;
 ///   10 minutes without one. JWTs are verified with the previous keys meanwhile, unless nobody has asked for as long again;
 /// - when a JWT names a key that is not among them, at most every 30 seconds. The JWT waits for the new keys.
 ///
-/// Fetches are single flight: one runs at a time, on a task of its own, and all who wait share its result. If one fails, the
+/// Fetches are single flight: one runs at a time, on a separate task, and all waiters share its result. If one fails, the
 /// previous keys stay in use for 24 hours after they were fetched, and further attempts are made with growing pauses of up to a
 /// minute. A fetch may take 10 seconds and a response 64 KiB, and redirects are refused.
 #[derive(Clone)]
@@ -244,7 +244,7 @@ impl IssuerKeys {
         self.state.borrow().begun
     }
 
-    /// Returns the keys after another fetch, if it is not too soon for one: a JWT names a key that the previous ones lack. So many
+    /// Returns the keys after another fetch, if it is not too soon for one: a JWT names a key that the previous ones lack. `begun`
     /// fetches had begun when it arrived.
     pub(super) async fn newer(&self, begun: u64) -> Result<Arc<VerifyingKeys>, VerifyError> {
         let interval = self.publisher.unknown_key_interval();
@@ -290,7 +290,7 @@ impl IssuerKeys {
         });
         if starts {
             let fetch = Fetch { keys: self.clone(), result: Err("the fetch was aborted".into()) };
-            // A task of its own: the request that started it may be dropped.
+            // A separate task: the request that started it may be dropped.
             runtime.spawn(fetch.run());
         }
     }

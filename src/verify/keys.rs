@@ -84,7 +84,7 @@ pub(super) enum Verdict {
     Invalid,
     /// The key that the JWT names is not for this algorithm.
     WrongAlgorithm,
-    /// The JWT names no key, or one that is not among these, and none of those that it may mean verifies it.
+    /// The JWT names no key, or a key that is not among these, and none of those that it may mean verifies it.
     Unknown,
 }
 

@@ -873,7 +873,7 @@ async fn files_are_read_again() {
     assert!(error.to_string().contains("has no usable public key"), "{error}");
 }
 
-/// V1: whatever it is, it is refused without a panic.
+/// V1: random text is refused without a panic.
 #[test]
 fn no_token_panics() {
     use proptest::prelude::*;
