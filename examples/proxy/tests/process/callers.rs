@@ -6,9 +6,7 @@ use http::Method;
 use tokio::time::{self, Instant};
 use tower_selam::simulator::{Server, Simulator};
 
-use crate::support::{
-    Answer, Caller, Launch, Protocol, Proxy, empty, eventually, full, random, read, secret,
-};
+use crate::support::{Caller, Launch, Protocol, Proxy, empty, eventually, random, read, secret};
 
 async fn launch() -> (Simulator, Server, Launch) {
     let simulator = Simulator::new();
@@ -20,14 +18,6 @@ async fn launch() -> (Simulator, Server, Launch) {
 
 fn token() -> String {
     secret(format!("caller-{}", random()))
-}
-
-async fn post_with(caller: &Caller, headers: &[(&str, &str)]) -> Answer {
-    let mut request = caller.request(Method::POST, "/v1/chat/completions");
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    read(caller.send(request.body(full(r#"{"messages":[]}"#)).unwrap()).await).await
 }
 
 #[tokio::test]
@@ -45,7 +35,7 @@ async fn three_headers_may_carry_the_token() {
             &[("api-key", &*app)],
             &[("authorization", "Bearer some.other.jwt"), ("x-api-key", &*app)],
         ] {
-            assert_eq!(post_with(&caller, headers).await.status, 200, "{headers:?}");
+            assert_eq!(caller.chat_with(headers).await.status, 200, "{headers:?}");
         }
     }
     assert_eq!(simulator.requests(), 10);
@@ -66,7 +56,7 @@ async fn missing_and_wrong_tokens_are_refused() {
             &[("x-goog-api-key", &*web)],
             &[("cookie", &*format!("token={web}"))],
         ] {
-            let answer = post_with(&caller, headers).await;
+            let answer = caller.chat_with(headers).await;
             answer.assert_error(401, "authentication_error", "missing_api_key");
             assert!(answer.headers["www-authenticate"].to_str().unwrap().starts_with("Bearer"));
         }
@@ -79,7 +69,7 @@ async fn missing_and_wrong_tokens_are_refused() {
             &[("authorization", &*format!("Bearer web:{web}"))],
             &[("x-api-key", "web")],
         ] {
-            let answer = post_with(&caller, headers).await;
+            let answer = caller.chat_with(headers).await;
             answer.assert_error(401, "authentication_error", "invalid_api_key");
             assert!(answer.headers.contains_key("www-authenticate"));
         }
@@ -235,13 +225,13 @@ async fn web_pages_on_other_machines_need_a_token() {
         for origin in
             ["https://page.example", "http://localhost.page.example", "http://127.0.0.1.page.example", "null"]
         {
-            let answer = post_with(&caller, &[("origin", origin)]).await;
+            let answer = caller.chat_with(&[("origin", origin)]).await;
             answer.assert_error(403, "authorization_error", "insufficient_permissions");
         }
         assert_eq!(simulator.requests(), 0);
     }
     for origin in ["http://localhost:3000", "http://127.0.0.1:5173"] {
-        assert_eq!(post_with(&Caller::http1(&proxy), &[("origin", origin)]).await.status, 200, "{origin}");
+        assert_eq!(Caller::http1(&proxy).chat_with(&[("origin", origin)]).await.status, 200, "{origin}");
     }
 
     let web = token();
@@ -249,5 +239,5 @@ async fn web_pages_on_other_machines_need_a_token() {
     let proxy = launch.callers(&format!("web:{web}\n")).start().await;
     let bearer = format!("Bearer {web}");
     let headers = [("origin", "https://page.example"), ("authorization", &*bearer)];
-    assert_eq!(post_with(&Caller::http1(&proxy), &headers).await.status, 200);
+    assert_eq!(Caller::http1(&proxy).chat_with(&headers).await.status, 200);
 }

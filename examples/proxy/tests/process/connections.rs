@@ -1,18 +1,21 @@
 //! Connections of callers: answers to uploads that are refused, idle and anonymous connections, and large headers.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{
+    io::{self, ErrorKind},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Method, Response};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
     time::Instant,
 };
 
 use crate::support::{
-    Caller, Exchange, Launch, Protocol, Proxy, TlsListener, channel_body, empty, eventually, full, random,
-    raw, read, read_head, read_to_end, response_head, secret, upgraded, with_timeout,
+    Caller, Exchange, Feed, Launch, Protocol, Proxy, TlsListener, channel_body, empty, eventually, full,
+    random, raw, read, read_head, read_to_end, response_head, secret, upgraded, with_timeout,
 };
 
 /// More than all buffers between the two sides can hold.
@@ -92,7 +95,7 @@ async fn an_early_answer_of_the_api_arrives() {
         (413, 20, false),
         (403, 20, false),
         (500, 0, false),
-        (413, 2 * 1024 * 1024, false),
+        (413, UPLOAD, false),
         (413, 20, true),
         (401, 20, true),
         (200, 20, true),
@@ -105,6 +108,7 @@ async fn an_early_answer_of_the_api_arrives() {
                 let answer =
                     format!("HTTP/1.1 {status} No\r\nContent-Length: {length}\r\n\r\n{}", "x".repeat(length));
                 with_timeout(connection.write_all(answer.as_bytes())).await.unwrap();
+                with_timeout(connection.flush()).await.unwrap();
                 (!closes).then_some(connection)
             };
             let (answer, connection) = tokio::join!(calling, answering);
@@ -148,11 +152,7 @@ async fn a_refused_upload_over_http2_gets_its_answer() {
             let caller = caller.clone();
             async move { read(caller.send(refused).await).await }
         });
-        let chunk = Bytes::from(vec![b'x'; 64 * 1024]);
-        for _ in 0..sent / chunk.len() {
-            feed.data(chunk.clone()).await;
-        }
-        drop(feed);
+        send_refused(feed, sent).await;
         calling.await.unwrap().assert_error(401, "authentication_error", "missing_api_key");
         if round % 8 == 0 {
             let known = caller.clone().with_token(&token);
@@ -163,12 +163,19 @@ async fn a_refused_upload_over_http2_gets_its_answer() {
             let Exchange { request, answer } = api.next().await;
             answer.send(Response::builder().status(413).body(full("too much")).unwrap()).unwrap();
             drop(request);
-            for _ in 0..UPLOAD / chunk.len() {
-                feed.data(chunk.clone()).await;
-            }
-            drop(feed);
+            send_refused(feed, UPLOAD).await;
             let answer = calling.await.unwrap();
             assert_eq!((answer.status.as_u16(), answer.text()), (413, "too much"));
+        }
+    }
+}
+
+/// Sends a body whose request is refused. The proxy reads it to its end, but waits for no more than 5 seconds.
+async fn send_refused(feed: Feed, length: usize) {
+    let (chunk, started) = (Bytes::from(vec![b'x'; 64 * 1024]), Instant::now());
+    for _ in 0..length / chunk.len() {
+        if !feed.try_data(chunk.clone()).await {
+            return assert!(started.elapsed() > Duration::from_secs(5), "the rest is not read");
         }
     }
 }
@@ -412,7 +419,7 @@ async fn strangers_cannot_occupy_all_connections() {
                 match stranger.try_read(&mut bytes) {
                     Ok(0) => break,
                     Ok(_) => {}
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
                         open += 1;
                         break;
                     }
@@ -431,26 +438,34 @@ async fn strangers_cannot_occupy_all_connections() {
 async fn idle_upgraded_connections_are_closed() {
     let api = TlsListener::listen(Protocol::Http1).await;
     let proxy = Launch::with_key(&api).args(["--upgrade-idle", "1", "--keep-alive", "1"]).start().await;
-    let (mut caller, mut connection) = upgraded(&proxy, &api).await;
     // Bytes in either direction count.
-    let started = Instant::now();
-    for turn in 0.. {
-        if started.elapsed() > Duration::from_millis(2500) {
-            break;
-        }
-        let mut byte = [0];
-        if turn % 8 < 4 {
-            caller.write_all(b"a").await.unwrap();
-            with_timeout(connection.read_exact(&mut byte)).await.unwrap();
-        } else {
-            connection.write_all(b"b").await.unwrap();
-            with_timeout(caller.read_exact(&mut byte)).await.unwrap();
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+    for from_caller in [true, false] {
+        let (moved, mut caller, mut connection) = loop {
+            let (mut caller, mut connection) = upgraded(&proxy, &api).await;
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            let moved = Instant::now();
+            let has_moved = match from_caller {
+                true => move_byte(&mut caller, &mut connection).await,
+                false => move_byte(&mut connection, &mut caller).await,
+            };
+            // On a busy machine, the connection may be closed before.
+            if has_moved.is_ok() {
+                break (moved, caller, connection);
+            }
+        };
+        assert_eq!(read_to_end(&mut caller).await, b"");
+        assert!(moved.elapsed() > Duration::from_millis(900), "{from_caller} {:?}", moved.elapsed());
+        let _ = with_timeout(connection.read_to_end(&mut Vec::new())).await;
     }
-    assert_eq!(read_to_end(&mut caller).await, b"");
-    let _ = with_timeout(connection.read_to_end(&mut Vec::new())).await;
     proxy.logs("end=\"idle\"").await;
+}
+
+async fn move_byte(
+    from: &mut (impl AsyncWrite + Unpin),
+    to: &mut (impl AsyncRead + Unpin),
+) -> io::Result<u8> {
+    from.write_all(b"a").await?;
+    with_timeout(to.read_u8()).await
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
 use bytes::Bytes;
 use futures_util::SinkExt;
-use http::{Method, Request, Response};
+use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::{
@@ -37,9 +37,9 @@ use tower_selam::simulator::{Server, Simulator};
 
 use crate::{
     support::{
-        Answer, Caller, Launch, Protocol, Scratch, eventually, full,
+        Caller, Launch, Protocol, Scratch, eventually,
         npm::{install, skip},
-        random, read, secret, with_timeout,
+        random, secret, with_timeout,
     },
     voice::{CONNECT, EVENT, Poller, handshake, next, path, socket},
 };
@@ -164,14 +164,6 @@ fn with_issuer(launch: Launch, issuer: &str) -> Launch {
     launch.args(["--allow-insecure-loopback", "--jwt-issuer", issuer, "--jwt-audience", AUDIENCE])
 }
 
-async fn post_with(caller: &Caller, headers: &[(&str, &str)]) -> Answer {
-    let mut request = caller.request(Method::POST, "/v1/chat/completions");
-    for (name, value) in headers {
-        request = request.header(*name, *value);
-    }
-    read(caller.send(request.body(full(r#"{"messages":[]}"#)).unwrap()).await).await
-}
-
 #[tokio::test]
 async fn jwts_are_accepted_wherever_client_tokens_are() {
     let (simulator, _api, launch) = api().await;
@@ -193,10 +185,10 @@ async fn jwts_are_accepted_wherever_client_tokens_are() {
             ("sec-websocket-protocol", format!("base64url.bearer.{encoded}")),
             ("sec-websocket-protocol", format!("realtime, {jwt}")),
         ] {
-            assert_eq!(post_with(&caller, &[(name, &*value)]).await.status, 200, "{name}");
+            assert_eq!(caller.chat_with(&[(name, &*value)]).await.status, 200, "{name}");
         }
         let two = [("authorization", "Bearer sk-my-own"), ("x-api-key", &*jwt)];
-        assert_eq!(post_with(&caller, &two).await.status, 200);
+        assert_eq!(caller.chat_with(&two).await.status, 200);
         // Nor is a JWT in the query accepted.
         let answer = caller.get(&format!("/v1/models?token={jwt}&access_token={jwt}")).await;
         answer.assert_error(401, "authentication_error", "missing_api_key");

@@ -79,7 +79,17 @@ impl Caller {
 
     /// Requests a chat completion.
     pub(crate) async fn chat(&self) -> Answer {
-        self.post("/v1/chat/completions", r#"{"messages":[{"role":"user","content":"hi"}]}"#).await
+        self.chat_with(&[]).await
+    }
+
+    /// Requests a chat completion with further headers.
+    pub(crate) async fn chat_with(&self, headers: &[(&str, &str)]) -> Answer {
+        let mut request = self.request(Method::POST, "/v1/chat/completions");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body = full(r#"{"messages":[{"role":"user","content":"hi"}]}"#);
+        read(self.send(request.body(body).unwrap()).await).await
     }
 }
 

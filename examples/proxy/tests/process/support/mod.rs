@@ -27,7 +27,7 @@ pub(crate) use self::{
 };
 
 /// The longest wait before a test fails. Generous, for busy machines.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 
