@@ -59,7 +59,7 @@ struct State {
     begun: u64,
     /// When the last one began for the sake of an unknown key.
     looked: Option<Time>,
-    /// How many fetches have failed since the last one that succeeded, and when to try again.
+    /// How many fetches have failed since the last success, and when to try again.
     failures: u32,
     retry: Option<Deadline>,
     /// The ids of JWTs that were seen before a fetch that did not bring such a key.
@@ -101,7 +101,7 @@ impl IssuerKeys {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::published(Setting::Issuer, Publisher::of_issuer(issuer, TokenClient::new(client), false))
     }
@@ -116,7 +116,7 @@ impl IssuerKeys {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::published(Setting::Issuer, Publisher::of_issuer(issuer, TokenClient::new(client), true))
     }
@@ -131,7 +131,7 @@ impl IssuerKeys {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::published(Setting::KeySetUrl, Publisher::of_url(url, TokenClient::new(client), false))
     }
@@ -146,7 +146,7 @@ impl IssuerKeys {
         S: Service<Request<B>, Response = Response<R>, Error: Into<BoxError>, Future: Send>,
         S: Clone + Send + 'static,
         B: From<Bytes> + Send + 'static,
-        R: Body<Data: Send, Error: Into<BoxError> + Send> + Send + 'static,
+        R: Body<Error: Into<BoxError>> + Send + 'static,
     {
         Self::published(Setting::KeySetUrl, Publisher::of_url(url, TokenClient::new(client), true))
     }
