@@ -2,6 +2,7 @@
 
 use std::{
     future::pending,
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering::SeqCst},
@@ -226,9 +227,10 @@ async fn failures_lift_no_limit() {
     assert_pending!(task::spawn(service.oneshot(get)).poll());
 }
 
-/// Hanging requests do not keep others from being sent for longer than the longest wait.
-#[tokio::test(start_paused = true)]
-async fn hanging_requests_do_not_block_for_ever() {
+type Sent = task::Spawn<Pin<Box<dyn Future<Output = Result<Response<Body>, BoxError>>>>>;
+
+/// Sends ten requests that are never answered, and another, which waits for them.
+fn behind_hanging_requests() -> (Vec<Sent>, Sent) {
     let api = service_fn(|request: Request<Body>| async move {
         if request.method() == Method::GET {
             return Ok::<_, BoxError>(response(200, ""));
@@ -236,12 +238,21 @@ async fn hanging_requests_do_not_block_for_ever() {
         pending().await
     });
     let service = ThrottleLayer::new().layer(api);
-    let mut hanging: Vec<_> = (0..10).map(|_| task::spawn(service.clone().oneshot(request()))).collect();
-    for request in &mut hanging {
-        assert_pending!(request.poll());
-    }
+    let send = |request| {
+        let mut sent: Sent = task::spawn(Box::pin(service.clone().oneshot(request)));
+        assert_pending!(sent.poll());
+        sent
+    };
+    let hanging = (0..10).map(|_| send(request())).collect();
+    (hanging, send(Request::get(MODELS).body(Body::default()).unwrap()))
+}
+
+/// Hanging requests do not keep others from being sent for longer than the longest wait.
+#[tokio::test(start_paused = true)]
+async fn hanging_requests_do_not_block_for_ever() {
+    let (_hanging, waiting) = behind_hanging_requests();
     let began = Instant::now();
-    service.oneshot(Request::get(MODELS).body(Body::default()).unwrap()).await.unwrap();
+    waiting.await.unwrap();
     assert_eq!(began.elapsed().as_secs(), 90);
 }
 
@@ -261,20 +272,7 @@ async fn an_unpolled_waiter_does_not_block_for_ever() {
 /// Where the limit is not known yet, a dropped request makes room for another at once.
 #[tokio::test(start_paused = true)]
 async fn dropped_requests_make_room() {
-    let api = service_fn(|request: Request<Body>| async move {
-        if request.method() == Method::GET {
-            return Ok::<_, BoxError>(response(200, ""));
-        }
-        pending().await
-    });
-    let service = ThrottleLayer::new().layer(api);
-    let mut hanging: Vec<_> = (0..10).map(|_| task::spawn(service.clone().oneshot(request()))).collect();
-    for request in &mut hanging {
-        assert_pending!(request.poll());
-    }
-    let get = Request::get(MODELS).body(Body::default()).unwrap();
-    let mut waiting = task::spawn(service.oneshot(get));
-    assert_pending!(waiting.poll());
+    let (mut hanging, mut waiting) = behind_hanging_requests();
     hanging.pop();
     assert_ready!(waiting.poll()).unwrap();
 }

@@ -284,35 +284,24 @@ async fn a_disconnected_caller_cancels_the_request() {
 }
 
 #[tokio::test]
-async fn a_disconnected_upload_is_an_error_at_the_api() {
+async fn an_upload_that_breaks_off_is_an_error_at_the_api() {
     for (callers, apis) in Protocol::PAIRS {
-        let mut api = TlsListener::listen(apis).await.exchanges();
-        let proxy = Launch::with_key(&api).start().await;
-        let (upload, body) = channel_body();
-        let calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
-        // `_answer` is kept, since dropping it would end the connection.
-        let Exchange { request, answer: _answer } = api.next().await;
-        let mut received = request.into_body();
-        upload.data("the beginning\n\n").await;
-        event(&mut received).await;
-        calling.abort();
-        assert!(matches!(frame(&mut received).await, Some(Err(_))), "{callers:?} {apis:?}");
-    }
-}
-
-#[tokio::test]
-async fn a_failed_upload_is_an_error_at_the_api() {
-    for (callers, apis) in Protocol::PAIRS {
-        let mut api = TlsListener::listen(apis).await.exchanges();
-        let proxy = Launch::with_key(&api).start().await;
-        let (upload, body) = channel_body();
-        let _calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
-        let Exchange { request, answer: _answer } = api.next().await;
-        let mut received = request.into_body();
-        upload.data("the beginning\n\n").await;
-        event(&mut received).await;
-        upload.fail().await;
-        assert!(matches!(frame(&mut received).await, Some(Err(_))), "{callers:?} {apis:?}");
+        for disconnects in [true, false] {
+            let mut api = TlsListener::listen(apis).await.exchanges();
+            let proxy = Launch::with_key(&api).start().await;
+            let (upload, body) = channel_body();
+            let calling = begin(&Caller::new(&proxy, callers), Method::POST, body).await;
+            // `_answer` is kept, since dropping it would end the connection.
+            let Exchange { request, answer: _answer } = api.next().await;
+            let mut received = request.into_body();
+            upload.data("the beginning\n\n").await;
+            event(&mut received).await;
+            match disconnects {
+                true => calling.abort(),
+                false => upload.fail().await,
+            }
+            assert!(matches!(frame(&mut received).await, Some(Err(_))), "{callers:?} {apis:?}");
+        }
     }
 }
 
