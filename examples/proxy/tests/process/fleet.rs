@@ -234,6 +234,7 @@ async fn replicas_go_on_without_the_store() {
     replicas.push(redis.joined(api.launch(), &[&key]).start().await);
     api.jwt_of(&replicas[2]).await;
     assert_eq!(api.simulator.token_requests(), 2);
+    reaches(&replicas[2], ALONE, &[], 1.0).await;
     api.simulator.expire_jwts();
     for replica in &replicas {
         assert_ne!(api.jwt_of(replica).await, jwt);
