@@ -23,11 +23,11 @@ use crate::{
     },
 };
 
-/// After so many failed calls in a row, the store is left alone.
+/// After so many failed calls in a row, there is one call per [`PAUSE`].
 const MAX_FAILURES: u32 = 3;
 
-/// For how long. Doubles each time, up to the second.
-const BACKOFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+/// No longer, so that logins work again as soon as the store does. A member calls a healthy store as often.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// The store of a fleet, as its members use it.
 pub(super) struct Client {
@@ -87,7 +87,7 @@ impl Client {
         let sealed = random().and_then(|bytes| Ok((bytes, self.keys.seal(key.as_bytes(), record)?)));
         let (revision, value) = match sealed {
             Ok((bytes, value)) => (Revision::from_bytes(bytes), value),
-            Err(error) => return Err(Unavailable::new(error.into(), BACKOFF[0])),
+            Err(error) => return Err(Unavailable { cause: Some(error.into()), retry_after: PAUSE }),
         };
         let write = Write { expected, revision, value: &value, keep };
         Ok(match self.call(StoreCall::Put, insists, || self.store.put(key, write)).await? {
@@ -128,17 +128,15 @@ impl Client {
             Ok(Err(error)) => error,
             Err(error) => BoxError::from(error),
         };
-        let retry_after = self.failed(&*error);
-        Err(Unavailable::new(error, retry_after))
+        self.failed(&*error);
+        Err(Unavailable { cause: Some(error), retry_after: PAUSE })
     }
 
     fn may_call(&self) -> Result<(), Unavailable> {
         let now = Clock::default().now();
         let mut breaker = self.breaker();
         match breaker.open_until {
-            Some(until) if !until.has_come(now) => {
-                Err(Unavailable { cause: None, retry_after: until.remaining(now).max(BACKOFF[0]) })
-            }
+            Some(until) if !until.has_come(now) => Err(Unavailable { cause: None, retry_after: PAUSE }),
             Some(_) => {
                 // This call finds out. The others wait for it.
                 breaker.open_until = Some(now.after(self.patience * 3));
@@ -155,29 +153,21 @@ impl Client {
         }
     }
 
-    /// Returns when to call again.
-    fn failed(&self, error: &(dyn Error + 'static)) -> Duration {
-        let [first, max] = BACKOFF;
+    fn failed(&self, error: &(dyn Error + 'static)) {
         let mut breaker = self.breaker();
         breaker.failures = breaker.failures.saturating_add(1);
-        let Some(surplus) = breaker.failures.checked_sub(MAX_FAILURES) else { return first };
-        let pause = first.saturating_mul(2u32.saturating_pow(surplus)).min(max);
-        breaker.open_until = Some(Clock::default().now().after(pause));
+        let failures = breaker.failures;
+        if failures >= MAX_FAILURES {
+            breaker.open_until = Some(Clock::default().now().after(PAUSE));
+        }
         drop(breaker);
-        if surplus == 0 {
+        if failures == MAX_FAILURES {
             event::fleet_store_lost(error);
         }
-        pause
     }
 
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Unavailable {
-    pub(super) fn new(cause: BoxError, retry_after: Duration) -> Self {
-        Self { cause: Some(cause), retry_after }
     }
 }
 

@@ -46,6 +46,8 @@ use self::{
 const PROCESSES: usize = 5;
 const ROTATIONS: u64 = 50;
 const TOKEN_LIFETIME: Duration = Duration::from_secs(4);
+/// So short that 50 rotations take seconds.
+const LOGIN_LIFETIME: Duration = Duration::from_millis(600);
 const OUTAGE: Duration = Duration::from_secs(2);
 
 /// Before a phase counts as failed.
@@ -145,12 +147,13 @@ async fn demo() -> Result<(), BoxError> {
         redis.restart().await?;
         Ok::<_, BoxError>(redis)
     });
-    let goal = demo.requests() + 1500;
+    let goal = demo.requests() + 4_000;
     demo.until("Redis is killed, and two seconds later started, empty", |demo| demo.requests() >= goal)
         .await?;
     let redis = restarting.await??;
     let fetched = simulator.token_requests();
 
+    simulator.set_token_lifetime(LOGIN_LIFETIME);
     let fleet = Fleet::new("demo", redis.store()?, SealingKey::from_base64(&demo.settings.key)?)?;
     fleet.log_in(LOGIN, &RefreshToken::new(simulator.issue_refresh_token())?).await?;
     for process in &mut demo.processes {

@@ -28,16 +28,13 @@ use tower_selam::{
     ApiKey, BaseUrl, BoxError, Refreshing, Selam, SelamLayer, Token,
     fleet::{Fleet, SealingKey},
     oauth::{ClientAuth, OAuthSource, TokenEndpoint},
-    source::{Fetched, Reason, Source, SourceError, source_fn},
+    source::{Reason, Source, source_fn},
 };
 
 use crate::redis::store;
 
 /// The login's name in the fleet.
 pub(crate) const LOGIN: &str = "login";
-
-/// For how long the login's tokens are used, whatever the issuer says: so that 50 rotations take seconds.
-const LOGIN_LIFETIME: Duration = Duration::from_millis(400);
 
 /// After how long others take over from a process that was killed.
 const LEASE: Duration = Duration::from_secs(1);
@@ -189,10 +186,9 @@ pub(crate) async fn run(settings: Settings) -> Result<(), BoxError> {
     let tally = Arc::<Tally>::default();
 
     let source = OAuthSource::client_credentials(endpoint.clone());
-    let service = Refreshing::new(fleet.share("service", counted(source, None, &tally)));
-    let login = Refreshing::new(fleet.share_login(LOGIN, |login| {
-        counted(OAuthSource::refresh_token(endpoint, login), Some(LOGIN_LIFETIME), &tally)
-    }));
+    let service = Refreshing::new(fleet.share("service", counted(source, &tally)));
+    let login = |login| counted(OAuthSource::refresh_token(endpoint, login), &tally);
+    let login = Refreshing::new(fleet.share_login(LOGIN, login));
     let stack = |jwts: &Refreshing<Token>| -> Result<_, BoxError> {
         let layer = SelamLayer::builder()
             .with_api_key(key.clone())
@@ -229,12 +225,8 @@ pub(crate) async fn run(settings: Settings) -> Result<(), BoxError> {
     Ok(())
 }
 
-/// Counts the fetches of a source. Its tokens may be used for `lifetime`, or as long as the issuer says.
-fn counted(
-    source: OAuthSource,
-    lifetime: Option<Duration>,
-    tally: &Arc<Tally>,
-) -> impl Source<Token> + use<> {
+/// Counts the fetches of a source.
+fn counted(source: OAuthSource, tally: &Arc<Tally>) -> impl Source<Token> + use<> {
     let tally = Arc::clone(tally);
     source_fn(move |reason: Reason<Token>| {
         let (source, tally) = (source.clone(), Arc::clone(&tally));
@@ -243,11 +235,7 @@ fn counted(
             tally.is_leading.store(true, Relaxed);
             let fetched = source.fetch(reason).await;
             tally.is_leading.store(false, Relaxed);
-            let fetched: Fetched<Token> = fetched?;
-            Ok::<_, SourceError>(match lifetime {
-                Some(lifetime) => fetched.with_lifetime(lifetime),
-                None => fetched,
-            })
+            fetched
         }
     })
 }
