@@ -159,8 +159,19 @@ impl Member {
         Ok(Decision::Step(step))
     }
 
+    /// Tells all members of a rejected token, if `token` has replaced it.
+    async fn announce_replaced(&self, ask: Ask, token: &SharedToken) {
+        if let Ask::Rejected(refused) = ask
+            && token.print() != refused
+        {
+            let generation = self.generation.load(Ordering::Acquire);
+            self.fleet.announce(Item { name: self.name, refused: Some(refused), generation }).await;
+        }
+    }
+
     /// Remembers a token that was fetched without the store. The watcher saves it when the store is back.
-    pub(super) async fn keep(&self, token: SharedToken) {
+    pub(super) async fn keep(&self, ask: Ask, token: SharedToken) {
+        self.announce_replaced(ask, &token).await;
         let mut state = self.state.lock().await;
         let now = Clock::default().now();
         let mut record = state.record_at(now);
@@ -467,11 +478,8 @@ impl Lead {
         let base = self.base.load(Ordering::Acquire);
         let settled = self.member.settle(base, self.ask, fetch).await;
         self.is_settled.store(true, Ordering::Release);
-        if let (true, Ask::Rejected(refused), Fetch::Done(token)) = (settled, self.ask, fetch)
-            && token.print() != refused
-        {
-            let item = Item { name: self.member.name, refused: Some(refused), generation: base + 1 };
-            self.member.fleet.announce(item).await;
+        if let (true, Fetch::Done(token)) = (settled, fetch) {
+            self.member.announce_replaced(self.ask, token).await;
         }
         settled
     }

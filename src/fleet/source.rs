@@ -43,6 +43,7 @@ impl<S: Source<Token>> FleetSource<S> {
     /// Fetches without the fleet, because its store fails.
     async fn fetch_alone(
         &self,
+        ask: Ask,
         reason: Reason<Token>,
         error: RecordError,
     ) -> Result<Fetched<Token>, SourceError> {
@@ -52,7 +53,7 @@ impl<S: Source<Token>> FleetSource<S> {
         }
         event::fleet_fetched(FleetFetch::Alone);
         let fetched = self.source.fetch(reason).await?;
-        self.member.keep(self.shared(&fetched)).await;
+        self.member.keep(ask, self.shared(&fetched)).await;
         Ok(fetched)
     }
 
@@ -109,7 +110,7 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
                     None => Step::Follow,
                 },
                 Ok(Decision::Step(step)) => step,
-                Err(error) => return self.fetch_alone(reason, error).await,
+                Err(error) => return self.fetch_alone(ask, reason, error).await,
             };
             match step {
                 Step::Adopt(token) => {

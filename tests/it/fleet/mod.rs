@@ -349,6 +349,21 @@ async fn what_was_fetched_alone_is_shared_later() {
     assert_eq!(text(&late).await.as_deref(), Ok("token-1"));
 }
 
+/// N4, N6: so are rejections.
+#[tokio::test(start_paused = true)]
+async fn what_was_rejected_without_the_store_is_withdrawn_later() {
+    let mint = Mint::default().then_always(Answer::Lives(60 * MINUTE));
+    let (members, lines, _) = members::<3>(&mint);
+    assert_all(&members, "token-1").await;
+    lines[0].set(State::Down);
+    members[0].rejected(&members[0].token().await.unwrap());
+    assert_eq!(text(&members[0]).await.as_deref(), Ok("token-2"));
+    assert_all(&members[1..], "token-1").await;
+    lines[0].set(State::Up);
+    sleep(4 * SECOND).await;
+    assert_all(&members, "token-2").await;
+}
+
 /// N6: what the store loses, members put back, before any of them has to fetch.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_lost_everything_is_mended() {
@@ -379,7 +394,7 @@ async fn lost_replies_lose_nothing() {
         let rejected = members[0].token().await.unwrap();
         members[0].rejected(&rejected);
         members[0].token().await.unwrap();
-        sleep(2 * SECOND).await;
+        sleep(4 * SECOND).await;
         for text in texts(&members).await {
             assert_ne!(text.as_deref(), Ok(rejected.expose_secret()), "{state:?}");
         }
