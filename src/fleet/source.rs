@@ -26,8 +26,11 @@ const LOOK_AGAIN: [Duration; 2] = [Duration::from_millis(10), Duration::from_mil
 const LOGGED_OUT: &str = "nobody has logged in to the fleet's credential: log in";
 const SPARED: &str = "another member may have spent the fleet's refresh token: it is sent again when its access token has expired";
 
-/// How long until a spared refresh token is asked for again, unless the access token expires before.
+/// How long until a spared refresh token is asked for again.
 const SPARE_FOR: Duration = Duration::from_secs(5);
+
+/// How long before the access token expires a fetch waits for it, so that requests wait, too, instead of failing in between.
+const WAIT_FOR_EXPIRY: Duration = Duration::from_secs(1);
 
 /// A source that one member of the fleet asks for all; see [`Fleet::share`](super::Fleet::share).
 ///
@@ -127,7 +130,12 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
                 Step::LoggedOut => return Err(SourceError::permanent(LOGGED_OUT)),
                 Step::Spare => {
                     let rest = self.member.token_rest().await.unwrap_or(SPARE_FOR);
-                    return Err(SourceError::transient(SPARED).with_retry_after(SPARE_FOR.min(rest)));
+                    if rest > WAIT_FOR_EXPIRY {
+                        let pause = SPARE_FOR.min(rest - WAIT_FOR_EXPIRY);
+                        return Err(SourceError::transient(SPARED).with_retry_after(pause));
+                    }
+                    sleep(rest).await;
+                    looks = true;
                 }
             }
         }
