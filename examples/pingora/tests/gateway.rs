@@ -212,11 +212,13 @@ async fn the_api_sees_our_credentials_and_its_own_host() {
 #[tokio::test]
 async fn others_are_refused() {
     let (stack, [key]) = Stack::with_keys().await;
-    for authorization in ["", "Bearer ", "Basic token-of-the-web-site", &format!("Bearer {key}")] {
+    for authorization in ["", "Bearer ", "Digest token-of-the-web-site", &format!("Bearer {key}")] {
         let request =
             Request::post("/v1/chat/completions").header("host", "a").header("authorization", authorization);
         assert_eq!(stack.send(request.body(CHAT).unwrap()).await.status(), StatusCode::UNAUTHORIZED);
     }
+    let twice = post("/v1/chat/completions").header("authorization", format!("Bearer {TOKEN}"));
+    assert_eq!(stack.send(twice.body(CHAT).unwrap()).await.status(), StatusCode::UNAUTHORIZED);
     for path in ["/", "/admin", "/v1/../admin", "/v1/%2e%2e/admin", "/v10/chat"] {
         assert_eq!(
             stack.send(post(path).body(CHAT).unwrap()).await.status(),
@@ -224,6 +226,15 @@ async fn others_are_refused() {
             "{path}"
         );
     }
+    assert_eq!(stack.simulator.requests(), 0);
+}
+
+/// The caller's mistake is not reported as an outage.
+#[tokio::test]
+async fn a_method_without_credentials_is_refused() {
+    let (stack, [_]) = Stack::with_keys().await;
+    let trace = post("/v1/chat/completions").method("TRACE").body("").unwrap();
+    assert_eq!(stack.send(trace).await.status(), StatusCode::BAD_REQUEST);
     assert_eq!(stack.simulator.requests(), 0);
 }
 
