@@ -402,6 +402,7 @@ impl<C: Credential> AskingEngine<C> for Driver<C> {
         }
     }
 
+    #[cfg(feature = "fleet")]
     fn would_keep(&self, fetched: Fetched<C>) -> bool {
         self.lock().state.would_keep(self.policy.now(), &fresh(fetched))
     }

@@ -303,6 +303,7 @@ impl<V: Value, E: Clone> State<V, E> {
     }
 
     /// Whether a credential that the running refresh brings would be used for a while before the next refresh.
+    #[cfg(feature = "fleet")]
     pub(super) fn would_keep(&self, now: Time, fresh: &Fresh<V>) -> bool {
         let duration = self.running.as_ref().map_or(self.last_duration, |running| now.since(running.began));
         Schedule::new(fresh, now, duration, 1.0, &self.policy)

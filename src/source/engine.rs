@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
+#[cfg(feature = "fleet")]
 use super::Fetched;
 use crate::credential::{Credential, Fingerprint};
 
@@ -37,6 +38,7 @@ impl<C: Credential> EngineHandle<C> {
     }
 
     /// Whether the engine would use this credential without asking for the next one at once. `None` if it has ended.
+    #[cfg(feature = "fleet")]
     pub(crate) fn would_keep(&self, fetched: Fetched<C>) -> Option<bool> {
         self.0.upgrade().map(|engine| engine.would_keep(fetched))
     }
@@ -68,5 +70,6 @@ pub(crate) trait AskingEngine<C: Credential>: Send + Sync {
     fn withdraw(self: Arc<Self>, fingerprint: Fingerprint);
 
     /// Whether the engine would keep this credential, rather than refresh it at once.
+    #[cfg(feature = "fleet")]
     fn would_keep(&self, fetched: Fetched<C>) -> bool;
 }
