@@ -88,6 +88,14 @@ impl Publisher {
         }
     }
 
+    /// The longest pause after failures. A file that is repaired is read again as soon as one that changes.
+    pub(super) fn max_backoff(&self) -> Duration {
+        match self {
+            Self::Fixed | Self::File(_) => Duration::from_secs(1),
+            Self::Url(..) | Self::Issuer { .. } => Duration::from_secs(60),
+        }
+    }
+
     /// The time between two fetches for the sake of JWTs that name an unknown key; `None` if there are none.
     pub(super) fn unknown_key_interval(&self) -> Option<Duration> {
         match self {

@@ -27,7 +27,6 @@ use crate::{
 
 /// The pause after the first failure, doubled with each further one.
 const MIN_BACKOFF: Duration = Duration::from_secs(1);
-const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
 /// How many ids are remembered that the issuer does not have.
 const ABSENT: usize = 64;
@@ -311,12 +310,11 @@ impl Fetch {
 impl Drop for Fetch {
     fn drop(&mut self) {
         let result = std::mem::replace(&mut self.result, Err("".into()));
-        let kept_for = self.keys.publisher.kept_for();
         let now = self.keys.now();
         if let Err(error) = &result {
             event::issuer_keys_failed(&**error);
         }
-        self.keys.state.send_modify(|state| state.end(now, result.ok(), kept_for));
+        self.keys.state.send_modify(|state| state.end(now, result.ok(), &self.keys.publisher));
     }
 }
 
@@ -383,15 +381,18 @@ impl State {
         is_absent
     }
 
-    fn end(&mut self, now: Time, fetched: Option<(VerifyingKeys, Duration)>, kept_for: Duration) {
+    fn end(&mut self, now: Time, fetched: Option<(VerifyingKeys, Duration)>, publisher: &Publisher) {
         self.is_running = false;
         match fetched {
             Some((keys, fresh_for)) => {
+                let kept_for = publisher.kept_for();
                 self.held = Some(Held { keys: Arc::new(keys), fetched: now, fresh_for, kept_for });
                 (self.failures, self.retry) = (0, None);
             }
             None => {
-                let pause = MIN_BACKOFF.saturating_mul(2_u32.saturating_pow(self.failures)).min(MAX_BACKOFF);
+                let pause = MIN_BACKOFF
+                    .saturating_mul(2_u32.saturating_pow(self.failures))
+                    .min(publisher.max_backoff());
                 self.failures = self.failures.saturating_add(1);
                 self.retry = Some(now.after(pause));
             }

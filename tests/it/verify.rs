@@ -858,16 +858,22 @@ async fn files_are_read_again() {
     clock.jump(2 * SECOND);
     assert!(verifier.verify(lasting(Signer::Es256)).await.is_ok());
     // An invalid file leaves the keys as they are, for however long.
+    let endless = |signer: Signer| signer.jwt(&header(signer), &with(claims(), &json!({"exp": NOW * 2})));
     write_old(&path, "{}");
     for _ in 0..3 {
         clock.jump(48 * HOUR);
-        assert!(
-            verifier
-                .verify(Signer::Es256.jwt(&header(Signer::Es256), &with(claims(), &json!({"exp": NOW * 2}))))
-                .await
-                .is_ok()
-        );
+        assert!(verifier.verify(endless(Signer::Es256)).await.is_ok());
     }
+    // It is read again soon after it was repaired, however long that took.
+    for _ in 0..10 {
+        clock.jump(60 * SECOND);
+        assert!(verifier.verify(endless(Signer::EdDsa)).await.is_err());
+    }
+    write_old(&path, jwks(&[Signer::EdDsa.jwk()]));
+    clock.jump(2 * SECOND);
+    assert!(verifier.verify(endless(Signer::EdDsa)).await.is_ok());
+
+    write_old(&path, "{}");
     let error = IssuerKeys::in_file(&path).unwrap_err();
     assert_eq!(error.file(), Some(&*path));
     assert!(error.to_string().contains("has no usable public key"), "{error}");
