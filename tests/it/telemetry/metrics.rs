@@ -431,7 +431,8 @@ fn described_metrics_start_at_zero() {
     telemetry::describe_metrics();
     let all = recorder.all();
     assert!(all.iter().all(|(_, value)| *value == 0.0));
-    assert_eq!(all.len(), 3 * 8 + 16 + 4 + 3 + 5 + 1, "{all:?}");
+    let of_fleets = if cfg!(feature = "fleet") { 3 + 4 + 1 } else { 0 };
+    assert_eq!(all.len(), 3 * 8 + 16 + 4 + 3 + 5 + 1 + of_fleets, "{all:?}");
     for (series, _) in &all {
         let (name, labels) = series.trim_end_matches('}').split_once('{').unwrap();
         let labels =
