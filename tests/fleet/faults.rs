@@ -6,6 +6,7 @@ use tower_selam::simulator::TokenFault;
 
 use crate::support::{World, eventually};
 
+/// The lease of a leader that is killed or stopped. The others have the default, so that a busy machine ends none.
 const LEASE: u32 = 600;
 
 /// N7: a leader that is killed at each point of the protocol, for a token that can be fetched twice.
@@ -15,7 +16,7 @@ async fn a_killed_leader_is_replaced() {
     for (dies, requests) in [("after 1", 1), ("before 2", 2), ("after 2", 1)] {
         let Some(world) = World::start().await else { return };
         let [mut leader] = world.members(|launch| launch.with("LEASE", LEASE).with("DIES", dies));
-        let [mut other] = world.members(|launch| launch.with("LEASE", LEASE));
+        let [mut other] = world.members(|launch| launch);
         leader.tell("token").await;
         leader.ended().await;
         other.token().await;
@@ -32,7 +33,7 @@ async fn a_killed_leader_loses_no_stored_login() {
         let Some(world) = World::start().await else { return };
         world.log_in().await;
         let [mut leader] = world.members(|launch| launch.login().with("LEASE", LEASE).with("DIES", dies));
-        let [mut other] = world.members(|launch| launch.login().with("LEASE", LEASE));
+        let [mut other] = world.members(|launch| launch.login());
         leader.tell("token").await;
         leader.ended().await;
         other.token().await;
@@ -43,7 +44,7 @@ async fn a_killed_leader_loses_no_stored_login() {
     let Some(world) = World::start().await else { return };
     world.log_in().await;
     let [mut leader] = world.members(|launch| launch.login().with("LEASE", LEASE).with("DIES", "before 2"));
-    let mut others = world.members::<3>(|launch| launch.login().with("LEASE", LEASE));
+    let mut others = world.members::<3>(|launch| launch.login());
     leader.tell("token").await;
     leader.ended().await;
     for other in &mut others {
@@ -62,7 +63,8 @@ async fn a_killed_leader_loses_no_stored_login() {
 async fn a_stopped_leader_takes_nothing_back() {
     let Some(world) = World::start().await else { return };
     world.issuer.inject_token_fault(TokenFault::Slow(Duration::from_millis(200)));
-    let [mut leader, mut other, mut third] = world.members(|launch| launch.with("LEASE", LEASE));
+    let [mut leader] = world.members(|launch| launch.with("LEASE", LEASE));
+    let [mut other, mut third] = world.members(|launch| launch);
     leader.tell("token").await;
     eventually("it leads", async || (world.issuer.token_requests() == 1).then_some(())).await;
     leader.stop();
@@ -81,7 +83,7 @@ async fn a_stopped_leader_keeps_its_login() {
     let Some(world) = World::start().await else { return };
     world.log_in().await;
     world.issuer.set_token_lifetime(Duration::from_secs(6));
-    let [mut leader, mut other] = world.members(|launch| launch.login().with("LEASE", 300));
+    let [mut leader, mut other] = world.members(|launch| launch.login().with("LEASE", 1000));
     // Engines begin the next refresh the earlier, the longer the last one took.
     world.issuer.inject_token_fault(TokenFault::Slow(Duration::from_millis(1500)));
     leader.tell("token").await;
@@ -93,7 +95,7 @@ async fn a_stopped_leader_keeps_its_login() {
     leader.tell("load 6000").await;
     eventually("it refreshes", async || (world.issuer.token_requests() == 2).then_some(())).await;
     leader.stop();
-    assert_eq!(other.ask("load 700").await.split(',').next(), Some("failed 0"));
+    assert_eq!(other.ask("load 1400").await.split(',').next(), Some("failed 0"));
     assert_eq!(other.token().await, first);
     assert_eq!(world.issuer.token_requests(), 2, "the refresh token is spared");
     leader.resume();
