@@ -97,17 +97,14 @@ impl FleetStore for FileStore {
     }
 
     async fn put(&self, key: &str, write: Write<'_>) -> Result<Put, BoxError> {
-        let (path, expected) = (self.path(key), write.expected);
-        // Most writers that lose need no lock for it.
-        let unlocked = path.clone();
-        if let Some(conflict) = unblock(move || conflict(&unlocked, expected)).await?? {
-            return Ok(conflict);
-        }
-        let content = encode(write.revision, write.value, write.keep);
+        let path = self.path(key);
+        let Write { expected, revision, value, keep } = write;
+        let content = encode(revision, value, keep);
         let lock = self.lock().await?;
         unblock(move || {
-            if let Some(conflict) = conflict(&path, expected)? {
-                return Ok(conflict);
+            let found = find(&path)?;
+            if found.as_ref().map(|entry| entry.revision) != expected {
+                return Ok(Put::Conflict(found));
             }
             replace(&path, &content).map_err(|error| describe("replace", &path, &error))?;
             // The entry is written. What is expired can be removed later, too.
@@ -116,13 +113,6 @@ impl FleetStore for FileStore {
         })
         .await?
     }
-}
-
-/// Compares what a file holds with the revision that is to be replaced.
-fn conflict(path: &Path, expected: Option<Revision>) -> Result<Option<Put>, BoxError> {
-    let found = find(path)?;
-    let is_expected = found.as_ref().map(|entry| entry.revision) == expected;
-    Ok((!is_expected).then_some(Put::Conflict(found)))
 }
 
 /// Returns what a file holds, unless its time is over.
