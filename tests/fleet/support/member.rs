@@ -1,14 +1,15 @@
 //! [`Member`]: a member of a fleet as a process.
 
-use std::process::Stdio;
+use std::{process::Stdio, time::Duration};
 
 use rustix::process::Signal;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
+    time::{Instant, sleep},
 };
 
-use super::{Folder, in_time, signal};
+use super::{Folder, HANG, in_time, signal};
 
 /// Configures a member by its environment.
 #[derive(Default)]
@@ -75,6 +76,19 @@ impl Member {
         let answer = self.ask("token").await;
         assert!(answer.starts_with("token ") && !answer.contains(','), "{answer}");
         answer
+    }
+
+    /// Asks for a token until it is served.
+    pub(crate) async fn is_served(&mut self) {
+        let start = Instant::now();
+        loop {
+            let answer = self.ask("token").await;
+            if answer.starts_with("token ") {
+                return;
+            }
+            assert!(start.elapsed() < HANG, "{answer}: {}", self.log());
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 
     pub(crate) fn log(&self) -> String {
