@@ -142,7 +142,8 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
     }
 
     fn version(&self) -> u64 {
-        self.source.version().wrapping_add(self.member.changes.load(Ordering::Acquire))
+        // A source with a login counts the same changes, in the lower bits. They must not cancel each other out.
+        self.source.version() ^ self.member.changes.load(Ordering::Acquire).rotate_left(32)
     }
 
     fn identity(&self) -> Option<String> {
@@ -158,5 +159,42 @@ impl<S: Source<Token>> Source<Token> for FleetSource<S> {
 impl<S> fmt::Debug for FleetSource<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FleetSource").field("has_login", &self.member.has_login).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        fleet::{Fleet, FleetLogin, MemoryStore, SealingKey},
+        oauth::{RefreshToken, RefreshTokenStore},
+    };
+
+    /// Combines its version with that of its login, as `OAuthSource` does.
+    struct Versioned(FleetLogin);
+
+    impl Source<Token> for Versioned {
+        async fn fetch(&self, _: Reason<Token>) -> Result<Fetched<Token>, SourceError> {
+            Err(SourceError::transient("it is not asked for a token"))
+        }
+
+        fn version(&self) -> u64 {
+            u64::MAX ^ RefreshTokenStore::version(&self.0)
+        }
+    }
+
+    /// N4: a new login ends the permanent failure of the one before.
+    #[tokio::test]
+    async fn each_login_changes_the_version() {
+        let fleet = Fleet::new("billing", MemoryStore::default(), SealingKey::new([1; 32])).unwrap();
+        let source = fleet.share_login("selam", Versioned);
+        let mut versions = vec![source.version()];
+        for login in ["first", "second", "third"] {
+            fleet.log_in("selam", &RefreshToken::new(login).unwrap()).await.unwrap();
+            assert!(source.fetch(Reason::First).await.is_err());
+            versions.push(source.version());
+        }
+        versions.dedup();
+        assert_eq!(versions.len(), 4, "{versions:?}");
     }
 }
