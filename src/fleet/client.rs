@@ -34,11 +34,12 @@ pub(super) struct Client {
     store: Box<dyn DynFleetStore>,
     pub(super) keys: SealingKeys,
     pub(super) patience: Duration,
-    breaker: Mutex<Breaker>,
+    /// One for each kind of call: a store may answer reads and fail writes.
+    breakers: Mutex<[Breaker; 2]>,
 }
 
 /// Stops calls to a store that fails, except for one at a time that finds out whether it is back.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Breaker {
     failures: u32,
     open_until: Option<Deadline>,
@@ -49,6 +50,8 @@ pub(super) struct Opened {
     pub(super) revision: Revision,
     pub(super) age: Duration,
     pub(super) content: Result<Zeroizing<Vec<u8>>, SealError>,
+    /// Whether a former key sealed it.
+    pub(super) is_former: bool,
 }
 
 /// What became of a write.
@@ -67,7 +70,7 @@ pub(super) struct Unavailable {
 
 impl Client {
     pub(super) fn new(store: Box<dyn DynFleetStore>, keys: SealingKeys, patience: Duration) -> Self {
-        Self { store, keys, patience, breaker: Mutex::default() }
+        Self { store, keys, patience, breakers: Mutex::default() }
     }
 
     pub(super) async fn get(&self, key: &str) -> Result<Option<Opened>, Unavailable> {
@@ -99,7 +102,8 @@ impl Client {
     }
 
     fn open(&self, key: &str, Entry { revision, value, age }: Entry) -> Opened {
-        Opened { revision, age, content: self.keys.open(key.as_bytes(), &value) }
+        let (content, is_former) = (self.keys.open(key.as_bytes(), &value), self.keys.is_former(&value));
+        Opened { revision, age, content, is_former }
     }
 
     /// Calls the store, and once more if that fails: a connection may have died unnoticed, or a packet was lost.
@@ -113,7 +117,7 @@ impl Client {
         F: Future<Output = Result<T, BoxError>>,
     {
         if !insists {
-            self.may_call()?;
+            self.may_call(call)?;
         }
         let mut result = timeout(self.patience, start()).await;
         if !matches!(result, Ok(Ok(_))) {
@@ -122,52 +126,57 @@ impl Client {
         event::fleet_store_called(call, result.as_ref().is_ok_and(Result::is_ok));
         let error = match result {
             Ok(Ok(value)) => {
-                self.succeeded();
+                self.succeeded(call);
                 return Ok(value);
             }
             Ok(Err(error)) => error,
             Err(error) => BoxError::from(error),
         };
-        self.failed(&*error);
+        self.failed(call, &*error);
         Err(Unavailable { cause: Some(error), retry_after: PAUSE })
     }
 
-    fn may_call(&self) -> Result<(), Unavailable> {
+    fn may_call(&self, call: StoreCall) -> Result<(), Unavailable> {
         let now = Clock::default().now();
-        let mut breaker = self.breaker();
+        let breaker = &mut self.breakers()[call as usize];
         match breaker.open_until {
             Some(until) if !until.has_come(now) => Err(Unavailable { cause: None, retry_after: PAUSE }),
             Some(_) => {
                 // This call finds out. The others wait for it.
-                breaker.open_until = Some(now.after(self.patience * 3));
+                breaker.open_until = Some(now.after(self.patience.saturating_mul(3)));
                 Ok(())
             }
             None => Ok(()),
         }
     }
 
-    fn succeeded(&self) {
-        let was_open = std::mem::take(&mut *self.breaker()).open_until.is_some();
-        if was_open {
+    fn succeeded(&self, call: StoreCall) {
+        let mut breakers = self.breakers();
+        let before = std::mem::take(&mut breakers[call as usize]);
+        let is_back = before.open_until.is_some() && breakers.iter().all(|other| other.open_until.is_none());
+        drop(breakers);
+        if is_back {
             event::fleet_store_back();
         }
     }
 
-    fn failed(&self, error: &(dyn Error + 'static)) {
-        let mut breaker = self.breaker();
+    fn failed(&self, call: StoreCall, error: &(dyn Error + 'static)) {
+        let mut breakers = self.breakers();
+        let was_open = breakers.iter().any(|breaker| breaker.open_until.is_some());
+        let breaker = &mut breakers[call as usize];
         breaker.failures = breaker.failures.saturating_add(1);
-        let failures = breaker.failures;
-        if failures >= MAX_FAILURES {
+        let is_open = breaker.failures >= MAX_FAILURES;
+        if is_open {
             breaker.open_until = Some(Clock::default().now().after(PAUSE));
         }
-        drop(breaker);
-        if failures == MAX_FAILURES {
+        drop(breakers);
+        if is_open && !was_open {
             event::fleet_store_lost(error);
         }
     }
 
-    fn breaker(&self) -> MutexGuard<'_, Breaker> {
-        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    fn breakers(&self) -> MutexGuard<'_, [Breaker; 2]> {
+        self.breakers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -20,8 +20,10 @@ pub struct FleetLogin {
 }
 
 impl FleetLogin {
-    /// Sets the refresh token to begin with if the fleet has never had one under this name, for example from a variable that a
-    /// deployment sets.
+    /// Sets the refresh token to begin with if the fleet has had none under this name for 30 days, for example from a variable
+    /// that a deployment sets.
+    ///
+    /// A store that holds nothing may have lost what it held, so the member waits for two seconds: others may be putting it back.
     #[must_use]
     pub fn with_initial(self, token: RefreshToken) -> Self {
         let _ = self.member.initial.set(token);
@@ -37,9 +39,9 @@ impl RefreshTokenStore for FleetLogin {
     }
 
     async fn load(&self) -> Result<Option<RefreshToken>, BoxError> {
-        // The claim has just brought it.
-        let is_new = self.member.lead().is_some_and(|lead| lead.is_new.swap(false, Ordering::AcqRel));
-        Ok(self.member.login(!is_new).await?)
+        let lead = self.member.lead().ok_or(NOT_LEADING)?;
+        let is_another = !lead.is_new.swap(false, Ordering::AcqRel);
+        Ok(self.member.login(lead.asker.id, is_another).await?)
     }
 
     async fn save(&self, token: &RefreshToken, replaced: &RefreshToken) -> Result<(), BoxError> {

@@ -16,7 +16,7 @@ use super::{
     Revision,
     client::{Opened, Unavailable, Written},
     news::Item,
-    protocol::{Ask, Asker, Fetch, Step, Worth, extend, next, release, settle, with_child},
+    protocol::{Ask, Asker, Fetch, Step, Worth, extend, next, reclaim, release, settle, with_child},
     record::{Print, Record, SharedLogin, SharedToken},
     seal::{SealError, random},
     shared::Shared,
@@ -36,7 +36,7 @@ use crate::{
 const MAX_CONFLICTS: usize = 32;
 
 /// No fetch takes longer, so no lease is extended beyond.
-const MAX_LEAD: Duration = Duration::from_secs(150);
+const MAX_LEAD: Duration = Duration::from_secs(15 * 60);
 
 /// One credential of a fleet in one process.
 pub(super) struct Member {
@@ -44,8 +44,7 @@ pub(super) struct Member {
     key: String,
     /// The hashed name, as news have it.
     pub(super) name: Print,
-    id: Print,
-    identity: Option<Print>,
+    pub(super) identity: OnceLock<Print>,
     /// Whether the credential is fetched with a refresh token that the fleet shares.
     pub(super) has_login: bool,
     /// The refresh token to begin with if the fleet has never had one.
@@ -53,8 +52,8 @@ pub(super) struct Member {
     state: AsyncMutex<State>,
     engine: OnceLock<EngineHandle<Token>>,
     lead: Mutex<Weak<Lead>>,
-    /// The generation of the newest record seen.
-    generation: AtomicU64,
+    /// The epoch of the newest record seen.
+    epoch: AtomicU64,
     /// Changes when the login is replaced by another member.
     pub(super) changes: AtomicU64,
     /// Whether the store does not hold what this member knows.
@@ -74,6 +73,8 @@ struct State {
     unreadable: Option<SealError>,
     /// A refresh token that the store does not hold yet, and the one it was issued for.
     child: Option<[RefreshToken; 2]>,
+    /// Since when the store has held nothing.
+    empty_since: Option<Time>,
 }
 
 /// What to do for the engine.
@@ -93,25 +94,24 @@ pub(super) enum RecordError {
     Contended,
     /// This member has left the fleet, and claims no more leases.
     Left,
+    /// Another member has the lease now.
+    Lost,
 }
 
 impl Member {
-    pub(super) fn new(fleet: &Arc<Shared>, name: &str, identity: Option<&str>, has_login: bool) -> Arc<Self> {
+    pub(super) fn new(fleet: &Arc<Shared>, name: &str, has_login: bool) -> Arc<Self> {
         let (key, name) = fleet.key(name);
-        // Without random bits the member has the id of another one; the store refuses its writes.
-        let id = Print(random().unwrap_or_default());
         Arc::new(Self {
             fleet: Arc::clone(fleet),
             key,
             name,
-            id,
-            identity: identity.map(|identity| Print::of(identity.as_bytes())),
+            identity: OnceLock::new(),
             has_login,
             initial: OnceLock::new(),
             state: AsyncMutex::default(),
             engine: OnceLock::new(),
             lead: Mutex::default(),
-            generation: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             is_unsaved: AtomicBool::new(false),
         })
@@ -121,8 +121,9 @@ impl Member {
         let _ = self.engine.set(engine);
     }
 
-    pub(super) fn identity(&self) -> Option<Print> {
-        self.identity
+    fn asker(&self, id: Print) -> Asker {
+        let identity = self.identity.get().copied();
+        Asker { id, identity, has_login: self.has_login, lease: self.lease() }
     }
 
     /// Whether an engine can still ask for the credential, or a refresh token is being spent for one that is gone.
@@ -132,13 +133,19 @@ impl Member {
 
     /// Decides what to do for the engine, and claims the lease if that is to fetch. `looks` reads the store first.
     pub(super) async fn decide(self: &Arc<Self>, ask: Ask, looks: bool) -> Result<Decision, RecordError> {
-        let asker =
-            Asker { id: self.id, identity: self.identity, has_login: self.has_login, lease: self.lease() };
+        // One for each lease, so that no fetch takes the lease of another one of this member for its own. Without random bits,
+        // nothing can be sealed either.
+        let asker = self.asker(Print(random().unwrap_or_default()));
         let decide = |record: &Record| next(record, ask, &asker, |token| self.worth(token));
         let mut state = self.state.lock().await;
         let remembered = decide(&state.record_at(Clock::default().now()));
-        if looks || !matches!(remembered, Step::Claim(_)) || self.fleet.is_leaving() {
+        let looks = looks || state.unreadable.is_some() || self.fleet.is_leaving();
+        let begins = self.initial.get().is_some() && state.record.generation == 0;
+        if looks || begins || !matches!(remembered, Step::Claim(_)) {
             self.look(&mut state).await?;
+        }
+        if begins && self.may_be_put_back(&mut state) {
+            return Ok(Decision::Step(Step::Follow));
         }
         let mut decided = None;
         let claimed = self.update(&mut state, |record| match decide(record) {
@@ -150,7 +157,7 @@ impl Member {
             }
         });
         if claimed.await? {
-            return Ok(Decision::Lead(Lead::begin(self, state.record.generation, ask)));
+            return Ok(Decision::Lead(Lead::begin(self, asker, state.record.generation, ask)));
         }
         let step = decided.ok_or(RecordError::Left)?;
         if self.is_unsaved() {
@@ -164,8 +171,9 @@ impl Member {
         if let Ask::Rejected(refused) = ask
             && token.print() != refused
         {
-            let generation = self.generation.load(Ordering::Acquire);
-            self.fleet.announce(Item { name: self.name, refused: Some(refused), generation }).await;
+            let item = Item { name: self.name, refused: Some(refused), epoch: 0 };
+            // If it fails, it is tried again.
+            let _ = self.fleet.announce(item).await;
         }
     }
 
@@ -183,9 +191,9 @@ impl Member {
     }
 
     /// Publishes how a fetch ended. Returns whether the record says so now; not if another member was faster.
-    async fn settle(&self, base: u64, ask: Ask, fetch: &Fetch) -> bool {
+    async fn settle(&self, leader: &Asker, base: u64, ask: Ask, fetch: &Fetch) -> bool {
         let mut state = self.state.lock().await;
-        let edit = |record: &Record| settle(record, self.id, base, ask, fetch);
+        let edit = |record: &Record| settle(record, leader, base, ask, fetch);
         match self.update(&mut state, edit).await {
             Ok(settled) => settled,
             Err(_) => {
@@ -200,11 +208,19 @@ impl Member {
         }
     }
 
-    /// The refresh token that the record holds.
-    pub(super) async fn login(&self, looks: bool) -> Result<Option<RefreshToken>, RecordError> {
+    /// The refresh token that the record holds, for the leader to spend. The claim has brought it, unless this `is_another`.
+    pub(super) async fn login(
+        &self,
+        leader: Print,
+        is_another: bool,
+    ) -> Result<Option<RefreshToken>, RecordError> {
         let mut state = self.state.lock().await;
-        if looks {
+        if is_another {
             self.look(&mut state).await?;
+            let reclaimed = self.update(&mut state, |record| reclaim(record, leader, self.lease())).await?;
+            if !reclaimed {
+                return Err(RecordError::Lost);
+            }
         }
         let record = state.record_at(Clock::default().now());
         Ok(record.login.as_ref().and_then(SharedLogin::token))
@@ -236,7 +252,8 @@ impl Member {
     }
 
     async fn save(&self, state: &mut State) -> Result<(), RecordError> {
-        let is_worth_it = |record: &Record| record.token.is_some() || record.login.is_some();
+        let is_worth_it =
+            |record: &Record| record.token.is_some() || record.login.is_some() || record.epoch > 0;
         let saved =
             self.update(state, |record| (self.is_unsaved() && is_worth_it(record)).then(|| record.clone()));
         if saved.await? {
@@ -262,8 +279,10 @@ impl Member {
 
     /// Ends a lease, unless a refresh token is being spent under it.
     pub(super) async fn leave(&self) {
-        if self.lead().is_some() && !self.has_login {
-            self.release().await;
+        // A claim that is under way has ended.
+        drop(self.state.lock().await);
+        if let Some(lead) = self.lead().filter(|_| !self.has_login) {
+            self.release(lead.asker.id).await;
         }
     }
 
@@ -276,7 +295,7 @@ impl Member {
         let Some(engine) = self.engine.get() else { return };
         match item.refused {
             Some(refused) => engine.withdraw_if(|current| Print::from(current) == refused),
-            None if self.generation.load(Ordering::Acquire) < item.generation => {
+            None if self.epoch.load(Ordering::Acquire) < item.epoch => {
                 self.changes.fetch_add(1, Ordering::AcqRel);
                 engine.withdraw_if(|_| true);
             }
@@ -292,17 +311,27 @@ impl Member {
         self.is_unsaved.store(is_unsaved, Ordering::Release);
     }
 
-    async fn extend(&self) -> bool {
+    async fn extend(&self, leader: Print) -> bool {
         let mut state = self.state.lock().await;
-        let extended = self.update(&mut state, |record| extend(record, self.id, self.lease())).await;
+        let extended = self.update(&mut state, |record| extend(record, leader, self.lease())).await;
         // While the store fails, the lease may still hold.
         extended.unwrap_or(true)
     }
 
-    async fn release(&self) {
+    async fn release(&self, leader: Print) {
         let mut state = self.state.lock().await;
         // If that fails, the lease lapses.
-        let _ = self.update(&mut state, |record| release(record, self.id)).await;
+        let _ = self.update(&mut state, |record| release(record, leader)).await;
+    }
+
+    /// Whether the store holds nothing, but may have lost it a moment ago, so that other members are about to put it back.
+    fn may_be_put_back(&self, state: &mut State) -> bool {
+        if state.record.generation > 0 {
+            return false;
+        }
+        let now = Clock::default().now();
+        let since = *state.empty_since.get_or_insert(now);
+        now.since(since) < self.fleet.options.news_interval * 2
     }
 
     async fn look(&self, state: &mut State) -> Result<(), RecordError> {
@@ -358,7 +387,7 @@ impl Member {
     /// Takes note of what the store holds. `now` is the time before it was asked.
     fn absorb(&self, state: &mut State, found: Option<Opened>, now: Time) {
         let was_unreadable = state.unreadable.take();
-        let Some(Opened { revision, age, content }) = found else {
+        let Some(Opened { revision, age, content, .. }) = found else {
             state.revision = None;
             self.set_unsaved(state.record.generation > 0);
             return;
@@ -396,7 +425,12 @@ impl Member {
     }
 
     fn remember(&self, state: &mut State, record: Record, now: Time) {
-        self.generation.store(record.generation, Ordering::Release);
+        // The tokens of an earlier login, or of one that has ended.
+        if self.epoch.fetch_max(record.epoch, Ordering::AcqRel) < record.epoch
+            && let Some(engine) = self.engine.get()
+        {
+            engine.withdraw_if(|_| true);
+        }
         state.record = record;
         state.at = Some(now);
     }
@@ -446,6 +480,7 @@ fn millis() -> u64 {
 /// The lease of a member, which is extended until it is settled or dropped.
 pub(super) struct Lead {
     member: Arc<Member>,
+    pub(super) asker: Asker,
     /// The generation that it was claimed at, or of the refresh token that was saved since.
     base: AtomicU64,
     ask: Ask,
@@ -457,9 +492,10 @@ pub(super) struct Lead {
 }
 
 impl Lead {
-    fn begin(member: &Arc<Member>, base: u64, ask: Ask) -> Arc<Self> {
+    fn begin(member: &Arc<Member>, asker: Asker, base: u64, ask: Ask) -> Arc<Self> {
         let lead = Arc::new(Self {
             member: Arc::clone(member),
+            asker,
             base: base.into(),
             ask,
             is_settled: AtomicBool::new(false),
@@ -476,7 +512,7 @@ impl Lead {
     /// Publishes how the fetch ended. Returns whether the record says so now; not if another member was faster.
     pub(super) async fn settle(&self, fetch: &Fetch) -> bool {
         let base = self.base.load(Ordering::Acquire);
-        let settled = self.member.settle(base, self.ask, fetch).await;
+        let settled = self.member.settle(&self.asker, base, self.ask, fetch).await;
         self.is_settled.store(true, Ordering::Release);
         if let (true, Fetch::Done(token)) = (settled, fetch) {
             self.member.announce_replaced(self.ask, token).await;
@@ -498,8 +534,8 @@ impl Drop for Lead {
         if !self.is_over()
             && let Ok(runtime) = Handle::try_current()
         {
-            let member = Arc::clone(&self.member);
-            runtime.spawn(async move { member.release().await });
+            let (member, leader) = (Arc::clone(&self.member), self.asker.id);
+            runtime.spawn(async move { member.release(leader).await });
         }
         self.member.fleet.left.notify_waiters();
     }
@@ -512,7 +548,7 @@ async fn keep_extending(lead: Weak<Lead>) {
         sleep(pause).await;
         extended += pause;
         let Some(lead) = lead.upgrade().filter(|lead| !lead.is_over()) else { return };
-        if !lead.member.extend().await {
+        if !lead.member.extend(lead.asker.id).await {
             return;
         }
     }
@@ -526,7 +562,7 @@ impl From<RecordError> for SourceError {
                 Self::transient(error).with_retry_after(retry_after)
             }
             RecordError::Unreadable(_) => Self::permanent(error),
-            RecordError::Contended | RecordError::Left => Self::transient(error),
+            RecordError::Contended | RecordError::Left | RecordError::Lost => Self::transient(error),
         }
     }
 }
@@ -545,6 +581,7 @@ impl fmt::Display for RecordError {
                 f.write_str("the fleet's record was changed or moved: log in again, or restore it")
             }
             Self::Contended => f.write_str("other members of the fleet kept changing the record"),
+            Self::Lost => f.write_str("another member of the fleet has the lease now"),
             Self::Left => f.write_str("this member has left the fleet, and spends no refresh token"),
         }
     }
@@ -554,7 +591,7 @@ impl Error for RecordError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
             Self::Unavailable(error) => error.source(),
-            Self::Unreadable(_) | Self::Contended | Self::Left => None,
+            Self::Unreadable(_) | Self::Contended | Self::Left | Self::Lost => None,
         }
     }
 }

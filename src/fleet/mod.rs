@@ -76,6 +76,7 @@ use self::{
     member::Member,
     news::Item,
     protocol::{end, log_in},
+    record::Print,
     seal::SealingKeys,
     shared::{Options, Shared},
     store::DynFleetStore,
@@ -94,6 +95,10 @@ use crate::{
     oauth::RefreshToken,
     source::Source,
 };
+
+/// The shortest lease and interval, and the longest.
+const MIN_TIME: Duration = Duration::from_millis(50);
+const MAX_TIME: Duration = Duration::from_secs(60 * 60);
 
 /// The longest name of a fleet.
 const MAX_NAME: usize = 64;
@@ -166,8 +171,7 @@ impl Fleet {
     /// # }).unwrap();
     /// ```
     pub fn share<S: Source<Token>>(&self, credential: &str, source: S) -> FleetSource<S> {
-        let member = Member::new(&self.0, credential, source.identity().as_deref(), false);
-        self.source(member, source)
+        self.source(Member::new(&self.0, credential, false), source)
     }
 
     /// Shares a login whose refresh token may rotate. `source` makes the source that spends it, and is called at once.
@@ -198,12 +202,15 @@ impl Fleet {
         credential: &str,
         source: impl FnOnce(FleetLogin) -> S,
     ) -> FleetSource<S> {
-        let member = Member::new(&self.0, credential, None, true);
+        let member = Member::new(&self.0, credential, true);
         let source = source(FleetLogin { member: Arc::clone(&member) });
         self.source(member, source)
     }
 
-    fn source<S>(&self, member: Arc<Member>, source: S) -> FleetSource<S> {
+    fn source<S: Source<Token>>(&self, member: Arc<Member>, source: S) -> FleetSource<S> {
+        if let Some(identity) = source.identity() {
+            let _ = member.identity.set(Print::of(identity.as_bytes()));
+        }
         self.0.add(&member);
         FleetSource { member, source }
     }
@@ -236,10 +243,12 @@ impl Fleet {
         edit: impl Fn(&record::Record, u64) -> record::Record,
     ) -> Result<(), BoxError> {
         // Without a login, so that a corrupt record is replaced.
-        let member = Member::new(&self.0, credential, None, false);
-        let generation = member.replace(edit).await?;
-        self.0.announce(Item { name: member.name, refused: None, generation }).await;
-        Ok(())
+        let member = Member::new(&self.0, credential, false);
+        let epoch = member.replace(edit).await?;
+        let told = self.0.announce(Item { name: member.name, refused: None, epoch }).await;
+        told.map_err(|error| {
+            format!("it is stored, but the members could not be told: {error}; repeat it").into()
+        })
     }
 
     /// Reads what the fleet knows of a credential, without secrets. `None` if it knows nothing.
@@ -248,7 +257,7 @@ impl Fleet {
     ///
     /// Fails if the store does, or if what stands there cannot be opened.
     pub async fn status(&self, credential: &str) -> Result<Option<Status>, BoxError> {
-        let member = Member::new(&self.0, credential, None, true);
+        let member = Member::new(&self.0, credential, true);
         Ok(member.read().await?.as_ref().map(Status::of))
     }
 
@@ -309,7 +318,16 @@ impl FleetBuilder {
     ///
     /// As [`Fleet::new`].
     pub fn build(self) -> Result<Fleet, ConfigError> {
-        let Self { name, store, keys, patience, options } = self;
+        let Self { name, store, keys, patience, options: Options { lease, login_lease, news_interval } } =
+            self;
+        // So that neither a lease is extended nor news are read without a pause, and no arithmetic overflows.
+        let bounded = |time: Duration| time.clamp(MIN_TIME, MAX_TIME);
+        let options = Options {
+            lease: bounded(lease),
+            login_lease: bounded(login_lease),
+            news_interval: bounded(news_interval),
+        };
+        let patience = patience.min(MAX_TIME);
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
         let kind = match name.len() {
             0 => Some(ConfigErrorKind::Empty),

@@ -19,9 +19,9 @@ pub(super) struct News {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Item {
     pub(super) name: Print,
-    /// The token that the API rejected; `None` if every token before `generation` has ended, by a login or a logout.
+    /// The token that the API rejected; `None` if every token from before `epoch` has ended, by a login or a logout.
     pub(super) refused: Option<Print>,
-    pub(super) generation: u64,
+    pub(super) epoch: u64,
 }
 
 impl News {

@@ -105,18 +105,25 @@ pub(super) fn next(record: &Record, ask: Ask, asker: &Asker, worth: impl Fn(&Sha
         // It was fetched a moment ago, after another rejection. Something else than the token is wrong.
         return Step::Adopt(token.clone());
     }
-    if record.lease.is_some_and(|lease| lease.owner != asker.id && !lease.rest.is_zero()) {
-        return Step::Follow;
+    let is_valid = |token: &SharedToken| !is_rejected(token.print()) && worth(token) != Worth::Expired;
+    // Better a token that expires soon than none.
+    let or_adopt = |step| match token.filter(|token| is_valid(token) && ask != Ask::Expiring(token.print())) {
+        Some(token) => Step::Adopt(token.clone()),
+        None => step,
+    };
+    if record.lease.is_some_and(|lease| !lease.rest.is_zero()) {
+        return or_adopt(Step::Follow);
     }
-    if let Some(failure) = record.failure.as_ref().filter(|failure| !failure.rest.is_zero()) {
-        return Step::Fail(failure.clone());
+    if let Some(failure) = record.failure.as_ref().filter(|failure| !failure.rest.is_zero())
+        && failure.identity == asker.identity
+    {
+        return or_adopt(Step::Fail(failure.clone()));
     }
     let mut claim = Box::new(record.clone());
     if asker.has_login {
         let Some(login) = &mut claim.login else { return Step::LoggedOut };
-        let is_valid = |token: &SharedToken| !is_rejected(token.print()) && worth(token) != Worth::Expired;
         if login.maybe_spent && token.is_some_and(is_valid) {
-            return Step::Spare;
+            return or_adopt(Step::Spare);
         }
         login.maybe_spent = true;
     }
@@ -125,6 +132,15 @@ pub(super) fn next(record: &Record, ask: Ask, asker: &Asker, worth: impl Fn(&Sha
     }
     claim.lease = Some(Lease { owner: asker.id, rest: asker.lease });
     Step::Claim(claim)
+}
+
+/// Notes that `leader` is about to spend the login that the record holds now; `None` if it has lost its lease.
+pub(super) fn reclaim(record: &Record, leader: Print, lease: Duration) -> Option<Record> {
+    let mut reclaimed = extend(record, leader, lease)?;
+    if let Some(login) = &mut reclaimed.login {
+        login.maybe_spent = true;
+    }
+    Some(reclaimed)
 }
 
 /// Extends the lease of `leader`; `None` if it has lost it.
@@ -151,7 +167,8 @@ pub(super) fn with_child(record: &Record, spent: &RefreshToken, child: &RefreshT
 }
 
 /// Records how the fetch ended that `leader` began at the generation `base`. `None` if another member was faster.
-pub(super) fn settle(record: &Record, leader: Print, base: u64, ask: Ask, fetch: &Fetch) -> Option<Record> {
+pub(super) fn settle(record: &Record, leader: &Asker, base: u64, ask: Ask, fetch: &Fetch) -> Option<Record> {
+    let (identity, leader) = (leader.identity, leader.id);
     let leads = record.is_led_by(leader);
     let mut settled = record.clone();
     settled.lease = settled.lease.filter(|lease| lease.owner != leader);
@@ -178,7 +195,7 @@ pub(super) fn settle(record: &Record, leader: Print, base: u64, ask: Ask, fetch:
             } else if ask == Ask::Expiring(print) {
                 // The others need not ask for what the issuer does not have yet.
                 let message = "the source returned the same token again".to_owned();
-                settled.failure = Some(failure(record, message, false, None));
+                settled.failure = Some(failure(record, identity, &message, false, None));
             }
         }
         Fetch::Failed { message, permanent, retry_after, unanswered } => {
@@ -188,7 +205,7 @@ pub(super) fn settle(record: &Record, leader: Print, base: u64, ask: Ask, fetch:
             if let Some(login) = &mut settled.login {
                 login.maybe_spent = *unanswered;
             }
-            settled.failure = Some(failure(record, message.clone(), *permanent, *retry_after));
+            settled.failure = Some(failure(record, identity, message, *permanent, *retry_after));
         }
     }
     Some(settled)
@@ -201,16 +218,23 @@ pub(super) fn log_in(record: &Record, token: &RefreshToken, now: u64) -> Record 
 
 /// Ends a credential and its login.
 pub(super) fn end(record: &Record, now: u64) -> Record {
-    Record { refused: record.refused.clone(), ..Record::new(now.max(record.generation + 1)) }
+    let epoch = now.max(record.generation + 1);
+    Record { refused: record.refused.clone(), epoch, ..Record::new(epoch) }
 }
 
-fn failure(record: &Record, message: String, permanent: bool, retry_after: Option<Duration>) -> Failure {
+fn failure(
+    record: &Record,
+    identity: Option<Print>,
+    message: &str,
+    permanent: bool,
+    retry_after: Option<Duration>,
+) -> Failure {
     let attempts = record.failure.as_ref().map_or(0, |failure| failure.attempts).saturating_add(1);
     let mut rest = retry_after.map_or(backoff(attempts), |told| told.clamp(BACKOFF[0], MAX_RETRY_AFTER));
     if permanent {
         rest = rest.max(PROBE_INTERVAL);
     }
-    Failure::new(message, permanent, attempts, rest)
+    Failure { message: Failure::short(message), identity, permanent, attempts, rest }
 }
 
 fn backoff(attempts: u32) -> Duration {
@@ -297,7 +321,7 @@ mod tests {
         assert_eq!(ask(&leading(print(2), LEASE).aged(LEASE / 2), Ask::First), Step::Follow);
         let lapsed = claimed(ask(&leading(print(2), LEASE).aged(LEASE), Ask::First));
         assert!(lapsed.is_led_by(print(1)));
-        claimed(ask(&leading(print(1), LEASE), Ask::First));
+        assert_eq!(ask(&leading(print(1), LEASE), Ask::First), Step::Follow, "a lease of its own, too");
         assert_eq!(extend(&lapsed, print(2), LEASE), None);
         assert_eq!(release(&lapsed, print(2)), None);
         assert_eq!(extend(&lapsed.aged(LEASE), print(1), LEASE), Some(lapsed.clone()));
@@ -313,7 +337,7 @@ mod tests {
             retry_after,
             unanswered: false,
         };
-        let settled = |record: &Record, fetch| settle(record, print(1), 1, Ask::First, &fetch).unwrap();
+        let settled = |record: &Record, fetch| settle(record, &asker(false), 1, Ask::First, &fetch).unwrap();
         let mut record = Record::new(1);
         for expected in [1, 2, 4, 8, 16, 32, 60, 60] {
             let claim = claimed(ask(&record, Ask::First));
@@ -337,7 +361,7 @@ mod tests {
         let held = token("a").print();
         let claim = claimed(ask(&with("a"), Ask::Expiring(held)));
         let done = Fetch::Done(token("a"));
-        let record = settle(&claim, print(1), 1, Ask::Expiring(held), &done).unwrap();
+        let record = settle(&claim, &asker(false), 1, Ask::Expiring(held), &done).unwrap();
         assert!(matches!(ask(&record, Ask::Expiring(held)), Step::Fail(_)));
         assert_eq!(ask(&record, Ask::First), Step::Adopt(token("a")));
         assert_eq!(record.generation, 1);
@@ -365,10 +389,10 @@ mod tests {
         let ended = |unanswered| {
             let message = String::new();
             let fetch = Fetch::Failed { message, permanent: false, retry_after: None, unanswered };
-            settle(&claim, print(1), 1, Ask::Expiring(held), &fetch).unwrap().login.unwrap().maybe_spent
+            settle(&claim, &asker(false), 1, Ask::Expiring(held), &fetch).unwrap().login.unwrap().maybe_spent
         };
         assert_eq!([ended(true), ended(false)], [true, false]);
-        let done = settle(&claim, print(1), 1, Ask::Expiring(held), &Fetch::Done(token("b"))).unwrap();
+        let done = settle(&claim, &asker(false), 1, Ask::Expiring(held), &Fetch::Done(token("b"))).unwrap();
         assert!(!done.login.unwrap().maybe_spent);
     }
 
@@ -390,7 +414,8 @@ mod tests {
     #[test]
     fn a_late_token_replaces_no_newer_one() {
         let claim = claimed(ask(&Record::new(1), Ask::First));
-        let done = |record: &Record, text| settle(record, print(1), 1, Ask::First, &Fetch::Done(token(text)));
+        let done =
+            |record: &Record, text| settle(record, &asker(false), 1, Ask::First, &Fetch::Done(token(text)));
         let published = done(&claim, "a").unwrap();
         assert_eq!((published.generation, published.lease), (2, None));
         assert_eq!(done(&published, "late"), None);
@@ -414,11 +439,12 @@ mod tests {
             }
             let claim = claimed(ask(&record.aged(Duration::from_secs(expected)), asked));
             let fetched = Fetch::Done(token(&texts.next().unwrap()));
-            record = settle(&claim, print(1), claim.generation, asked, &fetched).unwrap();
+            record = settle(&claim, &asker(false), claim.generation, asked, &fetched).unwrap();
         }
         let rejected = Ask::Rejected(record.token.as_ref().unwrap().print());
         let claim = claimed(ask(&record.aged(STREAK_RESET), rejected));
-        let record = settle(&claim, print(1), claim.generation, rejected, &Fetch::Done(token("x"))).unwrap();
+        let record =
+            settle(&claim, &asker(false), claim.generation, rejected, &Fetch::Done(token("x"))).unwrap();
         assert_eq!(record.rejections.unwrap().count, 1);
     }
 
@@ -428,7 +454,7 @@ mod tests {
         let held = token("a").print();
         let claim = claimed(ask(&with("a"), Ask::Rejected(held)));
         let done = Fetch::Done(token("a"));
-        let record = settle(&claim, print(1), 1, Ask::Rejected(held), &done).unwrap();
+        let record = settle(&claim, &asker(false), 1, Ask::Rejected(held), &done).unwrap();
         assert_eq!(ask(&record, Ask::First), Step::Adopt(token("a")));
     }
 

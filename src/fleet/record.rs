@@ -33,6 +33,8 @@ pub(super) struct Record {
     /// Grows with each new token and login. A member never goes back. When a login begins or ends, it becomes the time in
     /// milliseconds, so that it is newer than what members remember and the store has lost.
     pub(super) generation: u64,
+    /// The generation at which the login, or the credential, began or ended last. No token from before it is used.
+    pub(super) epoch: u64,
     pub(super) token: Option<SharedToken>,
     pub(super) login: Option<SharedLogin>,
     pub(super) lease: Option<Lease>,
@@ -81,6 +83,8 @@ pub(super) struct Rejections {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Failure {
     pub(super) message: String,
+    /// What the source that failed was asked for.
+    pub(super) identity: Option<Print>,
     pub(super) permanent: bool,
     pub(super) attempts: u32,
     #[serde(with = "span")]
@@ -195,9 +199,9 @@ impl SharedLogin {
 }
 
 impl Failure {
-    pub(super) fn new(message: String, permanent: bool, attempts: u32, rest: Duration) -> Self {
-        let message = message.chars().filter(|char| !char.is_control()).take(MAX_MESSAGE).collect();
-        Self { message, permanent, attempts, rest }
+    /// Shortens a message to what a record can hold.
+    pub(super) fn short(message: &str) -> String {
+        message.chars().filter(|char| !char.is_control()).take(MAX_MESSAGE).collect()
     }
 }
 

@@ -170,6 +170,11 @@ impl SealingKeys {
         Ok(sealed)
     }
 
+    /// Whether another key than the first sealed this.
+    pub(super) fn is_former(&self, sealed: &[u8]) -> bool {
+        sealed.get(1..=KEY_ID).is_some_and(|id| *id != self.0[0].id)
+    }
+
     /// Opens what [`seal`](Self::seal) made.
     pub(super) fn open(&self, name: &[u8], sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, SealError> {
         let (head, text) = sealed.split_at_checked(HEAD).ok_or(SealError::Corrupt)?;

@@ -24,7 +24,17 @@ use super::{
     record::Print,
     seal::SealError,
 };
-use crate::util::timer::sleep;
+use crate::{
+    error::BoxError,
+    telemetry::event,
+    util::timer::{sleep, timeout},
+};
+
+/// How many writes of news are tried at a time, as other members may be faster.
+const MAX_CONFLICTS: usize = 64;
+
+/// How long [`Shared::leave`] waits for exchanges of refresh tokens, which take no longer.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2 * 60);
 
 /// How many items wait for the store at most.
 const MAX_UNSAID: usize = 64;
@@ -69,6 +79,8 @@ struct Heard {
     unsaid: Vec<Item>,
     /// Whether what the store holds is sealed with another key, or in a newer format, and must not be replaced.
     is_foreign: bool,
+    /// Whether it is sealed with a former key, so that members that have the current one alone cannot read it.
+    is_former: bool,
 }
 
 impl Shared {
@@ -123,30 +135,36 @@ impl Shared {
         for member in self.members() {
             member.leave().await;
         }
-        loop {
-            let left = self.left.notified();
-            if self.members().iter().all(|member| !member.has_login || member.lead().is_none()) {
-                return;
+        let exchanges = async {
+            loop {
+                let left = self.left.notified();
+                if self.members().iter().all(|member| !member.has_login || member.lead().is_none()) {
+                    return;
+                }
+                left.await;
             }
-            left.await;
-        }
+        };
+        let _ = timeout(LEAVE_PATIENCE, exchanges).await;
     }
 
     /// Tells all members of the fleet, those of this process at once.
-    pub(super) async fn announce(&self, item: Item) {
+    pub(super) async fn announce(&self, item: Item) -> Result<(), BoxError> {
         self.tell(&item);
         let mut heard = self.heard.lock().await;
         heard.unsaid.truncate(MAX_UNSAID - 1);
         heard.unsaid.push(item);
         // If it fails, the watcher tries again.
-        let _ = self.say(&mut heard).await;
+        self.say(&mut heard).await?;
+        match heard.unsaid.is_empty() {
+            true => Ok(()),
+            false => Err("the fleet's news cannot be written now".into()),
+        }
     }
 
     /// Adds to the news what is not in the store yet.
     async fn say(&self, heard: &mut Heard) -> Result<(), Unavailable> {
-        while !heard.is_foreign
-            && let Some(item) = heard.unsaid.last().copied()
-        {
+        for _ in 0..MAX_CONFLICTS {
+            let Some(item) = heard.unsaid.last().copied().filter(|_| !heard.is_foreign) else { break };
             let news = heard.news.with(item);
             match self.put(heard, &news).await? {
                 Written::Done(revision) => {
@@ -167,12 +185,17 @@ impl Shared {
 
     /// Tells the members what is new.
     fn hear(&self, heard: &mut Heard, found: Option<Opened>) {
-        heard.is_foreign = false;
-        let Some(Opened { revision, content, .. }) = found else {
+        let Some(Opened { revision, content, is_former, .. }) = found else {
             heard.revision = None;
+            heard.is_foreign = false;
             return;
         };
-        heard.is_foreign = matches!(content, Err(SealError::UnknownKey | SealError::NewerFormat));
+        let foreign = content.as_ref().err().copied().filter(|error| *error != SealError::Corrupt);
+        if let Some(error) = foreign.filter(|_| !heard.is_foreign) {
+            event::fleet_record_unreadable(error.label());
+        }
+        heard.is_foreign = foreign.is_some();
+        heard.is_former = is_former && foreign.is_none();
         if heard.revision.replace(revision) == Some(revision) {
             return;
         }
@@ -220,6 +243,12 @@ impl Shared {
             match self.put(&heard, &news).await? {
                 Written::Done(revision) => heard.revision = Some(revision),
                 Written::Conflict(found) => self.hear(&mut heard, found),
+            }
+        }
+        if heard.is_former && !is_behind {
+            let news = heard.news.clone();
+            if let Written::Done(revision) = self.put(&heard, &news).await? {
+                (heard.revision, heard.is_former) = (Some(revision), false);
             }
         }
         self.say(&mut heard).await?;

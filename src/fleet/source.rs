@@ -60,7 +60,7 @@ impl<S: Source<Token>> FleetSource<S> {
         Ok(fetched)
     }
 
-    /// Fetches for the fleet. `None` if that failed, and another member was faster.
+    /// Fetches for the fleet. `None` if another member was faster, or the login has changed meanwhile.
     async fn fetch_for_all(
         &self,
         lead: &Lead,
@@ -77,12 +77,11 @@ impl<S: Source<Token>> FleetSource<S> {
                 unanswered: may_be_spent(error),
             },
         };
-        let settled = lead.settle(&fetch).await;
-        (settled || result.is_ok()).then_some(result)
+        lead.settle(&fetch).await.then_some(result)
     }
 
     fn shared(&self, fetched: &Fetched<Token>) -> SharedToken {
-        SharedToken::new(fetched, self.member.identity())
+        SharedToken::new(fetched, self.member.identity.get().copied())
     }
 }
 

@@ -185,7 +185,7 @@ async fn a_late_leader_changes_nothing() {
     assert_eq!(text(&second).await.as_deref(), Ok("token-2"));
     line.set(State::Up);
     let (late, _first) = late.await.unwrap();
-    assert_eq!(late.as_deref(), Ok("token-1"), "its own token is as good");
+    assert_eq!(late.as_deref(), Ok("token-2"));
     let third = member(&join(line), mint.clone());
     assert_all(&[second, third], "token-2").await;
 }
@@ -558,6 +558,12 @@ fn login(fleet: &Fleet, simulator: &Simulator, initial: Option<&str>) -> Refresh
     }))
 }
 
+/// Logs in, as another program does.
+async fn log_in(store: &MemoryStore, simulator: &Simulator) {
+    let token = RefreshToken::new(simulator.issue_refresh_token()).unwrap();
+    join(store.clone()).log_in("login", &token).await.unwrap();
+}
+
 /// N2: strict rotation, with reuse detection.
 #[tokio::test(start_paused = true)]
 async fn a_rotating_login_survives_its_fleet() {
@@ -606,10 +612,10 @@ async fn without_the_store_no_login_is_spent() {
 #[tokio::test(start_paused = true)]
 async fn a_refresh_token_that_is_not_stored_is_stored_later() {
     let simulator = Simulator::new();
-    let first = simulator.issue_refresh_token();
     let store = MemoryStore::default();
+    log_in(&store, &simulator).await;
     let line = Line::new(&store);
-    let member = login(&join(line.clone()), &simulator, Some(&first));
+    let member = login(&join(line.clone()), &simulator, None);
     simulator.inject_token_fault(TokenFault::Slow(SECOND));
     let call = tokio::spawn(async move { (text(&member).await, member) });
     sleep(500 * MILLI).await;
@@ -661,11 +667,10 @@ async fn a_late_refresh_token_is_found() {
     });
     let endpoint = TokenEndpoint::new(URL, client).unwrap();
     let store = MemoryStore::default();
+    join(store.clone()).log_in("login", &RefreshToken::new("refresh-1").unwrap()).await.unwrap();
     let lines = [(); 2].map(|()| Line::new(&store));
     let [late, successor] = [&lines[0], &lines[1]].map(|line| {
-        let first = RefreshToken::new("refresh-1").unwrap();
-        let source =
-            |login: FleetLogin| OAuthSource::refresh_token(endpoint.clone(), login.with_initial(first));
+        let source = |login: FleetLogin| OAuthSource::refresh_token(endpoint.clone(), login);
         Refreshing::new(join(line.clone()).share_login("login", source))
     });
     let late = tokio::spawn(async move { (text(&late).await, late) });
@@ -740,6 +745,78 @@ async fn logins_are_replaced_for_all_members() {
     assert_eq!(simulator.token_requests(), 2);
 }
 
+/// N2, N4: a login that is replaced while its token is being fetched. The new one is spent once, and the old one's token not used.
+#[tokio::test(start_paused = true)]
+async fn a_login_is_replaced_during_an_exchange() {
+    for after in [100, 500, 900, 1_100, 1_900] {
+        let simulator = Simulator::new();
+        let store = MemoryStore::default();
+        log_in(&store, &simulator).await;
+        let members = [(); 3].map(|()| login(&join(store.clone()), &simulator, None));
+        simulator.inject_token_fault(TokenFault::Slow(SECOND));
+        let calls = members.iter().map(|member| {
+            let member = member.clone();
+            tokio::spawn(async move { text(&member).await })
+        });
+        let calls: Vec<_> = calls.collect();
+        sleep(after * MILLI).await;
+        log_in(&store, &simulator).await;
+        sleep(4 * SECOND).await;
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+        let texts = texts(&members).await;
+        assert!(texts.iter().all(|text| text.is_ok() && text == &texts[0]), "{after}: {texts:?}");
+        let status = join(store).status("login").await.unwrap().unwrap();
+        assert_eq!(status.token, Some(members[0].token().await.unwrap().id()), "{after}");
+        assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (2, 0), "{after}");
+    }
+}
+
+/// N4: a token that is being fetched when its credential ends is not used.
+#[tokio::test(start_paused = true)]
+async fn a_token_that_ends_while_it_is_fetched_is_not_used() {
+    let mint = Mint::default().taking(SECOND);
+    let ([first, second], [line, _], _) = members(&mint);
+    let call = tokio::spawn(async move { (text(&first).await, first) });
+    sleep(500 * MILLI).await;
+    join(line.clone()).forget("selam").await.unwrap();
+    let (text, first) = call.await.unwrap();
+    assert_eq!(text.as_deref(), Ok("token-2"));
+    assert_all(&[first, second], "token-2").await;
+}
+
+/// N3: a record that was unreadable for a while is used again.
+#[tokio::test(start_paused = true)]
+async fn an_unreadable_record_is_read_again() {
+    let mint = Mint::default();
+    let store = MemoryStore::default();
+    let odd = Fleet::new("billing", store.clone(), key(2)).unwrap();
+    odd.forget("selam").await.unwrap();
+    let members: Vec<_> = (0..3).map(|_| member(&join(store.clone()), mint.clone())).collect();
+    texts(&members).await.into_iter().for_each(|text| drop(text.unwrap()));
+    assert_eq!(mint.asked(), 3, "each is alone");
+    store.clear();
+    for _ in 0..30 {
+        sleep(5 * SECOND).await;
+        texts(&members).await.into_iter().for_each(|text| drop(text.unwrap()));
+    }
+    assert!(mint.asked() <= 8, "{} fetches", mint.asked());
+}
+
+/// N1: a member that starts while the token is about to expire, and cannot be replaced, uses it.
+#[tokio::test(start_paused = true)]
+async fn a_token_that_expires_soon_is_better_than_none() {
+    let mint = Mint::default().then(Answer::Lives(MINUTE)).then_always(Answer::Fails(None));
+    let ([first, second], _, _) = members(&mint);
+    first.token().await.unwrap();
+    sleep(56 * SECOND).await;
+    first.token().await.unwrap();
+    sleep(10 * MILLI).await;
+    assert_eq!(mint.asked(), 2, "the refresh has failed");
+    assert_eq!(text(&second).await.as_deref(), Ok("token-1"));
+}
+
 /// N6: a login lives as long as a member does.
 #[tokio::test(start_paused = true)]
 async fn a_login_outlives_the_loss_of_its_store() {
@@ -786,9 +863,9 @@ async fn an_initial_token_does_not_replace_a_login() {
 async fn members_leave_without_a_trace() {
     let simulator = Simulator::new();
     let store = MemoryStore::default();
-    let first = simulator.issue_refresh_token();
+    log_in(&store, &simulator).await;
     let fleet = join(store.clone());
-    let member = login(&fleet, &simulator, Some(&first));
+    let member = login(&fleet, &simulator, None);
     let mint = Mint::default().then(Answer::Hangs);
     let hanging = Refreshing::new(fleet.share("selam", mint.clone()));
     simulator.inject_token_fault(TokenFault::Slow(3 * SECOND));
