@@ -9,12 +9,12 @@
 //! refresh token was sent twice:
 //!
 //! ```text
-//!    tokens fetched, for five processes   4
+//!    tokens fetched, for five processes   8
 //!    rotations of the login               50
-//!    requests                             7342
+//!    requests                             21026
 //!    failed requests                      0
 //!    refresh tokens sent twice            0
-//!    longest request                      1019 ms
+//!    longest request                      147 ms
 //! ```
 
 #![allow(clippy::print_stdout, reason = "the screen is the point of the example")]

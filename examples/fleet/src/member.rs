@@ -128,7 +128,7 @@ impl Process {
     /// Has it use the login's tokens from now on.
     pub(crate) async fn use_login(&mut self) {
         if let Some(input) = &mut self.input {
-            // Fails for the one that was killed.
+            // Fails if the process was killed.
             let _ = input.write_all(b"login\n").await;
         }
     }
@@ -248,21 +248,29 @@ async fn call(stacks: [Selam<Http>; 2], url: String, tally: Arc<Tally>) {
         ticks.tick().await;
         let stack = &stacks[usize::from(tally.uses_login.load(Relaxed))];
         let began = Instant::now();
-        let succeeded = send(stack, &url).await;
+        let result = send(stack, &url).await;
         let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tally.longest.fetch_max(millis, Relaxed);
         tally.requests.fetch_add(1, Relaxed);
-        tally.failed.fetch_add(u64::from(succeeded.is_none()), Relaxed);
+        if let Err(error) = result
+            && tally.failed.fetch_add(1, Relaxed) == 0
+        {
+            eprintln!("\nprocess {}: the first failed request: {}", std::process::id(), with_causes(&*error));
+        }
     }
 }
 
-/// Sends a request, and reads the answer. `None` if it failed.
-async fn send(stack: &Selam<Http>, url: &str) -> Option<()> {
-    let request = Request::post(url).body(Full::from(CHAT)).ok()?;
-    let response = stack.send(request).await.ok()?;
-    let succeeded = response.status().is_success();
-    response.into_body().collect().await.ok()?;
-    succeeded.then_some(())
+/// Sends a request, and reads the answer.
+async fn send(stack: &Selam<Http>, url: &str) -> Result<(), BoxError> {
+    let response = stack.send(Request::post(url).body(Full::from(CHAT))?).await?;
+    let status = response.status();
+    response.into_body().collect().await?;
+    if status.is_success() { Ok(()) } else { Err(status.to_string().into()) }
+}
+
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl Tally {
