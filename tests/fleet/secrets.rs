@@ -1,11 +1,14 @@
 //! S2, N3: what can be read in Redis, its backups and the logs; keys, users and fleets that do not mix.
 
-use std::fs;
+use std::{
+    fs,
+    sync::{Arc, Mutex},
+};
 
 use tower_selam::{
     BoxError, Refreshing, Token,
-    fleet::{Fleet, RedisStore, SealingKey},
-    oauth::{RefreshToken, RefreshTokenStore},
+    fleet::{Fleet, FleetLogin, RedisStore, SealingKey},
+    oauth::{OAuthSource, RefreshToken, RefreshTokenStore},
     source::{Reason, source_fn},
 };
 
@@ -49,16 +52,27 @@ async fn no_secret_shows() {
     }
 }
 
-/// Reads the access token and the refresh token as a member of the fleet does.
+/// Reads the access token and the refresh token as members of the fleet do.
 async fn held(world: &World) -> (String, String) {
-    let (fleet, mut login) = (world.fleet().await, None);
-    let engine = Refreshing::new(fleet.share_login("selam", |shared| {
-        login = Some(shared);
-        source_fn(|_: Reason<Token>| async { Err::<Token, BoxError>("it is not asked".into()) })
+    let fleet = world.fleet().await;
+    let source = |login| OAuthSource::refresh_token(world.token_endpoint(), login);
+    let access = Refreshing::new(fleet.share_login("selam", source)).token().await.unwrap();
+
+    // It asks for something else than the others, so it does not adopt their token, but is to spend the refresh token.
+    let found = Arc::new(Mutex::new(None));
+    let spender = Refreshing::new(fleet.share_login("selam", |login: FleetLogin| {
+        let (login, found) = (Arc::new(login), Arc::clone(&found));
+        source_fn(move |_: Reason<Token>| {
+            let (login, found) = (Arc::clone(&login), Arc::clone(&found));
+            async move {
+                *found.lock().unwrap() = login.load().await?;
+                Err::<Token, BoxError>("it spends nothing".into())
+            }
+        })
     }));
-    let access = engine.token().await.unwrap().expose_secret().to_owned();
-    let login = login.unwrap().load().await.unwrap().unwrap();
-    (access, login.expose_secret().to_owned())
+    assert!(spender.token().await.is_err());
+    let login = found.lock().unwrap().take().unwrap();
+    (access.expose_secret().to_owned(), login.expose_secret().to_owned())
 }
 
 /// N3: a member with another key fetches alone, spends no login, and changes nothing in the store.

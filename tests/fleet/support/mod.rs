@@ -11,11 +11,14 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Child, time};
 use tower_selam::{
     fleet::{Fleet, RedisStore, SealingKey, Status},
-    oauth::RefreshToken,
+    oauth::{ClientAuth, RefreshToken, TokenEndpoint},
     simulator::{Server, Simulator},
 };
 
@@ -77,6 +80,14 @@ impl World {
 
     pub(crate) async fn status(&self) -> Option<Status> {
         self.fleet().await.status("selam").await.unwrap()
+    }
+
+    /// The token endpoint, as members reach it.
+    pub(crate) fn token_endpoint(&self) -> TokenEndpoint {
+        let client = Client::builder(TokioExecutor::new()).build_http::<Full<Bytes>>();
+        let url = format!("http://{}/oauth/token", self.endpoint.local_addr());
+        let auth = ClientAuth::client_secret_basic(&*self.client.0, &*self.client.1).unwrap();
+        TokenEndpoint::allow_insecure_loopback(&url, client).unwrap().with_client_auth(auth)
     }
 
     pub(crate) fn client_secret(&self) -> &str {
