@@ -174,7 +174,8 @@ impl Fleet {
         self.source(Member::new(&self.0, credential, false), source)
     }
 
-    /// Shares a login whose refresh token may rotate. `source` makes the source that spends it, and is called at once.
+    /// Shares a login whose refresh token may rotate. `source` makes the source that spends it, and is called at once. Access
+    /// tokens are adopted as with [`share`](Self::share).
     ///
     /// The login begins with [`log_in`](Self::log_in), or with [an initial token](FleetLogin::with_initial).
     ///

@@ -5,9 +5,9 @@
 //!    │
 //!    ▼ next(record)
 //!    ├─ it has a token that is neither held, rejected nor about to expire ─▶ Adopt
-//!    ├─ another member holds the lease ───────────────────────────────────▶ Follow, and look again
-//!    ├─ a fetch failed a moment ago ──────────────────────────────────────▶ Fail, as that one did
-//!    ├─ its refresh token may be spent, and its token is still valid ─────▶ Spare it
+//!    ├─ another fetch holds the lease ────────────────────────────────────▶ Follow, and look again    ┐ unless it has
+//!    ├─ a fetch failed a moment ago ──────────────────────────────────────▶ Fail, as that one did     │ another token that
+//!    ├─ its refresh token may be spent, and its token is still valid ─────▶ Spare it                  ┘ is valid: Adopt
 //!    └─ otherwise ────────────────────────────────────────────────────────▶ Claim the lease, by compare-and-set
 //!                                                                            │ won: fetch
 //!                                                                            ▼
