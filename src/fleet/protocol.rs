@@ -313,6 +313,28 @@ mod tests {
         claimed(next(&record, Ask::First, &other, fresh));
     }
 
+    /// N1: better than to wait, or to fail.
+    #[test]
+    fn a_token_that_expires_soon_is_adopted_if_nothing_else_can_be_had() {
+        let (lease, held) = (Some(Lease { owner: print(2), rest: LEASE }), token("a").print());
+        let fetch =
+            Fetch::Failed { message: "no".into(), permanent: false, retry_after: None, unanswered: false };
+        let claim = claimed(next(&with("a"), Ask::First, &asker(false), |_| Worth::Aging));
+        let failed = settle(&claim, &asker(false), 1, Ask::First, &fetch).unwrap();
+        for record in [Record { lease, ..with("a") }, failed] {
+            let ask = |ask, worth| next(&record, ask, &asker(false), |_| worth);
+            assert_eq!(ask(Ask::First, Worth::Aging), Step::Adopt(token("a")));
+            assert_eq!(ask(Ask::Rejected(print(9)), Worth::Aging), Step::Adopt(token("a")));
+            for (asked, worth) in [
+                (Ask::First, Worth::Expired),
+                (Ask::Expiring(held), Worth::Aging),
+                (Ask::Rejected(held), Worth::Aging),
+            ] {
+                assert!(matches!(ask(asked, worth), Step::Follow | Step::Fail(_)), "{asked:?}");
+            }
+        }
+    }
+
     /// N7
     #[test]
     fn a_lease_is_respected_until_it_lapses() {

@@ -804,17 +804,60 @@ async fn an_unreadable_record_is_read_again() {
     assert!(mint.asked() <= 8, "{} fetches", mint.asked());
 }
 
-/// N1: a member that starts while the token is about to expire, and cannot be replaced, uses it.
+/// N2, N6: a member that starts with the token of long ago, just after the store has lost everything, spends nothing.
 #[tokio::test(start_paused = true)]
-async fn a_token_that_expires_soon_is_better_than_none() {
-    let mint = Mint::default().then(Answer::Lives(MINUTE)).then_always(Answer::Fails(None));
-    let ([first, second], _, _) = members(&mint);
-    first.token().await.unwrap();
-    sleep(56 * SECOND).await;
-    first.token().await.unwrap();
-    sleep(10 * MILLI).await;
-    assert_eq!(mint.asked(), 2, "the refresh has failed");
-    assert_eq!(text(&second).await.as_deref(), Ok("token-1"));
+async fn a_spent_initial_token_is_not_spent_on_an_empty_store() {
+    let simulator = Simulator::new();
+    let store = MemoryStore::default();
+    let first = simulator.issue_refresh_token();
+    let member = login(&join(store.clone()), &simulator, Some(&first));
+    let token = member.token().await.unwrap();
+    store.clear();
+    let late = login(&join(store), &simulator, Some(&first));
+    assert_eq!(late.token().await.unwrap().id(), token.id());
+    assert_eq!((simulator.token_requests(), simulator.reused_refresh_tokens()), (1, 0));
+}
+
+/// N4, N6: a logout is put back, too.
+#[tokio::test(start_paused = true)]
+async fn a_logout_outlives_the_loss_of_its_store() {
+    let simulator = Simulator::new();
+    let store = MemoryStore::default();
+    let first = simulator.issue_refresh_token();
+    let member = login(&join(store.clone()), &simulator, Some(&first));
+    member.token().await.unwrap();
+    join(store.clone()).forget("login").await.unwrap();
+    sleep(2 * SECOND).await;
+    assert_eq!(text(&member).await, Err(AuthErrorKind::RefreshRejected));
+    store.clear();
+    sleep(3 * SECOND).await;
+    let late = login(&join(store), &simulator, Some(&first));
+    assert_eq!(text(&late).await, Err(AuthErrorKind::RefreshRejected));
+    assert_eq!(simulator.token_requests(), 1);
+}
+
+/// N3, N4: the news are sealed with the new key before the old one is dropped.
+#[tokio::test(start_paused = true)]
+async fn news_reach_members_with_the_new_key_alone() {
+    let mint = Mint::default().then_always(Answer::Lives(60 * MINUTE));
+    let store = MemoryStore::default();
+    let old = member(&join(store.clone()), mint.clone());
+    old.token().await.unwrap();
+    sleep(2 * SECOND).await;
+    drop(old);
+    let both = Fleet::builder("billing", store.clone(), key(2)).with_former_key(key(1)).build().unwrap();
+    let both = member(&both, mint.clone());
+    both.token().await.unwrap();
+    sleep(2 * SECOND).await;
+    drop(both);
+
+    let new = || Fleet::new("billing", store.clone(), key(2)).unwrap();
+    let members = [(); 2].map(|()| Refreshing::new(new().share("other", mint.clone())));
+    assert_all(&members, "token-2").await;
+    members[0].rejected(&members[0].token().await.unwrap());
+    assert_eq!(text(&members[0]).await.as_deref(), Ok("token-3"));
+    sleep(1_100 * MILLI).await;
+    assert_all(&members, "token-3").await;
 }
 
 /// N6: a login lives as long as a member does.
